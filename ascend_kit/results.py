@@ -1,0 +1,262 @@
+"""A run's folder: parameters, manifest, append-only rows and figures, written so that a kill loses at most one row.
+
+Layout: outputs/<experiment>/<run>/ with params.yaml, manifest.json, <name>.jsonl tables, <name>.json, figures/.
+Nothing here imports torch; versions and device facts are handed in by the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascend_kit.params import Experiment, read_yaml
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+SCHEMA_VERSION = 1
+# Parameters that may differ between two stages of one run without making their rows incomparable.
+FREE_PARAMETERS = frozenset({"if_exists", "compare_runs", "output_path", "if_model_exists"})
+
+
+class RunFolderError(RuntimeError):
+    """The run folder exists, belongs to other parameters or is being written by someone else."""
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` with `data` in one step: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private, but reports are to be shared
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON: numpy scalars and paths as plain values, NaN and infinity as null."""
+    return json.dumps(_clean(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+class RunFolder:
+    """One run's files. Open it with `RunFolder.open`; a stage writes under its own table names."""
+
+    def __init__(self, path: str | Path, stage: str | None = None):
+        self.path = Path(path)
+        self.stage = stage
+        self._lock: Any = None
+
+    @classmethod
+    def open(cls, experiment: Experiment, stage: str, *, facts: dict[str, Any] | None = None) -> RunFolder:
+        """The folder of `experiment`, created or checked against its if_exists rule, locked for `stage`.
+
+        `facts` (device, versions, peaks) go into the manifest. Raises RunFolderError when another process holds
+        the stage, or when earlier rows were made with other parameters and resuming would mix them.
+        """
+        folder = cls(experiment.run_folder, stage)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder._take_lock()
+        try:
+            folder._admit(experiment)
+            write_atomic(folder.path / "params.yaml", experiment.to_yaml())
+            folder._update_manifest(experiment, facts or {})
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    # --- tables -----------------------------------------------------------------------------------------------
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Add one line to <name>.jsonl and push it to the disk. `status` defaults to ok, `error` to None."""
+        line = to_json({"status": "ok", "error": None, **row}) + "\n"
+        path = self.table_path(name)
+        with open(path, "ab") as file:
+            if file.tell() and not _ends_with_newline(path):
+                file.write(b"\n")  # a killed writer left half a line; keep it apart from this one
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """The readable rows of <name>.jsonl, oldest first; a torn line is skipped."""
+        path = self.table_path(name)
+        if not path.exists():
+            return
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if isinstance(row, dict):
+                    yield row
+
+    def load(self, name: str) -> pandas.DataFrame:
+        """The table <name> as a DataFrame (empty when nothing was written)."""
+        import pandas
+
+        return pandas.DataFrame(list(self.rows(name)))
+
+    def done_keys(self, name: str, keys: Iterable[str]) -> set[tuple]:
+        """Values of `keys` in every row whose status is ok: what a resumed stage need not repeat."""
+        keys = list(keys)
+        return {tuple(_hashable(row.get(key)) for key in keys) for row in self.rows(name)
+                if row.get("status") == "ok"}
+
+    def clear(self, *names: str) -> None:
+        """Remove tables and JSON files of these names: a stage that starts again."""
+        for name in names:
+            for path in (self.table_path(name), self.path / f"{name}.json"):
+                path.unlink(missing_ok=True)
+
+    # --- single files -------------------------------------------------------------------------------------------
+
+    def table_path(self, name: str) -> Path:
+        return self.path / f"{name}.jsonl"
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write <name>.json in one step; returns its path."""
+        path = self.path / f"{name}.json"
+        write_atomic(path, to_json(value, indent=1) + "\n")
+        return path
+
+    def read_json(self, name: str) -> Any:
+        """The content of <name>.json, or None when the file is not there."""
+        path = self.path / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def save_figure(self, name: str, figure: Figure) -> Path:
+        """Save figures/<name>.png at 150 dots per inch; returns its path."""
+        path = self.path / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{name}.{os.getpid()}.png")
+        figure.savefig(temporary, dpi=150, bbox_inches="tight")
+        os.replace(temporary, path)
+        return path
+
+    # --- opening and closing ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give the stage's lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take_lock(self) -> None:
+        lock = open(self.path / f".{self.stage}.lock", "a+")  # noqa: SIM115 - held until close()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise RunFolderError(f"{self.path}: stage {self.stage} is being written by another process; wait for it, "
+                                 "or give this run another name with `run`") from None
+        self._lock = lock
+
+    def _admit(self, experiment: Experiment) -> None:
+        done = self.path / f"{self.stage}.stage.json"
+        if not done.exists():
+            return
+        if experiment.if_exists == "refuse":
+            raise RunFolderError(f"{self.path} already holds stage {self.stage}; set if_exists to resume or overwrite, "
+                                 "or choose another `run`")
+        if experiment.if_exists == "overwrite":
+            self.clear(*json.loads(done.read_text()).get("tables", []))
+            done.unlink()
+            return
+        before = json.loads(done.read_text())["parameters"]
+        now = json.loads(to_json(experiment.model_dump()))
+        changed = [key for key in now if key not in FREE_PARAMETERS and before.get(key) != now[key]]
+        if changed:
+            text = ", ".join(f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in changed[:4])
+            raise RunFolderError(f"{self.path} holds stage {self.stage} made with other parameters ({text}); choose "
+                                 "another `run`, or set if_exists: overwrite")
+
+    def begin(self, experiment: Experiment, *tables: str) -> None:
+        """Note which tables the stage writes, so that resume and overwrite know what is its own."""
+        self.write_json(f"{self.stage}.stage", {"tables": list(tables), "parameters": experiment.model_dump()})
+
+    def _update_manifest(self, experiment: Experiment, facts: dict[str, Any]) -> None:
+        manifest = self.read_json("manifest") or {
+            "schema_version": SCHEMA_VERSION, "created": _now(), "experiment": experiment.experiment,
+            "run": experiment.run, "seed": experiment.seed, "source": source_state(), "stages": {}}
+        manifest["stages"][self.stage] = {"opened": _now(), **facts}
+        self.write_json("manifest", manifest)
+
+
+def source_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout this package runs from; None where it is no checkout."""
+    def git(*words: str) -> str | None:
+        folder = Path(__file__).resolve().parent
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+
+
+def list_runs(output_root: str | Path, experiment: str) -> list[RunFolder]:
+    """Every run folder of an experiment that has a manifest, by name."""
+    folder = Path(output_root) / experiment
+    return [RunFolder(path.parent) for path in sorted(folder.glob("*/manifest.json"))]
+
+
+def run_parameters(folder: RunFolder) -> dict[str, Any]:
+    """The resolved parameters a run was made with."""
+    return read_yaml(folder.path / "params.yaml")
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_clean(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "size", None) == 1:
+        return _clean(item())
+    tolist = getattr(value, "tolist", None)
+    return _clean(tolist()) if callable(tolist) else str(value)
