@@ -1,0 +1,1 @@
+"""The machine: device selection, operators, captured graphs, parallel groups. Nothing above this floor names a vendor."""

@@ -1,0 +1,432 @@
+"""One device: which one it is, what it can do, how to wait for it, how much memory it holds.
+
+Knows nothing of models or engines. `torch_npu` is imported only inside `import_torch_npu`, so a laptop
+without it can import everything. Memory is in bytes, times in seconds, unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import os
+import platform
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+KINDS = ("auto", "cpu", "cuda", "npu")
+ALIASES = {"ascend": "npu", "gpu": "cuda"}
+
+
+class DeviceError(ValueError):
+    """The device that was asked for cannot be used; the message names the way out."""
+
+
+# --------------------------------------------------------------------------------------------- peaks
+
+
+@dataclass(frozen=True)
+class HardwarePeak:
+    """Nominal ceilings of one card, for rooflines.
+
+    `bf16_flops` and `int8_ops` per second, `bandwidth_bytes_per_s` of device memory, `memory_bytes` as sold,
+    `link_bytes_per_s` one direction to the peers of the node (None: unknown). `certain` is False where the
+    mapping from the run-time name to these figures rests on no primary source.
+    """
+
+    name: str
+    bf16_flops: float
+    int8_ops: float
+    bandwidth_bytes_per_s: float
+    memory_bytes: int
+    source: str
+    link_bytes_per_s: float | None = None
+    certain: bool = True
+
+
+# Ascend: Huawei's own performance model, Ascend/msmodeling tensor_cast/device.py. Its bf16 figures equal cube
+# cores x 8192 FLOP x clock (24 x 1.8 GHz, 20 x 1.8, 20 x 1.5); the advertised fp16 numbers are boost-clock
+# peaks. Link: 196 GB/s per direction over the full HCCS mesh of an A2 node, 224 GB/s between A3 dies.
+_GRADE = "Ascend/msmodeling tensor_cast/device.py, grade "
+_NVIDIA = "NVIDIA data sheet, dense, "
+PEAKS: dict[str, HardwarePeak] = {
+    peak.name: peak
+    for peak in (
+        HardwarePeak("910B1", 353.9e12, 752e12, 1.6e12, 64 * GIB, _GRADE + "376T", 196e9, certain=False),
+        HardwarePeak("910B2", 353.9e12, 752e12, 1.6e12, 64 * GIB, _GRADE + "376T", 196e9),
+        HardwarePeak("910B2C", 353.9e12, 752e12, 1.6e12, 64 * GIB, _GRADE + "376T", 196e9, certain=False),
+        HardwarePeak("910B3", 294.9e12, 626e12, 1.6e12, 64 * GIB, _GRADE + "313T", 196e9),
+        HardwarePeak("910B4", 245.8e12, 560e12, 0.8e12, 32 * GIB, _GRADE + "280T, 32 GB", 196e9),
+        HardwarePeak("910B4-1", 245.8e12, 560e12, 1.6e12, 64 * GIB, _GRADE + "280T", 196e9, certain=False),
+        HardwarePeak("A3-die", 353.9e12, 752e12, 1.6e12, 64 * GIB, _GRADE + "A3, per die", 224e9),
+        HardwarePeak("H200", 989.4e12, 1978.9e12, 4.8e12, 141 * 10**9, _NVIDIA + "H200", 450e9),
+        HardwarePeak("H100-SXM", 989.4e12, 1978.9e12, 3.35e12, 80 * GIB, _NVIDIA + "H100", 450e9),
+        HardwarePeak("H100-PCIe", 756e12, 1513e12, 2.0e12, 80 * GIB, _NVIDIA + "H100"),
+        HardwarePeak("A100-80GB", 312e12, 624e12, 1.935e12, 80 * GIB, _NVIDIA + "A100"),
+        HardwarePeak("A100-40GB", 312e12, 624e12, 1.555e12, 40 * GIB, _NVIDIA + "A100"),
+    )
+}
+
+# Run-time name (upper case, blanks, '_' and '-' removed) -> peak. First match wins.
+_PEAK_PATTERNS = (
+    (r"ASCEND910B41", "910B4-1"),
+    (r"ASCEND910B2C", "910B2C"),
+    (r"ASCEND910B1", "910B1"),
+    (r"ASCEND910B2", "910B2"),
+    (r"ASCEND910B3", "910B3"),
+    (r"ASCEND910B4", "910B4"),
+    (r"ASCEND91093", "A3-die"),
+    (r"H200", "H200"),
+    (r"H100.*HBM3|H100SXM", "H100-SXM"),
+    (r"H100PCIE", "H100-PCIe"),
+    (r"A100.*80GB", "A100-80GB"),
+    (r"A100.*40GB", "A100-40GB"),
+)
+
+
+def find_peak(device_name: str, memory_bytes: int | None = None) -> HardwarePeak | None:
+    """Ceilings for a run-time device name such as `Ascend910B3`; None when unknown, never a guess.
+
+    Memory decides where a name covers two products: a B4 with 64 GB is the B4-1, a bare `910B`
+    with 32 GB is a B4.
+    """
+    key = _squeeze(device_name)
+    listed = {_squeeze(name): peak for name, peak in PEAKS.items()}
+    if key in listed:
+        return listed[key]
+    name = next((peak for pattern, peak in _PEAK_PATTERNS if re.search(pattern, key)), None)
+    is_large = memory_bytes is not None and memory_bytes > 48 * GIB
+    if name == "910B4" and is_large:
+        name = "910B4-1"
+    if name is None and "ASCEND910B" in key and memory_bytes is not None and not is_large:
+        name = "910B4"
+    return PEAKS[name] if name else None
+
+
+def _squeeze(name: str) -> str:
+    return re.sub(r"[\s_\-]", "", name.upper())
+
+
+# -------------------------------------------------------------------------------------------- torch_npu
+
+
+def has_torch_npu() -> bool:
+    """Whether the package is installed; says nothing about whether it can be imported."""
+    return "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None
+
+
+def import_torch_npu() -> Any:
+    """The `torch_npu` module. Raises DeviceError naming the usual cause when it is missing or cannot load."""
+    if not has_torch_npu():
+        raise DeviceError(
+            "device npu was asked for, but torch_npu is not installed; install the wheel that matches torch "
+            f"{torch.__version__.split('+')[0]} (pip install torch-npu==<same version>), or set device: cpu"
+        )
+    try:
+        import torch_npu
+    except (ImportError, OSError, RuntimeError) as error:
+        raise DeviceError(
+            f"torch_npu is installed but cannot be imported: {error}. {_import_advice(str(error))} "
+            "`python -m ascend_kit doctor` checks the whole installation."
+        ) from error
+    return torch_npu
+
+
+def _import_advice(text: str) -> str:
+    if re.search(r"lib(hccl|ascendcl|ge_runner|graph|opapi|acl\w*)\.so", text):
+        return "CANN is not on the library path: source /usr/local/Ascend/ascend-toolkit/set_env.sh."
+    if "libatb" in text:
+        return "NNAL is not on the library path: source /usr/local/Ascend/nnal/atb/set_env.sh."
+    if "undefined symbol" in text:
+        return "CANN and torch_npu do not belong together; compare both with the compatibility table."
+    return "torch, torch_npu and CANN must be a published triple."
+
+
+# ------------------------------------------------------------------------------------------------ device
+
+
+class Event:
+    """A point in time on a device: `record()`, then `start.elapsed_s(end)`, which waits for `end`."""
+
+    def __init__(self, device: Device) -> None:
+        self._native = None if device.kind == "cpu" else device.backend.Event(enable_timing=True)
+        self._time_s = 0.0
+
+    def record(self) -> None:
+        """Mark the current end of the current stream."""
+        if self._native is None:
+            self._time_s = time.perf_counter()
+        else:
+            self._native.record()
+
+    def elapsed_s(self, end: Event) -> float:
+        """Seconds from this event to `end`; blocks until the device has reached `end`."""
+        if self._native is None:
+            return end._time_s - self._time_s
+        end._native.synchronize()
+        return self._native.elapsed_time(end._native) / 1000.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """A selected device; `name` and `total_memory_bytes` were read at run time."""
+
+    kind: str
+    index: int
+    name: str
+    total_memory_bytes: int
+    peak: HardwarePeak | None
+
+    @property
+    def torch_device(self) -> torch.device:
+        """What tensors take as `device=`."""
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)
+
+    @property
+    def backend(self) -> Any:
+        """`torch.npu`, `torch.cuda` or `torch.cpu`."""
+        return getattr(torch, self.kind)
+
+    @property
+    def default_block_size(self) -> int:
+        """KV block size: 128 is the size the NPU kernels are written for; smaller wastes less elsewhere."""
+        return 128 if self.kind == "npu" else 32
+
+    @property
+    def collective_backend(self) -> str:
+        """Name for `torch.distributed.init_process_group`."""
+        return {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[self.kind]
+
+    def free_memory_bytes(self) -> int:
+        """Bytes that new allocations can take, as the driver (or the kernel) sees it now."""
+        return _host_available_bytes() if self.kind == "cpu" else self.backend.mem_get_info(self.index)[0]
+
+    def memory_in_use_bytes(self) -> int:
+        """Bytes held by live tensors of this process; on CPU the resident set of the process."""
+        return _host_rss_bytes("VmRSS") if self.kind == "cpu" else self.backend.memory_allocated(self.index)
+
+    def peak_memory_bytes(self) -> int:
+        """High-water mark of `memory_in_use_bytes` since the last reset."""
+        return (
+            _host_rss_bytes("VmHWM") if self.kind == "cpu" else self.backend.max_memory_allocated(self.index)
+        )
+
+    def reset_peak_memory(self) -> None:
+        """Start a new high-water mark. On a CPU whose kernel refuses the reset, the old mark stays."""
+        if self.kind != "cpu":
+            self.backend.reset_peak_memory_stats(self.index)
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM (Linux proc(5))
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished everything queued so far."""
+        if self.kind != "cpu":
+            self.backend.synchronize(self.index)
+
+    def seed(self, seed: int) -> None:
+        """Seed the host generator and this device's."""
+        torch.manual_seed(seed)
+        if self.kind != "cpu":
+            self.backend.manual_seed(seed)
+
+    def event(self) -> Event:
+        """A new timing event."""
+        return Event(self)
+
+    def versions(self) -> dict[str, str]:
+        """Versions that decide results and speed: python, torch, then those of the vendor's stack."""
+        found = {"python": platform.python_version(), "torch": torch.__version__}
+        if self.kind == "cuda":
+            found["cuda"] = str(torch.version.cuda)
+        if self.kind == "npu":
+            found |= _npu_versions()
+        return found
+
+    def assert_on_device(self, tensors: torch.nn.Module | Iterable[torch.Tensor]) -> None:
+        """Raise DeviceError unless every tensor (or parameter and buffer of a module) lies on this device."""
+        for name, tensor in _named(tensors):
+            found = tensor.device
+            if found.type != self.kind or (self.kind != "cpu" and (found.index or 0) != self.index):
+                raise DeviceError(
+                    f"{name} {tuple(tensor.shape)} is on {found}, not on {self.torch_device} as asked for; "
+                    "timing or scoring it would report the wrong machine"
+                )
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for a manifest."""
+        return {
+            "kind": self.kind,
+            "index": self.index,
+            "name": self.name,
+            "total_memory_bytes": self.total_memory_bytes,
+            "peak": None if self.peak is None else dict(vars(self.peak)),
+            "versions": self.versions(),
+        }
+
+
+def _named(tensors: torch.nn.Module | Iterable[torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
+    if isinstance(tensors, torch.nn.Module):
+        yield from tensors.named_parameters()
+        yield from tensors.named_buffers()
+    else:
+        yield from ((f"tensor {i}", tensor) for i, tensor in enumerate(tensors))
+
+
+# --------------------------------------------------------------------------------------------- selection
+
+
+def parse_device(name: str, device_id: int = 0) -> tuple[str, int]:
+    """`npu:1` -> ("npu", 1). `device_id` is the index when the name has none; two that differ are an error."""
+    kind, _, suffix = name.strip().lower().partition(":")
+    kind = ALIASES.get(kind, kind)
+    if kind not in KINDS or (suffix and not suffix.isdigit()):
+        raise DeviceError(
+            f"unknown device {name!r}; use auto, cpu, cuda, cuda:N, npu, npu:N or ascend (the same as npu)"
+        )
+    if device_id < 0:
+        raise DeviceError(f"device_id is {device_id}; it counts from 0")
+    if suffix and device_id and int(suffix) != device_id:
+        raise DeviceError(
+            f"device {name!r} and device_id {device_id} name two different cards; give one of them"
+        )
+    return kind, int(suffix) if suffix else device_id
+
+
+def select_device(name: str = "auto", device_id: int = 0) -> Device:
+    """Pick a device and make it current.
+
+    `auto` takes the NPU where torch_npu is installed, else CUDA, else the CPU; an accelerator that is there
+    but broken is an error, not a reason to go on slowly. Raises DeviceError saying what is missing.
+    """
+    kind, index = parse_device(name, device_id)
+    if kind == "auto":
+        kind = _auto_kind()
+    if kind == "cpu":
+        return Device("cpu", 0, _cpu_name(), _host_total_bytes(), None)
+    return _select_npu(index) if kind == "npu" else _select_cuda(index)
+
+
+def _auto_kind() -> str:
+    if has_torch_npu():
+        return "npu"
+    if glob.glob("/dev/davinci[0-9]*"):
+        raise DeviceError(
+            "this machine has Ascend cards (/dev/davinci*), but torch_npu is not installed; install it, "
+            "or set device: cpu to use the CPU on purpose"
+        )
+    if torch.cuda.is_available():
+        return "cuda"
+    if glob.glob("/dev/nvidia[0-9]*"):
+        warnings.warn(
+            f"device auto: torch {torch.__version__} cannot use the NVIDIA card here; running on CPU",
+            stacklevel=3,
+        )
+    return "cpu"
+
+
+def _select_npu(index: int) -> Device:
+    import_torch_npu()
+    _check_index("npu", index, torch.npu.device_count(), "ASCEND_RT_VISIBLE_DEVICES")
+    try:
+        torch.npu.set_device(index)
+        torch.npu.set_compile_mode(jit_compile=False)  # binary kernels; True compiles once per shape
+        total = torch.npu.get_device_properties(index).total_memory
+    except RuntimeError as error:
+        raise DeviceError(
+            f"npu:{index} cannot be opened: {error}. 500001 or SetPrecisionMode in the text means that CANN "
+            "and torch_npu do not belong together; `python -m ascend_kit doctor` checks this"
+        ) from error
+    name = torch.npu.get_device_name(index)
+    return Device("npu", index, name, total, find_peak(name, total))
+
+
+def _select_cuda(index: int) -> Device:
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"device cuda was asked for, but torch {torch.__version__} sees no CUDA card; "
+            "install a CUDA build of torch and check nvidia-smi, or set device: cpu"
+        )
+    _check_index("cuda", index, torch.cuda.device_count(), "CUDA_VISIBLE_DEVICES")
+    torch.cuda.set_device(index)
+    properties = torch.cuda.get_device_properties(index)
+    return Device("cuda", index, properties.name, properties.total_memory,
+                  find_peak(properties.name, properties.total_memory))  # fmt: skip
+
+
+def _check_index(kind: str, index: int, count: int, variable: str) -> None:
+    if index < count:
+        return
+    visible = os.environ.get(variable)
+    hint = f"{variable}={visible!r} hides the others" if visible is not None else f"{variable} is not set"
+    if count == 0:
+        raise DeviceError(f"device {kind} was asked for, but no card is visible ({hint}); check the driver")
+    raise DeviceError(f"device {kind}:{index} does not exist: {count} visible, numbered from 0 ({hint})")
+
+
+# ------------------------------------------------------------------------------------------ host and vendor
+
+
+def _npu_versions() -> dict[str, str]:
+    found = {"torch_npu": import_torch_npu().__version__, "cann": "unknown", "driver": "unknown"}
+    with contextlib.suppress(ImportError, RuntimeError):
+        from torch_npu.npu.utils import get_cann_version
+
+        found["cann"] = get_cann_version() or "unknown"
+    info = Path("/usr/local/Ascend/driver/version.info")
+    match = re.search(r"(?im)^version\s*=\s*(\S+)", info.read_text()) if info.is_file() else None
+    if match:
+        found["driver"] = match.group(1)
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def _proc_kib(path: str, key: str) -> int | None:
+    try:
+        match = re.search(rf"^{key}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match.group(1)) * 1024 if match else None
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _host_total_bytes() -> int:
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(installed, _cgroup_bytes("memory.max") or installed)
+
+
+def _host_available_bytes() -> int:
+    available = _proc_kib("/proc/meminfo", "MemAvailable") or _host_total_bytes()
+    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
+    return available if limit is None or used is None else max(0, min(available, limit - used))
+
+
+def _host_rss_bytes(key: str) -> int:
+    found = _proc_kib("/proc/self/status", key)
+    if found is not None:
+        return found
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS reports bytes, Linux KiB
