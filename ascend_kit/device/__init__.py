@@ -1,1 +1,1 @@
-"""The machine: device selection, operators, captured graphs, parallel groups. Nothing above this floor names a vendor."""
+"""The machine: device selection, operators, captured graphs. No floor above this one names a vendor."""

@@ -286,7 +286,7 @@ def _named(tensors: torch.nn.Module | Iterable[torch.Tensor]) -> Iterable[tuple[
 
 
 def parse_device(name: str, device_id: int = 0) -> tuple[str, int]:
-    """`npu:1` -> ("npu", 1). `device_id` is the index when the name has none; two that differ are an error."""
+    """`npu:1` -> ("npu", 1). `device_id` is the index when the name has none; two that differ are refused."""
     kind, _, suffix = name.strip().lower().partition(":")
     kind = ALIASES.get(kind, kind)
     if kind not in KINDS or (suffix and not suffix.isdigit()):
