@@ -55,6 +55,10 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(_clean(value), ensure_ascii=False, indent=indent, allow_nan=False)
 
 
+# Locks held by this process: a notebook cell that is run again takes over its own lock instead of failing on it.
+_held: dict[Path, Any] = {}
+
+
 class RunFolder:
     """One run's files. Open it with `RunFolder.open`; a stage writes under its own table names."""
 
@@ -167,14 +171,17 @@ class RunFolder:
         self.close()
 
     def _take_lock(self) -> None:
-        lock = open(self.path / f".{self.stage}.lock", "a+")  # noqa: SIM115 - held until close()
+        path = (self.path / f".{self.stage}.lock").resolve()
+        if path in _held:
+            _held.pop(path).close()
+        lock = open(path, "a+")  # noqa: SIM115 - held until close()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
             raise RunFolderError(f"{self.path}: stage {self.stage} is being written by another process; wait for it, "
                                  "or give this run another name with `run`") from None
-        self._lock = lock
+        self._lock = _held[path] = lock
 
     def _admit(self, experiment: Experiment) -> None:
         done = self.path / f"{self.stage}.stage.json"
@@ -200,6 +207,11 @@ class RunFolder:
         self.write_json(f"{self.stage}.stage", {"tables": list(tables), "parameters": experiment.model_dump()})
 
     def _update_manifest(self, experiment: Experiment, facts: dict[str, Any]) -> None:
+        with open(self.path / ".manifest.lock", "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another stage of the run may be opening at the same time
+            self._write_manifest(experiment, facts)
+
+    def _write_manifest(self, experiment: Experiment, facts: dict[str, Any]) -> None:
         manifest = self.read_json("manifest") or {
             "schema_version": SCHEMA_VERSION, "created": _now(), "experiment": experiment.experiment,
             "run": experiment.run, "seed": experiment.seed, "source": source_state(), "stages": {}}

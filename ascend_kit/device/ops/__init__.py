@@ -1,0 +1,57 @@
+"""The op table: the few operators a decoder needs, under our own names, with one implementation per back-end.
+
+An implementation is a module with the functions of `OPS`. `select_ops` picks one when an engine starts; nobody asks
+again. `reference` is plain torch, runs on any device and defines what is correct. Layout and dtype changes a kernel
+wants happen inside its module.
+
+Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden, F feed-forward, B sequences,
+S tokens per KV block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rotary",
+    "swiglu",
+    "store_kv",
+    "paged_attention",
+    "linear",
+    "pack_linear",
+    "quantize_per_token",
+    "int8_matmul",
+    "pack_int8",
+    "make_mask",
+    "validate",
+)
+
+
+@dataclass
+class AttentionMeta:
+    """Where the tokens of one step live in the KV cache. Padding rows point into block 0, which no request owns."""
+
+    slot_mapping: Tensor  # [T] int32: block id * S + offset
+    block_table: Tensor  # [B, max_blocks] int32, unused entries 0
+    cu_seqlens_q: list[int]  # cumulative query ends without the leading 0; the last one equals T
+    context_lens: list[int]  # KV length of each sequence, this step's tokens included
+    context_lens_t: Tensor  # [B] int32, the same on the device: what a captured graph reads
+    block_size: int
+    is_decode: bool  # every sequence has exactly one query token
+    mask: Tensor | None = None  # the back-end's shared mask, from make_mask
+
+
+def select_ops(device_kind: str, fused: bool) -> ModuleType:
+    """The op module of a device kind ("cpu", "cuda", "npu"): its fused kernels, or the plain reference."""
+    if not fused:
+        return import_module("ascend_kit.device.ops.reference")
+    names = {"cpu": "cpu", "cuda": "cuda", "npu": "npu"}
+    if device_kind not in names:
+        raise ValueError(f"no operator table for device kind {device_kind!r}; allowed: {', '.join(names)}")
+    return import_module(f"ascend_kit.device.ops.{names[device_kind]}")

@@ -1,0 +1,117 @@
+"""The op table in plain torch, on any device: slow, short, and the definition of correct."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ascend_kit.device.ops import AttentionMeta
+
+MERGED_QKV = True
+
+
+def validate(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[str]:
+    """Limits of this back-end that a model breaks; plain torch has none."""
+    return []
+
+
+def make_mask(device: torch.device) -> Tensor | None:
+    """The mask shared by all attention calls, for back-ends that want one."""
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, computed in float32, returned in x's dtype."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual): the second is the residual stream for the next call."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the two halves of each head by position: x * cos + (-x2, x1) * sin, cos and sin full width."""
+    cos, sin = cos_TH.unsqueeze(1), sin_TH.unsqueeze(1)
+    return q_TNH * cos + _rotate_half(q_TNH) * sin, k_TKH * cos + _rotate_half(k_TKH) * sin
+
+
+def swiglu(gate_up_T2F: Tensor) -> Tensor:
+    """silu(gate) * up, where the first half of the last dimension is the gate."""
+    gate, up = gate_up_T2F.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write this step's keys and values to their slots; caches are [blocks, S, K, H]."""
+    slots = slot_mapping.long()
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k_TKH)
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v_TKH)
+
+
+def paged_attention(
+    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
+) -> Tensor:
+    """Causal attention of each sequence's new tokens over its cached keys, aligned at the end; returns [T, N, H]."""
+    rows, start = [], 0
+    for index, (end, length) in enumerate(zip(meta.cu_seqlens_q, meta.context_lens, strict=True)):
+        blocks = meta.block_table[index, : math.ceil(length / meta.block_size)].long()
+        keys = k_cache[blocks].flatten(0, 1)[:length]
+        values = v_cache[blocks].flatten(0, 1)[:length]
+        rows.append(_attend(q_TNH[start:end], keys, values, scale))
+        start = end
+    return torch.cat(rows)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] transposed, plus bias [out]."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """The layout `linear` wants, made once at load from [out, in]."""
+    return weight
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per row: (int8 [T, in], float32 scale [T]) with scale = max|x| / 127."""
+    wide = x.float()
+    scale = wide.abs().amax(-1) / 127.0
+    # An all-zero row has scale 0; dividing by 1 instead keeps its codes at 0 rather than NaN.
+    codes = torch.round(wide / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)).clamp(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """The layout `int8_matmul` wants, from int8 [out, in]."""
+    return weight
+
+
+def int8_matmul(
+    xq: Tensor, act_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """int8 [T, in] times packed int8 weight, scaled per row and per output channel in float32, as out_dtype."""
+    # float64 holds every product sum of int8 exactly (127 * 127 * in < 2**53), and runs on every device's torch.
+    total = (xq.double() @ weight.double().t()).float()
+    result = total * act_scale.unsqueeze(-1) * weight_scale.float()
+    return (result if bias is None else result + bias.float()).to(out_dtype)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    groups = q.shape[1] // keys.shape[1]
+    keys = keys.float().repeat_interleave(groups, 1)
+    values = values.float().repeat_interleave(groups, 1)
+    scores = torch.einsum("qnh,knh->nqk", q.float(), keys) * scale
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + keys.shape[0] - q.shape[0])
+    scores = scores.masked_fill(hidden, -math.inf)
+    return torch.einsum("nqk,knh->qnh", scores.softmax(-1), values).to(q.dtype)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
