@@ -1,0 +1,154 @@
+"""Reader of Hugging Face folders: safetensors (one file or sharded), .bin, float or int8."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascend_kit.checkpoint.quantized_layouts import QuantizationInfo, present_quantized
+from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource
+from ascend_kit.checkpoint.torch_file import read_torch_file
+
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "_extra_state")
+
+
+class Checkpoint:
+    """Named tensors of one model, read on demand. Reads are safe from several threads.
+
+    Whatever the files hold, names are Hugging Face's; quantised linears have the form that
+    `quantized_layouts` describes, and `quantization` says which they are.
+    """
+
+    def __init__(self, folder: Path, sources: Mapping[str, TensorSource], config: dict[str, Any], *,
+                 files: list[Path], framework: str = "huggingface",
+                 quantization: QuantizationInfo | None = None) -> None:
+        self.folder, self.config, self.files, self.framework = Path(folder), config, files, framework
+        self.quantization = quantization or QuantizationInfo()
+        self.sources = dict(sources)
+
+    def tensor_names(self) -> list[str]:
+        """Every tensor, in the order in which the files hold them."""
+        return list(self.sources)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sources
+
+    def source(self, name: str) -> TensorSource:
+        """The unread tensor; CheckpointError with the closest name if there is none."""
+        if name not in self.sources:
+            near = difflib.get_close_matches(name, self.sources, n=1, cutoff=0.5)
+            hint = f"; closest: {near[0]}" if near else ""
+            raise CheckpointError(f"{self.folder} holds no tensor {name}{hint}")
+        return self.sources[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source(name).dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor on the CPU, contiguous, as stored."""
+        return self.source(name).read()
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) along `dim`, contiguous; only that part is read from disk."""
+        return self.source(name).read_slice(dim, start, stop)
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder. Headers are checked now, data is read later; CheckpointError names what is wrong."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint folder at {folder}")
+    config = read_config(folder)
+    index, files = _find_weights(folder)
+    sources: dict[str, TensorSource] = {}
+    for path in files:
+        for name, source in _open_weights(path).items():
+            if name in sources:
+                raise CheckpointError(f"tensor {name} is in {sources[name].origin} and again in {path}")
+            sources[name] = source
+    if index is not None:
+        _check_index(folder, index, sources)
+    sources = {name: source for name, source in sources.items() if not name.endswith(IGNORED_SUFFIXES)}
+    sources, quantization = present_quantized(folder, config, sources)
+    return Checkpoint(folder, sources, config, files=files, quantization=quantization)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    return read_json(folder / "config.json", "a Hugging Face model folder needs it")
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError naming the file otherwise."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {why}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
+    """The index (tensor -> file name), if there is one, and the weight files in order."""
+    for suffix, single in ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin")):
+        indexes = sorted(folder.glob(f"*{suffix}.index.json"))
+        if len(indexes) > 1:
+            raise CheckpointError(f"{folder} has several indexes: {[path.name for path in indexes]}; keep one")
+        if indexes:
+            index = read_json(indexes[0], "the index").get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise CheckpointError(f"{indexes[0]} has no weight_map")
+            return index, [_existing(folder, name, indexes[0]) for name in sorted(set(index.values()))]
+        if (folder / single).is_file():
+            return None, [folder / single]
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return None, others
+    if others:
+        raise CheckpointError(f"{folder} has {len(others)} safetensors files and no index; add "
+                              "model.safetensors.index.json, which says which tensor is in which file")
+    raise CheckpointError(f"{folder} holds no weights: expected model.safetensors, a *.safetensors.index.json or "
+                          "pytorch_model.bin")
+
+
+def _existing(folder: Path, name: str, index: Path) -> Path:
+    path = folder / name
+    if Path(name).name != name:
+        raise CheckpointError(f"{index} names the file {name!r}; only plain file names are followed")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, though {index.name} names it: the download or copy is incomplete")
+    return path
+
+
+def _open_weights(path: Path) -> dict[str, TensorSource]:
+    if path.suffix == ".safetensors":
+        return dict(SafetensorsFile(path).tensors)
+    loaded = read_torch_file(path)
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
+    tensors = {name: value for name, value in loaded.items() if hasattr(value, "read_slice")}
+    for name, tensor in tensors.items():
+        tensor.name = name
+    return tensors
+
+
+def _check_index(folder: Path, index: dict[str, str], sources: dict[str, TensorSource]) -> None:
+    for name, file_name in index.items():
+        if name not in sources or Path(sources[name].origin).name != file_name:
+            raise CheckpointError(f"{folder / file_name} does not hold tensor {name}, though the index says so")
+    for name, source in sources.items():
+        if name not in index:
+            raise CheckpointError(f"{source.origin} holds tensor {name}, which the index does not know")
