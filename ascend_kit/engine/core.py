@@ -1,0 +1,153 @@
+"""The engine without text: token ids in, token ids out, one step at a time. It knows no tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ascend_kit.device.device import Device
+from ascend_kit.device.ops import select_ops
+from ascend_kit.device.parallel import TensorParallel
+from ascend_kit.engine.block_manager import BlockManager
+from ascend_kit.engine.loader import load_decoder
+from ascend_kit.engine.runner import ModelRunner
+from ascend_kit.engine.scheduler import Scheduler
+from ascend_kit.engine.sequence import Sequence
+from ascend_kit.model.config import ModelConfig
+
+GIB = 1 << 30
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Share of free memory given to KV blocks when no size is asked for. Device memory is ours alone, but a graph's
+# buffers and activations need some; host memory is shared with everything else on the machine.
+KV_SHARE = {"cpu": 0.4, "cuda": 0.85, "npu": 0.85}
+
+StopCheck = Callable[[Sequence, int], str | None]
+
+
+class EngineCore:
+    """Weights, KV cache and scheduler of one model on one rank."""
+
+    def __init__(self, model_path: str, config: ModelConfig, device: Device, *, precision: str, max_seq_length: int,
+                 batch_size: int, graph_mode: bool, operator_fusion: bool, memory_optimize: bool,
+                 block_size: int | None, max_tokens_per_step: int, kv_cache_gib: float | None,
+                 parallel: TensorParallel | None = None):
+        self.config, self.device = config, device
+        dtype = DTYPES[precision]
+        ops = select_ops(device.kind, operator_fusion)
+        self.block_size = block_size or device.default_block_size
+        self.decoder = load_decoder(model_path, config, dtype=dtype, device=device, ops=ops,
+                                    max_positions=max_seq_length, parallel=parallel)
+        device.assert_on_device(self.decoder)
+        self.block_bytes = (2 * config.num_layers * self.decoder.num_kv_heads * config.head_dim * self.block_size
+                            * dtype.itemsize)
+        num_blocks = self._pool_size(max_seq_length, batch_size, kv_cache_gib)
+        self.blocks = BlockManager(num_blocks, self.block_size, on_demand=memory_optimize,
+                                   max_seq_length=max_seq_length)
+        self.scheduler = Scheduler(self.blocks, max_sequences=batch_size, max_tokens_per_step=max_tokens_per_step)
+        self.runner = ModelRunner(self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size,
+                                  dtype=dtype)
+        if graph_mode:
+            self.runner.enable_graphs(batch_size, max_seq_length)
+        self.sequences: dict[int, Sequence] = {}
+        self.counts = {"steps": 0, "prompt_tokens": 0, "cached_prompt_tokens": 0, "output_tokens": 0}
+
+    def _pool_size(self, max_seq_length: int, batch_size: int, kv_cache_gib: float | None) -> int:
+        """Blocks in the pool: what all slots can use at most, within the memory given or found free; plus block 0."""
+        useful = batch_size * -(-max_seq_length // self.block_size)
+        room = kv_cache_gib * GIB if kv_cache_gib else KV_SHARE[self.device.kind] * self.device.free_memory_bytes()
+        affordable = int(room // self.block_bytes)
+        if affordable < 1:
+            raise ValueError(f"kv_cache_gib={kv_cache_gib} does not hold one block of {self.block_size} tokens "
+                             f"({self.block_bytes / GIB:.4f} GiB); raise it or lower block_size")
+        return min(useful, affordable) + 1
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def refusal(self, sequence: Sequence, max_seq_length: int) -> str | None:
+        """Why this request can never run, or None."""
+        ids, limit = sequence.token_ids, max_seq_length
+        if not ids:
+            return "the prompt is empty: give at least one token"
+        bad = next((t for t in ids if not isinstance(t, int) or not 0 <= t < self.config.vocab_size), None)
+        if bad is not None:
+            return f"token id {bad!r} is outside the vocabulary: allowed 0 to {self.config.vocab_size - 1}"
+        room = 0 if sequence.is_scoring else 1
+        if len(ids) + room > limit:
+            return (f"the prompt has {len(ids)} tokens, max_seq_length={limit} allows {limit - room}; shorten it or "
+                    "raise max_seq_length")
+        total = len(ids) if sequence.is_scoring else min(len(ids) + sequence.sampling.max_new_tokens, limit)
+        if not self.blocks.fits_ever(total):
+            need = self.blocks.blocks_for(total if self.blocks.on_demand else max_seq_length)
+            return (f"the request needs {need} KV blocks of {self.block_size} tokens, the pool has "
+                    f"{self.blocks.total}; raise kv_cache_gib, or lower max_new_tokens"
+                    + ("" if self.blocks.on_demand else " or set memory_optimize: true"))
+        return None
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that `refusal` has passed."""
+        self.sequences[sequence.id] = sequence
+        self.scheduler.add(sequence)
+        self.counts["prompt_tokens"] += sequence.num_prompt_tokens
+
+    def step(self, should_stop: StopCheck) -> list[Sequence]:
+        """Run one step; the sequences that got a token or finished scoring, finished ones with a finish_reason.
+
+        `should_stop(sequence, token)` decides after each token: "stop", "length" or None.
+        """
+        plan = self.scheduler.schedule()
+        if not plan.chunks:
+            return []
+        now = time.perf_counter()
+        for chunk in plan.chunks:
+            if chunk.sequence.timeline.scheduled_s is None:
+                chunk.sequence.timeline.scheduled_s = now
+                self.counts["cached_prompt_tokens"] += chunk.sequence.num_cached_tokens
+        tokens = self.runner.execute(plan, self.config.eos_token_ids)
+        self.counts["steps"] += 1
+        now, touched = time.perf_counter(), []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.end
+            if sequence.is_scoring:
+                if chunk.reaches_end:
+                    self.finish(sequence, "stop", now)
+                    touched.append(sequence)
+            elif sequence.id in tokens:
+                self._append(sequence, tokens[sequence.id], now, should_stop)
+                touched.append(sequence)
+        if not self.has_unfinished:
+            self.blocks.check([])  # nothing owned means nothing may be missing
+        return touched
+
+    def finish(self, sequence: Sequence, reason: str, now: float | None = None) -> None:
+        """End a sequence for good and take its blocks back."""
+        sequence.finish_reason = reason
+        sequence.timeline.finished_s = time.perf_counter() if now is None else now
+        self.scheduler.remove(sequence)
+        self.sequences.pop(sequence.id, None)
+
+    def _append(self, sequence: Sequence, token: int, now: float, should_stop: StopCheck) -> None:
+        sequence.token_ids.append(token)
+        sequence.timeline.token_times_s.append(now)
+        self.counts["output_tokens"] += 1
+        reason = should_stop(sequence, token)
+        if reason is not None:
+            self.finish(sequence, reason, now)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since load, sizes in bytes, and what the graphs report."""
+        return {
+            **self.counts,
+            "preemptions": self.scheduler.num_preemptions,
+            "kv_blocks_total": self.blocks.total,
+            "kv_blocks_free": self.blocks.num_free,
+            "kv_block_bytes": self.block_bytes,
+            "block_size": self.block_size,
+            "weight_bytes": self.decoder.weight_bytes(),
+            "graphs": self.runner.graphs.info() if self.runner.graphs is not None else None,
+        }

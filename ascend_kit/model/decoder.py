@@ -1,0 +1,61 @@
+"""One decoder-only transformer for Qwen2, Qwen2.5, Qwen3 and Llama, over packed tokens and a paged KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ascend_kit.device.ops import AttentionMeta
+from ascend_kit.device.parallel import TensorParallel
+from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.layers import DecoderLayer, KVCache, RMSNorm, Rotary, frozen
+
+
+class Embedding(nn.Module):
+    """Token ids [T] -> [T, D]; a rank holds some of the columns, so that no row lookup has to be summed."""
+
+    def __init__(self, weight: Tensor, parallel: TensorParallel):
+        super().__init__()
+        self.weight, self.parallel = frozen(weight), parallel
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.parallel.all_gather(nn.functional.embedding(token_ids, self.weight))
+
+
+class Decoder(nn.Module):
+    """The whole model on one rank. It knows token ids and KV slots, no text and no requests."""
+
+    def __init__(self, config: ModelConfig, embedding: Embedding, layers: list[DecoderLayer], norm: RMSNorm,
+                 head: nn.Module, rotary: Rotary, parallel: TensorParallel):
+        super().__init__()
+        self.config, self.parallel = config, parallel
+        self.embedding, self.layers, self.norm, self.head = embedding, nn.ModuleList(layers), norm, head
+        self.rotary = rotary
+
+    def forward(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta, caches: list[KVCache]) -> Tensor:
+        """Hidden states [T, D] of packed tokens, after the last norm; writes their keys and values to the caches."""
+        x, residual = self.embedding(token_ids), None
+        cos, sin = self.rotary(positions)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, cos, sin, meta, cache)
+        return self.norm(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, D] -> [R, vocabulary] in the model's dtype, gathered from all ranks."""
+        return self.parallel.all_gather(self.head(hidden))
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.config.num_kv_heads // self.parallel.size
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights this rank holds; a tied matrix counts once."""
+        tensors = {p.data_ptr(): p for p in self.parameters()}
+        return sum(p.numel() * p.element_size() for p in tensors.values())
+
+    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype,
+                   device: torch.device) -> list[KVCache]:
+        """One pair of zeroed caches a layer, each [blocks, S, K, H]."""
+        shape = (num_blocks, block_size, self.num_kv_heads, self.config.head_dim)
+        return [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+                for _ in self.layers]

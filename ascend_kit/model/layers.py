@@ -1,0 +1,175 @@
+"""The parts of a decoder layer. Each calls the op table it was built with and never asks for the device.
+
+Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden, F feed-forward (all per rank).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ascend_kit.device.ops import AttentionMeta
+from ascend_kit.device.parallel import TensorParallel
+from ascend_kit.model.config import ModelConfig
+
+KVCache = tuple[Tensor, Tensor]  # keys and values, each [blocks, S, K, H]
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A weight: moved with the module, never trained."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class Linear(nn.Module):
+    """x [T, in] -> [T, out] in the model's dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, ops: ModuleType):
+        super().__init__()
+        self.ops = ops
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.weight = frozen(ops.pack_linear(weight))
+        self.bias = None if bias is None else frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """W8A8: int8 weight with a scale per output channel, activations quantised per token at run time."""
+
+    def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, ops: ModuleType):
+        super().__init__()
+        self.ops = ops
+        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
+        self.weight = frozen(ops.pack_int8(codes))
+        self.weight_scale = frozen(weight_scale.reshape(-1).float())
+        self.bias = None if bias is None else frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, act_scale = self.ops.quantize_per_token(x)
+        return self.ops.int8_matmul(codes, act_scale, self.weight, self.weight_scale, self.bias, x.dtype)
+
+
+class Int8WeightLinear(nn.Module):
+    """W8A16: int8 weight with a scale per output channel, activations in the model's dtype."""
+
+    def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, ops: ModuleType):
+        super().__init__()
+        self.ops = ops
+        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
+        self.weight = frozen(codes)
+        self.weight_scale = frozen(weight_scale.reshape(-1).float())
+        self.bias = None if bias is None else frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The scale is per output channel, so it can be applied to the product instead of to the weight.
+        product = self.ops.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
+        return product if self.bias is None else product + self.bias
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension; with a residual it adds first and returns both."""
+
+    def __init__(self, weight: Tensor, eps: float, ops: ModuleType):
+        super().__init__()
+        self.weight, self.eps, self.ops = frozen(weight), eps, ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Cosine and sine of every position, full head width (the half vector twice), [max_positions, H]."""
+
+    def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        frequencies = _inverse_frequencies(config)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+        angles = torch.cat((angles, angles), dim=-1)
+        # Computed in float32 on the host and cast last: bf16 angles would be wrong from a few hundred tokens on.
+        self.register_buffer("cos", angles.cos().to(device, dtype), persistent=False)
+        self.register_buffer("sin", angles.sin().to(device, dtype), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+
+
+class Attention(nn.Module):
+    """Self-attention over the paged KV cache, with this rank's heads."""
+
+    def __init__(self, config: ModelConfig, qkv: nn.ModuleList, out: nn.Module, q_norm: RMSNorm | None,
+                 k_norm: RMSNorm | None, ops: ModuleType, parallel: TensorParallel):
+        super().__init__()
+        self.qkv, self.out, self.q_norm, self.k_norm = qkv, out, q_norm, k_norm
+        self.ops, self.parallel = ops, parallel
+        self.num_heads = config.num_heads // parallel.size
+        self.num_kv_heads = config.num_kv_heads // parallel.size
+        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
+        q, k, v = self._project(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.ops.rotary(q, k, cos, sin)
+        self.ops.store_kv(k, v, cache[0], cache[1], meta.slot_mapping)
+        mixed = self.ops.paged_attention(q, cache[0], cache[1], meta, self.scale)
+        return self.parallel.all_reduce(self.out(mixed.flatten(1)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, N, H], k and v [T, K, H], from one merged product or from three, as the op table prefers."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if len(self.qkv) == 1:
+            parts = self.qkv[0](x).split([count * self.head_dim for count in heads], dim=-1)
+        else:
+            parts = [projection(x) for projection in self.qkv]
+        return tuple(part.unflatten(-1, (count, self.head_dim)) for part, count in zip(parts, heads, strict=True))
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: down(silu(gate) * up) with gate and up in one product."""
+
+    def __init__(self, gate_up: nn.Module, down: nn.Module, ops: ModuleType, parallel: TensorParallel):
+        super().__init__()
+        self.gate_up, self.down, self.ops, self.parallel = gate_up, down, ops, parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parallel.all_reduce(self.down(self.ops.swiglu(self.gate_up(x))))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm that also carries the residual stream."""
+
+    def __init__(self, input_norm: RMSNorm, attention: Attention, post_norm: RMSNorm, mlp: MLP):
+        super().__init__()
+        self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
+
+    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, meta: AttentionMeta,
+                cache: KVCache) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            residual, x = x, self.input_norm(x)
+        else:
+            x, residual = self.input_norm(x, residual)
+        x = self.attention(x, cos, sin, meta, cache)
+        x, residual = self.post_norm(x, residual)
+        return self.mlp(x), residual
+
+
+def _inverse_frequencies(config: ModelConfig) -> Tensor:
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**half
+    if config.rope_scaling is None:
+        return frequencies
+    return _llama3_frequencies(frequencies, config.rope_scaling)
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:
+    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+    factor, old = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = old * frequencies / (2 * torch.pi)  # full turns within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * keep + frequencies / factor * (1 - keep)
