@@ -1,0 +1,191 @@
+"""`python -m ascend_kit`: run, check, convert, doctor, report.
+
+Exit status: 0 done, 1 something that was run has failed, 2 the request itself is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ascend_kit.params import Experiment, ParameterError, load_experiment, parse_overrides
+from ascend_kit.results import RunFolderError
+from ascend_kit.run import RunError
+
+EPILOG = """examples:
+  python -m ascend_kit run params/demo.yaml                          all notebooks, in order
+  python -m ascend_kit run params/demo.yaml --resume                 only what is missing or failed
+  python -m ascend_kit run params/qwen3-8b.yaml --only 04,05 --run plain --set graph_mode=false
+  python -m ascend_kit check params/qwen3-8b.yaml                    validate, run nothing
+  python -m ascend_kit check --list                                  every parameter with its default
+  python -m ascend_kit convert params/qwen3-8b-w8a8.yaml             convert the checkpoint without a notebook
+  python -m ascend_kit doctor                                        faults of this machine, and remedies
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["doctor"]:  # it has a command line of its own
+        from ascend_kit.device.doctor import main as doctor
+
+        return _guarded(lambda: doctor(words[1:]))
+    arguments = _parser().parse_args(words)
+    return _guarded(lambda: arguments.command(arguments))
+
+
+def _guarded(command: Any) -> int:
+    try:
+        return command() or 0
+    except (ParameterError, RunError, RunFolderError) as error:
+        print(f"ascend_kit: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ascend_kit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ascend_kit",
+        epilog=EPILOG,
+        description="Run, check and report experiments on Qwen models.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="execute the notebooks of an experiment, write its report")
+    _experiment_arguments(run)
+    run.add_argument("--only", metavar="NAMES", help="these notebooks, separated by commas: 04_throughput,05")
+    run.add_argument(
+        "--resume", action="store_true", help="the run folder exists: do what is missing or failed"
+    )
+    run.add_argument("--overwrite", action="store_true", help="the run folder exists: start again")
+    run.set_defaults(command=_run)
+
+    check = commands.add_parser("check", help="validate a parameter file and its notebooks, run nothing")
+    _experiment_arguments(check, optional=True)
+    check.add_argument(
+        "--list", action="store_true", help="print every parameter with its default and meaning"
+    )
+    check.set_defaults(command=_check)
+
+    convert = commands.add_parser("convert", help="convert a checkpoint as the parameter file says")
+    _experiment_arguments(convert, optional=True)
+    for option in ("input_model", "output_model", "framework", "device"):
+        convert.add_argument(
+            f"--{option.replace('_', '-')}",
+            f"--{option}",
+            dest=option,
+            metavar="VALUE",
+            help=f"the same as --set {option}=VALUE",
+        )
+    convert.add_argument("--config", metavar="YAML", help="the parameter file, as an option")
+    convert.set_defaults(command=_convert)
+
+    commands.add_parser("doctor", help="look for faults of this machine and name the remedy", add_help=False)
+
+    report = commands.add_parser("report", help="write report.html of a run folder again")
+    report.add_argument("run_folder", help="outputs/<experiment>/<run>")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _experiment_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument(
+        "parameters",
+        nargs="?" if optional else None,
+        metavar="YAML",
+        help="parameter file, for instance params/demo.yaml",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="replace one parameter (may be given several times); the value is read as YAML",
+    )
+    parser.add_argument("--run", metavar="NAME", help="name of this variant, the same as --set run=NAME")
+    if not optional:
+        parser.add_argument(
+            "--notebooks", metavar="FOLDER", help="notebooks to run; default: those of the project"
+        )
+
+
+def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    overrides = parse_overrides(arguments.assignments)
+    if arguments.run:
+        overrides["run"] = arguments.run
+    return overrides
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ascend_kit.run import run_experiment
+
+    only = [name.strip() for name in arguments.only.split(",") if name.strip()] if arguments.only else None
+    report = run_experiment(
+        arguments.parameters,
+        only=only,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        overrides=_overrides(arguments),
+        notebooks=arguments.notebooks,
+        echo=_say,
+    )
+    return 0 if report.ok else 1
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        for name, info in Experiment.model_fields.items():
+            print(f"{name} = {info.default!r}  # {info.description}")
+        return 0
+    from ascend_kit.run import check_experiment
+
+    experiment = check_experiment(_parameter_file(arguments), _overrides(arguments))
+    print(f"{arguments.parameters}: fine; results go to {experiment.run_folder}")
+    return 0
+
+
+def _parameter_file(arguments: argparse.Namespace) -> str:
+    path = arguments.parameters or getattr(arguments, "config", None)
+    if path is None:
+        raise RunError("name a parameter file, for instance params/demo.yaml")
+    return path
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from ascend_kit import convert
+    from ascend_kit.demo import resolve
+
+    overrides = _overrides(arguments)
+    for option in ("input_model", "output_model", "framework", "device"):
+        if getattr(arguments, option) is not None:
+            overrides[option] = getattr(arguments, option)
+    experiment = load_experiment(_parameter_file(arguments), overrides)
+    result = convert(resolve(experiment))
+    print(result)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ascend_kit.show.report import write_report
+
+    folder = Path(arguments.run_folder)
+    if not (folder / "run.json").is_file() and not list(folder.glob("[0-9][0-9]_*.ipynb")):
+        raise RunError(f"{folder} is no run folder: it holds neither run.json nor executed notebooks")
+    print(write_report(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""What can be known before a kernel starts: the notebooks, their parameters cells, the paths they will read."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ascend_kit.params import Experiment, ParameterError
+
+
+class RunError(ValueError):
+    """The run cannot start as asked; the text says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A source notebook and the parameters of its tagged cell, with their defaults."""
+
+    name: str
+    path: Path
+    defaults: dict[str, Any]
+
+
+def find_notebooks(folder: str | Path | None = None) -> list[Notebook]:
+    """Every notebook `NN_name.ipynb` of the folder in order, each with a valid parameters cell."""
+    candidates = (
+        [Path(folder)] if folder else [Path(__file__).resolve().parents[2] / "notebooks", Path("notebooks")]
+    )
+    found = next((path for path in candidates if path.is_dir()), None)
+    paths = sorted(found.glob("[0-9][0-9]_*.ipynb")) if found else []
+    if not paths:
+        raise RunError(
+            f"no notebooks NN_name.ipynb in {', '.join(map(str, candidates))}; name their folder with "
+            "--notebooks"
+        )
+    return [Notebook(path.stem, path, parameter_defaults(path)) for path in paths]
+
+
+def parameter_defaults(path: Path) -> dict[str, Any]:
+    """Names and default values of the one cell tagged `parameters`; RunError when it is not as it must be.
+
+    Read with ast: papermill's own reader works line by line and overlooks some assignments, and without the
+    tag it would put the injected values above the defaults, which then win in silence.
+    """
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not a notebook: {error}") from None
+    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise RunError(
+            f"{path.name}: {len(tagged)} cells carry the tag `parameters`, it must be exactly one; without "
+            "it the values of the parameter file would have no effect (JupyterLab: property inspector, "
+            "cell tags)"
+        )
+    defaults = _literals(path.name, "".join(tagged[0]["source"]))
+    for name in defaults:
+        if name not in Experiment.model_fields:
+            near = difflib.get_close_matches(name, list(Experiment.model_fields), n=1)
+            raise RunError(
+                f"{path.name}: its parameters cell defines {name!r}, which is no parameter"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    return defaults
+
+
+def _literals(where: str, source: str) -> dict[str, Any]:
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise RunError(f"{where}: the parameters cell is not Python: {error}") from None
+    values = {}
+    for statement in statements:
+        targets = (
+            statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        )
+        value = getattr(statement, "value", None)
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name) or value is None:
+            raise RunError(
+                f"{where}: the parameters cell may hold only `name: type = literal` lines, found "
+                f"`{ast.unparse(statement)}`"
+            )
+        try:
+            values[targets[0].id] = ast.literal_eval(value)
+        except ValueError:
+            raise RunError(
+                f"{where}: {targets[0].id} must be a plain literal, found `{ast.unparse(value)}`"
+            ) from None
+    return values
+
+
+def select_notebooks(available: list[Notebook], only: list[str] | None) -> list[Notebook]:
+    """The notebooks named by `only` (whole name or a prefix such as 04), in running order."""
+    if only is None:
+        return available
+    chosen = set()
+    names = [notebook.name for notebook in available]
+    for wanted in only:
+        stem = Path(wanted).stem if wanted.endswith(".ipynb") else wanted
+        hits = [name for name in names if name == stem] or [
+            name for name in names if stem and name.startswith(stem)
+        ]
+        if len(hits) != 1:
+            near = difflib.get_close_matches(stem, names, n=1, cutoff=0.4)
+            raise RunError(
+                f"--only {wanted!r} names {'no notebook' if not hits else 'several notebooks'}; known: "
+                f"{', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        chosen.add(hits[0])
+    return [notebook for notebook in available if notebook.name in chosen]
+
+
+def check_paths(experiment: Experiment, notebooks: list[Notebook]) -> None:
+    """ParameterError for every named file or folder that is not there and that one of the notebooks reads."""
+    used = {name for notebook in notebooks for name in notebook.defaults}
+    missing = []
+    for key in ("input_model", "tokenizer_path", "prompts_file", "dataset_path"):
+        value = getattr(experiment, key)
+        if key not in used or value is None or value == "demo" or Path(value).exists():
+            continue
+        if (
+            key == "input_model"
+            and experiment.use_model == "converted"
+            and experiment.converted_folder.exists()
+        ):
+            continue  # the source may be gone once it was converted
+        missing.append(f"{key}: nothing at {value}{_nearest_existing(Path(value))}")
+    if missing:
+        raise ParameterError(
+            "; ".join(missing) + " (a path is read from the current folder; the word demo means the "
+            "built-in example)"
+        )
+
+
+def _nearest_existing(path: Path) -> str:
+    parent = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
+    if parent is None:
+        return ""
+    near = difflib.get_close_matches(path.name, [item.name for item in parent.iterdir()], n=1)
+    return (
+        f"; did you mean {parent / near[0]}?"
+        if near and parent == path.absolute().parent
+        else f" ({parent} exists)"
+    )

@@ -1,0 +1,1 @@
+"""What people look at: plots, progress, the parameter panel and the HTML report."""
