@@ -1,1 +1,3 @@
-"""Checkpoints: files in, files out. Knows tensor names, layouts and hashes; knows neither engine nor device."""
+"""Checkpoints: files in, files out. Knows tensor names, layouts and hashes; knows neither engine nor
+device.
+"""

@@ -24,9 +24,16 @@ class Checkpoint:
     `quantized_layouts` describes, and `quantization` says which they are.
     """
 
-    def __init__(self, folder: Path, sources: Mapping[str, TensorSource], config: dict[str, Any], *,
-                 files: list[Path], framework: str = "huggingface",
-                 quantization: QuantizationInfo | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sources: Mapping[str, TensorSource],
+        config: dict[str, Any],
+        *,
+        files: list[Path],
+        framework: str = "huggingface",
+        quantization: QuantizationInfo | None = None,
+    ) -> None:
         self.folder, self.config, self.files, self.framework = Path(folder), config, files, framework
         self.quantization = quantization or QuantizationInfo()
         self.sources = dict(sources)
@@ -62,7 +69,9 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a Hugging Face folder. Headers are checked now, data is read later; CheckpointError names what is wrong."""
+    """Open a Hugging Face folder. Headers are checked now, data is read later; CheckpointError names what
+    is wrong.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {folder}")
@@ -104,7 +113,9 @@ def _find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
     for suffix, single in ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin")):
         indexes = sorted(folder.glob(f"*{suffix}.index.json"))
         if len(indexes) > 1:
-            raise CheckpointError(f"{folder} has several indexes: {[path.name for path in indexes]}; keep one")
+            raise CheckpointError(
+                f"{folder} has several indexes: {[path.name for path in indexes]}; keep one"
+            )
         if indexes:
             index = read_json(indexes[0], "the index").get("weight_map")
             if not isinstance(index, dict) or not index:
@@ -116,10 +127,14 @@ def _find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
     if len(others) == 1:
         return None, others
     if others:
-        raise CheckpointError(f"{folder} has {len(others)} safetensors files and no index; add "
-                              "model.safetensors.index.json, which says which tensor is in which file")
-    raise CheckpointError(f"{folder} holds no weights: expected model.safetensors, a *.safetensors.index.json or "
-                          "pytorch_model.bin")
+        raise CheckpointError(
+            f"{folder} has {len(others)} safetensors files and no index; add "
+            "model.safetensors.index.json, which says which tensor is in which file"
+        )
+    raise CheckpointError(
+        f"{folder} holds no weights: expected model.safetensors, a *.safetensors.index.json or "
+        "pytorch_model.bin"
+    )
 
 
 def _existing(folder: Path, name: str, index: Path) -> Path:
@@ -127,7 +142,9 @@ def _existing(folder: Path, name: str, index: Path) -> Path:
     if Path(name).name != name:
         raise CheckpointError(f"{index} names the file {name!r}; only plain file names are followed")
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, though {index.name} names it: the download or copy is incomplete")
+        raise CheckpointError(
+            f"{path} is missing, though {index.name} names it: the download or copy is incomplete"
+        )
     return path
 
 
@@ -148,7 +165,9 @@ def _open_weights(path: Path) -> dict[str, TensorSource]:
 def _check_index(folder: Path, index: dict[str, str], sources: dict[str, TensorSource]) -> None:
     for name, file_name in index.items():
         if name not in sources or Path(sources[name].origin).name != file_name:
-            raise CheckpointError(f"{folder / file_name} does not hold tensor {name}, though the index says so")
+            raise CheckpointError(
+                f"{folder / file_name} does not hold tensor {name}, though the index says so"
+            )
     for name, source in sources.items():
         if name not in index:
             raise CheckpointError(f"{source.origin} holds tensor {name}, which the index does not know")

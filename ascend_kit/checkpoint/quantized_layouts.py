@@ -1,16 +1,16 @@
 """What an int8 checkpoint says about itself, and its linears in one common form.
 
-Two layouts are read: compressed-tensors (`quantization_config` in config.json; also what we write) and msModelSlim
-(`quant_model_description.json`). Whatever is on disk, a quantised linear `X` appears as
+Two layouts are read: compressed-tensors (`quantization_config` in config.json; also what we write) and
+msModelSlim (`quant_model_description.json`). Whatever is on disk, a quantised linear `X` appears as
 
     X.weight        int8     [out, in]
     X.weight_scale  float32  [out]          weight = X.weight * X.weight_scale[:, None]
     X.bias          as stored, if any
 
 Symmetric, one scale per output channel. Everything else (groups, zero points, 4 bit, fp8) is refused by name.
-msModelSlim's static W8A8 is read with per-token activations instead of its fixed input scale; the weight scale and
-the bias are recovered from the folded `deq_scale` and `quant_bias`.
-Layout facts: compressed-tensors 0.20 (`compressors/`), https://www.hiascend.com/document/detail/zh/mindie/230/mindiellm/
+msModelSlim's static W8A8 is read with per-token activations instead of its fixed input scale; the weight
+scale and the bias are recovered from the folded `deq_scale` and `quant_bias`. Layout facts:
+compressed-tensors 0.20 (`compressors/`), https://www.hiascend.com/document/detail/zh/mindie/230/mindiellm/
 llmdev/mindie_llm0288.html (tensor names, dtypes and shapes of W8A8).
 """
 
@@ -29,15 +29,21 @@ from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, che
 
 SCHEMES = ("none", "w8a8", "w8a16")
 MSMODELSLIM_FILE = "quant_model_description.json"
-MSMODELSLIM_SCHEMES = {"W8A8": "w8a8", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W8A16": "w8a16", "FLOAT": "none"}
+MSMODELSLIM_SCHEMES = {
+    "W8A8": "w8a8",
+    "W8A8_DYNAMIC": "w8a8",
+    "W8A8_MIX": "w8a8",
+    "W8A16": "w8a16",
+    "FLOAT": "none",
+}
 
 
 @dataclass(frozen=True)
 class QuantizationInfo:
     """Which linears are stored as int8. Names are module names without `.weight`."""
 
-    layout: str = "none"                                          # none | compressed-tensors | msmodelslim
-    schemes: Mapping[str, str] = field(default_factory=dict)      # linear name -> w8a8 | w8a16; absent = none
+    layout: str = "none"  # none | compressed-tensors | msmodelslim
+    schemes: Mapping[str, str] = field(default_factory=dict)  # linear name -> w8a8 | w8a16; absent = none
 
     def scheme(self, linear: str) -> str:
         """`none`, `w8a8` or `w8a16`."""
@@ -74,7 +80,9 @@ class ScaleColumn:
 
 
 class PackedInt8:
-    """int8 values packed four to an int32 (offset by 128, little-endian, rows padded), presented as int8 [out, in]."""
+    """int8 values packed four to an int32 (offset by 128, little-endian, rows padded), presented as int8
+    [out, in].
+    """
 
     dtype = torch.int8
 
@@ -82,15 +90,15 @@ class PackedInt8:
         self.inner, self.shape, self.origin = inner, shape, inner.origin
 
     def read(self) -> torch.Tensor:
-        return self._unpack(self.inner.read())[:, :self.shape[1]].contiguous()
+        return self._unpack(self.inner.read())[:, : self.shape[1]].contiguous()
 
     def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
         check_slice("packed weight", self.shape, dim, start, stop)
         if dim == 0:
-            return self._unpack(self.inner.read_slice(0, start, stop))[:, :self.shape[1]].contiguous()
+            return self._unpack(self.inner.read_slice(0, start, stop))[:, : self.shape[1]].contiguous()
         first = start // 4
         block = self._unpack(self.inner.read_slice(1, first, (stop + 3) // 4))
-        return block[:, start - 4 * first:stop - 4 * first].contiguous()
+        return block[:, start - 4 * first : stop - 4 * first].contiguous()
 
     @staticmethod
     def _unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -122,7 +130,11 @@ class RecoveredScale:
     def dequantization(self, start: int, stop: int) -> torch.Tensor:
         """deq_scale as float32; int64 storage carries the float's bit pattern in its low half."""
         raw = self.deq_scale.read_slice(0, start, stop).reshape(-1)
-        return (raw & 0xFFFFFFFF).to(torch.int32).view(torch.float32) if raw.dtype == torch.int64 else raw.float()
+        return (
+            (raw & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
+            if raw.dtype == torch.int64
+            else raw.float()
+        )
 
 
 class RecoveredBias:
@@ -133,8 +145,13 @@ class RecoveredBias:
 
     dtype = torch.float32
 
-    def __init__(self, quant_bias: TensorSource, input_offset: TensorSource, weight: TensorSource,
-                 scale: RecoveredScale) -> None:
+    def __init__(
+        self,
+        quant_bias: TensorSource,
+        input_offset: TensorSource,
+        weight: TensorSource,
+        scale: RecoveredScale,
+    ) -> None:
         self.quant_bias, self.input_offset, self.weight, self.scale = quant_bias, input_offset, weight, scale
         self.shape, self.origin = (quant_bias.shape[0],), quant_bias.origin
 
@@ -148,8 +165,9 @@ class RecoveredBias:
         return (total.double() * self.scale.dequantization(start, stop).double()).float()
 
 
-def present_quantized(folder: Path, config: dict[str, Any],
-                      sources: dict[str, TensorSource]) -> tuple[dict[str, TensorSource], QuantizationInfo]:
+def present_quantized(
+    folder: Path, config: dict[str, Any], sources: dict[str, TensorSource]
+) -> tuple[dict[str, TensorSource], QuantizationInfo]:
     """Sources in the common form and the description; a float checkpoint passes through unchanged."""
     description = folder / MSMODELSLIM_FILE
     if description.is_file():
@@ -159,15 +177,20 @@ def present_quantized(folder: Path, config: dict[str, Any],
         return sources, QuantizationInfo()
     method = stored.get("quant_method")
     if method != "compressed-tensors":
-        raise CheckpointError(f"{folder}/config.json: quant_method {method!r} is not supported; readable are "
-                              "compressed-tensors int8 (W8A8, W8A16) and msModelSlim, or start from the float model")
+        raise CheckpointError(
+            f"{folder}/config.json: quant_method {method!r} is not supported; readable are "
+            "compressed-tensors int8 (W8A8, W8A16) and msModelSlim, or start from the float model"
+        )
     return _present_compressed_tensors(folder, stored, sources)
 
 
-def _present_compressed_tensors(folder: Path, stored: dict[str, Any],
-                                sources: dict[str, TensorSource]) -> tuple[dict[str, TensorSource], QuantizationInfo]:
-    groups = [(_group_scheme(folder, name, group), group.get("targets", []))
-              for name, group in stored.get("config_groups", {}).items()]
+def _present_compressed_tensors(
+    folder: Path, stored: dict[str, Any], sources: dict[str, TensorSource]
+) -> tuple[dict[str, TensorSource], QuantizationInfo]:
+    groups = [
+        (_group_scheme(folder, name, group), group.get("targets", []))
+        for name, group in stored.get("config_groups", {}).items()
+    ]
     result, schemes = dict(sources), {}
     for scale_name in [name for name in sources if name.endswith(".weight_scale")]:
         linear = scale_name.removesuffix(".weight_scale")
@@ -180,10 +203,14 @@ def _group_scheme(folder: Path, name: str, group: dict[str, Any]) -> str:
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
     where = f"{folder}/config.json, quantization group {name}"
     if (weights.get("num_bits"), weights.get("type", "int")) != (8, "int"):
-        raise CheckpointError(f"{where}: weights of {weights.get('num_bits')} bit {weights.get('type')}; only int8 is read")
+        raise CheckpointError(
+            f"{where}: weights of {weights.get('num_bits')} bit {weights.get('type')}; only int8 is read"
+        )
     if weights.get("strategy", "channel") != "channel" or not weights.get("symmetric", True):
-        raise CheckpointError(f"{where}: weight strategy {weights.get('strategy')!r}, symmetric="
-                              f"{weights.get('symmetric')}; only symmetric scales per channel are read")
+        raise CheckpointError(
+            f"{where}: weight strategy {weights.get('strategy')!r}, symmetric="
+            f"{weights.get('symmetric')}; only symmetric scales per channel are read"
+        )
     if inputs is None:
         return "w8a16"
     if inputs.get("num_bits") != 8 or inputs.get("type", "int") != "int" or not inputs.get("dynamic"):
@@ -194,18 +221,25 @@ def _group_scheme(folder: Path, name: str, group: dict[str, Any]) -> str:
 def _scheme_of_linear(folder: Path, linear: str, groups: list[tuple[str, list[str]]]) -> str:
     # A target naming the module wins over one naming the class, as in compressed-tensors itself.
     for scheme, targets in groups:
-        if any(target == linear or (target.startswith("re:") and re.match(target[3:], linear)) for target in targets):
+        if any(
+            target == linear or (target.startswith("re:") and re.match(target[3:], linear))
+            for target in targets
+        ):
             return scheme
     for scheme, targets in groups:
         if "Linear" in targets:
             return scheme
-    raise CheckpointError(f"{folder}: {linear}.weight_scale is stored, but no quantization group targets {linear}")
+    raise CheckpointError(
+        f"{folder}: {linear}.weight_scale is stored, but no quantization group targets {linear}"
+    )
 
 
 def _present_linear(folder: Path, linear: str, result: dict[str, TensorSource]) -> None:
     for extra in ("weight_zero_point", "weight_g_idx", "input_scale"):
         if f"{linear}.{extra}" in result:
-            raise CheckpointError(f"{folder}: {linear}.{extra} is stored; only symmetric per-channel int8 is read")
+            raise CheckpointError(
+                f"{folder}: {linear}.{extra} is stored; only symmetric per-channel int8 is read"
+            )
     if f"{linear}.weight_packed" in result:
         shape = result.pop(f"{linear}.weight_shape").read().tolist()
         result[f"{linear}.weight"] = PackedInt8(result.pop(f"{linear}.weight_packed"), (shape[0], shape[1]))
@@ -218,14 +252,19 @@ def _check_linear(folder: Path, linear: str, result: dict[str, TensorSource]) ->
     if weight is None:
         raise CheckpointError(f"{folder}: {linear}.weight_scale has no {linear}.weight beside it")
     if weight.dtype != torch.int8 or len(weight.shape) != 2:
-        raise CheckpointError(f"{weight.origin}: {linear}.weight is {weight.dtype} {weight.shape}, expected int8 [out, in]")
+        raise CheckpointError(
+            f"{weight.origin}: {linear}.weight is {weight.dtype} {weight.shape}, expected int8 [out, in]"
+        )
     if scale is not None and scale.shape not in ((weight.shape[0],), (weight.shape[0], 1)):
-        raise CheckpointError(f"{scale.origin}: {linear}.weight_scale has shape {scale.shape}, expected "
-                              f"[{weight.shape[0]}] (one per output channel)")
+        raise CheckpointError(
+            f"{scale.origin}: {linear}.weight_scale has shape {scale.shape}, expected "
+            f"[{weight.shape[0]}] (one per output channel)"
+        )
 
 
-def _present_msmodelslim(path: Path,
-                         sources: dict[str, TensorSource]) -> tuple[dict[str, TensorSource], QuantizationInfo]:
+def _present_msmodelslim(
+    path: Path, sources: dict[str, TensorSource]
+) -> tuple[dict[str, TensorSource], QuantizationInfo]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -235,7 +274,9 @@ def _present_msmodelslim(path: Path,
         if not name.endswith(".weight") or name not in sources or kind == "FLOAT":
             continue
         if kind not in MSMODELSLIM_SCHEMES:
-            raise CheckpointError(f"{path}: {name} is stored as {kind}; readable: {', '.join(MSMODELSLIM_SCHEMES)}")
+            raise CheckpointError(
+                f"{path}: {name} is stored as {kind}; readable: {', '.join(MSMODELSLIM_SCHEMES)}"
+            )
         linear = name.removesuffix(".weight")
         schemes[linear] = MSMODELSLIM_SCHEMES[kind]
         _present_msmodelslim_linear(path, linear, result)
@@ -246,17 +287,23 @@ def _present_msmodelslim_linear(path: Path, linear: str, result: dict[str, Tenso
     _check_linear(path.parent, linear, result)
     offset = result.pop(f"{linear}.weight_offset", None)
     if offset is not None and bool(offset.read().ne(0).any()):
-        raise CheckpointError(f"{offset.origin}: {linear}.weight_offset is not zero; only symmetric weights are read. "
-                              "Quantise again with w_sym=True")
+        raise CheckpointError(
+            f"{offset.origin}: {linear}.weight_offset is not zero; only symmetric weights are read. "
+            "Quantise again with w_sym=True"
+        )
     scale, deq = result.get(f"{linear}.weight_scale"), result.pop(f"{linear}.deq_scale", None)
-    folded = {key: result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")}
+    folded = {
+        key: result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")
+    }
     if deq is None and scale is not None:
         result[f"{linear}.weight_scale"] = ScaleColumn(scale)
         return
     if deq is None or any(value is None for value in folded.values()):
-        raise CheckpointError(f"{path}: {linear} needs weight_scale, or deq_scale with input_scale, input_offset and "
-                              "quant_bias")
+        raise CheckpointError(
+            f"{path}: {linear} needs weight_scale, or deq_scale with input_scale, input_offset and quant_bias"
+        )
     recovered = RecoveredScale(deq, folded["input_scale"])
     result[f"{linear}.weight_scale"] = recovered
-    result[f"{linear}.bias"] = RecoveredBias(folded["quant_bias"], folded["input_offset"], result[f"{linear}.weight"],
-                                             recovered)
+    result[f"{linear}.bias"] = RecoveredBias(
+        folded["quant_bias"], folded["input_offset"], result[f"{linear}.weight"], recovered
+    )

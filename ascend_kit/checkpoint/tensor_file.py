@@ -1,7 +1,7 @@
 """Tensors as regions of files: nothing is read before it is asked for, and only what is asked for is read.
 
-Files are read with pread into fresh memory, never mapped as a whole: mapped pages would count as memory in use,
-and a converter that promises a bound must be able to keep it.
+Files are read with pread into fresh memory, never mapped as a whole: mapped pages would count as memory in
+use, and a converter that promises a bound must be able to keep it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,27 @@ from typing import Protocol
 import torch
 
 DTYPE_OF_CODE = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, contradicts itself or is of a kind that cannot be used; names file and tensor."""
+    """A checkpoint is damaged, contradicts itself or is of a kind that cannot be used; names file and
+    tensor.
+    """
 
 
 class TensorSource(Protocol):
@@ -73,8 +84,10 @@ class ReadFile:
             except OSError as error:
                 raise CheckpointError(f"cannot read {what} from {self.path}: {error.strerror}") from error
             if count == 0:
-                raise CheckpointError(f"{self.path} is truncated: {what} should end at byte {offset + len(buffer)}, "
-                                      f"the file ends at {offset + done}")
+                raise CheckpointError(
+                    f"{self.path} is truncated: {what} should end at byte {offset + len(buffer)}, "
+                    f"the file ends at {offset + done}"
+                )
             done += count
 
     def read_bytes(self, offset: int, length: int, what: str) -> bytes:
@@ -97,7 +110,9 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 class RawTensor:
     """A contiguous tensor at a byte offset of a file."""
 
-    def __init__(self, file: ReadFile, name: str, dtype: torch.dtype, shape: Sequence[int], offset: int) -> None:
+    def __init__(
+        self, file: ReadFile, name: str, dtype: torch.dtype, shape: Sequence[int], offset: int
+    ) -> None:
         self.file, self.name, self.dtype, self.offset = file, name, dtype, offset
         self.shape = tuple(int(n) for n in shape)
         self.nbytes = math.prod(self.shape) * dtype.itemsize
@@ -109,8 +124,8 @@ class RawTensor:
     def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) along `dim`, contiguous; only their bytes are read."""
         check_slice(self.name, self.shape, dim, start, stop)
-        shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1:])
-        inner_bytes = math.prod(self.shape[dim + 1:]) * self.dtype.itemsize
+        shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+        inner_bytes = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize
         if math.prod(self.shape[:dim]) == 1:
             return self._read_span(shape, self.offset + start * inner_bytes)
         return self._read_strided(dim, shape, start * inner_bytes, stop * inner_bytes)
@@ -122,17 +137,22 @@ class RawTensor:
         return result
 
     def _read_strided(self, dim: int, shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
-        # A column block: map the region, copy the wanted bytes of every row, unmap. Untouched pages stay on disk.
+        # A column block: map the region, copy the wanted bytes of every row, unmap. Untouched pages stay on
+        # disk.
         import numpy as np
 
         result = torch.empty(shape, dtype=self.dtype)
         if not result.numel():
             return result
         if self.offset + self.nbytes > self.file.size:
-            raise CheckpointError(f"{self.origin} is truncated: tensor {self.name} ends at byte "
-                                  f"{self.offset + self.nbytes}, the file at {self.file.size}")
+            raise CheckpointError(
+                f"{self.origin} is truncated: tensor {self.name} ends at byte "
+                f"{self.offset + self.nbytes}, the file at {self.file.size}"
+            )
         start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        with mmap.mmap(self.file.fd, self.offset + self.nbytes - start, access=mmap.ACCESS_READ, offset=start) as area:
+        with mmap.mmap(
+            self.file.fd, self.offset + self.nbytes - start, access=mmap.ACCESS_READ, offset=start
+        ) as area:
             rows = math.prod(self.shape[:dim])
             source = np.frombuffer(area, np.uint8, self.nbytes, self.offset - start).reshape(rows, -1)
             np.copyto(np.frombuffer(as_bytes(result), np.uint8).reshape(rows, -1), source[:, first:last])
@@ -157,11 +177,15 @@ class MemoryTensor:
 def check_slice(name: str, shape: tuple[int, ...], dim: int, start: int, stop: int) -> None:
     """ValueError unless [start, stop) lies inside dimension `dim` of `shape`."""
     if not 0 <= dim < len(shape) or not 0 <= start <= stop <= shape[dim]:
-        raise ValueError(f"slice [{start}:{stop}] of dimension {dim} is outside tensor {name} with shape {shape}")
+        raise ValueError(
+            f"slice [{start}:{stop}] of dimension {dim} is outside tensor {name} with shape {shape}"
+        )
 
 
 class SafetensorsFile:
-    """The checked header of one .safetensors file: every fault of the layout is found before a tensor is read."""
+    """The checked header of one .safetensors file: every fault of the layout is found before a tensor is
+    read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.file = ReadFile(path)
@@ -172,10 +196,14 @@ class SafetensorsFile:
     def _read_header(self) -> bytes:
         path, size = self.file.path, self.file.size
         if size < 8:
-            raise CheckpointError(f"{path} is truncated: {size} bytes, a safetensors file has a header of at least 8")
+            raise CheckpointError(
+                f"{path} is truncated: {size} bytes, a safetensors file has a header of at least 8"
+            )
         length = int.from_bytes(self.file.read_bytes(0, 8, "the header length"), "little")
         if length > MAX_HEADER_BYTES or length < 2:
-            raise CheckpointError(f"{path} is not a safetensors file: its header would be {length} bytes long")
+            raise CheckpointError(
+                f"{path} is not a safetensors file: its header would be {length} bytes long"
+            )
         if 8 + length > size:
             raise CheckpointError(f"{path} is truncated: header of {length} bytes in a file of {size}")
         return self.file.read_bytes(0, 8 + length, "the header")
@@ -185,24 +213,32 @@ class SafetensorsFile:
         try:
             header = json.loads(text)
             self.metadata = header.pop("__metadata__", {}) or {}
-            entries = [(name, item["dtype"], item["shape"], *item["data_offsets"]) for name, item in header.items()]
+            entries = [
+                (name, item["dtype"], item["shape"], *item["data_offsets"]) for name, item in header.items()
+            ]
             entries.sort(key=lambda entry: (entry[3], entry[4]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} has a damaged header: {type(error).__name__}: {error}") from error
         tensors, data_start, expected = {}, len(text) + 8, 0
         for name, code, shape, start, stop in entries:
             if code not in DTYPE_OF_CODE:
-                raise CheckpointError(f"{path}: tensor {name} has dtype {code}, known: {', '.join(DTYPE_OF_CODE)}")
+                raise CheckpointError(
+                    f"{path}: tensor {name} has dtype {code}, known: {', '.join(DTYPE_OF_CODE)}"
+                )
             tensor = RawTensor(self.file, name, DTYPE_OF_CODE[code], shape, data_start + start)
             if start != expected or stop - start != tensor.nbytes:
-                raise CheckpointError(f"{path} has a wrong header: tensor {name} {code} {shape} claims bytes "
-                                      f"{start}..{stop}, expected {expected}..{expected + tensor.nbytes}")
+                raise CheckpointError(
+                    f"{path} has a wrong header: tensor {name} {code} {shape} claims bytes "
+                    f"{start}..{stop}, expected {expected}..{expected + tensor.nbytes}"
+                )
             expected, tensors[name] = stop, tensor
         if data_start + expected != self.file.size:
             last = entries[-1][0] if entries else "none"
             kind = "truncated" if data_start + expected > self.file.size else "longer than its header says"
-            raise CheckpointError(f"{path} is {kind}: {self.file.size} bytes, the header needs "
-                                  f"{data_start + expected} (last tensor: {last})")
+            raise CheckpointError(
+                f"{path} is {kind}: {self.file.size} bytes, the header needs "
+                f"{data_start + expected} (last tensor: {last})"
+            )
         return tensors
 
     def close(self) -> None:

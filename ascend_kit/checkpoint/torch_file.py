@@ -1,9 +1,9 @@
 """Files written by torch.save, read without executing anything that the file names.
 
-A `.pt` or `.bin` file is a zip archive: one pickle and one stored member per tensor storage. The pickle is walked by
-an unpickler that knows a short list of harmless names; tensors become regions of the file, read on demand. Names
-outside the list are refused (`.bin`), or replaced by inert stand-ins (Megatron's training arguments carry enums and
-classes of the training code, which is neither needed nor wanted here).
+A `.pt` or `.bin` file is a zip archive: one pickle and one stored member per tensor storage. The pickle is
+walked by an unpickler that knows a short list of harmless names; tensors become regions of the file, read
+on demand. Names outside the list are refused (`.bin`), or replaced by inert stand-ins (Megatron's training
+arguments carry enums and classes of the training code, which is neither needed nor wanted here).
 """
 
 from __future__ import annotations
@@ -21,15 +21,48 @@ import torch
 from ascend_kit.checkpoint.tensor_file import CheckpointError, MemoryTensor, RawTensor, ReadFile
 
 STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
-TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in
-                (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-                 torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)}
-PLAIN_BUILTINS = {"set": set, "frozenset": frozenset, "dict": dict, "list": list, "tuple": tuple, "bytearray": bytearray,
-                  "int": int, "float": float, "bool": bool, "str": str, "complex": complex, "slice": slice}
+TORCH_DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    )
+}
+PLAIN_BUILTINS = {
+    "set": set,
+    "frozenset": frozenset,
+    "dict": dict,
+    "list": list,
+    "tuple": tuple,
+    "bytearray": bytearray,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "complex": complex,
+    "slice": slice,
+}
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
@@ -100,14 +133,18 @@ def read_torch_file(path: Path, *, unknown: str = "refuse") -> Any:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} is not a readable torch file: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a readable torch file: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_archive(path: Path, members: dict[str, zipfile.ZipInfo], archive: zipfile.ZipFile) -> None:
     if "data.pkl" not in members:
         raise CheckpointError(f"{path} is a zip archive without data.pkl: not written by torch.save")
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-        raise CheckpointError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
+        raise CheckpointError(
+            f"{path} was saved on a big-endian machine; save it again on a little-endian one"
+        )
 
 
 class _StorageTable:
@@ -121,14 +158,22 @@ class _StorageTable:
         if info is None or info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{self.path}: storage {key} is missing or compressed")
         if info.file_size < num_elements * dtype.itemsize:
-            raise CheckpointError(f"{self.path}: storage {key} holds {info.file_size} bytes, "
-                                  f"{num_elements * dtype.itemsize} are needed")
-        local = LOCAL_HEADER.unpack(self.file.read_bytes(info.header_offset, LOCAL_HEADER.size, f"storage {key}"))
-        return LazyStorage(dtype, info.header_offset + LOCAL_HEADER.size + local[-2] + local[-1], num_elements)
+            raise CheckpointError(
+                f"{self.path}: storage {key} holds {info.file_size} bytes, "
+                f"{num_elements * dtype.itemsize} are needed"
+            )
+        local = LOCAL_HEADER.unpack(
+            self.file.read_bytes(info.header_offset, LOCAL_HEADER.size, f"storage {key}")
+        )
+        return LazyStorage(
+            dtype, info.header_offset + LOCAL_HEADER.size + local[-2] + local[-1], num_elements
+        )
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: Any, path: Path, file: ReadFile, storages: _StorageTable, unknown: str) -> None:
+    def __init__(
+        self, stream: Any, path: Path, file: ReadFile, storages: _StorageTable, unknown: str
+    ) -> None:
         super().__init__(stream)
         self.path, self.file, self.storages, self.unknown = path, file, storages, unknown
         self.stand_ins: dict[str, type] = {}
@@ -144,18 +189,25 @@ class _Unpickler(pickle.Unpickler):
         if found is not None:
             return found
         if self.unknown == "refuse":
-            raise CheckpointError(f"{self.path} asks for {module}.{name}; only tensors and plain containers are "
-                                  "loaded. Save the weights alone, best as safetensors")
+            raise CheckpointError(
+                f"{self.path} asks for {module}.{name}; only tensors and plain containers are "
+                "loaded. Save the weights alone, best as safetensors"
+            )
         qualified = f"{module}.{name}"
         if qualified not in self.stand_ins:
-            self.stand_ins[qualified] = type(name.rpartition(".")[2], (StandIn,), {"qualified_name": qualified})
+            self.stand_ins[qualified] = type(
+                name.rpartition(".")[2], (StandIn,), {"qualified_name": qualified}
+            )
         return self.stand_ins[qualified]
 
     def _known(self, module: str, name: str) -> Any:
         rebuilders: dict[str, Callable] = {
-            "_rebuild_tensor_v2": self._rebuild_tensor, "_rebuild_tensor": self._rebuild_tensor,
-            "_rebuild_parameter": _first_argument, "_rebuild_parameter_with_state": _first_argument,
-            "_rebuild_from_type_v2": _rebuild_inner}
+            "_rebuild_tensor_v2": self._rebuild_tensor,
+            "_rebuild_tensor": self._rebuild_tensor,
+            "_rebuild_parameter": _first_argument,
+            "_rebuild_parameter_with_state": _first_argument,
+            "_rebuild_from_type_v2": _rebuild_inner,
+        }
         if module in ("torch._utils", "torch._tensor") and name in rebuilders:
             return rebuilders[name]
         if module in ("torch", "torch.storage"):
@@ -168,13 +220,21 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         return PLAIN_BUILTINS.get(name) if module in ("builtins", "__builtin__") else None
 
-    def _rebuild_tensor(self, storage: LazyStorage, offset: int, size: Any, stride: Any, *_: Any) -> RawTensor:
+    def _rebuild_tensor(
+        self, storage: LazyStorage, offset: int, size: Any, stride: Any, *_: Any
+    ) -> RawTensor:
         start = storage.offset + offset * storage.dtype.itemsize
         tensor = RawTensor(self.file, f"at byte {start}", storage.dtype, size, start)
         stride = tuple(int(s) for s in stride)
-        span = 0 if 0 in tensor.shape else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True))
+        span = (
+            0
+            if 0 in tensor.shape
+            else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True))
+        )
         if min(stride, default=0) < 0 or offset < 0 or offset + span > storage.num_elements:
-            raise CheckpointError(f"{self.path}: a tensor of shape {tensor.shape} reaches outside its storage")
+            raise CheckpointError(
+                f"{self.path}: a tensor of shape {tensor.shape} reaches outside its storage"
+            )
         return tensor if _is_contiguous(tensor.shape, stride) else StridedTensor(tensor, stride)
 
 
@@ -192,19 +252,28 @@ def _first_argument(tensor: Any, *_: Any) -> Any:
 
 
 def _rebuild_inner(function: Any, _type: Any, args: tuple, _state: Any = None) -> Any:
-    # `function` comes from the same list, so this can only call one of the rebuilders above or make a stand-in.
+    # `function` comes from the same list, so this can only call one of the rebuilders above or make a
+    # stand-in.
     return function(*args)
 
 
 def _read_legacy(path: Path, unknown: str) -> Any:
     if unknown != "refuse":
-        raise CheckpointError(f"{path} is not a zip archive as torch.save has written since version 1.6, or it is "
-                              "truncated; load it with the training code and save it again")
+        raise CheckpointError(
+            f"{path} is not a zip archive as torch.save has written since version 1.6, or it is "
+            "truncated; load it with the training code and save it again"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged, truncated or holds more than tensors: "
-                              f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} is damaged, truncated or holds more than tensors: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
-    return {key: MemoryTensor(value, str(path)) for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+    return {
+        key: MemoryTensor(value, str(path))
+        for key, value in loaded.items()
+        if isinstance(value, torch.Tensor)
+    }

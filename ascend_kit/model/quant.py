@@ -1,8 +1,9 @@
-"""int8 weights with one symmetric scale per output channel: quantise, search a clip, dequantise, report the error.
+"""int8 weights with one symmetric scale per output channel: quantise, search a clip, dequantise, report the
+error.
 
-weight [out, in] float;  codes int8 [out, in] in -127..127;  scale float32 [out];  weight ~ codes * scale[:, None].
--128 is left unused, so that negating a weight negates its code. Activations are quantised per token at run time by
-the op table (`quantize_per_token`) and never here.
+weight [out, in] float;  codes int8 [out, in] in -127..127;  scale float32 [out];  weight ~ codes * scale[:,
+None]. -128 is left unused, so that negating a weight negates its code. Activations are quantised per token
+at run time by the op table (`quantize_per_token`) and never here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
-CLIP_CANDIDATES = tuple(1.0 - 0.02 * step for step in range(11))  # 1.00 down to 0.80 of the row's largest value
+CLIP_CANDIDATES = tuple(
+    1.0 - 0.02 * step for step in range(11)
+)  # 1.00 down to 0.80 of the row's largest value
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,27 @@ class QuantError:
     max_error_steps: float  # largest error of an element in steps of its row's scale; 0.5 is rounding alone
 
 
-def weight_scale(weight: Tensor, clip_ratio: Tensor | float = 1.0) -> Tensor:
-    """float32 [out]: largest absolute value of each row times `clip_ratio` / 127; 1.0 for a row of zeros."""
+def weight_scale(
+    weight: Tensor, clip_ratio: Tensor | float = 1.0, grid: torch.dtype = torch.float32
+) -> Tensor:
+    """float32 [out]: largest absolute value of each row times `clip_ratio` / 127; 1.0 for a row of zeros.
+
+    With a narrow `grid` every scale is rounded up to a number of that dtype. Readers that keep scales in the model's
+    dtype (transformers, vLLM's packed kernels) then compute with the very scale the codes were made for.
+    """
     largest = weight.abs().amax(dim=1).float() * clip_ratio
     scale = largest / INT8_MAX
     # A row below the smallest normal number would make 1 / scale infinite; its codes are zeros either way.
-    return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    return scale if grid == torch.float32 else _round_up(scale, grid)
+
+
+def _round_up(scale: Tensor, grid: torch.dtype) -> Tensor:
+    nearest = scale.to(grid).float()
+    # One step of the grid is at most eps * scale, or the grid's smallest number.
+    step = torch.clamp(scale * torch.finfo(grid).eps, min=2.0**-24 if grid == torch.float16 else 0.0)
+    above = (scale + step).to(grid).float()
+    return torch.where(nearest < scale, above, nearest)
 
 
 def encode(weight: Tensor, scale: Tensor) -> Tensor:
@@ -51,7 +69,9 @@ def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     return (codes.float() * scale.float().reshape(-1, 1)).to(dtype)
 
 
-def search_clip(weight: Tensor, input_square: Tensor | None = None) -> Tensor:
+def search_clip(
+    weight: Tensor, input_square: Tensor | None = None, grid: torch.dtype = torch.float32
+) -> Tensor:
     """float32 [out] scale with the smallest squared output error over a few clip ratios, row by row.
 
     `input_square` [in] is the mean square of each input feature on calibration text; without it every feature
@@ -59,18 +79,21 @@ def search_clip(weight: Tensor, input_square: Tensor | None = None) -> Tensor:
     """
     importance = torch.ones(weight.shape[1]) if input_square is None else input_square.float()
     wide = weight.float()
-    best_scale = weight_scale(wide)
+    best_scale = weight_scale(wide, 1.0, grid)
     best_error = _row_error(wide, best_scale, importance)
     for ratio in CLIP_CANDIDATES[1:]:
-        scale = weight_scale(wide, ratio)
+        scale = weight_scale(wide, ratio, grid)
         error = _row_error(wide, scale, importance)
         better = error < best_error
-        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
     return best_scale
 
 
 def _row_error(weight: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
-    difference = torch.round(weight / scale[:, None]).clamp_(-INT8_MAX, INT8_MAX).mul_(scale[:, None]).sub_(weight)
+    difference = (
+        torch.round(weight / scale[:, None]).clamp_(-INT8_MAX, INT8_MAX).mul_(scale[:, None]).sub_(weight)
+    )
     return difference.square_() @ importance
 
 

@@ -1,0 +1,172 @@
+"""What a conversion writes: the jobs for every tensor and the config.json that describes the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.schema import LAYER_PATTERN, expected_shapes, linear_names
+from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.checkpoint.tensor_jobs import (
+    CastJob,
+    DequantizeJob,
+    QuantizeJob,
+    RepackJob,
+    RowTransform,
+    TensorJob,
+)
+from ascend_kit.model.config import ModelConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized"}
+COMPARE_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every decision of a conversion, taken before the first byte is written."""
+
+    dtype: torch.dtype
+    schemes: Mapping[str, str] = field(default_factory=dict)  # linear -> w8a8 | w8a16; absent = float
+    changes: Mapping[str, RowTransform] = field(default_factory=dict)  # tensor name -> smoothing
+    clip: bool = False
+    input_squares: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # linear -> mean square of its inputs [in]
+
+
+def plan_jobs(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[TensorJob]:
+    """One job per source tensor, in the order in which the source files hold them."""
+    wanted = expected_shapes(config)
+    quantised = checkpoint.quantization.schemes
+    jobs = []
+    for name in checkpoint.tensor_names():
+        if name == "lm_head.weight" and config.tie_embeddings:
+            _check_tied_copy(checkpoint)
+        elif name in wanted:
+            jobs.append(_job(checkpoint, name, recipe))
+        elif name.removesuffix(".bias") in quantised and name.endswith(".bias"):
+            _check_no_bias(checkpoint, name)
+    return jobs
+
+
+def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
+    source, linear = checkpoint.source(name), name.removesuffix(".weight")
+    stored = checkpoint.quantization.scheme(linear) if name.endswith(".weight") else "none"
+    target = recipe.schemes.get(linear, "none") if name.endswith(".weight") else "none"
+    if stored == "none" and target == "none":
+        return CastJob(name, source, recipe.dtype, recipe.changes.get(name))
+    if stored == "none":
+        return QuantizeJob(
+            linear,
+            source,
+            target,
+            change=recipe.changes.get(name),
+            clip=recipe.clip,
+            input_square=recipe.input_squares.get(linear),
+            grid=recipe.dtype,
+        )
+    scale = checkpoint.source(f"{linear}.weight_scale")
+    if target == "none":
+        return DequantizeJob(name, source, scale, recipe.dtype)
+    return RepackJob(linear, source, scale, target)
+
+
+def _check_tied_copy(checkpoint: Checkpoint) -> None:
+    # Written once: readers tie the two and would ignore the copy. That is only right while it is one.
+    head, embedding = checkpoint.source("lm_head.weight"), checkpoint.source("model.embed_tokens.weight")
+    same = head.shape == embedding.shape and all(
+        torch.equal(
+            head.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])),
+            embedding.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])),
+        )
+        for row in range(0, head.shape[0], COMPARE_ROWS)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{head.origin}: lm_head.weight differs from model.embed_tokens.weight, but "
+            "config.json says tie_word_embeddings; set it to false to keep both"
+        )
+
+
+def _check_no_bias(checkpoint: Checkpoint, name: str) -> None:
+    # A model without this bias cannot store one; the folded bias must therefore be rounding error and no
+    # more.
+    bias, scale = checkpoint.read(name), checkpoint.read(name.replace(".bias", ".weight_scale"))
+    if bool((bias.abs() > 128 * scale.abs()).any()):
+        raise CheckpointError(
+            f"{checkpoint.source(name).origin}: {name} is not zero (up to "
+            f"{bias.abs().max().item():.4g}), but this family has no such bias; the checkpoint was "
+            "made with outlier suppression that the standard layout cannot express"
+        )
+
+
+def result_config(config: dict[str, Any], model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
+    """config.json of the result: the source's, with the new dtype and the description of the int8 linears."""
+    result = {key: value for key, value in config.items() if key != "quantization_config"}
+    name = str(recipe.dtype).removeprefix("torch.")
+    keys = [key for key in ("torch_dtype", "dtype") if key in result] or ["torch_dtype"]
+    result |= dict.fromkeys(keys, name)
+    if recipe.schemes:
+        result["quantization_config"] = quantization_config(model, recipe.schemes)
+    return result
+
+
+def quantization_config(model: ModelConfig, schemes: Mapping[str, str]) -> dict[str, Any]:
+    """The compressed-tensors description of which linears are int8 and how."""
+    kinds = sorted(set(schemes.values()))
+    groups = {}
+    for number, kind in enumerate(kinds):
+        targets = (
+            ["Linear"] if len(kinds) == 1 else [name for name, scheme in schemes.items() if scheme == kind]
+        )
+        groups[f"group_{number}"] = {
+            "targets": targets,
+            "weights": _int8("channel", dynamic=False),
+            "output_activations": None,
+            "input_activations": _int8("token", dynamic=True) if kind == "w8a8" else None,
+            "format": FORMATS[kind],
+        }
+    kept = [name for name in linear_names(model) if name not in schemes]
+    if model.tie_embeddings:
+        kept.append("lm_head")  # not a stored tensor, but a linear module all the same
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": FORMATS[kinds[0]] if len(kinds) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": kept,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _int8(strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": strategy,
+        "dynamic": dynamic,
+        "group_size": None,
+        "block_structure": None,
+        "actorder": None,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def summarise(schemes: Mapping[str, str], model: ModelConfig) -> dict[str, Any]:
+    """What the manifest says about quantisation."""
+    kinds = set(schemes.values())
+    kept = [name for name in linear_names(model) if name not in schemes and LAYER_PATTERN.match(name)]
+    return {
+        "scheme": kinds.pop() if len(kinds) == 1 else ("mixed" if kinds else "none"),
+        "linears": dict(schemes),
+        "kept": kept,
+    }

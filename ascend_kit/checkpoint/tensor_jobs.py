@@ -1,0 +1,198 @@
+"""One source tensor in, one or more result tensors out, a block of rows at a time.
+
+Casting and per-channel quantisation both work row by row, so no job ever holds more than one block of its
+tensor, however large the tensor is. A job yields its results in the order of `outputs`; scales, which are
+complete only after the last row, come after the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ascend_kit.checkpoint.quantized_layouts import pack_int8
+from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
+from ascend_kit.model.quant import dequantize_weight, encode, search_clip, weight_scale
+
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorJob:
+    """Reads `source` and yields (index into `outputs`, block of rows)."""
+
+    outputs: tuple[OutputTensor, ...]
+    source: TensorSource
+
+    @property
+    def read_bytes(self) -> int:
+        return math.prod(self.source.shape) * self.source.dtype.itemsize
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        raise NotImplementedError
+
+    def _row_blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(first row, row after the last, values) of blocks of about BLOCK_BYTES, checked for NaN and Inf."""
+        shape = self.source.shape
+        if not shape:
+            yield 0, 1, self.source.read()
+            return
+        row_bytes = max(1, math.prod(shape[1:]) * self.source.dtype.itemsize)
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            block = self.source.read_slice(0, start, stop)
+            check_finite(block, self.outputs[0].name, self.source.origin, start)
+            yield start, stop, block
+
+
+RowTransform = Callable[
+    [Tensor, int, int], Tensor
+]  # (rows, first, last + 1) -> rows, float32 or as they came
+
+
+class CastJob(TensorJob):
+    """A tensor in another float dtype, after an optional change such as folding smoothing factors in."""
+
+    def __init__(
+        self, name: str, source: TensorSource, dtype: torch.dtype, change: RowTransform | None = None
+    ):
+        self.source, self.dtype, self.change = source, dtype, change
+        self.outputs = (OutputTensor(name, dtype, source.shape),)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for start, stop, block in self._row_blocks():
+            changed = self.change(block.float(), start, stop) if self.change else block
+            result = changed.to(self.dtype)
+            if torch.finfo(self.dtype).max < torch.finfo(changed.dtype).max:
+                _check_range(changed, result, self.outputs[0].name, self.source.origin)
+            yield 0, result
+
+
+class DequantizeJob(CastJob):
+    """The float form of an int8 linear."""
+
+    def __init__(self, name: str, source: TensorSource, scale: TensorSource, dtype: torch.dtype):
+        super().__init__(name, source, dtype)
+        self.scale = scale
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for start, stop, codes in self._row_blocks():
+            yield 0, dequantize_weight(codes, self.scale.read_slice(0, start, stop), self.dtype)
+
+
+class QuantizeJob(TensorJob):
+    """int8 codes and scales of a float linear in the compressed-tensors layout.
+
+    w8a8: `weight` int8 [out, in], `weight_scale` float32 [out, 1].
+    w8a16: `weight_packed` int32 [out, in / 4], `weight_scale`, `weight_shape` int64 [2] (the form vLLM
+    reads). `clip` searches a scale per row, weighted by `input_square` [in] if known. Scales are numbers of
+    the dtype `grid`, see `weight_scale`.
+    """
+
+    def __init__(
+        self,
+        linear: str,
+        source: TensorSource,
+        scheme: str,
+        *,
+        change: RowTransform | None = None,
+        clip: bool = False,
+        input_square: Tensor | None = None,
+        grid: torch.dtype = torch.float32,
+    ):
+        self.source, self.scheme, self.change = source, scheme, change
+        self.clip, self.input_square, self.grid = clip, input_square, grid
+        self.outputs = int8_outputs(linear, source.shape, scheme)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        scales = []
+        for start, stop, block in self._row_blocks():
+            rows = block.float() if self.change is None else self.change(block.float(), start, stop)
+            if self.clip:
+                scale = search_clip(rows, self.input_square, self.grid)
+            else:
+                scale = weight_scale(rows, grid=self.grid)
+            scales.append(scale)
+            yield 0, _stored(encode(rows, scale), self.scheme)
+        yield from _closing(torch.cat(scales), self.source.shape, self.scheme)
+
+
+class RepackJob(TensorJob):
+    """An int8 linear whose codes and scales are taken over as they are, in our layout."""
+
+    def __init__(self, linear: str, source: TensorSource, scale: TensorSource, scheme: str):
+        self.source, self.scale, self.scheme = source, scale, scheme
+        self.outputs = int8_outputs(linear, source.shape, scheme)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for _, _, codes in self._row_blocks():
+            yield 0, _stored(codes, self.scheme)
+        scale = self.scale.read()
+        check_finite(scale, self.outputs[1].name, self.scale.origin, 0)
+        yield from _closing(scale, self.source.shape, self.scheme)
+
+
+def int8_outputs(linear: str, shape: tuple[int, ...], scheme: str) -> tuple[OutputTensor, ...]:
+    """The stored tensors of one int8 linear of weight shape [out, in]."""
+    scale = OutputTensor(f"{linear}.weight_scale", torch.float32, (shape[0], 1))
+    if scheme == "w8a8":
+        return OutputTensor(f"{linear}.weight", torch.int8, shape), scale
+    packed = OutputTensor(f"{linear}.weight_packed", torch.int32, (shape[0], (shape[1] + 3) // 4))
+    return packed, scale, OutputTensor(f"{linear}.weight_shape", torch.int64, (2,))
+
+
+def _stored(codes: Tensor, scheme: str) -> Tensor:
+    return codes if scheme == "w8a8" else pack_int8(codes)
+
+
+def _closing(scale: Tensor, shape: tuple[int, ...], scheme: str) -> Iterator[tuple[int, Tensor]]:
+    yield 1, scale.reshape(-1, 1).float()
+    if scheme != "w8a8":
+        yield 2, torch.tensor(shape, dtype=torch.int64)
+
+
+def check_finite(block: Tensor, name: str, origin: str, first_row: int) -> None:
+    """CheckpointError naming tensor, file and row of the first NaN or Inf."""
+    # A sum is a single fast pass and cannot be finite if an element is not; the slow search runs only on
+    # suspicion.
+    if not block.is_floating_point() or bool(torch.isfinite(block.sum())):
+        return
+    wrong = ~torch.isfinite(block.reshape(block.shape[0] if block.dim() else 1, -1))
+    rows = wrong.any(dim=1).nonzero()
+    if len(rows):
+        row = int(rows[0])
+        value = block.reshape(wrong.shape)[row][wrong[row]][0].item()
+        raise CheckpointError(
+            f"{origin}: tensor {name} holds {int(wrong.sum())} values that are NaN or infinite "
+            f"(first: {value} in row {first_row + row}); the checkpoint is damaged or training "
+            "diverged"
+        )
+
+
+def _check_range(before: Tensor, after: Tensor, name: str, origin: str) -> None:
+    if not bool(torch.isfinite(after.sum())) and not bool(torch.isfinite(after).all()):
+        raise CheckpointError(
+            f"{origin}: tensor {name} reaches {before.abs().max().item():.4g}, above the largest "
+            f"{str(after.dtype).removeprefix('torch.')} number; choose precision bf16 or fp32"
+        )

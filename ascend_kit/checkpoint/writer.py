@@ -1,0 +1,303 @@
+"""Safetensors shards written as one forward stream, hashed on the way, resumable shard by shard.
+
+Everything is written into `.<name>.partial` beside the destination, on the same file system, and renamed at
+the end. Until then the destination does not exist; afterwards it is complete. A shard counts as finished
+once its size and hash are in `progress.json`; a rerun with the same plan keeps finished shards whose hash
+is still right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ascend_kit.checkpoint.manifest import hash_file
+from ascend_kit.checkpoint.tensor_file import CODE_OF_DTYPE, CheckpointError, as_bytes
+from ascend_kit.checkpoint.tensor_jobs import OutputTensor, TensorJob
+
+PROGRESS_NAME = "progress.json"
+LOCK_NAME = ".lock"
+QUEUE_BLOCKS = 4  # blocks in flight between reading, writing and hashing: a bound on memory
+
+
+class Shard:
+    """The jobs whose results share a file."""
+
+    def __init__(self, jobs: list[TensorJob]) -> None:
+        self.jobs, self.name = jobs, ""
+
+    @property
+    def outputs(self) -> list[OutputTensor]:
+        return [output for job in self.jobs for output in job.outputs]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(job.write_bytes for job in self.jobs)
+
+    def describe(self) -> list[Any]:
+        return [self.name, [[o.name, CODE_OF_DTYPE[o.dtype], list(o.shape)] for o in self.outputs]]
+
+
+def plan_shards(jobs: list[TensorJob], max_bytes: int) -> list[Shard]:
+    """Jobs in order, cut into files of at most `max_bytes` (one larger tensor still gets its own file)."""
+    shards: list[Shard] = []
+    for job in jobs:
+        if not shards or shards[-1].nbytes + job.write_bytes > max_bytes:
+            shards.append(Shard([]))
+        shards[-1].jobs.append(job)
+    for number, shard in enumerate(shards, start=1):
+        shard.name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+    return shards
+
+
+def shard_header(outputs: list[OutputTensor]) -> bytes:
+    """The safetensors header of tensors stored in the given order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for output in outputs:
+        header[output.name] = {
+            "dtype": CODE_OF_DTYPE[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [offset, offset + output.nbytes],
+        }
+        offset += output.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_order(shard: Shard) -> list[tuple[TensorJob, int]]:
+    """(job, output) in file order. Job by job, unless that would leave a tensor at an odd address."""
+    order = [(job, index) for job in shard.jobs for index in range(len(job.outputs))]
+    offset = 0
+    for job, index in order:
+        if offset % job.outputs[index].dtype.itemsize:
+            # Readers view the bytes in place, which needs alignment: widest types first, as safetensors
+            # itself does.
+            return sorted(order, key=lambda item: -item[0].outputs[item[1]].dtype.itemsize)
+        offset += job.outputs[index].nbytes
+    return order
+
+
+def stream_shard(shard: Shard) -> Iterator[Tensor]:
+    """The shard's tensors block by block in file order; a job is run again where its results are not
+    adjacent.
+    """
+    order = write_order(shard)
+    position = 0
+    while position < len(order):
+        job, first = order[position]
+        run = 1
+        while position + run < len(order) and order[position + run] == (job, first + run):
+            run += 1
+        yield from (block for index, block in job.blocks() if first <= index < first + run)
+        position += run
+
+
+class PartialFolder:
+    """The work folder of one conversion, locked against a second process."""
+
+    def __init__(self, destination: Path, fingerprint: str) -> None:
+        self.destination = destination
+        self.path = destination.parent / f".{destination.name}.partial"
+        self.fingerprint = fingerprint
+        self.finished: dict[str, dict[str, Any]] = {}
+        self._lock: Any = None
+
+    def __enter__(self) -> PartialFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / LOCK_NAME, "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise CheckpointError(
+                f"{self.path} is in use: another conversion to {self.destination} is running"
+            ) from None
+        self._load()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.close()
+
+    def _load(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            progress = json.loads((self.path / PROGRESS_NAME).read_text(encoding="utf-8"))
+            if progress["fingerprint"] == self.fingerprint:
+                self.finished = progress["shards"]
+                return
+        for path in self.path.iterdir():
+            if path.name != LOCK_NAME:
+                path.unlink()
+
+    def is_finished(self, name: str, on_bytes: Callable[[int], None] | None = None) -> bool:
+        """True when the shard was finished by an earlier run and its hash is still right."""
+        entry, path = self.finished.get(name), self.path / name
+        if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
+            return False
+        return hash_file(path, on_bytes) == entry["sha256"]
+
+    def record(self, name: str, entry: dict[str, Any]) -> None:
+        """Note a finished shard, in a way that survives a kill at any moment."""
+        self.finished[name] = entry
+        temporary = self.path / (PROGRESS_NAME + ".new")
+        temporary.write_text(
+            json.dumps({"fingerprint": self.fingerprint, "shards": self.finished}), encoding="utf-8"
+        )
+        os.replace(temporary, self.path / PROGRESS_NAME)
+
+    def publish(self) -> None:
+        """Rename the complete folder to the destination; an old destination is removed after the exchange."""
+        for leftover in (PROGRESS_NAME, PROGRESS_NAME + ".new", LOCK_NAME):
+            (self.path / leftover).unlink(missing_ok=True)
+        _sync_folder(self.path)
+        old = self.destination.parent / f".{self.destination.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if self.destination.exists():
+            os.rename(self.destination, old)
+        os.rename(self.path, self.destination)
+        _sync_folder(self.destination.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+    """Write one shard and return its size and sha256. Reading, writing and hashing overlap in three
+    threads.
+    """
+    path = folder / shard.name
+    temporary = folder / (shard.name + ".writing")
+    header = shard_header([job.outputs[index] for job, index in write_order(shard)])
+    size = len(header) + shard.nbytes
+    try:
+        with open(temporary, "wb", buffering=0) as file, HashThread() as digest:
+            reserve(file.fileno(), size)
+            digest.update(memoryview(header))
+            _write_all(file, memoryview(header))
+            for block in prefetch(stream_shard(shard)):
+                view = as_bytes(block.contiguous())
+                digest.update(view)
+                _write_all(file, view)
+                on_bytes(len(view))
+            written = file.tell()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise _write_error(path, size, error) from error
+    if written != size:
+        raise CheckpointError(f"{path}: wrote {written} bytes, the header promises {size}")
+    os.replace(temporary, path)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def reserve(fd: int, size: int) -> None:
+    """Claim the whole file's space now, so that a full disk shows before an hour of work and not after."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        import errno
+
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def _write_all(file: Any, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+
+
+def _write_error(path: Path, size: int, error: OSError) -> CheckpointError:
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+        return CheckpointError(
+            f"cannot write {path} ({size} bytes): {error.strerror}; {free} bytes are free there. "
+            "Free space or choose another output_model; finished shards are kept for the next run"
+        )
+    return CheckpointError(f"cannot write {path} ({size} bytes): {error.strerror}")
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class HashThread:
+    """sha256 in a thread of its own: hashing is the slowest stage, and hashlib lets other threads run."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(QUEUE_BLOCKS)
+        self._thread = threading.Thread(target=self._run, name="hash", daemon=True)
+
+    def __enter__(self) -> HashThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def update(self, view: memoryview) -> None:
+        self._queue.put(view)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+    def _run(self) -> None:
+        while (view := self._queue.get()) is not None:
+            self._digest.update(view)
+
+
+def prefetch(items: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same items, produced ahead in another thread; its exception is raised here."""
+    ready: queue.Queue[tuple[Tensor | None, BaseException | None]] = queue.Queue(QUEUE_BLOCKS)
+    stop = threading.Event()
+
+    def offer(entry: tuple[Tensor | None, BaseException | None]) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(entry, timeout=0.1)
+                return
+
+    def produce() -> None:
+        try:
+            for item in items:
+                offer((item, None))
+                if stop.is_set():
+                    return
+            offer((None, None))
+        except BaseException as error:
+            offer((None, error))
+
+    thread = threading.Thread(target=produce, name="read", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
