@@ -1,0 +1,96 @@
+"""What a check found, and how findings are shown: terminal text, JSON rows, a table."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Literal
+
+Status = Literal["ok", "warn", "fail", "n/a"]
+STATUSES: tuple[Status, ...] = ("ok", "warn", "fail", "n/a")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One checked item: `evidence` is what was seen, `remedy` what to do about it (a tip when ok)."""
+
+    section: str
+    check: str
+    status: Status
+    evidence: str
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(
+                f"status {self.status!r} of {self.check!r}: must be one of {', '.join(STATUSES)}"
+            )
+
+
+class Section:
+    """Collects the findings of one section, so that a check reads as a list of statements."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.findings: list[Finding] = []
+
+    def add(self, status: Status, check: str, evidence: str, remedy: str = "") -> None:
+        self.findings.append(Finding(self.name, check, status, evidence, remedy))
+
+    def ok(self, check: str, evidence: str, tip: str = "") -> None:
+        self.add("ok", check, evidence, tip)
+
+    def warn(self, check: str, evidence: str, remedy: str) -> None:
+        self.add("warn", check, evidence, remedy)
+
+    def fail(self, check: str, evidence: str, remedy: str) -> None:
+        self.add("fail", check, evidence, remedy)
+
+    def na(self, check: str, reason: str) -> None:
+        self.add("n/a", check, reason)
+
+
+def worst_status(findings: Iterable[Finding]) -> Status:
+    """The most serious status present: fail, warn, ok, or n/a when nothing applied."""
+    seen = {finding.status for finding in findings}
+    order: tuple[Status, ...] = ("fail", "warn", "ok")
+    return next((status for status in order if status in seen), "n/a")
+
+
+def to_rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    """One plain dict per finding: what `--json` prints and `pandas.DataFrame` takes."""
+    return [asdict(finding) for finding in findings]
+
+
+def render(findings: Sequence[Finding], width: int = 110) -> str:
+    """Terminal text: sections in order, remedies indented, sections that do not apply in one line, totals."""
+    lines: list[str] = []
+    for name, group in groupby(findings, key=lambda finding: finding.section):
+        lines += _render_section(name, list(group), width)
+    counts = Counter(finding.status for finding in findings)
+    lines.append("")
+    lines.append(", ".join(f"{counts[status]} {status}" for status in STATUSES))
+    return "\n".join(lines)
+
+
+def _render_section(name: str, items: list[Finding], width: int) -> list[str]:
+    reasons = {item.evidence for item in items}
+    if len(reasons) == 1 and all(item.status == "n/a" for item in items):
+        return [f"{name}: not applicable ({items[0].evidence})"]
+    lines = [name]
+    label_width = max(len(item.check) for item in items)
+    for item in items:
+        lines += _hanging(f"  [{item.status:^4}] {item.check:<{label_width}}  ", item.evidence, width)
+        if item.remedy:
+            lines += _hanging("         -> " if item.status != "ok" else "         tip: ", item.remedy, width)
+    return lines
+
+
+def _hanging(head: str, text: str, width: int) -> list[str]:
+    indent = " " * min(len(head), 36)
+    return textwrap.wrap(
+        head + text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    ) or [head.rstrip()]
