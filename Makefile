@@ -1,0 +1,47 @@
+# Everything a fresh machine needs: Python 3.11 (3.10 to 3.13 work) and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+DEMO := params/demo.yaml
+# Two processes of one thread each beat one process of two threads on small models, and tests stay repeatable.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test check lab install clean help
+
+help:
+	@echo "make demo   environment, then the whole pipeline on the built-in model; prints where the report is"
+	@echo "make test   environment, lint, all tests (CPU, then the NPU path on a simulated NPU)"
+	@echo "make lab    JupyterLab on the notebooks, localhost only"
+	@echo "make clean  remove environment and demo results"
+
+install: .venv/.base
+
+.venv/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,cluster]"
+	@touch $@
+
+# `plain` runs the source checkpoint with every switch off; `optimized` converts it and switches everything on.
+# The second run ends with the comparison of both.
+demo: .venv/.base
+	$(BIN)/python -m ascend_kit run $(DEMO) --run plain --overwrite --only 04_throughput,05_evaluate \
+	    --set use_model=source --set graph_mode=false --set operator_fusion=false --set memory_optimize=false
+	$(BIN)/python -m ascend_kit run $(DEMO) --run optimized --overwrite
+
+test: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal --device npu
+
+check: test
+
+lab: .venv/.base
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+clean:
+	rm -rf .venv .npu-sim outputs/demo

@@ -1,0 +1,145 @@
+"""The op table: the reference against a few lines of independent torch, the CPU table against the reference."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from ascend_kit.device.ops import OPS, AttentionMeta, cpu, reference, select_ops
+
+HEADS, GROUPS, SIZE, BLOCK = 4, 2, 16, 8
+
+
+def caches(blocks=12, dtype=torch.float32):
+    return tuple(torch.randn(blocks, BLOCK, GROUPS, SIZE).to(dtype) for _ in range(2))
+
+
+def meta(table, lengths, new):
+    ends = torch.tensor(new).cumsum(0).tolist()
+    width = max(map(len, table))
+    slots = [row[p // BLOCK] * BLOCK + p % BLOCK for row, length, count in zip(table, lengths, new, strict=True)
+             for p in range(length - count, length)]
+    return AttentionMeta(
+        slot_mapping=torch.tensor(slots, dtype=torch.int32),
+        block_table=torch.tensor([row + [0] * (width - len(row)) for row in table], dtype=torch.int32),
+        cu_seqlens_q=ends, context_lens=lengths, context_lens_t=torch.tensor(lengths, dtype=torch.int32),
+        block_size=BLOCK, is_decode=all(count == 1 for count in new))
+
+
+STEPS = {
+    "decode": meta([[3], [1, 2], [4, 5, 6]], [5, 16, 17], [1, 1, 1]),
+    "prefill": meta([[3], [1, 2]], [7, 16], [7, 16]),
+    "chunk after a prefix": meta([[7, 8, 9]], [20], [6]),
+    "mixed": meta([[3], [4], [1, 2], [5, 6]], [3, 8, 12, 10], [1, 1, 12, 4]),
+}
+
+
+@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+def test_every_table_has_the_same_names_and_parameters(table):
+    assert isinstance(table.MERGED_QKV, bool)
+    for name in OPS:
+        assert (list(inspect.signature(getattr(table, name)).parameters)
+                == list(inspect.signature(getattr(reference, name)).parameters)), name
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+def test_attention_equals_sdpa_over_the_gathered_cache(table, step):
+    k_cache, v_cache = caches()
+    q = torch.randn(step.cu_seqlens_q[-1], HEADS, SIZE)
+
+    got = table.paged_attention(q, k_cache, v_cache, step, 0.25)
+
+    start = 0
+    for row, (end, length) in enumerate(zip(step.cu_seqlens_q, step.context_lens, strict=True)):
+        blocks = step.block_table[row, :math.ceil(length / BLOCK)].long()
+        keys, values = (c[blocks].reshape(-1, GROUPS, SIZE)[:length].transpose(0, 1) for c in (k_cache, v_cache))
+        hidden = torch.zeros(end - start, length).masked_fill(
+            torch.arange(length) > torch.arange(length - (end - start), length).unsqueeze(1), -math.inf)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q[start:end].transpose(0, 1), keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0),
+            attn_mask=hidden, scale=0.25).transpose(0, 1)
+        torch.testing.assert_close(got[start:end], expected, atol=1e-5, rtol=1e-5)
+        start = end
+
+
+@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+def test_store_kv_writes_each_token_to_its_slot_and_nothing_else(table):
+    k_cache, v_cache = caches()
+    before = k_cache.clone()
+    step = STEPS["mixed"]
+    k, v = (torch.randn(len(step.slot_mapping), GROUPS, SIZE) for _ in range(2))
+
+    table.store_kv(k, v, k_cache, v_cache, step.slot_mapping)
+
+    flat, slots = k_cache.view(-1, GROUPS, SIZE), step.slot_mapping.long()
+    assert torch.equal(flat[slots], k) and torch.equal(v_cache.view(-1, GROUPS, SIZE)[slots], v)
+    others = torch.ones(len(flat), dtype=torch.bool).index_fill(0, slots, False)
+    assert torch.equal(flat[others], before.view(-1, GROUPS, SIZE)[others])
+
+
+@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+def test_norms_follow_their_formula(table):
+    x, residual, weight = torch.randn(5, 32), torch.randn(5, 32), torch.rand(32)
+
+    y, total = table.add_rms_norm(x, residual, weight, 1e-6)
+
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(y, total / (total.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight)
+    torch.testing.assert_close(table.rms_norm(total, weight, 1e-6), y)
+
+
+@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+def test_rotary_turns_each_pair_by_its_angle(table):
+    q, k = torch.randn(6, HEADS, SIZE), torch.randn(6, GROUPS, SIZE)
+    angle = torch.outer(torch.arange(6.0), 0.5 ** torch.arange(SIZE // 2))
+    cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+
+    turned, _ = table.rotary(q.clone(), k.clone(), cos, sin)
+
+    pairs = torch.complex(q[..., :SIZE // 2], q[..., SIZE // 2:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    torch.testing.assert_close(turned, torch.cat((pairs.real, pairs.imag), -1))
+
+
+@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+def test_swiglu_gates_with_the_first_half(table):
+    gate, up = torch.randn(3, 8), torch.randn(3, 8)
+
+    got = table.swiglu(torch.cat((gate, up), -1))
+
+    torch.testing.assert_close(got, gate * gate.sigmoid() * up)
+
+
+@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+def test_int8_codes_are_within_half_a_step_and_zero_rows_stay_zero(table):
+    x = torch.randn(6, 64) * torch.tensor([1, 100, 1e-3, 0, 5, 1]).unsqueeze(1)
+
+    codes, scale = table.quantize_per_token(x)
+
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float32
+    assert ((codes * scale.unsqueeze(1) - x).abs() <= scale.unsqueeze(1) / 2 + 1e-7).all()
+    assert (codes[3] == 0).all() and scale[3] == 0
+    assert (codes.abs().amax(-1)[[0, 1, 2, 4, 5]] == 127).all()
+
+
+@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_int8_matmul_is_exact_in_its_integers(table, rows):
+    generator = torch.Generator().manual_seed(0)
+    codes, weight = (torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+                     for shape in ((rows, 64), (48, 64)))
+    act_scale, weight_scale, bias = torch.rand(rows) + 0.1, torch.rand(48) + 0.1, torch.randn(48)
+
+    got = table.int8_matmul(codes, act_scale, table.pack_int8(weight), weight_scale, bias, torch.float32)
+
+    expected = (codes.long() @ weight.long().t()).float() * act_scale[:, None] * weight_scale + bias
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_an_unknown_device_has_no_table():
+    assert select_ops("cpu", False) is reference and select_ops("cpu", True) is cpu
+    with pytest.raises(ValueError, match="tpu"):
+        select_ops("tpu", True)

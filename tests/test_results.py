@@ -1,0 +1,100 @@
+"""The run folder: nothing lost, nothing mixed, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ascend_kit.params import build_experiment
+from ascend_kit.results import RunFolder, RunFolderError, list_runs, run_parameters, write_atomic
+
+
+def experiment(tmp_path, **changes):
+    return build_experiment({"output_root": str(tmp_path), "experiment": "e", "run": "r", **changes})
+
+
+def test_rows_come_back_as_written(tmp_path):
+    with RunFolder.open(experiment(tmp_path), "s") as folder:
+        folder.append("rows", {"x": np.float64(1.5), "n": np.int64(3), "bad": float("nan")})
+        folder.append("rows", {"x": 2.0, "status": "failed", "error": "why"})
+
+        table = folder.load("rows")
+
+    assert table["x"].tolist() == [1.5, 2.0] and table["status"].tolist() == ["ok", "failed"]
+    assert table["bad"].isna().all()
+    assert folder.done_keys("rows", ["x"]) == {(1.5,)}
+
+
+def test_a_torn_line_costs_one_row_and_not_its_neighbour(tmp_path):
+    with RunFolder.open(experiment(tmp_path), "s") as folder:
+        folder.append("rows", {"x": 1})
+        with open(folder.table_path("rows"), "ab") as file:
+            file.write(b'{"x": 2, "sta')
+        folder.append("rows", {"x": 3})
+
+        assert [row["x"] for row in folder.rows("rows")] == [1, 3]
+
+
+def test_the_manifest_and_parameters_are_written_on_opening(tmp_path):
+    e = experiment(tmp_path, seed=7)
+    with RunFolder.open(e, "s", facts={"device": "cpu"}) as folder:
+        manifest = folder.read_json("manifest")
+
+    assert manifest["stages"]["s"]["device"] == "cpu" and manifest["seed"] == 7
+    assert run_parameters(folder)["seed"] == 7
+    assert [run.path.name for run in list_runs(tmp_path, "e")] == ["r"]
+
+
+def test_a_second_process_is_refused_while_the_first_holds_the_stage(tmp_path):
+    code = ("from ascend_kit.params import build_experiment; from ascend_kit.results import *\n"
+            f"try: RunFolder.open(build_experiment(dict(output_root={str(tmp_path)!r}, experiment='e', run='r')), 's')\n"
+            "except RunFolderError as e: print('refused', e)")
+    with RunFolder.open(experiment(tmp_path), "s"):
+        held = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    free = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert "refused" in held.stdout and "another process" in held.stdout
+    assert free.stdout == "" and free.returncode == 0
+
+
+def test_the_same_process_may_open_again(tmp_path):
+    RunFolder.open(experiment(tmp_path), "s")
+
+    assert RunFolder.open(experiment(tmp_path), "s").path.is_dir()
+
+
+def test_resuming_with_other_parameters_is_refused_by_name(tmp_path):
+    before = experiment(tmp_path)
+    with RunFolder.open(before, "s") as folder:
+        folder.begin(before, "rows")
+        folder.append("rows", {"x": 1})
+
+    with pytest.raises(RunFolderError, match="graph_mode: True -> False"):
+        RunFolder.open(experiment(tmp_path, graph_mode=False), "s")
+    with pytest.raises(RunFolderError, match="if_exists"):
+        RunFolder.open(experiment(tmp_path, if_exists="refuse"), "s")
+    with RunFolder.open(experiment(tmp_path), "s") as again:
+        assert len(list(again.rows("rows"))) == 1
+    with RunFolder.open(experiment(tmp_path, graph_mode=False, if_exists="overwrite"), "s") as new:
+        assert list(new.rows("rows")) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "f.json"
+    write_atomic(path, "old")
+
+    with pytest.raises(TypeError):
+        write_atomic(path, 5)
+
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_json_is_strict(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_json("x", {"a": float("inf"), "b": np.array([1, 2]), "c": (1, 2), "d": tmp_path})
+
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1, 2], "c": [1, 2], "d": str(tmp_path)}
