@@ -1,0 +1,1 @@
+"""Measuring: workloads, metrics, costs, ceilings and the sweep that joins them."""

@@ -1,0 +1,345 @@
+"""The sweep over a small stand-in engine that keeps the add_request / step contract, then the real one."""
+
+import contextlib
+import itertools
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
+from ascend_kit.measure import expectation, sweep
+from ascend_kit.measure.backends import EngineBackend, TransformersBackend, VllmBackend, quantize_scheme
+from ascend_kit.measure.expectation import SweepError
+from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.workload import make_requests
+from ascend_kit.model.config import ModelConfig
+from ascend_kit.params import build_experiment
+from ascend_kit.results import RunFolder
+
+CEILINGS = {"device": "stand-in", "bf16_flops_per_s": 1e9, "int8_ops_per_s": None, "read_bytes_per_s": 1e9,
+            "launch_s": 1e-7}  # fmt: skip
+CONFIG = ModelConfig("qwen3", 2, 8, 2, 1, 4, 16, 1000, tie_embeddings=True, qk_norm=True)
+
+
+class StandInDevice(SimpleNamespace):
+    kind, name, peak, total_memory_bytes = "cpu", "stand-in", None, 2**30
+
+    def synchronize(self):
+        pass
+
+    def reset_peak_memory(self):
+        pass
+
+    def peak_memory_bytes(self):
+        return 12345
+
+
+class StandInEngine:
+    """One token per running request and step. `break_on` names prompt lengths whose step raises."""
+
+    def __init__(self, slots=4, break_on=(), short_on=(), step_s=0.0):
+        self.config, self.device, self.max_seq_length = CONFIG, StandInDevice(), 512
+        self.slots, self.break_on, self.short_on, self.step_s = slots, set(break_on), set(short_on), step_s
+        self.sequences, self.prompts, self.most_in_flight, self.cancelled = {}, [], 0, []
+
+    def stats(self):
+        return {"weight_bytes": 4000}
+
+    @property
+    def has_unfinished(self):
+        return bool(self.sequences)
+
+    def add_request(self, prompt, sampling, arrival_s=None):
+        assert isinstance(prompt, list) and isinstance(sampling, SamplingParams) and sampling.ignore_eos
+        index = len(self.prompts)
+        self.prompts.append(tuple(prompt))
+        self.sequences[index] = (prompt, sampling, Timeline(arrival_s))
+        self.most_in_flight = max(self.most_in_flight, len(self.sequences))
+        return index
+
+    def step(self):
+        time.sleep(self.step_s)
+        now, finished = time.perf_counter(), []
+        for index in list(self.sequences)[: self.slots]:
+            prompt, sampling, timeline = self.sequences[index]
+            if len(prompt) in self.break_on:
+                raise MemoryError("KV pool too small")
+            timeline.token_times_s.append(now)
+            wanted = sampling.max_new_tokens - (len(prompt) in self.short_on)
+            if len(timeline.token_times_s) >= wanted:
+                del self.sequences[index]
+                finished.append(self._output(index, prompt, timeline))
+        return finished
+
+    def cancel(self, index):
+        self.cancelled.append(index)
+        self.sequences.pop(index, None)
+
+    def _output(self, index, prompt, timeline):
+        timeline.finished_s = timeline.token_times_s[-1]
+        tokens = [1] * len(timeline.token_times_s)
+        return RequestOutput(index, prompt, tokens, "", "length", None, None, timeline, 0, 0)
+
+
+def experiment_for(tmp_path, **changes):
+    values = dict(
+        experiment="sweep", output_root=str(tmp_path), max_seq_length=512, max_new_tokens=8, batch_size=4,
+        sweep_concurrency=[1, 2], sweep_prompt_len=[8, 16], sweep_output_len=[4],
+    )  # fmt: skip
+    return build_experiment({**values, **changes})
+
+
+@contextlib.contextmanager
+def opened(experiment):
+    with RunFolder.open(experiment, stage="04_throughput") as folder:
+        yield folder
+
+
+def test_sweep_writes_one_row_per_point_with_units_and_raw_requests(tmp_path):
+    experiment = experiment_for(tmp_path, sweep_repeats=2)
+    with opened(experiment) as folder:
+        rows = sweep.run_sweep(StandInEngine(step_s=0.001), experiment, folder, ceilings=CEILINGS)
+        requests = folder.load("requests")
+
+    assert len(rows) == 2 * 2 * 2
+    assert set(rows["status"]) == {"ok"}
+    assert list(rows["repeat"]) == [0] * 4 + [1] * 4  # repeats outermost
+    assert (rows["num_requests"] == 4).all() and (rows["output_tokens"] == 16).all()
+    assert (
+        rows[["ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms", "e2e_p90_ms", "output_tokens_per_s"]]
+        .notna()
+        .all(None)
+    )
+    assert (rows["peak_memory_bytes"] == 12345).all() and (rows["weight_bytes"] == 4000).all()
+    assert (rows["decode_floor_ms"] > 0).all() and (rows["ceiling_tokens_per_s"] > 0).all()
+    joined = rows.merge(requests, on="point_id")
+    assert len(joined) == 8 * 4
+    assert all(len(times) == 4 for times in requests["token_times_s"])
+
+
+def test_closed_loop_keeps_exactly_the_stated_number_in_flight(tmp_path):
+    for concurrency in (1, 3):
+        engine = StandInEngine(slots=8)
+        backend = EngineBackend(engine, experiment_for(tmp_path))
+
+        records = backend.run(make_requests(7, 8, 5, vocab_size=1000), concurrency)
+
+        assert engine.most_in_flight == concurrency
+        assert sorted(r.index for r in records) == list(range(7))
+
+
+def test_request_arrives_when_a_place_is_free_and_queueing_counts_into_ttft(tmp_path):
+    engine = StandInEngine(slots=1, step_s=0.002)
+    backend = EngineBackend(engine, experiment_for(tmp_path))
+
+    records = sorted(backend.run(make_requests(2, 8, 5, vocab_size=1000), 2), key=lambda r: r.index)
+    first, second = records
+
+    assert abs(second.arrival_s - first.arrival_s) < 0.002  # both in flight from the start
+    assert second.token_times_s[0] > first.token_times_s[-1]  # but one slot: the second waits its turn
+    alone = sorted(backend.run(make_requests(2, 8, 5, vocab_size=1000), 1), key=lambda r: r.index)
+    assert alone[1].arrival_s >= alone[0].token_times_s[-1]
+
+
+def test_no_prompt_is_seen_twice_in_a_sweep_warm_up_included(tmp_path):
+    experiment, engine = experiment_for(tmp_path, sweep_repeats=2), StandInEngine()
+    with opened(experiment) as folder:
+        sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
+
+    assert len(set(engine.prompts)) == len(engine.prompts)
+    measured = 2 * 2 * 2 * 4
+    assert len(engine.prompts) == measured + 2 * (1 + 2)  # a warm-up per concurrency and prompt length
+
+
+def test_failing_point_becomes_a_row_and_the_sweep_goes_on(tmp_path):
+    experiment, engine = experiment_for(tmp_path), StandInEngine(break_on=[8])
+    with opened(experiment) as folder:
+        rows = sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
+
+    bad, good = rows[rows["prompt_len"] == 8], rows[rows["prompt_len"] == 16]
+    assert list(bad["status"]) == ["failed", "failed"]
+    assert (bad["error"] == "MemoryError: KV pool too small").all()
+    assert bad["output_tokens_per_s"].isna().all()
+    assert list(good["status"]) == ["ok", "ok"]
+    assert engine.cancelled and not engine.has_unfinished
+    assert len(sweep.failed_points(rows)) == 2
+
+
+def test_wrong_number_of_tokens_is_a_failure_and_not_a_fast_result(tmp_path):
+    experiment = experiment_for(tmp_path)
+    with opened(experiment) as folder:
+        rows = sweep.run_sweep(StandInEngine(short_on=[16]), experiment, folder, ceilings=CEILINGS)
+
+    error = rows[rows["prompt_len"] == 16].iloc[0]["error"]
+    assert "asked for 4 tokens and gave 3" in error
+
+
+def test_resume_measures_only_what_is_missing_or_failed(tmp_path):
+    experiment = experiment_for(tmp_path)
+    with opened(experiment) as folder:
+        sweep.run_sweep(StandInEngine(break_on=[8]), experiment, folder, ceilings=CEILINGS)
+    engine, seen = StandInEngine(), []
+    with opened(experiment) as folder:
+        rows = sweep.run_sweep(
+            engine, experiment, folder, ceilings=CEILINGS, on_progress=lambda *a: seen.append(a)
+        )
+
+    assert {len(prompt) for prompt in engine.prompts} == {8}
+    assert (rows["status"] == "ok").sum() == 4
+    assert sweep.failed_points(rows).empty
+    assert [done for done, _, _ in seen] == [1, 2, 3, 4]
+    assert [text.endswith("already done") for *_, text in seen] == [False, False, True, True]
+
+
+def test_another_variant_is_not_taken_for_done(tmp_path):
+    experiment = experiment_for(tmp_path)
+    with opened(experiment) as folder:
+        sweep.run_sweep(StandInEngine(), experiment, folder, ceilings=CEILINGS)
+        plain, engine = experiment.with_changes(operator_fusion=False), StandInEngine()
+        rows = sweep.run_sweep(engine, plain, folder, ceilings=CEILINGS)
+
+    assert engine.prompts
+    assert sorted(rows["operator_fusion"]) == [False] * 4 + [True] * 4
+
+
+def test_impossible_lengths_are_refused_before_any_work(tmp_path):
+    experiment, engine = experiment_for(tmp_path), StandInEngine()
+    engine.max_seq_length = 18
+    with (
+        opened(experiment) as folder,
+        pytest.raises(SweepError, match=r"18: 16 \+ 4 = 20; lower sweep_prompt_len"),
+    ):
+        sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
+
+    assert engine.prompts == []
+
+
+def test_interrupt_stops_the_sweep_and_keeps_what_was_measured(tmp_path):
+    experiment, engine = experiment_for(tmp_path), StandInEngine()
+
+    def stop_after_two(done, total, text):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with opened(experiment) as folder:
+        with pytest.raises(KeyboardInterrupt):
+            sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS, on_progress=stop_after_two)
+        assert list(folder.load("rows")["status"]) == ["ok", "ok"]
+
+
+def test_goodput_carries_its_limits(tmp_path):
+    experiment = experiment_for(tmp_path, ttft_limit_ms=1e4, tpot_limit_ms=1e-6)
+    with opened(experiment) as folder:
+        rows = sweep.run_sweep(StandInEngine(step_s=0.001), experiment, folder, ceilings=CEILINGS)
+
+    assert (rows["goodput_requests_per_s"] == 0).all()
+    assert (rows["ttft_limit_ms"] == 1e4).all() and (rows["tpot_limit_ms"] == 1e-6).all()
+
+
+def test_engine_that_loses_a_request_is_reported_and_does_not_hang(tmp_path):
+    engine = StandInEngine()
+    engine.step = lambda: engine.sequences.clear() or []
+
+    with pytest.raises(RuntimeError, match="the engine lost 2 requests"):
+        EngineBackend(engine, experiment_for(tmp_path)).run(make_requests(2, 8, 5, vocab_size=1000), 2)
+
+
+def test_missing_and_failed_requests_are_told_apart():
+    requests = make_requests(2, 4, 2, vocab_size=1000)
+    good = RequestRecord(0, 4, 2, 0.0, (1.0, 2.0), "length")
+    bad = RequestRecord(1, 4, 0, 0.0, (), "error", "prompt too long")
+
+    with pytest.raises(RuntimeError, match="1 of 2 requests never came back"):
+        sweep.check_complete(requests, [good])
+    with pytest.raises(RuntimeError, match="1 of 2 requests failed; the first: prompt too long"):
+        sweep.check_complete(requests, [good, bad])
+
+
+def test_replicas_read_their_weights_each_and_share_the_load(tmp_path):
+    experiment = experiment_for(tmp_path, cards=2)
+    engine = StandInEngine()
+    engine.device.kind = "npu"
+    two = expectation.PointCosts(EngineBackend(engine, experiment), CEILINGS)
+    one = expectation.PointCosts(EngineBackend(engine, experiment_for(tmp_path)), CEILINGS)
+    points = expectation.sweep_points(experiment_for(tmp_path, sweep_concurrency=[1, 2, 4]))
+    single, double = points[0], points[1]
+
+    assert two.ceilings(double)["ceiling_tokens_per_s"] == pytest.approx(
+        2 * one.ceilings(single)["ceiling_tokens_per_s"]
+    )
+    assert two.ceilings(double)["prefill_floor_ms"] == one.ceilings(double)["prefill_floor_ms"]
+
+
+def test_expectations_are_known_before_anything_runs(tmp_path):
+    experiment, engine = experiment_for(tmp_path), StandInEngine()
+    with opened(experiment) as folder:
+        folder.write_json("ceilings", CEILINGS)
+        table = expectation.expectations(engine, experiment, folder)
+
+    assert engine.prompts == []
+    assert len(table) == 4
+    assert (table["predicted_tokens_per_s"] < table["ceiling_tokens_per_s"]).all()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "asked", "expected"),
+    [
+        (None, "w8a8", "none"),
+        ({}, "w8a16", "none"),
+        ({"scheme": "w8a16"}, "auto", "w8a16"),
+        ({"x": 1}, "w8a8", "w8a8"),
+    ],
+)
+def test_quantisation_is_read_from_the_checkpoint_and_not_from_the_wish(quantization, asked, expected):
+    assert quantize_scheme(SimpleNamespace(quantization=quantization), asked) == expected
+
+
+def test_vllm_backend_says_how_to_get_vllm_where_it_is_missing(tmp_path, tiny_qwen3_dir):
+    with pytest.raises(ValueError, match="vllm is not installed here"):
+        VllmBackend(tiny_qwen3_dir, device=StandInDevice(), experiment=experiment_for(tmp_path))
+
+
+def test_transformers_baseline_reports_real_times_for_every_token_of_ragged_requests(tiny_qwen3_dir):
+    from ascend_kit.device.device import select_device
+
+    backend = TransformersBackend(
+        tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=256
+    )
+    requests = [
+        *make_requests(2, 12, 3, vocab_size=256, seed=1),
+        *[r.__class__(r.index + 2, r.prompt_token_ids, r.num_output_tokens)
+          for r in make_requests(1, 30, 6, vocab_size=256, seed=2)],
+    ]  # fmt: skip
+
+    records = backend.run(requests, concurrency=2)
+
+    sweep.check_complete(requests, records)
+    by_index = {r.index: r for r in records}
+    assert by_index[0].arrival_s == by_index[1].arrival_s  # one batch
+    assert by_index[2].arrival_s >= by_index[0].token_times_s[-1]  # the next batch waits for the whole one
+    for record in records:
+        times = (record.arrival_s, *record.token_times_s)
+        assert all(before < after for before, after in itertools.pairwise(times))
+
+
+def test_real_engine_and_baseline_fill_one_table(tmp_path, tiny_qwen3_dir):
+    from ascend_kit import AscendInferEngine
+
+    experiment = experiment_for(
+        tmp_path, input_model=str(tiny_qwen3_dir), precision="fp32", device="cpu", use_model="source",
+        max_seq_length=128, sweep_prompt_len=[24], kv_cache_gib=0.01, graph_mode=False,
+    )  # fmt: skip
+    with opened(experiment) as folder:
+        with AscendInferEngine.from_experiment(experiment) as engine:
+            sweep.run_sweep(engine, experiment, folder)
+        rows = sweep.run_baseline_sweep(experiment, folder)
+        ceilings = folder.read_json("ceilings")
+
+    assert list(rows["backend"]) == ["ascend_kit"] * 2 + ["transformers"] * 2
+    assert rows["error"].isna().all()
+    assert (rows["prefix_hit_rate"] == 0).all() and (rows["num_preemptions"] == 0).all()
+    assert (rows["weight_bytes"] == rows["weight_bytes"].iloc[0]).all()  # the same float32 model twice
+    assert rows["mbu"].between(0, 1).all() and rows["mfu"].between(0, 1).all()
+    assert (rows["ceiling_share"] < 1).all()
+    assert ceilings["fp32_flops_per_s"] > 0
