@@ -1,0 +1,401 @@
+"""Decode steps without the host in the way: NPU graphs, CUDA graphs, or compiled layers on a CPU.
+
+A decode step of a fixed batch size launches the same kernels every time, so the launches are recorded once
+per size and replayed as one. `DecodeGraphs` hides which mechanism does it:
+
+    graphs = DecodeGraphs(device, step_fn, max_batch=16, max_blocks=64, block_size=128, ...)
+    graphs.capture()                                  # once, after the KV cache exists
+    logits = graphs.run(token_ids, positions, meta)   # [B, V], valid until the next run
+    graphs.info()                                     # mode, sizes, seconds and bytes the capture took
+
+`step_fn(token_ids [B] int32, positions [B] int32, meta) -> logits [B, V]` is the whole step without
+sampling: random numbers and host reads cannot be recorded. A batch runs in the next larger captured size;
+the dead rows read and write block 0 of the KV cache, which no request owns. Everything `run` is given may
+live on the host, which is cheapest: all of it then crosses in one transfer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ascend_kit.device.device import Device
+from ascend_kit.device.ops import AttentionMeta
+
+StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
+
+# Few sizes: every graph takes device memory, streams and start-up time. Waste is at most half a batch below
+# 16.
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+DEFAULT_TIMEOUT_S = 120.0
+UPDATE_FIRST_VARIABLE = "ASCEND_KIT_GRAPH_UPDATE_FIRST"
+
+_ADVICE = {
+    "207008": "the device is out of streams: capture fewer sizes, or update the driver (25.5.1) and CANN",
+    "207005": "a device resource ran out: capture fewer sizes, or update driver and CANN",
+    "Alloc sq cq": "the driver allows no more graphs: capture fewer sizes, or install driver 25.5.1 or newer",
+    "561002": "attention refused the lengths: list length, block-table rows and query rows must agree",
+    "task not supported": "unset HCCL_OP_EXPANSION_MODE=AIV, which not every version can record",
+}
+_HANG_ADVICE = (
+    "A replay waits for the attention lengths of its step, so a missing or overtaking update is the usual cause. "
+    "Try, in this order: unset HCCL_OP_EXPANSION_MODE when it is AIV and several cards are used; "
+    f"{UPDATE_FIRST_VARIABLE}=1 to update before replaying; graph_mode: false; a newer driver and CANN. "
+    "With several cards, look at the rank that stopped first."
+)
+
+
+class GraphError(RuntimeError):
+    """A decode graph could not be captured or replayed; the message says what to try."""
+
+
+class GraphHang(GraphError):
+    """The device did not finish in time."""
+
+
+def decode_sizes(max_batch: int, sizes: Sequence[int] | None = None) -> list[int]:
+    """Batch sizes to capture, ascending, ending with `max_batch`. ValueError on a size that cannot be."""
+    if max_batch < 1:
+        raise ValueError(f"max_batch is {max_batch}; a decode batch has at least one sequence")
+    if sizes is None:
+        largest = range(2 * SIZES[-1], max_batch, SIZES[-1])
+        return sorted({size for size in (*SIZES, *largest) if size < max_batch} | {max_batch})
+    wrong = [size for size in sizes if not 1 <= size <= max_batch]
+    if wrong:
+        raise ValueError(f"graph sizes {wrong} are outside 1..{max_batch}, the number of batch slots")
+    return sorted(set(sizes) | {max_batch})
+
+
+def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Poll `is_done` until it holds. Raises GraphHang, naming `what`, once `timeout_s` have passed.
+
+    Polling instead of a blocking synchronisation, because nothing can interrupt the latter.
+    """
+    start = time.perf_counter()
+    while not is_done():
+        waited_s = time.perf_counter() - start
+        if waited_s > timeout_s:
+            raise GraphHang(f"{what} did not finish within {timeout_s:g} s. {_HANG_ADVICE}")
+        if waited_s > 0.02:  # a step is usually over by then; do not burn a core on a long one
+            time.sleep(0.0005)
+
+
+def explain(error: BaseException) -> str:
+    """What to try after a capture failed with `error`, from the error codes seen in the field."""
+    text = str(error)
+    return next(
+        (advice for code, advice in _ADVICE.items() if code in text), "set graph_mode: false to go on without"
+    )
+
+
+class _Unreadable(list):
+    """Host lengths where a graph would freeze them: reading raises instead of replaying old lengths."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise GraphError(
+            "the attention of this op table reads its lengths on the host, which a recorded step cannot do; "
+            "set operator_fusion: true or graph_mode: false"
+        )
+
+    __iter__ = __getitem__ = __len__ = _refuse
+
+
+# --------------------------------------------------------------------------------------------- static inputs
+
+
+class StaticInputs:
+    """The inputs of one captured size, at fixed addresses, filled by a single host-to-device copy.
+
+    One int32 buffer holds ids, positions, slots, context lengths (`size` each) and the block table. int32
+    throughout: every consumer takes it, and it is what the attention kernel wants.
+    """
+
+    def __init__(
+        self, device: Device, size: int, max_blocks: int, block_size: int, mask: Tensor | None
+    ) -> None:
+        count = size * (4 + max_blocks)
+        pin = device.kind != "cpu"
+        self.size, self.block_size = size, block_size
+        self.host = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
+        self.buffer = torch.zeros(count, dtype=torch.int32, device=device.torch_device)
+        self.host_rows = self.host[: 4 * size].view(4, size)
+        self.host_table = self.host[4 * size :].view(size, max_blocks)
+        rows = self.buffer[: 4 * size].view(4, size)
+        self.token_ids, self.positions, self.slots, self.lens = rows.unbind(0)
+        self.table = self.buffer[4 * size :].view(size, max_blocks)
+        self.mask = mask
+        self.clear()
+        self.buffer.copy_(self.host)
+
+    def clear(self) -> None:
+        """Make every row dead: token 0 at position 0, one key, in its own slot of the scratch block."""
+        self.host.zero_()
+        self.host_rows[2] = torch.arange(self.size, dtype=torch.int32) % self.block_size
+        self.host_rows[3] = 1
+
+    def meta(self, host_lengths: Sequence[int] | None) -> AttentionMeta:
+        """The step's meta over the static tensors; None puts a guard where the host lengths would be."""
+        ends, lens = (_Unreadable(), _Unreadable())
+        if host_lengths is not None:
+            ends, lens = list(range(1, self.size + 1)), list(host_lengths)
+        return AttentionMeta(
+            self.slots, self.table, ends, lens, self.lens, self.block_size, is_decode=True, mask=self.mask
+        )
+
+    def fill(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> None:
+        """Copy a step's inputs (on the host or on the device) into the first rows."""
+        batch, width = token_ids.shape[0], meta.block_table.shape[1]
+        if width > self.host_table.shape[1]:
+            raise ValueError(
+                f"a block table of {width} columns does not fit the {self.host_table.shape[1]} the graphs "
+                "were made for; raise max_seq_length"
+            )
+        self.clear()
+        late = []  # what is already on the device is copied there, after the host part
+        pairs = zip(self.host_rows, (self.token_ids, self.positions, self.slots, self.lens),
+                    (token_ids, positions, meta.slot_mapping, meta.context_lens_t), strict=True)  # fmt: skip
+        for host, static, given in pairs:
+            if given.device.type == "cpu":
+                host[:batch] = given
+            else:
+                late.append((static[:batch], given))
+        if meta.block_table.device.type == "cpu":
+            self.host_table[:batch, :width] = meta.block_table[:batch]
+        else:
+            late.append((self.table[:batch, :width], meta.block_table[:batch]))
+        self.buffer.copy_(self.host, non_blocking=True)
+        for static, given in late:
+            static.copy_(given)
+
+
+# -------------------------------------------------------------------------------------------------- back-ends
+
+
+class _Captured:
+    """One recorded size on NPU or CUDA."""
+
+    def __init__(self, inputs: StaticInputs, graph: Any, logits: Tensor) -> None:
+        self.inputs, self.graph, self.logits = inputs, graph, logits
+
+
+@dataclass
+class _Counters:
+    capture_s: float = 0.0
+    capture_bytes: int = 0
+    replays: int = 0
+    rows: int = 0
+    padded_rows: int = 0
+
+
+class DecodeGraphs:
+    """Captured decode steps; see the module's text.
+
+    `host_lengths`: the attention takes its lengths as host lists (the NPU kernel does), so a replay is
+    followed by an update. `layers`: the decoder layers, which a CPU compiles one by one; without them the
+    whole step is compiled. `mask`: the op table's shared mask, if it has one.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        step_fn: StepFn,
+        *,
+        max_batch: int,
+        max_blocks: int,
+        block_size: int,
+        sizes: Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        host_lengths: bool = False,
+        layers: Sequence[nn.Module] = (),
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self.device, self.step_fn, self.timeout_s = device, step_fn, timeout_s
+        self.sizes = decode_sizes(max_batch, sizes)
+        self.max_blocks, self.block_size, self.mask = max_blocks, block_size, mask
+        self.host_lengths = host_lengths and device.kind == "npu"
+        self.update_first = os.environ.get(UPDATE_FIRST_VARIABLE, "0") not in ("", "0")
+        self.counters = _Counters()
+        self._captured: dict[int, _Captured] = {}
+        self._compiled = _CompiledLayers(step_fn, layers) if device.kind == "cpu" else None
+        self._pool: Any = None
+        self._done: Any = None  # event after the latest replay
+
+    def capture(self) -> dict[str, Any]:
+        """Record every size, largest first so that the smaller ones reuse its memory; returns `info()`."""
+        start = time.perf_counter()
+        before = self.device.memory_in_use_bytes()
+        if self._compiled is not None:
+            self._compile_both_shapes()
+        else:
+            for size in reversed(self.sizes):
+                self._captured[size] = self._capture_size(size)
+        self.counters.capture_s += time.perf_counter() - start
+        self.counters.capture_bytes += max(0, self.device.memory_in_use_bytes() - before)
+        return self.info()
+
+    def can_run(self, batch: int) -> bool:
+        """Whether a batch of this size fits a captured one."""
+        return 1 <= batch <= self.sizes[-1]
+
+    def run(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
+        """Logits [B, V] of one decode step. On NPU and CUDA they are overwritten by the next run."""
+        batch = token_ids.shape[0]
+        if not self.can_run(batch):
+            raise ValueError(f"a batch of {batch} does not fit the captured sizes {self.sizes}")
+        if not meta.is_decode:
+            raise ValueError("a recorded step has one query token per sequence; run a prefill without graphs")
+        self.counters.replays += 1
+        self.counters.rows += batch
+        if self._compiled is not None:
+            return self._compiled(token_ids, positions, meta)
+        if not self._captured:
+            self.capture()
+        size = next(size for size in self.sizes if size >= batch)
+        self.counters.padded_rows += size - batch
+        captured = self._captured[size]
+        self._wait_for_previous()
+        captured.inputs.fill(token_ids, positions, meta)
+        self._replay(captured, [*meta.context_lens, *[1] * (size - batch)])
+        return captured.logits[:batch]
+
+    def wait(self) -> None:
+        """Return when the latest replay is over; GraphHang when it is not over in time."""
+        if self._done is not None:
+            wait_until(
+                self._done.query, self.timeout_s, f"the decode step recorded for {self.device.torch_device}"
+            )
+
+    def info(self) -> dict[str, Any]:
+        """What was captured and how often it ran; plain values for a manifest."""
+        mode = {"npu": "npu_graph", "cuda": "cuda_graph"}.get(self.device.kind)
+        return {
+            "mode": mode or f"compiled_{self._compiled.backend}",
+            "sizes": list(self.sizes),
+            **vars(self.counters),
+        }
+
+    def close(self) -> None:
+        """Give the graphs' memory back."""
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
+
+    # ---------------------------------------------------------------------------------------- NPU and CUDA
+
+    def _capture_size(self, size: int) -> _Captured:
+        backend = self.device.backend
+        inputs = StaticInputs(self.device, size, self.max_blocks, self.block_size, self.mask)
+        lengths = [1] * size if self.host_lengths else None
+        meta = inputs.meta(lengths)
+        stream = backend.Stream()
+        stream.wait_stream(backend.current_stream())
+        try:
+            with backend.stream(stream):  # kernels are loaded and workspaces sized before recording starts
+                self.step_fn(inputs.token_ids, inputs.positions, meta)
+            backend.current_stream().wait_stream(stream)
+            self.device.synchronize()
+            graph, logits = self._record(inputs, meta, stream)
+            captured = _Captured(inputs, graph, logits)
+            self._replay(
+                captured, lengths
+            )  # the first replay loads the graph, and shows whether updates arrive
+        except GraphError:
+            raise
+        except RuntimeError as error:
+            raise GraphError(f"the decode step for {size} sequences cannot be recorded: {error}. "
+                             f"What to try: {explain(error)}.") from error  # fmt: skip
+        self.wait()
+        return captured
+
+    def _record(self, inputs: StaticInputs, meta: AttentionMeta, stream: Any) -> tuple[Any, Tensor]:
+        backend = self.device.backend
+        if self._pool is None:
+            self._pool = backend.graph_pool_handle()
+        if self.device.kind == "npu":
+            graph = backend.NPUGraph()
+            context = backend.graph(
+                graph, pool=self._pool, stream=stream, auto_dispatch_capture=self.host_lengths
+            )
+        else:
+            graph = backend.CUDAGraph()
+            context = backend.graph(graph, pool=self._pool, stream=stream)
+        with context:
+            logits = self.step_fn(inputs.token_ids, inputs.positions, meta)
+        return graph, logits
+
+    def _replay(self, captured: _Captured, lengths: list[int] | None) -> None:
+        """Replay, then update: layer i waits only for its own lengths, so the later updates cost no time."""
+        if self.host_lengths and self.update_first:
+            self._update(captured, lengths)
+        captured.graph.replay()
+        if self.host_lengths and not self.update_first:
+            self._update(captured, lengths)
+        if self._done is None:
+            self._done = self.device.backend.Event()
+        self._done.record()
+
+    def _update(self, captured: _Captured, lengths: list[int] | None) -> None:
+        captured.graph.update(
+            cpu_update_input=[
+                {"actual_seq_lengths": list(range(1, len(lengths) + 1)), "actual_seq_lengths_kv": lengths}
+            ]
+        )
+
+    def _wait_for_previous(self) -> None:
+        # An update that overtakes an unfinished replay is lost or reaches the wrong step. Normally the
+        # previous step's tokens have been read by now and this costs one query.
+        self.wait()
+
+    # --------------------------------------------------------------------------------------------------- CPU
+
+    def _compile_both_shapes(self) -> None:
+        # A size of 1 stays its own case under dynamic shapes. 3 and 5 because equal sizes would share one
+        # symbol.
+        for batch in {1, min(3, self.sizes[-1])}:
+            ids, positions, slots, lens = (torch.zeros(batch, dtype=torch.int32) for _ in range(4))
+            table = torch.zeros(batch, 5, dtype=torch.int32)
+            meta = AttentionMeta(slots, table, [], [], lens + 1, self.block_size, is_decode=True)
+            self._compiled(ids, positions, meta)
+
+
+class _CompiledLayers:
+    """The step with its decoder layers compiled. One compilation serves all layers, batches and contexts."""
+
+    def __init__(self, step_fn: StepFn, layers: Sequence[nn.Module]) -> None:
+        self.backend = (
+            "inductor" if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") else "eager"
+        )
+        # Rounding to bf16 between fused operators as the plain step does, or greedy tokens would differ
+        # from it.
+        options = {"emulate_precision_casts": True} if self.backend == "inductor" else None
+        compile_ = lambda fn: torch.compile(fn, dynamic=True, backend=self.backend, options=options)  # noqa: E731
+        self.layers = list(layers)
+        self.compiled = [compile_(layer._call_impl) for layer in self.layers]
+        self.step_fn = step_fn if self.layers else compile_(step_fn)
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
+        table = meta.block_table
+        if table.shape[1] == 1:  # width 1 would be compiled as a case of its own
+            table = nn.functional.pad(table, (0, 1))
+        meta = replace(meta, block_table=table, cu_seqlens_q=_Unreadable(), context_lens=_Unreadable())
+        with self._swapped_in():
+            return self.step_fn(token_ids, positions, meta)
+
+    @contextmanager
+    def _swapped_in(self) -> Iterator[None]:
+        """Layers compiled for this step only: a prefill would be compiled again for its own shapes."""
+        for layer, compiled in zip(self.layers, self.compiled, strict=True):
+            layer._compiled_call_impl = compiled
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer._compiled_call_impl = None
