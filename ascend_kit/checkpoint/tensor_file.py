@@ -209,22 +209,10 @@ class SafetensorsFile:
         return self.file.read_bytes(0, 8 + length, "the header")
 
     def _parse(self, text: bytes) -> dict[str, RawTensor]:
-        path = self.file.path
-        try:
-            header = json.loads(text)
-            self.metadata = header.pop("__metadata__", {}) or {}
-            entries = [
-                (name, item["dtype"], item["shape"], *item["data_offsets"]) for name, item in header.items()
-            ]
-            entries.sort(key=lambda entry: (entry[3], entry[4]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} has a damaged header: {type(error).__name__}: {error}") from error
-        tensors, data_start, expected = {}, len(text) + 8, 0
-        for name, code, shape, start, stop in entries:
-            if code not in DTYPE_OF_CODE:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has dtype {code}, known: {', '.join(DTYPE_OF_CODE)}"
-                )
+        path, data_start = self.file.path, len(text) + 8
+        tensors: dict[str, RawTensor] = {}
+        expected = 0
+        for name, code, shape, start, stop in self._entries(text):
             tensor = RawTensor(self.file, name, DTYPE_OF_CODE[code], shape, data_start + start)
             if start != expected or stop - start != tensor.nbytes:
                 raise CheckpointError(
@@ -233,13 +221,33 @@ class SafetensorsFile:
                 )
             expected, tensors[name] = stop, tensor
         if data_start + expected != self.file.size:
-            last = entries[-1][0] if entries else "none"
             kind = "truncated" if data_start + expected > self.file.size else "longer than its header says"
             raise CheckpointError(
                 f"{path} is {kind}: {self.file.size} bytes, the header needs "
-                f"{data_start + expected} (last tensor: {last})"
+                f"{data_start + expected} (last tensor: {next(reversed(tensors), 'none')})"
             )
         return tensors
+
+    def _entries(self, text: bytes) -> list[tuple[str, str, list[int], int, int]]:
+        """(name, dtype code, shape, first byte, byte after the last) in file order."""
+        path = self.file.path
+        try:
+            header = json.loads(text)
+            self.metadata = header.pop("__metadata__", {}) or {}
+            entries = [
+                (name, item["dtype"], list(item["shape"]), *item["data_offsets"])
+                for name, item in header.items()
+            ]
+            entries.sort(key=lambda entry: (entry[3], entry[4]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} has a damaged header: {type(error).__name__}: {error}") from error
+        for name, code, shape, *offsets in entries:
+            if code not in DTYPE_OF_CODE:
+                known = ", ".join(DTYPE_OF_CODE)
+                raise CheckpointError(f"{path}: tensor {name} has dtype {code}, known: {known}")
+            if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+                raise CheckpointError(f"{path} has a wrong header: tensor {name} {shape} at {offsets}")
+        return entries
 
     def close(self) -> None:
         self.file.close()
