@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascend_kit.device.device import Device
+from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.engine.sampler import record_logprobs, sample
 from ascend_kit.engine.scheduler import Chunk, StepPlan
@@ -27,24 +27,24 @@ class ModelRunner:
         self.block_size = block_size
         self.caches = decoder.new_caches(num_blocks, block_size, dtype, device.torch_device)
         self.mask = ops.make_mask(device.torch_device)
-        self.graphs: Any = None
+        self.graphs: DecodeGraphs | None = None
 
     def enable_graphs(self, max_sequences: int, max_seq_length: int) -> None:
         """Run decode steps as captured graphs from now on."""
-        from ascend_kit.device.graphs import DecodeGraphs
-
-        self.graphs = DecodeGraphs(self.device, self._decode_step, max_batch=max_sequences,
-                                   block_size=self.block_size, max_blocks=-(-max_seq_length // self.block_size),
-                                   mask=self.mask)
+        self.graphs = DecodeGraphs(
+            self.device, self._decode_step, max_batch=max_sequences, block_size=self.block_size,
+            max_blocks=-(-max_seq_length // self.block_size), mask=self.mask, host_lengths=self.ops.HOST_LENGTHS,
+            layers=list(self.decoder.layers))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, int]:
         """Run one step; the new token of each sequence that got one, by sequence id. Scores go to the sequences."""
-        token_ids, positions, meta = self._inputs(plan.chunks)
         sampled = [chunk for chunk in plan.chunks if chunk.reaches_end and not chunk.sequence.is_scoring]
         if self.graphs is not None and plan.is_decode:
-            logits = self.graphs.run(token_ids, positions, meta)
+            # Host tensors: the graph copies all of them to its own buffers in one transfer.
+            logits = self.graphs.run(*self._inputs(plan.chunks, torch.device("cpu")))
             return self._read_tokens(logits, sampled, eos_ids)
+        token_ids, positions, meta = self._inputs(plan.chunks, self.device.torch_device)
         hidden = self.decoder(token_ids, positions, meta, self.caches)
         starts = _starts(plan.chunks)
         self._score(hidden, plan.chunks, starts)
@@ -64,8 +64,8 @@ class ModelRunner:
         # The step's one synchronisation with the device.
         return {s.id: token for s, token in zip(sequences, tokens.tolist(), strict=True)}
 
-    def _inputs(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, AttentionMeta]:
-        """Packed token ids [T], positions [T] and where everything lies in the cache."""
+    def _inputs(self, chunks: list[Chunk], device: torch.device) -> tuple[Tensor, Tensor, AttentionMeta]:
+        """Packed token ids [T], positions [T] and where everything lies in the cache; int32, in one transfer."""
         size = self.block_size
         token_ids: list[int] = []
         positions: list[int] = []
@@ -79,13 +79,15 @@ class ModelRunner:
             ends.append(len(token_ids))
         lengths = [chunk.end for chunk in chunks]
         width = -(-max(lengths) // size)
-        table = [chunk.sequence.blocks[:width] + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
-        packed = self._ints([token_ids, positions], torch.int64)
+        table = [block for chunk in chunks for block in _padded(chunk.sequence.blocks, width)]
+        parts = (token_ids, positions, slots, lengths, table)
+        buffer = torch.tensor([number for part in parts for number in part], dtype=torch.int32)
+        ids, where, slot_mapping, lens, flat = buffer.to(device, non_blocking=True).split([len(p) for p in parts])
         meta = AttentionMeta(
-            slot_mapping=self._ints(slots, torch.int32), block_table=self._ints(table, torch.int32),
-            cu_seqlens_q=ends, context_lens=lengths, context_lens_t=self._ints(lengths, torch.int32),
-            block_size=size, is_decode=all(chunk.count == 1 for chunk in chunks), mask=self.mask)
-        return packed[0], packed[1], meta
+            slot_mapping=slot_mapping, block_table=flat.view(len(chunks), width), cu_seqlens_q=ends,
+            context_lens=lengths, context_lens_t=lens, block_size=size,
+            is_decode=all(chunk.count == 1 for chunk in chunks), mask=self.mask)
+        return ids, where, meta
 
     def _score(self, hidden: Tensor, chunks: list[Chunk], starts: dict[int, int]) -> None:
         """Log-probability and greedy agreement of every scored row in this step."""
@@ -114,6 +116,10 @@ class ModelRunner:
 
     def _ints(self, values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device.torch_device, non_blocking=True)
+
+
+def _padded(blocks: list[int], width: int) -> list[int]:
+    return blocks[:width] + [0] * (width - len(blocks))
 
 
 def _starts(chunks: list[Chunk]) -> dict[int, int]:

@@ -4,6 +4,9 @@ An implementation is a module with the functions of `OPS`. `select_ops` picks on
 again. `reference` is plain torch, runs on any device and defines what is correct. Layout and dtype changes a kernel
 wants happen inside its module.
 
+Besides the functions a module states two facts: MERGED_QKV, whether q, k and v are better one product than three, and
+HOST_LENGTHS, whether its attention takes the lengths as host lists, which a captured graph then has to be told anew.
+
 Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden, F feed-forward, B sequences,
 S tokens per KV block.
 """

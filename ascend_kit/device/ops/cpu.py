@@ -6,12 +6,14 @@ Functions not defined here are the reference's: on a CPU there is nothing faster
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
+    HOST_LENGTHS,
     MERGED_QKV,
     linear,
     make_mask,
@@ -41,8 +43,13 @@ def paged_attention(
     """As in reference; decode steps in one batched call, other steps one flash call a sequence."""
     if meta.is_decode:
         return _decode(q_TNH, k_cache, v_cache, meta, scale)
-    rows, start = [], 0
-    for index, (end, length) in enumerate(zip(meta.cu_seqlens_q, meta.context_lens, strict=True)):
+    first = next(i for i, end in enumerate(meta.cu_seqlens_q) if end != i + 1)  # decoding sequences come first
+    rows, start = [], first
+    if first:
+        decoding = replace(meta, block_table=meta.block_table[:first], context_lens_t=meta.context_lens_t[:first])
+        rows.append(_decode(q_TNH[:first], k_cache, v_cache, decoding, scale))
+    for index in range(first, len(meta.context_lens)):
+        end, length = meta.cu_seqlens_q[index], meta.context_lens[index]
         blocks = meta.block_table[index, : math.ceil(length / meta.block_size)]
         q = q_TNH[start:end].transpose(0, 1).unsqueeze(0)
         keys, values = (cache[blocks].flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ascend_kit.device.ops import AttentionMeta
 
 MERGED_QKV = True
+HOST_LENGTHS = False
 
 
 def validate(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[str]:
@@ -58,6 +59,8 @@ def paged_attention(
     q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
 ) -> Tensor:
     """Causal attention of each sequence's new tokens over its cached keys, aligned at the end; returns [T, N, H]."""
+    if meta.is_decode:
+        return _decode(q_TNH, k_cache, v_cache, meta, scale)
     rows, start = [], 0
     for index, (end, length) in enumerate(zip(meta.cu_seqlens_q, meta.context_lens, strict=True)):
         blocks = meta.block_table[index, : math.ceil(length / meta.block_size)].long()
@@ -100,6 +103,16 @@ def int8_matmul(
     total = (xq.double() @ weight.double().t()).float()
     result = total * act_scale.unsqueeze(-1) * weight_scale.float()
     return (result if bias is None else result + bias.float()).to(out_dtype)
+
+
+def _decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
+    """One query token a sequence, all at once and without host lists, so that a captured graph can replay it."""
+    keys, values = (cache[meta.block_table.long()].flatten(1, 2).float() for cache in (k_cache, v_cache))
+    groups = q_TNH.shape[1] // keys.shape[2]
+    scores = torch.einsum("bnh,bcnh->bnc", q_TNH.float(), keys.repeat_interleave(groups, 2)) * scale
+    beyond = torch.arange(keys.shape[1], device=q_TNH.device) >= meta.context_lens_t.unsqueeze(1)
+    weights = scores.masked_fill(beyond.unsqueeze(1), -math.inf).softmax(-1)
+    return torch.einsum("bnc,bcnh->bnh", weights, values.repeat_interleave(groups, 2)).to(q_TNH.dtype)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,276 @@
+"""The op table on an Ascend NPU, through torch_npu's fused kernels (schemas of 2.13.0).
+
+Every contract below is from the operators' documents in the wheel (torch_npu/_op_plugin_docs.py) or from how
+vllm-ascend and cann-recipes-infer call them. Where documents and practice leave a doubt, the documented
+form is the default and the other one a switch:
+
+    ASCEND_KIT_NPU_ROPE       bsnd (default) | tnd | rotary_mul
+    ASCEND_KIT_NPU_KV_WRITE   scatter_pa (default) | nd_update
+    ASCEND_KIT_NPU_WEIGHT_NZ  int8 (default) | off        FRACTAL_NZ layout of int8 weights
+
+Attention is `npu_fused_infer_attention_score` over the paged cache for prefill, chunked prefill and decode
+alike. Two layouts cover the head sizes: TND (packed tokens, one call a step) for 128, BSH for other
+multiples of 16. float32 has no attention kernel; it takes plain torch, so that exact comparison with a CPU
+stays possible.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascend_kit.device.device import import_torch_npu
+from ascend_kit.device.ops import AttentionMeta, portable, reference
+
+# Three products instead of one: slices of a merged one are strided, and rope, norm and cache write want
+# contiguous tensors. Keys and values come from one batched product, whose two results are contiguous.
+MERGED_QKV = False
+STACKED_KV = True
+HOST_LENGTHS = True  # attention takes lengths as host lists: a captured step needs an update at every replay
+
+TND_HEAD_SIZES = (
+    128,
+)  # 64 is documented for equal head counts only, and only in the second version of the kernel
+ROPE_HEAD_SIZES = (64, 128)
+MASK_SIZE = 2048
+CAUSAL_BOTTOM_RIGHT = 3  # sparse_mode: a chunk sees its whole prefix
+FRACTAL_ND, FRACTAL_NZ = 2, 29
+MAX_QUANT_WIDTH = 65535
+_FLOAT16 = (torch.float16, torch.bfloat16)
+
+_SWITCHES = {
+    "ASCEND_KIT_NPU_ROPE": ("bsnd", "tnd", "rotary_mul"),
+    "ASCEND_KIT_NPU_KV_WRITE": ("scatter_pa", "nd_update"),
+    "ASCEND_KIT_NPU_WEIGHT_NZ": ("int8", "off"),
+}
+
+
+@cache
+def _npu() -> Any:
+    return import_torch_npu()
+
+
+@cache
+def switch(name: str) -> str:
+    """Value of one of this module's environment switches; ValueError names the allowed ones."""
+    allowed = _SWITCHES[name]
+    value = os.environ.get(name, allowed[0])
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}")
+    return value
+
+
+def validate(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[str]:
+    """Limits of the kernels that a model (its part on one rank) breaks; empty when it can run."""
+    problems = []
+    if num_heads % num_kv_heads:
+        problems.append(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    elif num_heads // num_kv_heads > 64:
+        problems.append(
+            f"{num_heads // num_kv_heads} query heads share a KV head; the attention kernel allows 64"
+        )
+    if num_heads > 256:
+        problems.append(f"{num_heads} query heads; the attention kernel allows 256")
+    if dtype in _FLOAT16 and (head_dim % 16 or head_dim > 512):
+        problems.append(
+            f"head size {head_dim}; the attention kernel takes multiples of 16 up to 512 (precision fp32 or "
+            "operator_fusion: false run it in plain torch)"
+        )
+    if num_kv_heads * head_dim >= 65535:
+        problems.append(f"{num_kv_heads} KV heads of {head_dim} make a cache row of 65535 or more elements")
+    return problems
+
+
+@cache
+def make_mask(device: torch.device) -> Tensor:
+    """The compressed causal mask [2048, 2048] int8, 1 above the diagonal; one for all layers and steps."""
+    return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8).triu(1).to(device)
+
+
+# ------------------------------------------------------------------------------------------------ norm,
+# MLP, rope
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As in reference; weight in x's dtype."""
+    return _npu().npu_rms_norm(x, weight, epsilon=eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As in reference, in one kernel that also returns the sum."""
+    y, _, total = _npu().npu_add_rms_norm(x, residual, weight, epsilon=eps)
+    return y, total
+
+
+def swiglu(gate_up_T2F: Tensor) -> Tensor:
+    """As in reference; the kernel's swish is on the first half, too."""
+    return _npu().npu_swiglu(gate_up_T2F, dim=-1)
+
+
+def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """As in reference, in place for head sizes 64 and 128: the arguments must not be used afterwards."""
+    form = switch("ASCEND_KIT_NPU_ROPE") if q_TNH.shape[-1] in ROPE_HEAD_SIZES else "rotary_mul"
+    if form == "tnd":
+        cos, sin = cos_TH.unsqueeze(1), sin_TH.unsqueeze(1)
+        return _npu().npu_apply_rotary_pos_emb(q_TNH, k_TKH, cos, sin, layout="TND")
+    q, k = (
+        q_TNH.unsqueeze(0),
+        k_TKH.unsqueeze(0),
+    )  # one sequence of T tokens: the kernel does not look further
+    cos, sin = cos_TH[None, :, None], sin_TH[None, :, None]
+    if form == "bsnd":
+        q, k = _npu().npu_apply_rotary_pos_emb(q, k, cos, sin, layout="BSND")
+    else:
+        q, k = (_npu().npu_rotary_mul(x, cos, sin) for x in (q, k))
+    return q.squeeze(0), k.squeeze(0)
+
+
+# ------------------------------------------------------------------------------------------------------ KV
+# cache
+
+
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """As in reference. Slots must be unique and within the cache: the kernels check neither."""
+    if switch("ASCEND_KIT_NPU_KV_WRITE") == "scatter_pa" and hasattr(_npu(), "npu_scatter_pa_kv_cache"):
+        # "Norm" is the plain layout; the default means FRACTAL_NZ caches.
+        _npu().npu_scatter_pa_kv_cache(
+            k_TKH.contiguous(), v_TKH.contiguous(), k_cache, v_cache, slot_mapping, cache_mode="Norm"
+        )
+        return
+    indices = slot_mapping.unsqueeze(1)
+    for rows, target in ((k_TKH, k_cache), (v_TKH, v_cache)):
+        _npu().npu_scatter_nd_update_(target.view(-1, *target.shape[2:]), indices, rows)
+
+
+def paged_attention(
+    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
+) -> Tensor:
+    """As in reference, through the fused kernel."""
+    if q_TNH.dtype not in _FLOAT16:
+        plain = portable.decode_attention if meta.is_decode else reference.paged_attention
+        return plain(q_TNH, k_cache, v_cache, meta, scale)
+    if q_TNH.shape[-1] in TND_HEAD_SIZES:
+        return _attend(
+            q_TNH,
+            k_cache,
+            v_cache,
+            meta,
+            scale,
+            "TND",
+            meta.cu_seqlens_q,
+            meta.context_lens,
+            meta.block_table,
+        )
+    if meta.is_decode:
+        lens = [1] * len(meta.context_lens)
+        q = q_TNH.flatten(1).unsqueeze(1)  # [B, 1, N*H]
+        return _attend(
+            q, k_cache, v_cache, meta, scale, "BSH", lens, meta.context_lens, meta.block_table
+        ).view_as(q_TNH)
+    return _attend_one_by_one(q_TNH, k_cache, v_cache, meta, scale)
+
+
+def _attend_one_by_one(
+    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
+) -> Tensor:
+    """BSH prefill: sequences of unlike lengths would have to be padded, so each gets its own call."""
+    rows, start = [], 0
+    for index, (end, length) in enumerate(zip(meta.cu_seqlens_q, meta.context_lens, strict=True)):
+        q = q_TNH[start:end].flatten(1).unsqueeze(0)  # [1, S, N*H]
+        table = meta.block_table[index : index + 1]
+        rows.append(
+            _attend(q, k_cache, v_cache, meta, scale, "BSH", [end - start], [length], table).squeeze(0)
+        )
+        start = end
+    return torch.cat(rows).view_as(q_TNH)
+
+
+def _attend(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    layout: str,
+    q_lens: list[int],
+    kv_lens: list[int],
+    block_table: Tensor,
+) -> Tensor:
+    """One kernel call. `q_lens` are cumulative under TND and per request under BSH, `kv_lens` per request in both.
+
+    Lengths go as keywords: the graph update finds them by name.
+    """
+    blocks, size, kv_heads, head = k_cache.shape
+    keys, values = (cache.view(blocks, size, kv_heads * head) for cache in (k_cache, v_cache))
+    mask = meta.mask if meta.mask is not None else make_mask(query.device)
+    return _npu().npu_fused_infer_attention_score(
+        query.contiguous(),
+        keys,
+        values,
+        atten_mask=mask,
+        actual_seq_lengths=q_lens,
+        actual_seq_lengths_kv=kv_lens,
+        block_table=block_table,
+        num_heads=query.shape[-1] // head if layout == "BSH" else query.shape[1],
+        num_key_value_heads=kv_heads,
+        scale=scale,
+        input_layout=layout,
+        sparse_mode=CAUSAL_BOTTOM_RIGHT,
+        block_size=size,
+    )[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# linear
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As in reference."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """[out, in] in the plain layout: decode is bound by reading it, which FRACTAL_NZ does not change."""
+    return weight
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As in reference; float32, which the kernel does not take, in plain torch."""
+    return _npu().npu_dynamic_quant(x) if x.dtype in _FLOAT16 else reference.quantize_per_token(x)
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """[in, out] contiguous from int8 [out, in]; FRACTAL_NZ unless switched off, so never slice or view it."""
+    if max(weight.shape) > MAX_QUANT_WIDTH:
+        raise ValueError(
+            f"an int8 weight {tuple(weight.shape)} exceeds {MAX_QUANT_WIDTH} in one dimension, the limit of "
+            "npu_quant_matmul; keep this linear in bf16 (quantize_keep)"
+        )
+    packed = weight.t().contiguous()
+    if switch("ASCEND_KIT_NPU_WEIGHT_NZ") == "off":
+        return packed
+    torch.npu.config.allow_internal_format = True
+    return _npu().npu_format_cast(packed, FRACTAL_NZ)
+
+
+def int8_matmul(
+    xq: Tensor,
+    act_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As in reference. The kernel writes float16 or bfloat16; float32 is computed in plain torch."""
+    if out_dtype not in _FLOAT16:
+        plain = _npu().npu_format_cast(weight, FRACTAL_ND)  # a cast reads the plain layout only
+        total = torch.matmul(xq.float(), plain.float()) * act_scale.unsqueeze(-1) * weight_scale
+        return (total if bias is None else total + bias).to(out_dtype)
+    # Without output_dtype the kernel returns int8.
+    return _npu().npu_quant_matmul(
+        xq, weight, weight_scale, pertoken_scale=act_scale, bias=bias, output_dtype=out_dtype
+    )
