@@ -22,6 +22,7 @@ from ascend_kit.checkpoint.manifest import (
     read_manifest,
     verify,
 )
+from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_megatron
 from ascend_kit.checkpoint.quantized_layouts import MSMODELSLIM_FILE
 from ascend_kit.checkpoint.recipe import DTYPES, Recipe, plan_jobs, result_config, summarise
 from ascend_kit.checkpoint.schema import check_tensors, kept_linears, linear_names
@@ -106,7 +107,7 @@ def convert(
     source_folder, destination = Path(input_model).resolve(), Path(os.path.abspath(output_model))
     check_destination(source_folder, destination)
     checkpoint = open_source(source_folder, framework, tokenizer_path)
-    model = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.folder}/config.json")
+    model = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
     check_tensors(checkpoint, model)
     settings = {
         "precision": precision,
@@ -135,7 +136,14 @@ def choose_schemes(model: ModelConfig, quantize: str, keep: Sequence[str]) -> di
 
 def open_source(folder: Path, framework: str, tokenizer_path: str | Path | None) -> Checkpoint:
     """The source checkpoint, its format found out when `framework` is auto."""
-    return open_checkpoint(folder)
+    megatron = is_megatron(folder)
+    if framework == "huggingface" and megatron:
+        raise CheckpointError(f"{folder} is a Megatron checkpoint, but framework is huggingface; use auto")
+    if framework == "megatron" and not megatron:
+        raise CheckpointError(
+            f"{folder} is not a Megatron checkpoint: it has neither {ITERATION_FILE} nor mp_rank_* folders"
+        )
+    return open_megatron(folder, tokenizer_path) if megatron else open_checkpoint(folder)
 
 
 def check_destination(source: Path, destination: Path) -> None:
@@ -299,7 +307,7 @@ class _Conversion:
     def _write_small_files(self, folder: Path) -> None:
         if len(self.shards) > 1:
             _write_json(folder / "model.safetensors.index.json", self._index())
-        for path in small_files(self.checkpoint.folder, self.tokenizer_path):
+        for path in small_files(self.checkpoint.config_folder, self.tokenizer_path):
             shutil.copyfile(path, folder / path.name)
         _write_json(folder / "config.json", result_config(self.checkpoint.config, self.model, self.recipe))
 

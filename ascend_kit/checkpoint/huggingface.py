@@ -33,9 +33,11 @@ class Checkpoint:
         files: list[Path],
         framework: str = "huggingface",
         quantization: QuantizationInfo | None = None,
+        config_folder: Path | None = None,
     ) -> None:
         self.folder, self.config, self.files, self.framework = Path(folder), config, files, framework
         self.quantization = quantization or QuantizationInfo()
+        self.config_folder = config_folder or self.folder  # of config.json, tokenizer and the like
         self.sources = dict(sources)
 
     def tensor_names(self) -> list[str]:

@@ -1,0 +1,392 @@
+"""Reader of MindSpeed-LLM / Megatron-core checkpoints: tensor and pipeline shards under Hugging Face names.
+
+Layout: `latest_checkpointed_iteration.txt`, `iter_0000001/mp_rank_TT[_PPP]/model_optim_rng.pt`; each file
+is a pickled dictionary with `model` (or `model0`, `model1`, ... for virtual pipeline chunks) and the
+training arguments. Nothing in it is executed (see `torch_file`). Config and tokenizer come from the
+original Hugging Face folder.
+
+Merging, with N query heads, K KV heads, H head size:
+- embedding, output layer: shards stacked by rows, padding rows beyond the vocabulary cut off;
+- linear_qkv: per KV group the rows of N/K query heads, one key head, one value head;
+- linear_fc1: every shard is [gate part; up part], so both are taken apart before stacking;
+- linear_proj, linear_fc2: shards side by side; norms: the same on every rank, which is checked.
+Facts: Ascend/MindSpeed-LLM, mindspeed_llm/tasks/checkpoint (model_builder.py, convert_ckpt_v2.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascend_kit.checkpoint.huggingface import IGNORED_SUFFIXES, Checkpoint, read_config
+from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice
+from ascend_kit.checkpoint.torch_file import read_torch_file
+from ascend_kit.model.config import ModelConfig
+
+ITERATION_FILE = "latest_checkpointed_iteration.txt"
+RANK_PATTERN = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+SHARD_NAMES = ("model_optim_rng.pt", "model_rng.pt")
+LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+NORM_NAMES = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # transformer-engine spelling
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+}
+COLUMN_NAMES = {
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+SAVE_AGAIN = (
+    "save it from the training code with `--ckpt-format torch`, or convert it there to Hugging Face format "
+    "(MindSpeed-LLM: convert_ckpt_v2.py) and pass that folder"
+)
+
+
+class RowPieces:
+    """Rows [start, stop) of several tensors, one below the other."""
+
+    def __init__(self, pieces: Sequence[tuple[TensorSource, int, int]]) -> None:
+        self.pieces = [piece for piece in pieces if piece[2] > piece[1]]
+        first = pieces[0][0]
+        self.dtype, self.origin = first.dtype, first.origin
+        self.shape = (sum(stop - start for _, start, stop in pieces), *first.shape[1:])
+
+    def read(self) -> torch.Tensor:
+        return self.read_slice(0, 0, self.shape[0])
+
+    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        check_slice("of Megatron shards", self.shape, dim, start, stop)
+        if dim != 0:
+            return self.read().narrow(dim, start, stop - start).contiguous()
+        parts, position = [], 0
+        for source, first, last in self.pieces:
+            low, high = max(start, position), min(stop, position + last - first)
+            if low < high:
+                parts.append(source.read_slice(0, first + low - position, first + high - position))
+            position += last - first
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+class ColumnPieces:
+    """Tensors [out, in_r] side by side: [out, sum of in_r]."""
+
+    def __init__(self, parts: Sequence[TensorSource]) -> None:
+        self.parts, self.dtype, self.origin = parts, parts[0].dtype, parts[0].origin
+        self.shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
+
+    def read(self) -> torch.Tensor:
+        return self.read_slice(0, 0, self.shape[0])
+
+    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        check_slice("of Megatron shards", self.shape, dim, start, stop)
+        if dim != 0:
+            return self.read().narrow(dim, start, stop - start).contiguous()
+        return torch.cat([part.read_slice(0, start, stop) for part in self.parts], dim=1)
+
+
+class SameOnAllRanks:
+    """A tensor that every tensor-parallel rank holds; a difference is an error, found when it is read."""
+
+    def __init__(self, name: str, parts: Sequence[TensorSource]) -> None:
+        self.name, self.parts = name, parts
+        self.dtype, self.shape, self.origin = parts[0].dtype, parts[0].shape, parts[0].origin
+
+    def read(self) -> torch.Tensor:
+        first = self.parts[0].read()
+        for part in self.parts[1:]:
+            if not torch.equal(first, part.read()):
+                raise CheckpointError(
+                    f"{part.origin}: {self.name} differs from the copy in {self.origin}; the shards are from "
+                    "different checkpoints or are damaged"
+                )
+        return first
+
+    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        check_slice(self.name, self.shape, dim, start, stop)
+        return self.read().narrow(dim, start, stop - start).contiguous()
+
+
+def is_megatron(folder: Path) -> bool:
+    """True for a Megatron checkpoint root, one of its iteration folders, or a distributed format of it."""
+    return (
+        (folder / ITERATION_FILE).is_file()
+        or any(RANK_PATTERN.fullmatch(path.name) for path in folder.iterdir())
+        or _distributed_file(folder) is not None
+    )
+
+
+def open_megatron(folder: str | Path, tokenizer_path: str | Path | None) -> Checkpoint:
+    """Open a Megatron checkpoint; `tokenizer_path` is the original Hugging Face folder (config.json,
+    tokenizer).
+    """
+    folder = Path(folder)
+    if tokenizer_path is None:
+        raise CheckpointError(
+            f"{folder} is a Megatron checkpoint, which carries neither config.json nor tokenizer: set "
+            "tokenizer_path to the folder of the Hugging Face model that training started from"
+        )
+    iteration = _iteration_folder(folder)
+    config = read_config(Path(tokenizer_path))
+    model = ModelConfig.from_dict(config, where=f"{tokenizer_path}/config.json")
+    grid = _rank_grid(iteration)
+    chunks, files = [], []
+    for stage in grid:
+        loaded = [_load(path) for path in stage]
+        for path, content in zip(stage, loaded, strict=True):
+            _check_arguments(path, content, model, len(stage), len(grid))
+        chunks.append([_chunks(path, content) for path, content in zip(stage, loaded, strict=True)])
+        files += stage
+    sources = _Merger(iteration, model).merge(chunks)
+    return Checkpoint(
+        folder, sources, config, files=files, framework="megatron", config_folder=Path(tokenizer_path)
+    )
+
+
+def _distributed_file(folder: Path) -> Path | None:
+    candidates = [*folder.glob("*.distcp"), *folder.glob(".metadata")]
+    described = folder / "metadata.json"
+    if described.is_file() and "sharded_backend" in described.read_text(encoding="utf-8", errors="replace"):
+        candidates.append(described)
+    return candidates[0] if candidates else None
+
+
+def _iteration_folder(folder: Path) -> Path:
+    marker = folder / ITERATION_FILE
+    if marker.is_file():
+        word = marker.read_text(encoding="utf-8").strip()
+        if word != "release" and not word.isdigit():
+            raise CheckpointError(f"{marker} holds {word!r}, expected an iteration number or `release`")
+        iteration = folder / (word if word == "release" else f"iter_{int(word):07d}")
+        if not iteration.is_dir():
+            raise CheckpointError(f"{marker} names {iteration.name}, but {iteration} does not exist")
+    else:
+        iteration = folder
+    found = _distributed_file(iteration)
+    if found is not None:
+        raise CheckpointError(
+            f"{iteration} is a distributed checkpoint (torch_dist or FSDP2: {found.name}), its layout depends "
+            f"on the run that wrote it; {SAVE_AGAIN}"
+        )
+    return iteration
+
+
+def _rank_grid(iteration: Path) -> list[list[Path]]:
+    """Shard files as [pipeline stage][tensor rank]; every rank of the grid must be there."""
+    ranks: dict[tuple[int, int], Path] = {}
+    for path in sorted(iteration.iterdir()):
+        match = RANK_PATTERN.fullmatch(path.name)
+        if match and match.group(3) is not None and int(match.group(3)) > 0:
+            raise CheckpointError(f"{path} belongs to an expert-parallel model; only dense models are read")
+        if match:
+            ranks[int(match.group(2) or 0), int(match.group(1))] = _shard_file(path)
+    if not ranks:
+        raise CheckpointError(f"{iteration} has no mp_rank_* folders: not a Megatron checkpoint")
+    stages, tensor_ranks = max(stage for stage, _ in ranks) + 1, max(rank for _, rank in ranks) + 1
+    for stage in range(stages):
+        for rank in range(tensor_ranks):
+            if (stage, rank) not in ranks:
+                raise CheckpointError(
+                    f"{iteration}: the shard of tensor rank {rank}, pipeline stage {stage} is missing; found "
+                    f"{len(ranks)} of {stages * tensor_ranks}"
+                )
+    return [[ranks[stage, rank] for rank in range(tensor_ranks)] for stage in range(stages)]
+
+
+def _shard_file(folder: Path) -> Path:
+    for name in SHARD_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder} holds none of {', '.join(SHARD_NAMES)}")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    content = read_torch_file(path, unknown="stand_in")
+    if not isinstance(content, dict) or not any(key == "model" or key == "model0" for key in content):
+        raise CheckpointError(f"{path} has no `model`: not a Megatron checkpoint file")
+    return content
+
+
+def _chunks(path: Path, content: dict[str, Any]) -> list[dict[str, TensorSource]]:
+    """State dictionaries of the virtual pipeline chunks, one without virtual pipeline."""
+    keys = ["model"] if "model" in content else []
+    while "model" not in content and f"model{len(keys)}" in content:
+        keys.append(f"model{len(keys)}")
+    chunks = []
+    for key in keys:
+        state = {name.removeprefix("module."): value for name, value in content[key].items()}
+        if any(name.startswith("language_model.") or name == "language_model" for name in state):
+            raise CheckpointError(
+                f"{path} has the old Megatron layout (language_model.*); save it from a model "
+                "built with --use-mcore-models"
+            )
+        tensors = {name: value for name, value in state.items() if hasattr(value, "read_slice")}
+        for name, tensor in tensors.items():
+            tensor.name = name
+        chunks.append({name: t for name, t in tensors.items() if not name.endswith(IGNORED_SUFFIXES)})
+    return chunks
+
+
+def _check_arguments(
+    path: Path, content: dict[str, Any], model: ModelConfig, tp_size: int, stages: int
+) -> None:
+    """Compare the saved training arguments, as far as there are any, with config.json and the folder."""
+    args = vars(content["args"]) if "args" in content and hasattr(content["args"], "__dict__") else {}
+    if args.get("schedules_method") == "dualpipev":
+        raise CheckpointError(
+            f"{path} was trained with the dualpipev schedule, whose layer order is not read; {SAVE_AGAIN}"
+        )
+    layers = args.get("num_layers")
+    expected = {
+        "num_layers": model.num_layers + len(_noop_layers(args)) if layers else None,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads if args.get("group_query_attention") else None,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.intermediate_size,
+        "rotary_base": int(model.rope_theta),
+        "untie_embeddings_and_output_weights": not model.tie_embeddings,
+        "tensor_model_parallel_size": tp_size,
+        "pipeline_model_parallel_size": stages,
+    }
+    for name, value in expected.items():
+        found = args.get(name)
+        if found is not None and value is not None and found != value:
+            raise CheckpointError(
+                f"{path}: trained with {name}={found}, config.json or the folder says {value}; "
+                "is tokenizer_path the model that training started from?"
+            )
+
+
+def _noop_layers(args: dict[str, Any]) -> set[int]:
+    """Slots of the layer count that hold no layer; saved as a set of numbers or as text like `31,63`."""
+    noop = args.get("noop_layers") or ()
+    return {int(item) for item in (noop.split(",") if isinstance(noop, str) else noop)}
+
+
+class _Merger:
+    """Builds Hugging Face tensors out of [stage][tensor rank][chunk] state dictionaries."""
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        self.folder, self.model = folder, model
+        self.result: dict[str, TensorSource] = {}
+
+    def merge(self, stages: list[list[list[dict[str, TensorSource]]]]) -> dict[str, TensorSource]:
+        # Present layers in the order (chunk, stage, local number) are the model's layers: this covers uneven
+        # stages, virtual pipeline and no-op layers (which have no tensors) alike.
+        layer = 0
+        for chunk in range(max(len(rank) for stage in stages for rank in stage)):
+            for number, stage in enumerate(stages):
+                shards = [rank[chunk] for rank in stage if chunk < len(rank)]
+                if len(shards) != len(stage):
+                    raise CheckpointError(f"{self.folder}: ranks of stage {number} differ in their chunks")
+                layer = self._merge_chunk(shards, layer)
+        if layer != self.model.num_layers:
+            raise CheckpointError(
+                f"{self.folder}: the shards hold {layer} layers, config.json says {self.model.num_layers}"
+            )
+        return self.result
+
+    def _merge_chunk(self, shards: list[dict[str, TensorSource]], first_layer: int) -> int:
+        """Add one chunk's tensors; returns the number of the layer after its last."""
+        for shard in shards[1:]:
+            different = sorted(shard.keys() ^ shards[0].keys())
+            if different:
+                raise CheckpointError(f"{self.folder}: tensor {different[0]} is missing on some tensor ranks")
+        local = sorted({int(match.group(1)) for name in shards[0] if (match := LAYER_KEY.fullmatch(name))})
+        layers = {number: first_layer + position for position, number in enumerate(local)}
+        for name in shards[0]:
+            parts = [shard[name] for shard in shards]
+            match = LAYER_KEY.fullmatch(name)
+            if match:
+                self._add_layer_tensor(f"model.layers.{layers[int(match.group(1))]}.", match.group(2), parts)
+            else:
+                self._add_outer_tensor(name, parts)
+        return first_layer + len(local)
+
+    def _add(self, name: str, source: TensorSource) -> None:
+        if name in self.result:
+            raise CheckpointError(
+                f"{source.origin}: {name} is stored twice (also in {self.result[name].origin})"
+            )
+        self.result[name] = source
+
+    def _add_outer_tensor(self, name: str, parts: list[TensorSource]) -> None:
+        if name == "decoder.final_layernorm.weight":
+            self._add("model.norm.weight", SameOnAllRanks(name, parts))
+        elif name == "embedding.word_embeddings.weight":
+            self._add("model.embed_tokens.weight", self._vocabulary_rows(name, parts))
+        elif name == "output_layer.weight":
+            self._add("lm_head.weight", self._vocabulary_rows(name, parts))
+        else:
+            raise CheckpointError(
+                f"{parts[0].origin}: unknown tensor {name}; readable are dense Qwen2.5, Qwen3 and "
+                "Llama models of Megatron-core"
+            )
+
+    def _vocabulary_rows(self, name: str, parts: list[TensorSource]) -> TensorSource:
+        rows = RowPieces([(part, 0, part.shape[0]) for part in parts])
+        if rows.shape[0] < self.model.vocab_size:
+            raise CheckpointError(
+                f"{rows.origin}: {name} has {rows.shape[0]} rows over all ranks, config.json says "
+                f"vocab_size {self.model.vocab_size}"
+            )
+        left, pieces = self.model.vocab_size, []
+        for part in parts:
+            pieces.append((part, 0, min(left, part.shape[0])))
+            left -= pieces[-1][2]
+        return RowPieces(pieces)
+
+    def _add_layer_tensor(self, prefix: str, name: str, parts: list[TensorSource]) -> None:
+        if name in NORM_NAMES:
+            self._add(prefix + NORM_NAMES[name], SameOnAllRanks(name, parts))
+        elif name in COLUMN_NAMES:
+            self._add(prefix + COLUMN_NAMES[name], ColumnPieces(parts) if len(parts) > 1 else parts[0])
+        elif name in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
+            self._add_qkv(prefix, name.rpartition(".")[2], parts)
+        elif name == "mlp.linear_fc1.weight":
+            halves = [part.shape[0] // 2 for part in parts]
+            self._add(
+                prefix + "mlp.gate_proj.weight",
+                RowPieces([(part, 0, half) for part, half in zip(parts, halves, strict=True)]),
+            )
+            self._add(
+                prefix + "mlp.up_proj.weight",
+                RowPieces([(part, half, 2 * half) for part, half in zip(parts, halves, strict=True)]),
+            )
+        elif name == "self_attention.linear_proj.bias":
+            self._add(prefix + "self_attn.o_proj.bias", SameOnAllRanks(name, parts))
+        else:
+            raise CheckpointError(
+                f"{parts[0].origin}: unknown tensor decoder.layers.*.{name}; readable are dense "
+                "Qwen2.5, Qwen3 and Llama models of Megatron-core"
+            )
+
+    def _add_qkv(self, prefix: str, kind: str, parts: list[TensorSource]) -> None:
+        head, per_group = self.model.head_dim, self.model.num_heads // self.model.num_kv_heads
+        group_rows = (per_group + 2) * head
+        groups = self.model.num_kv_heads // len(parts)
+        for part in parts:
+            if part.shape[0] != groups * group_rows or groups * len(parts) != self.model.num_kv_heads:
+                raise CheckpointError(
+                    f"{part.origin}: linear_qkv.{kind} has {part.shape[0]} rows; config.json implies "
+                    f"{self.model.num_kv_heads} groups of {group_rows} over {len(parts)} tensor ranks"
+                )
+        spans = {
+            "q": (0, per_group * head),
+            "k": (per_group * head, (per_group + 1) * head),
+            "v": ((per_group + 1) * head, group_rows),
+        }
+        for letter, (start, stop) in spans.items():
+            pieces = [
+                (part, group * group_rows + start, group * group_rows + stop)
+                for part in parts
+                for group in range(groups)
+            ]
+            self._add(f"{prefix}self_attn.{letter}_proj.{kind}", RowPieces(pieces))
