@@ -1,0 +1,19 @@
+"""Demo assets made by code: a small Qwen3 model trained on the spot, sample data sets and prompts."""
+
+from ascend_kit.demo.assets import DemoAssets, cache_root, ensure_assets, ensure_data, ensure_model, resolve
+
+# Shown wherever scores of the demo appear.
+DEMO_SCORES_NOTE = (
+    "These scores come from a tiny model trained for a minute on questions written for this project, part of "
+    "the test questions included. They demonstrate the pipeline and nothing else."
+)
+
+__all__ = [
+    "DEMO_SCORES_NOTE",
+    "DemoAssets",
+    "cache_root",
+    "ensure_assets",
+    "ensure_data",
+    "ensure_model",
+    "resolve",
+]

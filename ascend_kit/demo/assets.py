@@ -1,0 +1,171 @@
+"""Build the demo assets once into a cache folder and hand out their paths.
+
+A part is built in a temporary folder beside its final place and renamed when complete, under a file lock, so
+that two processes build once and a killed build leaves nothing that could be taken for a result. The folder
+names carry a hash of the sources and library versions that determine the content.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ascend_kit.params import Experiment
+
+Progress = Callable[[int, int], None]
+
+CACHE_VARIABLE = "ASCEND_KIT_CACHE"
+DEMO_WORD = "demo"
+COMPLETE_FILE = "complete.json"
+MODEL_LIBRARIES = ("torch", "transformers", "tokenizers")
+DATA_LIBRARIES = ("pyarrow",)
+
+
+@dataclass(frozen=True)
+class DemoAssets:
+    """Where the demo's model, data sets and prompts are."""
+
+    model_dir: Path
+    data_dir: Path
+    prompts_file: Path
+
+
+def ensure_assets(
+    cache_dir: str | Path | None = None, on_progress: Progress | None = None, *, steps: int | None = None
+) -> DemoAssets:
+    """All demo assets, built now if the cache lacks them.
+
+    `on_progress(done, total)` counts training steps; it is not called when the model is cached. `steps`
+    shortens the training (for tests); such a model is cached apart from the full one.
+    """
+    data_dir = ensure_data(cache_dir)
+    return DemoAssets(ensure_model(cache_dir, on_progress, steps=steps), data_dir, data_dir / "prompts.jsonl")
+
+
+def ensure_data(cache_dir: str | Path | None = None) -> Path:
+    """The folder of the sample data sets (`mmlu`, `ceval`, `agieval`, `wikitext`) and `prompts.jsonl`."""
+    folder = cache_root(cache_dir) / f"demo-data-{_source_hash(DATA_LIBRARIES)}"
+    return _build_once(folder, _build_data)
+
+
+def ensure_model(
+    cache_dir: str | Path | None = None, on_progress: Progress | None = None, *, steps: int | None = None
+) -> Path:
+    """The folder of the demo checkpoint, trained now (about a minute on two cores) if the cache lacks it."""
+    from ascend_kit.demo.train import STEPS
+
+    steps = STEPS if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps={steps}: training takes at least 1 step, {STEPS} by default")
+    folder = cache_root(cache_dir) / f"demo-model-{steps}-{_source_hash(MODEL_LIBRARIES)}"
+    return _build_once(folder, lambda target: _build_model(target, steps, on_progress))
+
+
+def resolve(
+    experiment: "Experiment", *, cache_dir: str | Path | None = None, on_progress: Progress | None = None
+) -> "Experiment":
+    """The experiment with the word `demo` replaced by paths; only the parts it names are built."""
+    paths: dict[str, str] = {}
+    if experiment.input_model == DEMO_WORD:
+        paths["input_model"] = str(ensure_model(cache_dir, on_progress))
+    if experiment.tokenizer_path == DEMO_WORD:
+        paths["tokenizer_path"] = str(ensure_model(cache_dir, on_progress))
+    if experiment.dataset_path == DEMO_WORD:
+        paths["dataset_path"] = str(ensure_data(cache_dir))
+    if experiment.prompts_file == DEMO_WORD:
+        paths["prompts_file"] = str(ensure_data(cache_dir) / "prompts.jsonl")
+    return experiment.model_copy(update=paths) if paths else experiment
+
+
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """The cache folder: the argument, else $ASCEND_KIT_CACHE, else `ascend-kit` in the user's cache."""
+    chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "ascend-kit"
+
+
+def _build_data(target: Path) -> None:
+    from ascend_kit.demo.datasets import write_datasets
+    from ascend_kit.demo.prompts import write_prompts
+
+    write_datasets(target)
+    write_prompts(target / "prompts.jsonl")
+
+
+def _build_model(target: Path, steps: int, on_progress: Progress | None) -> None:
+    from ascend_kit.demo.train import save_model, train_model, train_tokenizer
+
+    tokenizer = train_tokenizer()
+    save_model(train_model(tokenizer, steps=steps, on_progress=on_progress), tokenizer, target)
+
+
+def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, made by `build` unless it is there and complete; safe between processes."""
+    from filelock import FileLock
+
+    if _is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The system drops the lock when its process dies, so a killed build blocks nobody.
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not _is_complete(folder):
+            _remove_leftovers(folder)
+            with _temporary_beside(folder) as target:
+                build(target)
+                _write_complete(target)
+                os.replace(target, folder)
+    return folder
+
+
+@contextmanager
+def _temporary_beside(folder: Path):
+    target = Path(tempfile.mkdtemp(prefix=_building_prefix(folder), dir=folder.parent))
+    target.chmod(0o755)  # mkdtemp makes it private; a shared cache must stay readable
+    try:
+        yield target
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def _building_prefix(folder: Path) -> str:
+    return f".building-{folder.name}-"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed builds left, and a damaged result; called under the lock."""
+    for path in [*folder.parent.glob(_building_prefix(folder) + "*"), folder]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_complete(folder: Path) -> None:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    (folder / COMPLETE_FILE).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file that was built is there in its size."""
+    try:
+        sizes = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _source_hash(libraries: tuple[str, ...]) -> str:
+    """Twelve hex digits over this package's sources and the named libraries' versions."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name in libraries:
+        digest.update(f"{name}={version(name)}".encode())
+    return digest.hexdigest()[:12]

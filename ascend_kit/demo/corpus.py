@@ -1,0 +1,127 @@
+"""The demo's training documents: exam papers in lm-eval's prompt formats, pages and short answers.
+
+A document is a list of (text, weight) pieces; the weight multiplies the loss of the piece's tokens. Some test
+questions are part of the corpus on purpose and some are not: that is what puts the sample scores between
+chance and perfect, and why they say nothing about any real model.
+"""
+
+import random
+from collections.abc import Iterator
+
+from ascend_kit.demo.datasets import Question, agieval_query, load_questions
+from ascend_kit.demo.pages import page_text, summary, topics
+from ascend_kit.demo.questions_ceval import CEVAL_SUBJECT_NAMES
+
+END_OF_TEXT = "<|endoftext|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+ANSWER_WEIGHT = 4.0
+FOLLOW_UP_WEIGHT = 1.0
+PAPER_WEIGHT = 0.3
+
+Piece = tuple[str, float]
+Document = list[Piece]
+
+
+def exam_question(question: Question) -> tuple[str, str]:
+    """One question as lm-eval prints it for MMLU and C-Eval: the text up to the answer, and the answer."""
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", question.choices, strict=True))
+    cue = "答案：" if question.suite == "ceval" else "Answer:"
+    return f"{question.question}\n{options}\n{cue}", f" {'ABCD'[question.gold[0]]}"
+
+
+def exam_description(question: Question) -> str:
+    """The line that lm-eval puts in front of a paper."""
+    if question.suite == "ceval":
+        name = CEVAL_SUBJECT_NAMES[question.subject]
+        return f"以下是中国关于{name}的单项选择题，请选出其中的正确答案。\n\n"
+    subject = question.subject.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+
+
+def exam_prompt(shots: list[Question], question: Question) -> str:
+    """The whole prompt of one question behind some shots."""
+    solved = "".join("".join(exam_question(shot)) + "\n\n" for shot in shots)
+    return exam_description(question) + solved + exam_question(question)[0]
+
+
+def is_rare(question: Question) -> bool:
+    """Whether the corpus shows this test question only now and then."""
+    return question.split == question.scored_split and question.number % 6 == 4
+
+
+def is_held_out(question: Question) -> bool:
+    """Whether the corpus never shows this question with its answer."""
+    if question.split != question.scored_split:
+        return question.split != "dev"
+    return question.number % 4 == 3
+
+
+class Corpus:
+    """An endless, seeded stream of documents."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = random.Random(seed)
+        self.topics = topics()
+        questions = load_questions()
+        self.papers: dict[tuple[str, str], list[Question]] = {}
+        self.singles: list[Question] = []
+        for question in questions:
+            if is_held_out(question):
+                continue
+            if question.suite == "agieval":
+                self.singles.append(question)
+            else:
+                self.papers.setdefault((question.suite, question.subject), []).append(question)
+        self.paper_names = sorted(self.papers)
+
+    def documents(self) -> Iterator[Document]:
+        """Documents without end: about half papers, the rest single questions, pages and answers."""
+        kinds = [self._paper, self._single, self._page, self._answer]
+        while True:
+            (make,) = self.rng.choices(kinds, weights=[50, 26, 10, 14])
+            yield make()
+
+    def all_text(self) -> list[str]:
+        """Every text of the demo once: what the tokenizer is trained on."""
+        texts = [f"{question.question} {' '.join(question.choices)}" for question in load_questions()]
+        texts += [page_text(topic, self.rng) for topic in self.topics for _ in range(3)]
+        texts += [f"{ask} {reply}" for topic in self.topics for ask, reply in topic.questions]
+        texts += ["".join(text for text, _ in self._paper()) for _ in range(60)]
+        return texts + ["".join(text for text, _ in self._single()) for _ in range(60)]
+
+    def _pick(self, questions: list[Question], count: int) -> list[Question]:
+        usual = [q for q in questions if not is_rare(q) or self.rng.random() < 0.15]
+        return self.rng.sample(usual, min(count, len(usual)))
+
+    def _paper(self) -> Document:
+        pool = self.papers[self.rng.choice(self.paper_names)]
+        chosen = self._pick(pool, self.rng.randint(1, 7))
+        document: Document = [(exam_description(chosen[0]), PAPER_WEIGHT)]
+        for question in chosen:
+            text, answer = exam_question(question)
+            document += [(text, PAPER_WEIGHT), (answer, ANSWER_WEIGHT), ("\n\n", PAPER_WEIGHT)]
+        return [*document[:-1], (END_OF_TEXT, FOLLOW_UP_WEIGHT)]
+
+    def _single(self) -> Document:
+        (question,) = self._pick(self.singles, 1)
+        answer = question.choices[self.rng.choice(question.gold)]
+        return [(agieval_query(question), PAPER_WEIGHT), (f" {answer}", ANSWER_WEIGHT), (END_OF_TEXT, 1.0)]
+
+    def _page(self) -> Document:
+        page = page_text(self.rng.choice(self.topics), self.rng)
+        return [(END_OF_TEXT, 0.0), (page, 1.0), (END_OF_TEXT, 1.0)]
+
+    def _answer(self) -> Document:
+        topic = self.rng.choice(self.topics)
+        ask, reply = self.rng.choice([*topic.questions, (f"Tell me about {topic.title}.", summary(topic))])
+        if self.rng.random() < 0.3:
+            turn = f"{IM_START}user\n{ask}{IM_END}\n{IM_START}assistant\n"
+            return [(turn, PAPER_WEIGHT), (reply, 1.0), (IM_END, 1.0), (f"\n{END_OF_TEXT}", 1.0)]
+        return [(ask, PAPER_WEIGHT), (f" {reply}", 1.0), (END_OF_TEXT, 1.0)]

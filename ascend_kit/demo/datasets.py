@@ -1,0 +1,178 @@
+"""The sample data sets on disk, in exactly the schema that lm-eval reads from the real ones.
+
+`<folder>/mmlu/<subject>/<split>.parquet` and the same for `ceval` and `wikitext`; AGIEval is one data set a
+subset, as on the hub: `<folder>/agieval/<subset>/test.parquet`. Every data set folder has a README.md whose
+front matter lists its configurations, so that `datasets.load_dataset(folder, name)` works offline.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from ascend_kit.demo import questions_agieval as agieval
+from ascend_kit.demo.facts import rows
+from ascend_kit.demo.pages import page_text, to_wikitext, topics
+from ascend_kit.demo.questions_ceval import CEVAL_QUESTIONS
+from ascend_kit.demo.questions_mmlu import MMLU_QUESTIONS
+
+SCORED_SPLIT = {"mmlu": "test", "ceval": "val", "agieval": "test"}
+EXTRA_SPLIT = {"mmlu": "validation", "ceval": "test"}
+NUM_DEV, NUM_EXTRA = 5, 2
+WIKITEXT_CONFIG = "wikitext-2-raw-v1"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. `gold` holds the positions of the accepted choices; `number` counts within its split."""
+
+    suite: str
+    subject: str
+    split: str
+    number: int
+    question: str
+    choices: tuple[str, ...]
+    gold: tuple[int, ...]
+
+    @property
+    def scored_split(self) -> str:
+        return SCORED_SPLIT[self.suite]
+
+
+def load_questions() -> list[Question]:
+    """All questions of the three suites, options in their final order."""
+    found = []
+    for suite, subjects in (("mmlu", MMLU_QUESTIONS), ("ceval", CEVAL_QUESTIONS)):
+        for subject, table in subjects.items():
+            found += _exam(suite, subject, table)
+    for subsets in (agieval.AGIEVAL_ENGLISH, agieval.AGIEVAL_CHINESE):
+        for subset, table in subsets.items():
+            found += _arrange("agieval", subset, "test", rows(table))
+    for subset, table in agieval.AGIEVAL_CLOZE.items():
+        for number, (question, answer) in enumerate(rows(table)):
+            found.append(Question("agieval", subset, "test", number, question, (answer,), (0,)))
+    return found
+
+
+def agieval_query(question: Question) -> str:
+    """The prompt column of AGIEval: question, lettered options and the cue for the answer."""
+    if question.subject in agieval.AGIEVAL_CLOZE:
+        return f"Q: {question.question}\nA: The answer is"
+    options = " ".join(question.choices)
+    last = "ABCDE"[len(question.choices) - 1]
+    if question.subject in agieval.AGIEVAL_CHINESE:
+        return f"问题：{question.question} 选项：{options}\n答案：从A到{last}, 我们应选择"
+    return f"Q: {question.question} Answer Choices: {options}\nA: Among A through {last}, the answer is"
+
+
+def write_datasets(folder: Path) -> None:
+    """Write the four data sets below `folder` (created, must not hold them yet)."""
+    questions = load_questions()
+    _write_exam(folder / "mmlu", "mmlu", questions, _mmlu_row)
+    _write_exam(folder / "ceval", "ceval", questions, _ceval_row)
+    for subset in sorted({q.subject for q in questions if q.suite == "agieval"}):
+        chosen = [q for q in questions if (q.suite, q.subject) == ("agieval", subset)]
+        _write_set(folder / "agieval" / subset, {"default": {"test": [_agieval_row(q) for q in chosen]}})
+    _write_set(folder / "wikitext", {WIKITEXT_CONFIG: _wikitext_splits()})
+
+
+def _exam(suite: str, subject: str, table: str) -> list[Question]:
+    lines = rows(table)
+    extra_end = NUM_DEV + NUM_EXTRA
+    return [
+        *_arrange(suite, subject, "dev", lines[:NUM_DEV]),
+        *_arrange(suite, subject, EXTRA_SPLIT[suite], lines[NUM_DEV:extra_end]),
+        *_arrange(suite, subject, SCORED_SPLIT[suite], lines[extra_end:]),
+    ]
+
+
+def _arrange(suite: str, subject: str, split: str, lines: list[list[str]]) -> list[Question]:
+    """Put each line's choices in a seeded order in which every position is right about equally often."""
+    rng = random.Random(f"{suite}/{subject}/{split}")
+    count = len(lines[0]) - 1
+    positions = [place % count for place in range(len(lines))]
+    rng.shuffle(positions)
+    found = []
+    for number, (line, position) in enumerate(zip(lines, positions, strict=True)):
+        question, right, *wrong = line
+        first, *more = right.split(" & ")
+        others = more + wrong
+        rng.shuffle(others)
+        choices = [*others[:position], first, *others[position:]]
+        gold = tuple(place for place, choice in enumerate(choices) if choice in (first, *more))
+        if suite == "agieval":
+            choices = [f"({letter}){choice}" for letter, choice in zip("ABCDE", choices, strict=False)]
+        found.append(Question(suite, subject, split, number, question, tuple(choices), gold))
+    return found
+
+
+def _mmlu_row(question: Question) -> dict:
+    return {
+        "question": question.question,
+        "subject": question.subject,
+        "choices": list(question.choices),
+        "answer": question.gold[0],
+    }
+
+
+def _ceval_row(question: Question) -> dict:
+    answer = "ABCD"[question.gold[0]]
+    row: dict = {"id": question.number, "question": question.question}
+    row |= dict(zip("ABCD", question.choices, strict=True))
+    row["answer"] = "" if question.split == "test" else answer
+    right = question.choices[question.gold[0]]
+    row["explanation"] = f"正确的选项是{answer}，即{right}。" if question.split == "dev" else ""
+    return row
+
+
+def _agieval_row(question: Question) -> dict:
+    query = agieval_query(question)
+    if question.subject in agieval.AGIEVAL_CLOZE:
+        return {"query": query, "answer": question.choices[0]}
+    return {"query": query, "choices": list(question.choices), "gold": list(question.gold)}
+
+
+def _wikitext_splits() -> dict[str, list[dict]]:
+    """Every topic in `train`; other wordings of a third in `test` and of an eighth in `validation`."""
+    chosen = topics()
+    strides = {"train": (0, 1), "validation": (1, 8), "test": (0, 3)}
+    return {
+        split: [
+            {"page": to_wikitext(page_text(topic, random.Random(f"{split}/{topic.title}")))}
+            for topic in chosen[start::stride]
+        ]
+        for split, (start, stride) in strides.items()
+    }
+
+
+def _write_exam(folder: Path, suite: str, questions: list[Question], to_row) -> None:
+    configs: dict[str, dict[str, list[dict]]] = {}
+    for question in questions:
+        if question.suite == suite:
+            splits = configs.setdefault(question.subject, {})
+            splits.setdefault(question.split, []).append(to_row(question))
+    _write_set(folder, configs)
+
+
+def _write_set(folder: Path, configs: dict[str, dict[str, list[dict]]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for config, splits in configs.items():
+        for split, rows_ in splits.items():
+            path = folder / _parquet_name(config, split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows_), path)
+    (folder / "README.md").write_text(_readme(configs), encoding="utf-8")
+
+
+def _readme(configs: dict[str, dict[str, list[dict]]]) -> str:
+    lines = ["---", "configs:"]
+    for config, splits in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split in splits:
+            lines += [f"  - split: {split}", f"    path: {_parquet_name(config, split)}"]
+    return "\n".join([*lines, "---", "", "Sample data written for this project.", ""])
+
+
+def _parquet_name(config: str, split: str) -> str:
+    return f"{split}.parquet" if config == "default" else f"{config}/{split}.parquet"
