@@ -56,19 +56,12 @@ class AttentionInputs:
     num_live: int
 
     def to(self, device: torch.device, dtype: torch.dtype, mask: Tensor | None) -> AttentionInputs:
-        tensors = {
-            name: getattr(self, name).to(device, dtype).contiguous()
-            for name in ("q", "k", "v", "k_cache", "v_cache")
-        }
-        meta = replace(
-            self.meta,
-            mask=mask,
-            **{
-                name: getattr(self.meta, name).to(device)
-                for name in ("slot_mapping", "block_table", "context_lens_t")
-            },
-        )
-        return replace(self, meta=meta, **tensors)
+        """Copies on a device, even from there: an operator must not write into what it is compared with."""
+        floats = ("q", "k", "v", "k_cache", "v_cache")
+        integers = ("slot_mapping", "block_table", "context_lens_t")
+        meta = {name: getattr(self.meta, name).to(device, copy=True) for name in integers}
+        tensors = {name: getattr(self, name).to(device, dtype, copy=True) for name in floats}
+        return replace(self, meta=replace(self.meta, mask=mask, **meta), **tensors)
 
 
 def make_inputs(

@@ -61,7 +61,9 @@ def run_checks(
     done(check_variables(host, found.num_cards) if is_ascend else _not_here("Environment variables"))
     done(machine.check_tuning(host, is_ascend).findings)
     npu_ids = sorted({chip.npu for chip in found.smi.chips}) if found.smi else []
-    done(check_network(host, npu_ids, peers) if is_ascend or peers else _not_here(NETWORK_SECTION))
+    done(
+        check_network(host, npu_ids, peers, found.is_a3) if is_ascend or peers else _not_here(NETWORK_SECTION)
+    )
     done(machine.check_workbench(host).findings)
     return findings
 

@@ -32,7 +32,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     )
 
 
-class Tester:
+class Comparer:
     """Runs comparisons of one op table on one device, turning exceptions into failed results."""
 
     def __init__(self, device: Device, ops: ModuleType, stage: str, seed: int = 0) -> None:

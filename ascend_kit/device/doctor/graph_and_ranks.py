@@ -11,95 +11,71 @@ from torch import Tensor
 
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.doctor.attention_inputs import HEADS, AttentionCase, AttentionInputs, make_inputs
-from ascend_kit.device.doctor.comparison import Tester, bound, relative_error
+from ascend_kit.device.doctor.comparison import Comparer, bound, relative_error
 from ascend_kit.device.doctor.stages import OpCheck
-from ascend_kit.device.ops import reference, select_ops
+from ascend_kit.device.graphs import DecodeGraphs
+from ascend_kit.device.ops import AttentionMeta, reference, select_ops
+
+GRAPH_HEADS = HEADS[1]
+_SCALE = GRAPH_HEADS[2] ** -0.5
 
 
 def run_graph(device: Device) -> Iterator[OpCheck]:
-    """Capture one decode attention, replay it, replay it with longer sequences: this proves the update."""
-    tester = Tester(device, select_ops(device.kind, fused=True), "graph")
-    dtype, heads, block = torch.bfloat16, HEADS[1], device.default_block_size
+    """Capture a decode attention as the engine does, replay it, replay it with longer sequences.
+
+    Only the second replay proves that new lengths reach the kernel. Three requests in a graph of four
+    rows leave a dead row as well.
+    """
+    comparer = Comparer(device, select_ops(device.kind, fused=True), "graph")
+    dtype, block = torch.bfloat16, device.default_block_size
     first = make_inputs(
-        AttentionCase("", ((1, block - 1), (1, block + 1), (1, 7))), heads, block, dtype, seed=1
+        AttentionCase("", ((1, block - 1), (1, block + 1), (1, 7))), GRAPH_HEADS, block, dtype
     )
-    longer = make_inputs(AttentionCase("", ((1, block), (1, block + 2), (1, 8))), heads, block, dtype, seed=1)
-    longer.k_cache, longer.v_cache = first.k_cache, first.v_cache
-    longer.meta.block_table = first.meta.block_table
-    graph: list[DecodeGraph] = []
+    longer = make_inputs(AttentionCase("", ((1, block), (1, block + 2), (1, 8))), GRAPH_HEADS, block, dtype)
+    graphs: list[DecodeGraphs] = []
+    allowed = bound(dtype, 4)
 
     def captured() -> float:
-        graph.append(DecodeGraph(tester, first, heads, dtype))
-        return graph[0].replay(first)
+        graphs.append(_capture(comparer, first, dtype))
+        return _replay(graphs[0], first)
 
-    yield tester.check("capture and replay", "decode, 3 requests", bound(dtype, 4), captured)
-    if graph:
-        yield tester.check(
-            "update and replay", "one more token each", bound(dtype, 4), lambda: graph[0].replay(longer)
+    yield comparer.check("capture and replay", "decode, 3 requests and a dead row", allowed, captured)
+    if graphs:
+        yield comparer.check(
+            "update and replay", "one more token each", allowed, lambda: _replay(graphs[0], longer)
         )
+        graphs[0].close()
 
 
-class DecodeGraph:
-    """A captured attention step with static buffers; `replay` returns its error against the reference."""
+def _capture(comparer: Comparer, inputs: AttentionInputs, dtype: torch.dtype) -> DecodeGraphs:
+    """A step whose token ids choose rows of a table of queries, over caches that stay where they are."""
+    target = comparer.device.torch_device
+    held = inputs.to(target, dtype, comparer.ops.make_mask(target))
+    queries = torch.cat((held.q.flatten(1), held.q.flatten(1)[:1]))  # the last row is for dead tokens
 
-    def __init__(
-        self, tester: Tester, inputs: AttentionInputs, heads: tuple[int, int, int], dtype: torch.dtype
-    ) -> None:
-        self.device, self.scale = tester.device, heads[2] ** -0.5
-        target = tester.device.torch_device
-        self.static = inputs.to(target, dtype, tester.ops.make_mask(target))
-        self.out: Tensor | None = None
+    def step(token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
+        q_TNH = queries[token_ids].view(-1, *held.q.shape[1:])
+        return comparer.ops.paged_attention(q_TNH, held.k_cache, held.v_cache, meta, _SCALE).flatten(1)
 
-        def step() -> Tensor:
-            held = self.static
-            return tester.ops.paged_attention(held.q, held.k_cache, held.v_cache, held.meta, self.scale)
+    graphs = DecodeGraphs(
+        comparer.device, step, max_batch=4, max_blocks=4, block_size=held.meta.block_size, sizes=[4],
+        mask=held.meta.mask, host_lengths=getattr(comparer.ops, "HOST_LENGTHS", False), timeout_s=60.0,
+    )  # fmt: skip
+    graphs.capture()
+    return graphs
 
-        self.step = step
-        if self.device.kind == "cpu":
-            self.step = torch.compile(step, dynamic=True)
-        else:
-            self._capture()
 
-    def _capture(self) -> None:
-        """Warm up on a side stream, then record; torch_npu's dispatch mode finds what needs updates."""
-        backend = self.device.backend
-        stream = backend.Stream()
-        with backend.stream(stream):
-            self.step()
-        backend.synchronize()
-        is_npu = self.device.kind == "npu"
-        self.graph = backend.NPUGraph() if is_npu else backend.CUDAGraph()
-        options = {"auto_dispatch_capture": True} if is_npu else {}
-        with backend.graph(self.graph, stream=stream, **options):
-            self.out = self.step()
-
-    def replay(self, inputs: AttentionInputs) -> float:
-        """Copy new inputs into the static buffers, run, compare."""
-        meta = self.static.meta
-        self.static.q.copy_(inputs.q)
-        meta.context_lens_t.copy_(inputs.meta.context_lens_t)
-        meta.context_lens[:] = inputs.meta.context_lens
-        if self.device.kind == "cpu":
-            self.out = self.step()
-        else:
-            self.graph.replay()
-        if self.device.kind == "npu":  # every replay waits for one update of the host lists
-            self.graph.update(
-                cpu_update_input=[
-                    {
-                        "actual_seq_lengths": meta.cu_seqlens_q,
-                        "actual_seq_lengths_kv": inputs.meta.context_lens,
-                    }
-                ]
-            )
-        self.device.synchronize()
-        wanted = reference.paged_attention(inputs.q, inputs.k_cache, inputs.v_cache, inputs.meta, self.scale)
-        return relative_error(self.out, wanted)
+def _replay(graphs: DecodeGraphs, inputs: AttentionInputs) -> float:
+    ids = torch.arange(len(inputs.meta.context_lens), dtype=torch.int32)
+    found = graphs.run(ids, inputs.meta.context_lens_t - 1, inputs.meta)
+    graphs.wait()
+    wanted = reference.paged_attention(inputs.q, inputs.k_cache, inputs.v_cache, inputs.meta, _SCALE)
+    return relative_error(found, wanted.flatten(1))
 
 
 def run_collective(device: Device) -> Iterator[OpCheck]:
     """All-reduce over two ranks, each on its own card (two processes over gloo on a CPU)."""
-    tester = Tester(device, select_ops(device.kind, fused=True), "collective")
+    comparer = Comparer(device, select_ops(device.kind, fused=True), "collective")
 
     def reduced() -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +84,7 @@ def run_collective(device: Device) -> Iterator[OpCheck]:
             )
         return 0.0  # a rank that sees a wrong sum raises
 
-    yield tester.check("all_reduce", f"2 ranks, {device.collective_backend}, bf16 [64, 4096]", 0.0, reduced)
+    yield comparer.check("all_reduce", f"2 ranks, {device.collective_backend}, bf16 [64, 4096]", 0.0, reduced)
 
 
 def _rank(rank: int, kind: str, first: int, backend: str, folder: str) -> None:

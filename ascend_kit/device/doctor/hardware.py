@@ -35,6 +35,11 @@ class Installation:
     def num_cards(self) -> int:
         return len(self.smi.chips) if self.smi else 0
 
+    @property
+    def is_a3(self) -> bool:
+        """Atlas A3 prints two chips per NPU, all named Ascend910; 910B cards print their full name."""
+        return self.smi is not None and any(chip.name == "Ascend910" for chip in self.smi.chips)
+
 
 def ascend_signs(host: Host) -> list[str]:
     """Why this machine looks like an Ascend machine; empty on a plain one."""
@@ -165,6 +170,7 @@ def find_cann(host: Host) -> str | None:
     """Root folder of CANN: what the environment names, else the usual places."""
     named = host.env.get("ASCEND_HOME_PATH") or host.env.get("ASCEND_TOOLKIT_HOME")
     places = [*([named] if named else []), *CANN_ROOTS, f"{host.home()}/Ascend/ascend-toolkit/latest"]
+    places += reversed(host.glob("/usr/local/Ascend/cann-[0-9]*"))  # the newest of several versions first
     return next((place for place in places if host.exists(place)), None)
 
 
@@ -215,41 +221,48 @@ def _set_env(host: Host, root: str) -> str:
 
 
 def _cann_version(host: Host, root: str) -> str | None:
-    patterns = (
+    """Version of the toolkit; the file lies in a folder named after the processor, or in the root."""
+    for pattern in (
         "*/ascend_toolkit_install.info",
         "ascend_toolkit_install.info",
-        "*/ascend_*_install.info",
         "version.cfg",
         "version.info",
-        "*/version.info",
-    )
-    for pattern in patterns:
+    ):
         for path in host.glob(f"{root}/{pattern}"):
-            text = host.read(path) or ""
-            match = re.search(r"(?im)^\s*version\s*=\s*\[?(?:[^\d\n]*:)?(\d+\.\d+[\w.]*)", text) or re.search(
-                r"(?im)running_version=\[(?:[^\d\n]*:)?(\d+\.\d+[\w.]*)", text
-            )
-            if match:
-                return match.group(1)
+            version = _version_in(host.read(path) or "")
+            if version:
+                return version
     return None
 
 
+def _version_in(text: str) -> str | None:
+    """ "version=9.1.0", "Version=8.3.RC1" or "toolkit_running_version=[9.1.0:9.1.0]"."""
+    match = re.search(r"(?im)version\s*=\s*\[?(\d+\.\d+[\w.]*)", text)
+    return match.group(1) if match else None
+
+
 def _check_operator_package(section: Section, host: Host, root: str, found: Installation) -> None:
-    """The binary kernels of this card: folder ascend910b for A2, ascend910_93 for A3."""
-    is_a3 = found.smi is not None and any(chip.name == "Ascend910" for chip in found.smi.chips)
-    wanted = "ascend910_93" if is_a3 else "ascend910b"
-    base = f"{root}/opp*/built-in/op_impl/ai_core/tbe"
-    if host.glob(f"{base}/kernel/{wanted}*") or host.glob(f"{base}/kernel/config/{wanted}*"):
-        section.ok("operator package", wanted)
-        return
-    have = sorted({path.rsplit("/", 1)[-1] for path in host.glob(f"{base}/kernel/ascend*")})
-    section.warn(
-        "operator package",
-        f"no {wanted} kernels below {root}/opp (found: {', '.join(have) or 'none'})",
-        "install the 910b (A3: 910_93) operator package of the same CANN version; without it the first call "
-        "fails "
-        "with 500001",
-    )
+    """The binary kernels of this card (ascend910b for A2, ascend910_93 for A3), of the toolkit's version."""
+    wanted = "ascend910_93" if found.is_a3 else "ascend910b"
+    base = f"{root}/opp*/built-in/op_impl/ai_core/tbe/kernel"
+    info = next(iter(host.glob(f"{root}/*/ascend_ops_install.info")), None)
+    version = _version_in(host.read(info) or "") if info else None
+    if version and found.cann and version != found.cann:
+        section.fail(
+            "operator package",
+            f"version {version}, toolkit {found.cann}",
+            "install both at one version: a mixed installation fails at the first call (500001)",
+        )
+    elif host.glob(f"{base}/{wanted}*") or host.glob(f"{base}/config/{wanted}*"):
+        section.ok("operator package", wanted + (f", version {version}" if version else ""))
+    else:
+        have = sorted({path.rsplit("/", 1)[-1] for path in host.glob(f"{base}/ascend*")})
+        section.warn(
+            "operator package",
+            f"no {wanted} kernels below {root}/opp (found: {', '.join(have) or 'none'})",
+            "install the 910b (A3: 910_93) operator package of the toolkit's version; "
+            "without it the first call fails with 500001",
+        )
 
 
 def check_nnal(host: Host, found: Installation) -> Section:

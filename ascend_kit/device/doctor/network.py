@@ -20,7 +20,7 @@ NUM_BASE_PORTS = 16
 
 # What a healthy card prints for `hccn_tool -i N <option> -g`, as words that are stable across releases.
 _CARD_CHECKS = (
-    ("link", "-link", r"link status:\s*UP", "check cable, optical module and switch port"),
+    ("link", "-link", r"link status:\s*UP", "check cable, optics and switch port (A3: --peers decides)"),
     (
         "net health",
         "-net_health",
@@ -47,7 +47,9 @@ def wants_several_machines(host: Host, peers: Sequence[str]) -> bool:
     )
 
 
-def check_network(host: Host, npu_ids: Sequence[int], peers: Sequence[str] = ()) -> list[Finding]:
+def check_network(
+    host: Host, npu_ids: Sequence[int], peers: Sequence[str] = (), is_a3: bool = False
+) -> list[Finding]:
     """Findings on addresses, interfaces, timeouts; `peers` are card addresses on other machines to ping."""
     section = Section(SECTION)
     if not wants_several_machines(host, peers):
@@ -59,7 +61,7 @@ def check_network(host: Host, npu_ids: Sequence[int], peers: Sequence[str] = ())
     _check_timeouts(section, host)
     _check_ports(section, host)
     if npu_ids:
-        _check_cards(section, host, npu_ids, peers)
+        _check_cards(section, host, npu_ids, peers, is_a3)
     return section.findings
 
 
@@ -160,7 +162,9 @@ def _check_ports(section: Section, host: Host) -> None:
         section.ok("base port", ports)
 
 
-def _check_cards(section: Section, host: Host, npu_ids: Sequence[int], peers: Sequence[str]) -> None:
+def _check_cards(
+    section: Section, host: Host, npu_ids: Sequence[int], peers: Sequence[str], is_a3: bool
+) -> None:
     if not host.exists("/etc/hccn.conf"):
         section.fail(
             "/etc/hccn.conf",
@@ -179,15 +183,14 @@ def _check_cards(section: Section, host: Host, npu_ids: Sequence[int], peers: Se
         outputs = {npu: host.run([tool, "-i", str(npu), option, "-g"]).text for npu in npu_ids}
         _report_cards(section, check, outputs, healthy, remedy)
     _check_tls(section, host, tool, npu_ids)
+    ping = "-hccs_ping" if is_a3 else "-ping"
     for peer in peers:
-        outputs = {
-            npu: host.run([tool, "-i", str(npu), "-ping", "-g", "address", peer]).text for npu in npu_ids
-        }
+        outputs = {npu: host.run([tool, "-i", str(npu), ping, "-g", "address", peer]).text for npu in npu_ids}
         _report_cards(
             section,
             f"ping {peer}",
             outputs,
-            r"[1-9]\d* received|recv seq",
+            r"[1-9]\d* received|recv seq|ping success",
             "check addresses, netmasks and the switch; both ends must be in one network or have a gateway",
         )
 

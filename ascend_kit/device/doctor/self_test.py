@@ -16,7 +16,7 @@ import torch
 
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.doctor.attention_inputs import HEADS, AttentionCase, attention_cases, make_inputs
-from ascend_kit.device.doctor.comparison import Tester, bound, relative_error
+from ascend_kit.device.doctor.comparison import Comparer, bound, relative_error
 from ascend_kit.device.doctor.graph_and_ranks import run_collective, run_graph
 from ascend_kit.device.doctor.stages import OpCheck
 from ascend_kit.device.ops import reference, select_ops
@@ -35,119 +35,121 @@ def _name(dtype: torch.dtype) -> str:
 
 def run_ops(device: Device, seed: int = 0) -> Iterator[OpCheck]:
     """Every function of the table at several shapes and dtypes; results come one by one."""
-    tester = Tester(device, select_ops(device.kind, fused=True), "ops", seed)
+    comparer = Comparer(device, select_ops(device.kind, fused=True), "ops", seed)
     for dtype in DTYPES[device.kind]:
-        yield from _check_norms(tester, dtype)
-        yield from _check_rotary(tester, dtype)
-        yield from _check_mlp(tester, dtype)
+        yield from _check_norms(comparer, dtype)
+        yield from _check_rotary(comparer, dtype)
+        yield from _check_mlp(comparer, dtype)
         for heads in HEADS:
-            yield from _check_attention(tester, heads, dtype)
-        yield from _check_int8(tester, dtype)
+            yield from _check_attention(comparer, heads, dtype)
+        yield from _check_int8(comparer, dtype)
 
 
 def run_smoke(device: Device) -> Iterator[OpCheck]:
     """Seconds, not minutes: one matrix product, one cache write, one decode attention."""
-    tester = Tester(device, select_ops(device.kind, fused=True), "smoke")
+    comparer = Comparer(device, select_ops(device.kind, fused=True), "smoke")
     dtype = torch.bfloat16
-    yield _linear(tester, dtype, 64, 256, 512, with_bias=False)
+    yield _linear(comparer, dtype, 64, 256, 512, with_bias=False)
     case = attention_cases(device.default_block_size)[2]
-    yield from _check_case(tester, case, HEADS[1], dtype)
+    yield from _check_case(comparer, case, HEADS[1], dtype)
 
 
-def _check_norms(tester: Tester, dtype: torch.dtype) -> Iterator[OpCheck]:
-    ops = tester.ops
+def _check_norms(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
+    ops = comparer.ops
     for shape in ((1, 3584), (37, 4096), (64, 32, 128)):
-        x, residual = tester.values(*shape, dtype=dtype), tester.values(*shape, dtype=dtype)
-        weight = tester.values(shape[-1], dtype=dtype)
+        x, residual = comparer.values(*shape, dtype=dtype), comparer.values(*shape, dtype=dtype)
+        weight = comparer.values(shape[-1], dtype=dtype)
         case = f"{_name(dtype)} {list(shape)}"
 
         def plain(x=x, weight=weight) -> float:
             wanted = reference.rms_norm(x, weight, 1e-6)
-            return relative_error(ops.rms_norm(*tester.place(x, weight, dtype=dtype), 1e-6), wanted)
+            return relative_error(ops.rms_norm(*comparer.place(x, weight, dtype=dtype), 1e-6), wanted)
 
-        yield tester.check("rms_norm", case, bound(dtype, 2), plain)
+        yield comparer.check("rms_norm", case, bound(dtype, 2), plain)
         if len(shape) == 3:
             continue
 
         def added(x=x, residual=residual, weight=weight) -> float:
             wanted = reference.add_rms_norm(x, residual, weight, 1e-6)
-            found = ops.add_rms_norm(*tester.place(x, residual, weight, dtype=dtype), 1e-6)
+            found = ops.add_rms_norm(*comparer.place(x, residual, weight, dtype=dtype), 1e-6)
             return max(relative_error(one, other) for one, other in zip(found, wanted, strict=True))
 
-        yield tester.check("add_rms_norm", case, bound(dtype, 3), added)
+        yield comparer.check("add_rms_norm", case, bound(dtype, 3), added)
 
 
-def _check_rotary(tester: Tester, dtype: torch.dtype) -> Iterator[OpCheck]:
+def _check_rotary(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
     for num_heads, num_kv_heads, head_size in HEADS:
         for num_tokens in (1, 19):
             angles = torch.arange(num_tokens).unsqueeze(1) * 10000.0 ** (
                 -torch.arange(head_size // 2) * 2 / head_size
             )
-            q = tester.values(num_tokens, num_heads, head_size, dtype=dtype)
-            k = tester.values(num_tokens, num_kv_heads, head_size, dtype=dtype)
+            q = comparer.values(num_tokens, num_heads, head_size, dtype=dtype)
+            k = comparer.values(num_tokens, num_kv_heads, head_size, dtype=dtype)
             cos, sin = (turn(angles).repeat(1, 2).to(dtype).float() for turn in (torch.cos, torch.sin))
 
             def rotated(q=q, k=k, cos=cos, sin=sin) -> float:
                 wanted = reference.rotary(q, k, cos, sin)
-                found = tester.ops.rotary(*tester.place(q, k, cos, sin, dtype=dtype))
+                found = comparer.ops.rotary(*comparer.place(q, k, cos, sin, dtype=dtype))
                 return max(relative_error(one, other) for one, other in zip(found, wanted, strict=True))
 
             case = f"{_name(dtype)} T={num_tokens} heads {num_heads}/{num_kv_heads} x {head_size}"
-            yield tester.check("rotary", case, bound(dtype, 3), rotated)
+            yield comparer.check("rotary", case, bound(dtype, 3), rotated)
 
 
-def _check_mlp(tester: Tester, dtype: torch.dtype) -> Iterator[OpCheck]:
+def _check_mlp(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
     for num_tokens, width in ((1, 18944), (33, 12288)):
-        gate_up = tester.values(num_tokens, 2 * width, dtype=dtype)
+        gate_up = comparer.values(num_tokens, 2 * width, dtype=dtype)
 
         def gated(gate_up=gate_up) -> float:
             return relative_error(
-                tester.ops.swiglu(*tester.place(gate_up, dtype=dtype)), reference.swiglu(gate_up)
+                comparer.ops.swiglu(*comparer.place(gate_up, dtype=dtype)), reference.swiglu(gate_up)
             )
 
-        yield tester.check("swiglu", f"{_name(dtype)} {[num_tokens, 2 * width]}", bound(dtype, 3), gated)
-    yield _linear(tester, dtype, 1, 3584, 4608, with_bias=True)
-    yield _linear(tester, dtype, 130, 4096, 1024, with_bias=False)
+        yield comparer.check("swiglu", f"{_name(dtype)} {[num_tokens, 2 * width]}", bound(dtype, 3), gated)
+    yield _linear(comparer, dtype, 1, 3584, 4608, with_bias=True)
+    yield _linear(comparer, dtype, 130, 4096, 1024, with_bias=False)
 
 
 def _linear(
-    tester: Tester, dtype: torch.dtype, num_tokens: int, width: int, num_out: int, with_bias: bool
+    comparer: Comparer, dtype: torch.dtype, num_tokens: int, width: int, num_out: int, with_bias: bool
 ) -> OpCheck:
-    x, weight = tester.values(num_tokens, width, dtype=dtype), tester.values(num_out, width, dtype=dtype)
-    bias = tester.values(num_out, dtype=dtype)
+    x, weight = comparer.values(num_tokens, width, dtype=dtype), comparer.values(num_out, width, dtype=dtype)
+    bias = comparer.values(num_out, dtype=dtype)
 
     def product() -> float:
-        on_device = tester.place(x, weight, bias, dtype=dtype)
-        packed = tester.ops.pack_linear(on_device[1])
-        found = tester.ops.linear(on_device[0], packed, on_device[2] if with_bias else None)
+        on_device = comparer.place(x, weight, bias, dtype=dtype)
+        packed = comparer.ops.pack_linear(on_device[1])
+        found = comparer.ops.linear(on_device[0], packed, on_device[2] if with_bias else None)
         return relative_error(found, reference.linear(x, weight, bias if with_bias else None))
 
     case = f"{_name(dtype)} [{num_tokens}, {width}] x [{width}, {num_out}]" + (" + bias" if with_bias else "")
-    return tester.check("linear", case, bound(dtype, 2), product)
+    return comparer.check("linear", case, bound(dtype, 2), product)
 
 
-def _check_attention(tester: Tester, heads: tuple[int, int, int], dtype: torch.dtype) -> Iterator[OpCheck]:
-    limits = tester.ops.validate(*heads, dtype)
+def _check_attention(
+    comparer: Comparer, heads: tuple[int, int, int], dtype: torch.dtype
+) -> Iterator[OpCheck]:
+    limits = comparer.ops.validate(*heads, dtype)
     shape = f"{_name(dtype)} heads {heads[0]}/{heads[1]} x {heads[2]}"
     if limits:
-        yield OpCheck(tester.stage, "paged_attention", shape, "skip", detail="; ".join(map(str, limits)))
+        yield OpCheck(comparer.stage, "paged_attention", shape, "skip", detail="; ".join(map(str, limits)))
         return
-    for case in attention_cases(tester.device.default_block_size):
-        yield from _check_case(tester, case, heads, dtype)
+    for case in attention_cases(comparer.device.default_block_size):
+        yield from _check_case(comparer, case, heads, dtype)
 
 
 def _check_case(
-    tester: Tester, case: AttentionCase, heads: tuple[int, int, int], dtype: torch.dtype
+    comparer: Comparer, case: AttentionCase, heads: tuple[int, int, int], dtype: torch.dtype
 ) -> Iterator[OpCheck]:
     """store_kv must be exact; attention reads the cache the reference wrote: the two are judged apart."""
-    inputs = make_inputs(case, heads, tester.device.default_block_size, dtype)
+    inputs = make_inputs(case, heads, comparer.device.default_block_size, dtype)
     shape = f"{_name(dtype)} {heads[0]}/{heads[1]}x{heads[2]} {case.name}"
-    target = tester.device.torch_device
+    target = comparer.device.torch_device
     untouched = inputs.to(target, dtype, None)
     reference.store_kv(inputs.k, inputs.v, inputs.k_cache, inputs.v_cache, inputs.meta.slot_mapping)
 
     def stored() -> float:
-        tester.ops.store_kv(
+        comparer.ops.store_kv(
             untouched.k, untouched.v, untouched.k_cache, untouched.v_cache, untouched.meta.slot_mapping
         )
         pairs = ((untouched.k_cache, inputs.k_cache), (untouched.v_cache, inputs.v_cache))
@@ -156,28 +158,28 @@ def _check_case(
         )  # block 0 may hold anything
 
     def attended() -> float:
-        placed = inputs.to(target, dtype, tester.ops.make_mask(target))
+        placed = inputs.to(target, dtype, comparer.ops.make_mask(target))
         scale = heads[2] ** -0.5
         wanted = reference.paged_attention(inputs.q, inputs.k_cache, inputs.v_cache, inputs.meta, scale)
-        found = tester.ops.paged_attention(placed.q, placed.k_cache, placed.v_cache, placed.meta, scale)
+        found = comparer.ops.paged_attention(placed.q, placed.k_cache, placed.v_cache, placed.meta, scale)
         return relative_error(found[: inputs.num_live], wanted[: inputs.num_live])
 
-    yield tester.check("store_kv", shape, 0.0, stored)
-    yield tester.check("paged_attention", shape, bound(dtype, 4), attended)
+    yield comparer.check("store_kv", shape, 0.0, stored)
+    yield comparer.check("paged_attention", shape, bound(dtype, 4), attended)
 
 
-def _check_int8(tester: Tester, dtype: torch.dtype) -> Iterator[OpCheck]:
+def _check_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
     for num_tokens, width, num_out in ((1, 3584, 512), (32, 4096, 1024)):
-        x = tester.values(num_tokens, width, dtype=dtype)
+        x = comparer.values(num_tokens, width, dtype=dtype)
         x[0, 5] = 60.0  # an outlier as activations have them
         codes, act_scale = reference.quantize_per_token(x)
-        weight = torch.randint(-127, 128, (num_out, width), dtype=torch.int8, generator=tester.generator)
-        weight_scale = torch.rand(num_out, generator=tester.generator) * 1e-3 + 1e-4
-        bias = tester.values(num_out, dtype=dtype)
+        weight = torch.randint(-127, 128, (num_out, width), dtype=torch.int8, generator=comparer.generator)
+        weight_scale = torch.rand(num_out, generator=comparer.generator) * 1e-3 + 1e-4
+        bias = comparer.values(num_out, dtype=dtype)
         case = f"{_name(dtype)} [{num_tokens}, {width}] x [{width}, {num_out}]"
 
         def quantised(x=x, codes=codes, act_scale=act_scale) -> float:
-            found, scale = tester.ops.quantize_per_token(*tester.place(x, dtype=dtype))
+            found, scale = comparer.ops.quantize_per_token(*comparer.place(x, dtype=dtype))
             error = relative_error(scale, act_scale)
             steps = (found.cpu().int() - codes.int()).abs().max().item() / 127
             return max(steps, error)
@@ -186,15 +188,15 @@ def _check_int8(tester: Tester, dtype: torch.dtype) -> Iterator[OpCheck]:
             codes=codes, act_scale=act_scale, weight=weight, weight_scale=weight_scale, bias=bias
         ) -> float:
             wanted = reference.int8_matmul(codes, act_scale, weight, weight_scale, bias, torch.float32)
-            on_device = tester.place(codes, act_scale, weight, weight_scale, dtype=torch.float32)
-            packed = tester.ops.pack_int8(on_device[2])
-            found = tester.ops.int8_matmul(
-                on_device[0], on_device[1], packed, on_device[3], *tester.place(bias, dtype=dtype), dtype
+            on_device = comparer.place(codes, act_scale, weight, weight_scale, dtype=torch.float32)
+            packed = comparer.ops.pack_int8(on_device[2])
+            found = comparer.ops.int8_matmul(
+                on_device[0], on_device[1], packed, on_device[3], *comparer.place(bias, dtype=dtype), dtype
             )
             return relative_error(found, wanted)
 
-        yield tester.check("quantize_per_token", case, CODE_STEP, quantised)
-        yield tester.check("int8_matmul", case, bound(dtype, 2), multiplied)
+        yield comparer.check("quantize_per_token", case, CODE_STEP, quantised)
+        yield comparer.check("int8_matmul", case, bound(dtype, 2), multiplied)
 
 
 STAGES = {"smoke": run_smoke, "ops": run_ops, "graph": run_graph, "collective": run_collective}
