@@ -10,11 +10,14 @@ from torch import Tensor
 from ascend_kit.device.device import Device
 from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta
+from ascend_kit.device.parallel import StepChannel
 from ascend_kit.engine.sampler import record_logprobs, sample
 from ascend_kit.engine.scheduler import Chunk, StepPlan
 from ascend_kit.engine.sequence import Sequence
+from ascend_kit.engine.step_inputs import StepInputs
 from ascend_kit.model.decoder import Decoder
 
+Scored = tuple[int, int, Sequence, int]  # row, token, sequence, number of the target
 SCORED_ROWS = 256  # rows whose logits exist at once while scoring: 256 x 152k x 4 B = 156 MB
 
 
@@ -28,6 +31,7 @@ class ModelRunner:
         self.caches = decoder.new_caches(num_blocks, block_size, dtype, device.torch_device)
         self.mask = ops.make_mask(device.torch_device)
         self.graphs: DecodeGraphs | None = None
+        self.channel = StepChannel(decoder.parallel) if decoder.parallel.size > 1 else None
 
     def enable_graphs(self, max_sequences: int, max_seq_length: int) -> None:
         """Run decode steps as captured graphs from now on."""
@@ -39,20 +43,44 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, int]:
         """Run one step; the new token of each sequence that got one, by sequence id. Scores go to the sequences."""
-        sampled = [chunk for chunk in plan.chunks if chunk.reaches_end and not chunk.sequence.is_scoring]
-        if self.graphs is not None and plan.is_decode:
-            # Host tensors: the graph copies all of them to its own buffers in one transfer.
-            logits = self.graphs.run(*self._inputs(plan.chunks, torch.device("cpu")))
-            return self._read_tokens(logits, sampled, eos_ids)
-        token_ids, positions, meta = self._inputs(plan.chunks, self.device.torch_device)
-        hidden = self.decoder(token_ids, positions, meta, self.caches)
         starts = _starts(plan.chunks)
-        self._score(hidden, plan.chunks, starts)
-        if not sampled:
-            return {}
-        last = [starts[id(chunk)] + chunk.count - 1 for chunk in sampled]
-        rows = hidden if len(last) == hidden.shape[0] else hidden.index_select(0, self._ints(last, torch.int64))
-        return self._read_tokens(self.decoder.logits(rows), sampled, eos_ids)
+        sampled = [chunk for chunk in plan.chunks if chunk.reaches_end and not chunk.sequence.is_scoring]
+        wanted = _scored_rows(plan.chunks, starts)
+        inputs = StepInputs.from_chunks(
+            plan.chunks, self.block_size, scored=sorted({row for row, *_ in wanted}),
+            sampled=[starts[id(chunk)] + chunk.count - 1 for chunk in sampled],
+            in_graph=self.graphs is not None and plan.is_decode)
+        if self.channel is not None:
+            self.channel.send(inputs.to_message())
+        logits = self._forward(inputs, wanted)
+        return {} if logits is None else self._read_tokens(logits, sampled, eos_ids)
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Compute this rank's part of the steps that rank 0 plans, until it says that there are no more."""
+        while (message := self.channel.receive()) is not None:
+            self._forward(StepInputs.from_message(message))
+
+    def _forward(self, inputs: StepInputs, wanted: list[Scored] | None = None) -> Tensor | None:
+        """Logits [R, V] of the rows to sample, or None; scores `wanted` on the rank that has the sequences.
+
+        Every rank runs the same products in the same order: their collectives pair up.
+        """
+        if inputs.in_graph:
+            # Host tensors: the graph copies all of them to its own buffers in one transfer.
+            return self.graphs.run(*inputs.tensors(torch.device("cpu"), self.block_size, self.mask))
+        token_ids, positions, meta = inputs.tensors(self.device.torch_device, self.block_size, self.mask)
+        hidden = self.decoder(token_ids, positions, meta, self.caches)
+        for part in range(0, len(inputs.scored), SCORED_ROWS):
+            rows = inputs.scored[part:part + SCORED_ROWS]
+            logits = self.decoder.logits(hidden.index_select(0, self._ints(rows, torch.int64)))
+            if wanted is not None:
+                self._score(logits.float(), rows, wanted)
+        if not inputs.sampled:
+            return None
+        if len(inputs.sampled) < hidden.shape[0]:
+            hidden = hidden.index_select(0, self._ints(inputs.sampled, torch.int64))
+        return self.decoder.logits(hidden)
 
     def _decode_step(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
         return self.decoder.logits(self.decoder(token_ids, positions, meta, self.caches))
@@ -64,49 +92,10 @@ class ModelRunner:
         # The step's one synchronisation with the device.
         return {s.id: token for s, token in zip(sequences, tokens.tolist(), strict=True)}
 
-    def _inputs(self, chunks: list[Chunk], device: torch.device) -> tuple[Tensor, Tensor, AttentionMeta]:
-        """Packed token ids [T], positions [T] and where everything lies in the cache; int32, in one transfer."""
-        size = self.block_size
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        ends: list[int] = []
-        for chunk in chunks:
-            blocks, span = chunk.sequence.blocks, range(chunk.start, chunk.end)
-            token_ids += chunk.sequence.token_ids[chunk.start:chunk.end]
-            positions += span
-            slots += [blocks[p // size] * size + p % size for p in span]
-            ends.append(len(token_ids))
-        lengths = [chunk.end for chunk in chunks]
-        width = -(-max(lengths) // size)
-        table = [block for chunk in chunks for block in _padded(chunk.sequence.blocks, width)]
-        parts = (token_ids, positions, slots, lengths, table)
-        buffer = torch.tensor([number for part in parts for number in part], dtype=torch.int32)
-        ids, where, slot_mapping, lens, flat = buffer.to(device, non_blocking=True).split([len(p) for p in parts])
-        meta = AttentionMeta(
-            slot_mapping=slot_mapping, block_table=flat.view(len(chunks), width), cu_seqlens_q=ends,
-            context_lens=lengths, context_lens_t=lens, block_size=size,
-            is_decode=all(chunk.count == 1 for chunk in chunks), mask=self.mask)
-        return ids, where, meta
-
-    def _score(self, hidden: Tensor, chunks: list[Chunk], starts: dict[int, int]) -> None:
-        """Log-probability and greedy agreement of every scored row in this step."""
-        wanted: list[tuple[int, int, Sequence, int]] = []  # row, token, sequence, target number
-        for chunk in chunks:
-            sequence = chunk.sequence
-            for number, target in enumerate(sequence.targets):
-                first = sequence.num_tokens - len(target.token_ids)
-                for position in range(max(first, chunk.start), chunk.end):
-                    row = starts[id(chunk)] + position - chunk.start
-                    wanted.append((row, target.token_ids[position - first], sequence, number))
-        rows = sorted({row for row, *_ in wanted})
-        for part in range(0, len(rows), SCORED_ROWS):
-            self._score_rows(hidden, rows[part:part + SCORED_ROWS], wanted)
-
-    def _score_rows(self, hidden: Tensor, rows: list[int], wanted: list[tuple[int, int, Sequence, int]]) -> None:
+    def _score(self, logits: Tensor, rows: list[int], wanted: list[Scored]) -> None:
+        """Log-probability and greedy agreement of the tokens wanted at `rows`, from float32 logits [rows, V]."""
         place = {row: number for number, row in enumerate(rows)}
         here = [item for item in wanted if item[0] in place]
-        logits = self.decoder.logits(hidden.index_select(0, self._ints(rows, torch.int64))).float()
         pairs = self._ints([[place[row], token] for row, token, *_ in here], torch.int64)
         chosen = logits[pairs[:, 0], pairs[:, 1]] - logits.logsumexp(-1)[pairs[:, 0]]
         greedy = logits.argmax(-1)[pairs[:, 0]] == pairs[:, 1]
@@ -118,10 +107,6 @@ class ModelRunner:
         return torch.tensor(values, dtype=dtype).to(self.device.torch_device, non_blocking=True)
 
 
-def _padded(blocks: list[int], width: int) -> list[int]:
-    return blocks[:width] + [0] * (width - len(blocks))
-
-
 def _starts(chunks: list[Chunk]) -> dict[int, int]:
     """First packed row of each chunk, by the chunk's identity."""
     starts, total = {}, 0
@@ -129,3 +114,16 @@ def _starts(chunks: list[Chunk]) -> dict[int, int]:
         starts[id(chunk)] = total
         total += chunk.count
     return starts
+
+
+def _scored_rows(chunks: list[Chunk], starts: dict[int, int]) -> list[Scored]:
+    """What is to be scored in a step."""
+    wanted: list[Scored] = []
+    for chunk in chunks:
+        sequence = chunk.sequence
+        for number, target in enumerate(sequence.targets):
+            first = sequence.num_tokens - len(target.token_ids)
+            for position in range(max(first, chunk.start), chunk.end):
+                row = starts[id(chunk)] + position - chunk.start
+                wanted.append((row, target.token_ids[position - first], sequence, number))
+    return wanted
