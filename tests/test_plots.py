@@ -1,0 +1,293 @@
+"""Figures drawn from small tables; what is asserted is what a reader would miss: units, scales, data,
+colours.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pandas
+import pytest
+
+from ascend_kit.show import plots
+
+
+def sweep_rows(lengths=((64, 32),), repeats=2, variants=({},), concurrency=(1, 4, 16)):
+    """Rows as a sweep writes them, from a saturating model with a little noise."""
+    rng = np.random.default_rng(0)
+    rows = []
+    engines = [("ascend_kit", 1.0, v) for v in variants] + [("transformers", 0.35, {})]
+    for number, (backend, speed, variant) in enumerate(engines):
+        for (prompt, output), c, repeat in itertools.product(lengths, concurrency, range(repeats)):
+            rate = (
+                speed
+                * 900
+                * c
+                / (c + 6)
+                * rng.normal(1, 0.06)
+                * (1 + 0.3 * number * (backend == "ascend_kit"))
+            )
+            tpot = 1e3 * c / rate
+            rows.append(
+                {
+                    "status": "ok",
+                    "backend": backend,
+                    "concurrency": c,
+                    "prompt_len": prompt,
+                    "output_len": output,
+                    "repeat": repeat,
+                    "output_tokens_per_s": rate,
+                    "ceiling_tokens_per_s": 1500 * c / (c + 3),
+                    "predicted_tokens_per_s": 1100 * c / (c + 5),
+                    "peak_memory_bytes": (1.4 + 0.05 * c) * 2**30,
+                    "weight_bytes": 1.2 * 2**30,
+                    "ttft_limit_ms": 200.0,
+                    "tpot_limit_ms": 25.0,
+                    "precision": "bf16",
+                    "quantize": "none",
+                    "graph_mode": True,
+                    **{
+                        f"{m}_{q}_ms": v * f
+                        for m, v in (("ttft", 8 * tpot), ("tpot", tpot), ("itl", tpot))
+                        for q, f in (("p50", 1), ("p90", 1.3), ("p99", 2.5))
+                    },
+                    **variant,
+                }
+            )
+    return pandas.DataFrame(rows)
+
+
+def score_table():
+    rows = [
+        {"status": "ok", "run": run, "task": task, "metric": "acc", "value": value, "stderr": 0.03}
+        for run, shift in (("plain", 0.0), ("w8a8", -0.02))
+        for task, value in (("mmlu", 0.62 + shift), ("ceval-valid", 0.55 + shift), ("agieval", 0.41 + shift))
+    ]
+    return pandas.DataFrame(rows)
+
+
+def tradeoff_table():
+    return pandas.DataFrame(
+        [
+            {
+                "run": "plain",
+                "accuracy": 0.62,
+                "accuracy_stderr": 0.03,
+                "tokens_per_s": 210,
+                "tokens_per_s_low": 200,
+                "tokens_per_s_high": 225,
+            },
+            {
+                "run": "fused",
+                "accuracy": 0.62,
+                "accuracy_stderr": 0.03,
+                "tokens_per_s": 640,
+                "tokens_per_s_low": 600,
+                "tokens_per_s_high": 660,
+            },
+            {
+                "run": "w8a8",
+                "accuracy": 0.605,
+                "accuracy_stderr": 0.03,
+                "tokens_per_s": 900,
+                "tokens_per_s_low": None,
+                "tokens_per_s_high": None,
+            },
+        ]
+    )
+
+
+def sensitivity_table(layers=12):
+    rng = np.random.default_rng(1)
+    kinds = {
+        "self_attn.q_proj": 1,
+        "self_attn.k_proj": 0.8,
+        "self_attn.v_proj": 2,
+        "self_attn.o_proj": 1.5,
+        "mlp.gate_proj": 3,
+        "mlp.up_proj": 3,
+        "mlp.down_proj": 12,
+    }
+    rows = [
+        {"name": f"model.layers.{i}.{k}", "kl": f * 1e-5 * rng.lognormal(0, 0.5), "is_quantized": f < 10}
+        for i in range(layers)
+        for k, f in kinds.items()
+    ]
+    return pandas.DataFrame([*rows, {"name": "lm_head", "kl": 4e-4, "is_quantized": False}])
+
+
+def request_table():
+    rows = [
+        {
+            "arrival_s": 5 + 0.1 * (i // 4),
+            "scheduled_s": 5 + 0.1 * (i // 4) + 0.03 * (i % 4),
+            "token_times_s": [5.2 + 0.1 * i + 0.02 * t for t in range(20)],
+        }
+        for i in range(11)
+    ]
+    return pandas.DataFrame([*rows, {"arrival_s": 5.3, "scheduled_s": None, "token_times_s": []}])
+
+
+def plan_table():
+    rows = [
+        {
+            "model": model,
+            "cards": c,
+            "tensor_parallel": t,
+            "output_tokens_per_s": None if t == 8 else 2000 * c / t**0.3,
+            "reason": "does not divide" if t == 8 else "TPOT above the limit" if t == 1 else None,
+        }
+        for model in ("Qwen2.5-7B", "Qwen3-8B")
+        for c in (1, 2, 4, 8)
+        for t in (1, 2, 4, 8)
+        if t <= c
+    ]
+    return pandas.DataFrame(rows)
+
+
+TWO_VARIANTS = ({"quantize": "none"}, {"quantize": "w8a8"})
+EXAMPLES = {
+    "throughput": lambda: plots.throughput(sweep_rows()),
+    "throughput_lengths": lambda: plots.throughput(
+        sweep_rows(((64, 32), (256, 32), (256, 128), (1024, 128)), 1, TWO_VARIANTS)
+    ),
+    "latency": lambda: plots.latency(sweep_rows(variants=TWO_VARIANTS)),
+    "tradeoff": lambda: plots.tradeoff(sweep_rows(variants=TWO_VARIANTS)),
+    "memory": lambda: plots.memory(sweep_rows()),
+    "speedup": lambda: plots.speedup(sweep_rows(variants=TWO_VARIANTS)),
+    "request_timeline": lambda: plots.request_timeline(request_table()),
+    "accuracy": lambda: plots.accuracy(score_table(), chance={"mmlu": 0.25, "ceval-valid": 0.25}),
+    "accuracy_vs_throughput": lambda: plots.accuracy_vs_throughput(tradeoff_table()),
+    "sensitivity": lambda: plots.sensitivity(sensitivity_table()),
+    "planner": lambda: plots.planner(plan_table()),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_figure_is_saved_with_labelled_axes_and_a_title(name, tmp_path):
+    figure = EXAMPLES[name]()
+    figure.savefig(tmp_path / "figure.png")
+
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert figure.get_suptitle()
+    for axes in figure.axes:
+        assert axes.get_xlabel() and (axes.get_ylabel() or name == "accuracy")
+
+
+def test_concurrency_axis_is_log2_with_plain_numbers_and_ceiling_is_dashed():
+    figure = plots.throughput(sweep_rows())
+    figure.canvas.draw()
+
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log" and axes.xaxis.get_transform().base == 2
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "4", "16"]
+    ceiling = next(line for line in axes.lines if line.get_label() == "ceiling")
+    assert ceiling.get_linestyle() == "--"
+    assert not any("^" in t.get_text() or "times" in t.get_text() for t in axes.get_yticklabels())
+
+
+def test_every_repeat_is_a_point_and_the_line_is_their_median():
+    rows = sweep_rows(repeats=3)
+    figure = plots.throughput(rows)
+
+    own = rows[rows["backend"] == "ascend_kit"]
+    (axes,) = figure.axes
+    line = next(line for line in axes.lines if line.get_label() == "ascend_kit")
+    points = next(
+        line for line in axes.lines if line.get_marker() == "o" and line.get_color() == line_colour(axes)
+    )
+    assert line.get_ydata() == pytest.approx(own.groupby("concurrency")["output_tokens_per_s"].median())
+    assert sorted(points.get_ydata()) == pytest.approx(sorted(own["output_tokens_per_s"]))
+
+
+def line_colour(axes):
+    return next(line for line in axes.lines if line.get_label() == "ascend_kit").get_color()
+
+
+def test_failed_rows_are_not_drawn_and_an_empty_table_says_so(tmp_path):
+    rows = sweep_rows()
+    rows.loc[rows["concurrency"] == 16, "status"] = "failed"
+
+    (axes,) = plots.throughput(rows).axes
+    assert max(line.get_xdata().max() for line in axes.lines if len(line.get_xdata())) == 4
+    for draw in (
+        plots.throughput,
+        plots.latency,
+        plots.tradeoff,
+        plots.memory,
+        plots.speedup,
+        plots.accuracy,
+        plots.request_timeline,
+        plots.sensitivity,
+        plots.planner,
+        plots.accuracy_vs_throughput,
+    ):
+        figure = draw(pandas.DataFrame())
+        assert "Nothing to draw" in figure.texts[0].get_text()
+        figure.savefig(tmp_path / "empty.png")
+
+
+def test_configuration_has_one_colour_in_every_figure():
+    rows = sweep_rows(variants=TWO_VARIANTS)
+    seen = {}
+    for draw in (plots.throughput, plots.latency, plots.tradeoff):
+        for axes in draw(rows).axes:
+            for line in axes.lines:
+                if line.get_label() in set(plots.config_labels(rows)):
+                    seen.setdefault(line.get_label(), set()).add(line.get_color())
+
+    assert set(seen) == {"ascend_kit", "ascend_kit, w8a8", "transformers"}
+    assert all(len(colours) == 1 for colours in seen.values())
+    assert len(set.union(*seen.values())) == 3
+    assert seen["transformers"] == {plots.BASELINES["transformers"]}
+
+
+def test_label_names_only_the_switches_that_differ():
+    rows = sweep_rows(variants=({"graph_mode": True}, {"graph_mode": False}))
+
+    assert set(plots.config_labels(rows)) == {
+        "ascend_kit, graph_mode",
+        "ascend_kit, no graph_mode",
+        "transformers",
+    }
+
+
+def test_speedup_divides_by_the_baseline_of_the_same_point():
+    rows = sweep_rows(repeats=1, concurrency=(1, 4))
+    figure = plots.speedup(rows)
+
+    rate = rows.set_index(["backend", "concurrency"])["output_tokens_per_s"]
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    assert heights == pytest.approx([rate["ascend_kit", c] / rate["transformers", c] for c in (1, 4)])
+
+
+def test_accuracy_bars_carry_values_in_percent_and_missing_errors_are_left_out():
+    table = score_table()
+    table.loc[0, "stderr"] = math.nan
+    figure = plots.accuracy(table)
+
+    (axes,) = figure.axes
+    assert [patch.get_width() for patch in axes.patches[:3]] == pytest.approx([62, 55, 41])
+    assert len([c for c in axes.collections if len(c.get_segments())]) == 5  # one error line per known error
+
+
+def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():
+    figure = plots.planner(plan_table())
+
+    left, right = figure.axes
+    assert [axes.get_title() for axes in (left, right)] == ["Qwen2.5-7B", "Qwen3-8B"]
+    bars = [patch for patch in left.patches if patch.get_height() > 0]
+    assert len(bars) == 9  # ten splits, tensor parallel 8 does not divide
+    assert sum(patch.get_hatch() is not None for patch in bars) == 4
+
+
+def test_plotting_leaves_no_global_state():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    for draw in EXAMPLES.values():
+        draw()
+
+    assert dict(matplotlib.rcParams) == before
+    pyplot = __import__("sys").modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
