@@ -235,6 +235,15 @@ def test_gpu_build_of_torch_on_x86_is_a_warning_and_the_cpu_build_is_not():
     assert find(cpu, "Versions", "torch and torch_npu").status == "ok"
 
 
+def test_cann_version_comes_from_torch_npu_when_no_file_tells_it():
+    host = ascend_server(files={f"{ROOT}/aarch64-linux/ascend_toolkit_install.info": None, f"{ROOT}/lib": ""})
+
+    findings = run_checks(host)
+
+    assert find(findings, "Versions", "torch_npu and CANN").status == "n/a"
+    assert find(findings, "Import", "torch_npu and CANN").status == "ok"
+
+
 def test_python_without_a_wheel_of_torch_npu_213_fails():
     host = ascend_server(python_version="3.9.18", packages={"torch": "2.13.0", "torch_npu": "2.13.0"})
 
@@ -334,7 +343,7 @@ def test_text_folds_sections_that_do_not_apply_and_ends_with_totals():
     text = render(run_checks(laptop()))
 
     assert "Driver: not applicable (no Ascend card or software on this machine)" in text
-    assert text.splitlines()[-1].endswith("n/a")
+    assert text.splitlines()[-1].endswith("n/a")  # nothing failed, so nothing to begin with
     assert max(map(len, text.splitlines())) <= 110
 
 
@@ -366,7 +375,9 @@ def test_command_prints_json_and_returns_one_on_failure(monkeypatch, capsys):
     assert doctor.main(["--json"]) == 0
     assert {row["section"] for row in json.loads(capsys.readouterr().out)} == set(ORDER)
     assert doctor.main(["--device", "npu"]) == 1
-    assert "[fail] npu-smi" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "[fail] npu-smi" in printed
+    assert printed.endswith("Begin with: Driver, npu-smi\n")
 
 
 def test_command_explains_a_file_and_the_standard_input(monkeypatch, capsys, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ascend_kit.device.doctor.checks import run_checks
-from ascend_kit.device.doctor.findings import Finding, render, to_rows, worst_status
+from ascend_kit.device.doctor.findings import Finding, render, render_sections, to_rows, totals, worst_status
 from ascend_kit.device.doctor.host import Host
 from ascend_kit.device.doctor.known_errors import Explanation, explain, render_explanations
 from ascend_kit.device.doctor.stages import OpCheck, probe_device, run_stage, trouble
@@ -82,18 +82,14 @@ def main(argv: list[str] | None = None) -> int:
         return _explain(arguments.explain, arguments.json)
     if arguments.self_test:
         return _self_test(arguments.device, arguments.json)
-    show = (
-        None
-        if arguments.json
-        else (lambda section: print("\n".join(render(section).splitlines()[:-2]), flush=True))
-    )
+    show = None if arguments.json else (lambda section: print(render_sections(section), flush=True))
     findings = run_checks(
         device=arguments.device, peers=arguments.peers, use_device=not arguments.no_device, on_section=show
     )
     if arguments.json:
         print(json.dumps(to_rows(findings), indent=1, ensure_ascii=False))
     else:
-        print("\n" + render(findings).splitlines()[-1])
+        print("\n" + totals(findings))
     return int(worst_status(findings) == "fail")
 
 

@@ -19,7 +19,7 @@ from ascend_kit.device.doctor.network import SECTION as NETWORK_SECTION
 from ascend_kit.device.doctor.network import check_network
 from ascend_kit.device.doctor.stages import add_stage, probe_device, trouble
 from ascend_kit.device.doctor.variables import check_variables
-from ascend_kit.device.doctor.versions import check_versions
+from ascend_kit.device.doctor.versions import check_cann_pair, check_versions
 
 NO_ASCEND = "no Ascend card or software on this machine"
 VENDOR_SECTIONS = ("Driver", "Device files", "CANN", "NNAL", "Versions")
@@ -113,6 +113,8 @@ def _device_sections(
         yield from _skip(names[1:], "the import failed")
         return
     section.ok("torch", ", ".join(f"{name} {version}" for name, version in seen["versions"].items()))
+    if found.cann is None and seen["versions"].get("cann", "unknown") != "unknown":
+        check_cann_pair(section, seen["versions"]["torch_npu"], seen["versions"]["cann"])
     yield section
     yield _devices(host, found, seen)
     yield from _trials(host, seen)

@@ -66,14 +66,24 @@ def to_rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
 
 
 def render(findings: Sequence[Finding], width: int = 110) -> str:
-    """Terminal text: sections in order, remedies indented, sections that do not apply in one line, totals."""
+    """Terminal text: `render_sections`, an empty line, `totals`."""
+    return f"{render_sections(findings, width)}\n\n{totals(findings)}"
+
+
+def render_sections(findings: Sequence[Finding], width: int = 110) -> str:
+    """Sections in order, remedies below their item; a section that does not apply takes one line."""
     lines: list[str] = []
     for name, group in groupby(findings, key=lambda finding: finding.section):
         lines += _render_section(name, list(group), width)
-    counts = Counter(finding.status for finding in findings)
-    lines.append("")
-    lines.append(", ".join(f"{counts[status]} {status}" for status in STATUSES))
     return "\n".join(lines)
+
+
+def totals(findings: Sequence[Finding]) -> str:
+    """Number of findings by status, and the failure to begin with: later ones often follow from it."""
+    counts = Counter(finding.status for finding in findings)
+    text = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+    first = next((finding for finding in findings if finding.status == "fail"), None)
+    return text if first is None else f"{text}. Begin with: {first.section}, {first.check}"
 
 
 def _render_section(name: str, items: list[Finding], width: int) -> list[str]:

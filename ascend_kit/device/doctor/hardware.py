@@ -21,6 +21,8 @@ CONTAINER_REMEDY = (
     "/usr/local/dcmi, /usr/local/bin/npu-smi and /etc/ascend_install.info"
 )
 
+CONTAINER_DRIVER_REMEDY = "mount the driver and npu-smi into the container, see Device files below"
+
 
 @dataclass
 class Installation:
@@ -74,14 +76,14 @@ def check_driver(host: Host, found: Installation) -> Section:
         _read_smi(section, result.stdout, found)
     else:
         remedy = "install the driver (HDK) and put npu-smi on PATH; it needs the group HwHiAiUser"
-        section.fail("npu-smi", result.last_line(), CONTAINER_REMEDY if container else remedy)
+        section.fail("npu-smi", result.last_line(), CONTAINER_DRIVER_REMEDY if container else remedy)
     match = re.search(r"(?im)^version\s*=\s*(\S+)", host.read(DRIVER_INFO) or "")
     found.driver = match.group(1) if match else (found.smi.version if found.smi else None)
     if found.driver is None:
         section.fail(
             "driver version",
             f"{DRIVER_INFO} cannot be read",
-            CONTAINER_REMEDY if container else "install the driver that the CANN release notes name",
+            CONTAINER_DRIVER_REMEDY if container else "install the driver that the CANN release notes name",
         )
     elif numbers(found.driver) < GRAPH_DRIVER:
         section.warn(

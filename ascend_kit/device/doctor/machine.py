@@ -11,6 +11,12 @@ GIB = 2**30
 SYSCTLS = (  # path, wanted value, what another value costs
     ("/proc/sys/kernel/numa_balancing", 0, "kernel.numa_balancing", "moves pages under the launch threads"),
     ("/proc/sys/vm/swappiness", 0, "vm.swappiness", "weights in page cache may push the process to swap"),
+    (
+        "/proc/sys/kernel/sched_migration_cost_ns",
+        50000,
+        "kernel.sched_migration_cost_ns",
+        "launch threads move between CPUs",
+    ),
 )
 GOVERNORS = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor"
 

@@ -66,7 +66,7 @@ def check_versions(
         return
     _check_python(section, python, torch_npu)
     _check_torch(section, torch, torch_npu, machine)
-    _check_cann(section, torch_npu, cann)
+    check_cann_pair(section, torch_npu, cann)
 
 
 def _check_python(section: Section, python: str, torch_npu: str) -> None:
@@ -101,16 +101,14 @@ def _check_torch(section: Section, torch: str, torch_npu: str, machine: str) -> 
         section.ok("torch and torch_npu", pair)
 
 
-def _check_cann(section: Section, torch_npu: str, cann: str | None) -> None:
-    release = release_of(torch_npu)
+def check_cann_pair(section: Section, torch_npu: str, cann: str | None) -> None:
+    """One finding on torch_npu with a CANN version; None when no file tells the version."""
     if cann is None:
-        section.fail(
-            "torch_npu and CANN",
-            f"torch_npu {torch_npu}, CANN version unknown",
-            f"install CANN {release.cann}" if release else f"install a published triple: {SAFE_PAIR}",
+        section.na(
+            "torch_npu and CANN", "no file tells CANN's version; torch_npu is asked when it is imported"
         )
         return
-    pair = f"torch_npu {torch_npu}, CANN {cann}"
+    release, pair = release_of(torch_npu), f"torch_npu {torch_npu}, CANN {cann}"
     if release is None:
         known = ", ".join(name for row in RELEASES for name in row.torch_npu)
         section.warn("torch_npu and CANN", pair, f"this torch_npu is not in the table (known: {known})")
