@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from ascend_kit.device.ops import OPS, AttentionMeta, cpu, reference, select_ops
+from ascend_kit.device.ops import OPS, AttentionMeta, cpu, cpu_native, native, reference, select_ops
 
 HEADS, GROUPS, SIZE, BLOCK = 4, 2, 16, 8
 
@@ -29,6 +29,10 @@ def meta(table, lengths, new):
         block_size=BLOCK, is_decode=all(count == 1 for count in new))
 
 
+TABLES = [
+    pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu"),
+    pytest.param(cpu_native, id="cpu_native",
+                 marks=pytest.mark.skipif(native.library() is None, reason=f"CPU kernels are {native.status()}"))]
 STEPS = {
     "decode": meta([[3], [1, 2], [4, 5, 6]], [5, 16, 17], [1, 1, 1]),
     "prefill": meta([[3], [1, 2]], [7, 16], [7, 16]),
@@ -37,7 +41,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("table", TABLES)
 def test_every_table_has_the_same_names_and_parameters(table):
     assert isinstance(table.MERGED_QKV, bool)
     for name in OPS:
@@ -46,7 +50,7 @@ def test_every_table_has_the_same_names_and_parameters(table):
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("table", TABLES)
 def test_attention_equals_sdpa_over_the_gathered_cache(table, step):
     k_cache, v_cache = caches()
     q = torch.randn(step.cu_seqlens_q[-1], HEADS, SIZE)
@@ -66,7 +70,7 @@ def test_attention_equals_sdpa_over_the_gathered_cache(table, step):
         start = end
 
 
-@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("table", TABLES)
 def test_store_kv_writes_each_token_to_its_slot_and_nothing_else(table):
     k_cache, v_cache = caches()
     before = k_cache.clone()
@@ -81,7 +85,7 @@ def test_store_kv_writes_each_token_to_its_slot_and_nothing_else(table):
     assert torch.equal(flat[others], before.view(-1, GROUPS, SIZE)[others])
 
 
-@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("table", TABLES)
 def test_norms_follow_their_formula(table):
     x, residual, weight = torch.randn(5, 32), torch.randn(5, 32), torch.rand(32)
 
@@ -92,7 +96,7 @@ def test_norms_follow_their_formula(table):
     torch.testing.assert_close(table.rms_norm(total, weight, 1e-6), y)
 
 
-@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("table", TABLES)
 def test_rotary_turns_each_pair_by_its_angle(table):
     q, k = torch.randn(6, HEADS, SIZE), torch.randn(6, GROUPS, SIZE)
     angle = torch.outer(torch.arange(6.0), 0.5 ** torch.arange(SIZE // 2))
@@ -104,7 +108,7 @@ def test_rotary_turns_each_pair_by_its_angle(table):
     torch.testing.assert_close(turned, torch.cat((pairs.real, pairs.imag), -1))
 
 
-@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("table", TABLES)
 def test_swiglu_gates_with_the_first_half(table):
     gate, up = torch.randn(3, 8), torch.randn(3, 8)
 
@@ -113,7 +117,7 @@ def test_swiglu_gates_with_the_first_half(table):
     torch.testing.assert_close(got, gate * gate.sigmoid() * up)
 
 
-@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("table", TABLES)
 def test_int8_codes_are_within_half_a_step_and_zero_rows_stay_zero(table):
     x = torch.randn(6, 64) * torch.tensor([1, 100, 1e-3, 0, 5, 1]).unsqueeze(1)
 
@@ -125,7 +129,7 @@ def test_int8_codes_are_within_half_a_step_and_zero_rows_stay_zero(table):
     assert (codes.abs().amax(-1)[[0, 1, 2, 4, 5]] == 127).all()
 
 
-@pytest.mark.parametrize("table", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_int8_matmul_is_exact_in_its_integers(table, rows):
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +143,38 @@ def test_int8_matmul_is_exact_in_its_integers(table, rows):
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("rows,dtype", [(1, torch.float32), (7, torch.float32), (7, torch.bfloat16), (40, torch.bfloat16)])
+def test_linears_of_any_row_count_follow_their_formula(table, rows, dtype):
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 100), (37, 100), (37,)))
+    codes, scale = torch.randint(-127, 128, (37, 100), dtype=torch.int8), torch.rand(37) / 100
+
+    plain = table.linear(x, table.pack_linear(weight), bias)
+    mixed = table.int8_weight_matmul(x, codes, scale, bias)
+
+    # bf16 keeps 8 bits of mantissa; sums are float32 in every table
+    tolerance = dict(rtol=1e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain.float(), x.float() @ weight.float().t() + bias.float(), **tolerance)
+    torch.testing.assert_close(
+        mixed.float(), x.float() @ (codes.float() * scale[:, None]).t() + bias.float(), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(native.library() is None, reason=f"CPU kernels are {native.status()}")
+def test_the_kernels_round_as_the_reference_does(dtype):
+    x, residual, weight = (torch.randn(5, 64).to(dtype) for _ in range(3))
+    q, k, angle = torch.randn(5, HEADS, SIZE).to(dtype), torch.randn(5, GROUPS, SIZE).to(dtype), torch.rand(5, SIZE)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    close = dict(rtol=8e-3, atol=1e-6) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)  # one bf16 step
+
+    for name, arguments in {"rms_norm": (x, weight[0], 1e-6), "add_rms_norm": (x, residual, weight[0], 1e-6),
+                            "swiglu": (x,), "rotary": (q, k, cos, sin)}.items():
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.testing.assert_close(getattr(cpu_native, name)(*copies), getattr(reference, name)(*arguments), **close)
+
+
 def test_an_unknown_device_has_no_table():
-    assert select_ops("cpu", False) is reference and select_ops("cpu", True) is cpu
+    assert select_ops("cpu", False) is reference
+    assert select_ops("cpu", True) is (cpu if native.library() is None else cpu_native)
     with pytest.raises(ValueError, match="tpu"):
         select_ops("tpu", True)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ascend_kit.device.device import Device
 from ascend_kit.device.ops import AttentionMeta
+from ascend_kit.device.ops.native import OnlyKernels, Recording
 
 StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
 
@@ -46,7 +47,7 @@ _ADVICE = {
     "task not supported": "unset HCCL_OP_EXPANSION_MODE=AIV, which not every version can record",
 }
 _HANG_ADVICE = (
-    "A replay waits for the attention lengths of its step, so a missing or overtaking update is the usual cause. "
+    "A replay waits for its attention lengths; a missing or overtaking update is the usual cause. "
     "Try, in this order: unset HCCL_OP_EXPANSION_MODE when it is AIV and several cards are used; "
     f"{UPDATE_FIRST_VARIABLE}=1 to update before replaying; graph_mode: false; a newer driver and CANN. "
     "With several cards, look at the rank that stopped first."
@@ -106,9 +107,6 @@ class _Unreadable(list):
         )
 
     __iter__ = __getitem__ = __len__ = _refuse
-
-
-# --------------------------------------------------------------------------------------------- static inputs
 
 
 class StaticInputs:
@@ -176,9 +174,6 @@ class StaticInputs:
             static.copy_(given)
 
 
-# -------------------------------------------------------------------------------------------------- back-ends
-
-
 class _Captured:
     """One recorded size on NPU or CUDA."""
 
@@ -200,7 +195,8 @@ class DecodeGraphs:
 
     `host_lengths`: the attention takes its lengths as host lists (the NPU kernel does), so a replay is
     followed by an update. `layers`: the decoder layers, which a CPU compiles one by one; without them the
-    whole step is compiled. `mask`: the op table's shared mask, if it has one.
+    whole step is compiled. `records`: the op table consists of recordable kernels (CPU), so that nothing needs
+    compiling. `mask`: the op table's shared mask, if it has one.
     """
 
     def __init__(
@@ -215,6 +211,7 @@ class DecodeGraphs:
         mask: Tensor | None = None,
         host_lengths: bool = False,
         layers: Sequence[nn.Module] = (),
+        records: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self.device, self.step_fn, self.timeout_s = device, step_fn, timeout_s
@@ -224,7 +221,11 @@ class DecodeGraphs:
         self.update_first = os.environ.get(UPDATE_FIRST_VARIABLE, "0") not in ("", "0")
         self.counters = _Counters()
         self._captured: dict[int, _Captured] = {}
-        self._compiled = _CompiledLayers(step_fn, layers) if device.kind == "cpu" else None
+        self._compiled: _CompiledLayers | _RecordedCalls | None = None
+        if device.kind == "cpu":
+            recorded = _RecordedCalls(device, step_fn, self.sizes, max_blocks, block_size) if records else None
+            self._compiled = recorded or _CompiledLayers(step_fn, layers)
+            self.sizes = self._compiled.sizes or self.sizes
         self._pool: Any = None
         self._done: Any = None  # event after the latest replay
 
@@ -233,7 +234,7 @@ class DecodeGraphs:
         start = time.perf_counter()
         before = self.device.memory_in_use_bytes()
         if self._compiled is not None:
-            self._compile_both_shapes()
+            self._run_both_shapes()
         else:
             for size in reversed(self.sizes):
                 self._captured[size] = self._capture_size(size)
@@ -277,7 +278,7 @@ class DecodeGraphs:
         """What was captured and how often it ran; plain values for a manifest."""
         mode = {"npu": "npu_graph", "cuda": "cuda_graph"}.get(self.device.kind)
         return {
-            "mode": mode or f"compiled_{self._compiled.backend}",
+            "mode": mode or self._compiled.mode,
             "sizes": list(self.sizes),
             **vars(self.counters),
         }
@@ -287,8 +288,6 @@ class DecodeGraphs:
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
-
-    # ---------------------------------------------------------------------------------------- NPU and CUDA
 
     def _capture_size(self, size: int) -> _Captured:
         backend = self.device.backend
@@ -354,16 +353,44 @@ class DecodeGraphs:
         # previous step's tokens have been read by now and this costs one query.
         self.wait()
 
-    # --------------------------------------------------------------------------------------------------- CPU
-
-    def _compile_both_shapes(self) -> None:
+    def _run_both_shapes(self) -> None:
         # A size of 1 stays its own case under dynamic shapes. 3 and 5 because equal sizes would share one
         # symbol.
         for batch in {1, min(3, self.sizes[-1])}:
             ids, positions, slots, lens = (torch.zeros(batch, dtype=torch.int32) for _ in range(4))
-            table = torch.zeros(batch, 5, dtype=torch.int32)
+            table = torch.zeros(batch, min(5, self.max_blocks), dtype=torch.int32)
             meta = AttentionMeta(slots, table, [], [], lens + 1, self.block_size, is_decode=True)
             self._compiled(ids, positions, meta)
+
+
+class _RecordedCalls:
+    """The kernel calls of a step, noted once per batch size and repeated over the same buffers."""
+
+    mode = "recorded_calls"
+
+    def __init__(self, device: Device, step_fn: StepFn, sizes: Sequence[int], max_blocks: int, block_size: int) -> None:
+        from ascend_kit.device.ops.cpu_native import MAX_ROWS
+
+        self.device, self.step_fn = device, step_fn
+        self.max_blocks, self.block_size = max_blocks, block_size
+        # No padding on a CPU: every batch size is recorded when it first comes up, which takes one step.
+        self.sizes = list(range(1, min(sizes[-1], MAX_ROWS) + 1))
+        self.recorded: dict[int, tuple[StaticInputs, Recording, Tensor]] = {}
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
+        batch = token_ids.shape[0]
+        if batch not in self.recorded:
+            self.recorded[batch] = self._record(batch)
+        inputs, recording, logits = self.recorded[batch]
+        inputs.fill(token_ids, positions, meta)
+        recording.replay()
+        return logits
+
+    def _record(self, batch: int) -> tuple[StaticInputs, Recording, Tensor]:
+        inputs = StaticInputs(self.device, batch, self.max_blocks, self.block_size, None)
+        with Recording() as recording, OnlyKernels():
+            logits = self.step_fn(inputs.token_ids, inputs.positions, inputs.meta(None))
+        return inputs, recording, logits
 
 
 class _CompiledLayers:
@@ -377,6 +404,7 @@ class _CompiledLayers:
         # from it.
         options = {"emulate_precision_casts": True} if self.backend == "inductor" else None
         compile_ = lambda fn: torch.compile(fn, dynamic=True, backend=self.backend, options=options)  # noqa: E731
+        self.mode, self.sizes = f"compiled_{self.backend}", None
         self.layers = list(layers)
         self.compiled = [compile_(layer._call_impl) for layer in self.layers]
         self.step_fn = step_fn if self.layers else compile_(step_fn)

@@ -57,9 +57,9 @@ class _Loader:
     def decoder(self, max_positions: int) -> Decoder:
         config = self.config
         embedding = Embedding(self._float("model.embed_tokens.weight",
-                                          1, self.parallel.span(config.hidden_size, "hidden_size")), self.parallel)
+                                          1, self.parallel.span(config.hidden_size, "hidden_size")), self.ops, self.parallel)
         layers = [self._layer(f"model.layers.{number}") for number in range(config.num_layers)]
-        rotary = Rotary(config, max_positions, self.dtype, self.target)
+        rotary = Rotary(config, max_positions, self.dtype, self.target, self.ops)
         return Decoder(config, embedding, layers, self._norm("model.norm"), self._head(embedding), rotary,
                        self.parallel).eval()
 

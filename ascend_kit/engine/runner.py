@@ -38,7 +38,8 @@ class ModelRunner:
         self.graphs = DecodeGraphs(
             self.device, self._decode_step, max_batch=max_sequences, block_size=self.block_size,
             max_blocks=-(-max_seq_length // self.block_size), mask=self.mask, host_lengths=self.ops.HOST_LENGTHS,
-            layers=list(self.decoder.layers))
+            layers=list(self.decoder.layers),
+            records=getattr(self.ops, "RECORDS", False) and self.decoder.parallel.size == 1)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, int]:

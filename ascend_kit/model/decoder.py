@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
@@ -14,12 +16,12 @@ from ascend_kit.model.layers import DecoderLayer, KVCache, RMSNorm, Rotary, froz
 class Embedding(nn.Module):
     """Token ids [T] -> [T, D]; a rank holds some of the columns, so that no row lookup has to be summed."""
 
-    def __init__(self, weight: Tensor, parallel: TensorParallel):
+    def __init__(self, weight: Tensor, ops: ModuleType, parallel: TensorParallel):
         super().__init__()
-        self.weight, self.parallel = frozen(weight), parallel
+        self.weight, self.ops, self.parallel = frozen(weight), ops, parallel
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return self.parallel.all_gather(nn.functional.embedding(token_ids, self.weight))
+        return self.parallel.all_gather(self.ops.gather_rows(self.weight, token_ids))
 
 
 class Decoder(nn.Module):

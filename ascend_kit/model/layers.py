@@ -64,9 +64,7 @@ class Int8WeightLinear(nn.Module):
         self.bias = None if bias is None else frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The scale is per output channel, so it can be applied to the product instead of to the weight.
-        product = self.ops.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
-        return product if self.bias is None else product + self.bias
+        return self.ops.int8_weight_matmul(x, self.weight, self.weight_scale, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -85,8 +83,10 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Cosine and sine of every position, full head width (the half vector twice), [max_positions, H]."""
 
-    def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device,
+                 ops: ModuleType):
         super().__init__()
+        self.ops = ops
         frequencies = _inverse_frequencies(config)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         angles = torch.cat((angles, angles), dim=-1)
@@ -95,7 +95,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin().to(device, dtype), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+        return self.ops.gather_rows(self.cos, positions), self.ops.gather_rows(self.sin, positions)
 
 
 class Attention(nn.Module):

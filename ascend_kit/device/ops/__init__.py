@@ -6,6 +6,7 @@ wants happen inside its module.
 
 Besides the functions a module states two facts: MERGED_QKV, whether q, k and v are better one product than three, and
 HOST_LENGTHS, whether its attention takes the lengths as host lists, which a captured graph then has to be told anew.
+On a CPU with a C++ compiler the fused table is `cpu_native`, else `cpu`.
 
 Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden, F feed-forward, B sequences,
 S tokens per KV block.
@@ -30,6 +31,8 @@ OPS = (
     "pack_linear",
     "quantize_per_token",
     "int8_matmul",
+    "int8_weight_matmul",
+    "gather_rows",
     "pack_int8",
     "make_mask",
     "validate",
@@ -54,7 +57,8 @@ def select_ops(device_kind: str, fused: bool) -> ModuleType:
     """The op module of a device kind ("cpu", "cuda", "npu"): its fused kernels, or the plain reference."""
     if not fused:
         return import_module("ascend_kit.device.ops.reference")
-    names = {"cpu": "cpu", "cuda": "cuda", "npu": "npu"}
-    if device_kind not in names:
-        raise ValueError(f"no operator table for device kind {device_kind!r}; allowed: {', '.join(names)}")
-    return import_module(f"ascend_kit.device.ops.{names[device_kind]}")
+    if device_kind not in ("cpu", "cuda", "npu"):
+        raise ValueError(f"no operator table for device kind {device_kind!r}; allowed: cpu, cuda, npu")
+    if device_kind == "cpu" and import_module("ascend_kit.device.ops.native").library() is not None:
+        device_kind = "cpu_native"
+    return import_module(f"ascend_kit.device.ops.{device_kind}")

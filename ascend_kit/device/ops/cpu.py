@@ -6,6 +6,7 @@ Functions not defined here are the reference's: on a CPU there is nothing faster
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,8 @@ from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
     HOST_LENGTHS,
     MERGED_QKV,
+    gather_rows,
+    int8_weight_matmul,
     linear,
     make_mask,
     pack_linear,
@@ -42,12 +45,18 @@ def paged_attention(
 ) -> Tensor:
     """As in reference; decode steps in one batched call, other steps one flash call a sequence."""
     if meta.is_decode:
-        return _decode(q_TNH, k_cache, v_cache, meta, scale)
+        return decode(q_TNH, k_cache, v_cache, meta, scale)
+    return attend_mixed(q_TNH, k_cache, v_cache, meta, scale, decode)
+
+
+def attend_mixed(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float,
+                 decode: Callable[..., Tensor]) -> Tensor:
+    """The decoding sequences at the start of the step through `decode`, each prompt chunk in a flash call."""
     first = next(i for i, end in enumerate(meta.cu_seqlens_q) if end != i + 1)  # decoding sequences come first
     rows, start = [], first
     if first:
         decoding = replace(meta, block_table=meta.block_table[:first], context_lens_t=meta.context_lens_t[:first])
-        rows.append(_decode(q_TNH[:first], k_cache, v_cache, decoding, scale))
+        rows.append(decode(q_TNH[:first], k_cache, v_cache, decoding, scale))
     for index in range(first, len(meta.context_lens)):
         end, length = meta.cu_seqlens_q[index], meta.context_lens[index]
         blocks = meta.block_table[index, : math.ceil(length / meta.block_size)]
@@ -83,7 +92,7 @@ def _flash(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         q, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
 
 
-def _decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
+def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """One query token a sequence: gather each sequence's blocks, mask what lies beyond its length."""
     keys, values = (cache[meta.block_table].flatten(1, 2).transpose(1, 2) for cache in (k_cache, v_cache))
     positions = torch.arange(keys.shape[2], device=q_TNH.device)

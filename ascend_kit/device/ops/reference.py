@@ -105,6 +105,18 @@ def int8_matmul(
     return (result if bias is None else result + bias.float()).to(out_dtype)
 
 
+def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in] times int8 weight [out, in] transposed, times weight_scale [out] float32, plus bias; x's dtype."""
+    # The scale is per output channel, so it can be applied to the product instead of to the weight.
+    product = torch.nn.functional.linear(x, weight.to(x.dtype)).float() * weight_scale
+    return (product if bias is None else product + bias.float()).to(x.dtype)
+
+
+def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows [T, width] of a table [rows, width] by int32 ids [T]."""
+    return table.index_select(0, ids)
+
+
 def _decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """One query token a sequence, all at once and without host lists, so that a captured graph can replay it."""
     keys, values = (cache[meta.block_table.long()].flatten(1, 2).float() for cache in (k_cache, v_cache))

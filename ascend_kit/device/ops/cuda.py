@@ -1,0 +1,25 @@
+"""The op table on an NVIDIA GPU, from torch's own fused kernels; its decode attention can be captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from ascend_kit.device.ops.cpu import (  # noqa: F401 - this table
+    HOST_LENGTHS,
+    MERGED_QKV,
+    add_rms_norm,
+    gather_rows,
+    int8_weight_matmul,
+    linear,
+    make_mask,
+    pack_linear,
+    paged_attention,
+    quantize_per_token,
+    rms_norm,
+    rotary,
+    store_kv,
+    swiglu,
+    validate,
+)
+from ascend_kit.device.ops.reference import (  # noqa: F401 - torch's int8 product wants more than 16 rows on CUDA
+    int8_matmul,
+    pack_int8,
+)

@@ -1,0 +1,141 @@
+"""Builds and loads kernels.cpp with the system's C++ compiler; without one the CPU table stays with torch.
+
+Kernels are called through ctypes on raw addresses. While a `Recording` is open every call is also noted, so that a
+decode step over fixed buffers can be repeated as a bare list of calls: the CPU's counterpart of a captured graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+DISABLE_VARIABLE = "ASCEND_KIT_NATIVE"  # 0 = never build or use the kernels
+# Reassociation lets sums use vector registers. -ffast-math is avoided: linking with it makes the whole process flush
+# small numbers to zero.
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno",
+         "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+
+_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+SIGNATURES = {
+    "ak_linear": [_I, _P, _L, _P, _P, _P, _L, _L, _L, _I],
+    "ak_linear_w8a16": [_I, _P, _L, _P, _P, _P, _P, _L, _L, _L, _I],
+    "ak_quantize": [_I, _P, _P, _P, _L, _L, _I],
+    "ak_linear_w8a8": [_I, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I],
+    "ak_rms_norm": [_I, _P, _L, _P, _P, _P, _P, _L, _L, _L, _F, _I],
+    "ak_rotary": [_I, _P, _L, _P, _L, _P, _P, _L, _L, _L, _L, _I],
+    "ak_swiglu": [_I, _P, _P, _L, _L, _I],
+    "ak_store": [_P, _L, _P, _L, _P, _P, _P, _L, _L, _L],
+    "ak_gather": [_P, _P, _P, _L, _L],
+    "ak_attend": [_I, _P, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _F, _I],
+}
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler, or None."""
+    return next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++")
+                 if name and (path := shutil.which(name))), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, built on first use; None where they are switched off or cannot be built."""
+    if os.environ.get(DISABLE_VARIABLE) == "0" or compiler() is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def status() -> str:
+    """One line for reports: whether the kernels are in use, and if not, why."""
+    if os.environ.get(DISABLE_VARIABLE) == "0":
+        return f"off ({DISABLE_VARIABLE}=0)"
+    if compiler() is None:
+        return "off (no C++ compiler found)"
+    return "on" if library() is not None else "off (the build failed; run the compiler by hand on kernels.cpp)"
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Run one kernel; tensors are passed as addresses and must stay alive while a recording holds them."""
+    function = getattr(library(), name)
+    addresses = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
+    if Recording.active is not None:
+        Recording.active.note(function, addresses, arguments)
+    function(*addresses)
+
+
+class Recording:
+    """The kernel calls of one step over fixed buffers, to be repeated without the Python in between."""
+
+    active: Recording | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, tuple]] = []
+        self.kept: list[Any] = []  # keeps buffers alive: the calls hold bare addresses
+
+    def __enter__(self) -> Recording:
+        Recording.active = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Recording.active = None
+
+    def note(self, function: Any, addresses: tuple, arguments: tuple) -> None:
+        self.calls.append((function, addresses))
+        self.kept.append(arguments)
+
+    def replay(self) -> None:
+        for function, addresses in self.calls:
+            function(*addresses)
+
+
+class OnlyKernels(TorchDispatchMode):
+    """Raises on a torch operator that computes: a recording would miss it, and replay without it."""
+
+    ALLOWED = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not func.is_view and func._schema.name not in self.ALLOWED:
+            raise RuntimeError(f"{func._schema.name} cannot be recorded in a decode step on a CPU: it is no kernel of "
+                               "the op table; set graph_mode: false")
+        return func(*args, **(kwargs or {}))
+
+
+def _build() -> Path:
+    """The shared library for this source, compiler and processor, from the cache or built now."""
+    command = [compiler(), *FLAGS]
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode() + _processor().encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit")) / "native"
+    path = folder / f"kernels-{key}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / path.name
+        subprocess.run([*command, str(SOURCE), "-o", str(built)], check=True, capture_output=True, timeout=300)
+        os.replace(built, path)  # two processes may build at once; either result is right
+    return path
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return platform.machine() + next((line for line in lines if line.startswith("flags")), "")
