@@ -132,6 +132,8 @@ def _one_scale_for_all(x):
         ("_check_rotary", "rotary", lambda q, k, cos, sin: (q, reference.rotary(q, k, cos, sin)[1])),
         ("_check_mlp", "swiglu", lambda x: reference.swiglu(torch.cat(x.chunk(2, -1)[::-1], -1))),
         ("_check_mlp", "linear", lambda x, weight, bias=None: torch.nn.functional.linear(x, weight)),
+        ("_check_gather", "gather_rows", lambda table, ids: table[ids.clamp(max=998)]),
+        ("_check_int8", "int8_weight_matmul", lambda x, w, s, b: reference.linear(x, w.to(x.dtype), b)),
         ("_check_int8", "quantize_per_token", _one_scale_for_all),
         (
             "_check_int8",
@@ -145,6 +147,8 @@ def _one_scale_for_all(x):
         "query not rotated",
         "gate and up swapped",
         "bias lost",
+        "last row lost",
+        "weight scale lost",
         "one scale for all",
         "int8 bias lost",
     ],

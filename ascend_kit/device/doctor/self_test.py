@@ -39,6 +39,7 @@ def run_ops(device: Device, seed: int = 0) -> Iterator[OpCheck]:
     for dtype in DTYPES[device.kind]:
         yield from _check_norms(comparer, dtype)
         yield from _check_rotary(comparer, dtype)
+        yield from _check_gather(comparer, dtype)
         yield from _check_mlp(comparer, dtype)
         for heads in HEADS:
             yield from _check_attention(comparer, heads, dtype)
@@ -94,6 +95,17 @@ def _check_rotary(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
 
             case = f"{_name(dtype)} T={num_tokens} heads {num_heads}/{num_kv_heads} x {head_size}"
             yield comparer.check("rotary", case, bound(dtype, 3), rotated)
+
+
+def _check_gather(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
+    """Embedding rows and rotary tables by int32 ids: a copy, so it must be exact."""
+    table = comparer.values(1000, 128, dtype=dtype)
+    ids = torch.tensor([999, 0, 7, 7, 512], dtype=torch.int32)
+
+    def gathered() -> float:
+        return relative_error(comparer.ops.gather_rows(*comparer.place(table, ids, dtype=dtype)), table[ids])
+
+    yield comparer.check("gather_rows", f"{_name(dtype)} [1000, 128]", 0.0, gathered)
 
 
 def _check_mlp(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
@@ -195,7 +207,15 @@ def _check_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
             )
             return relative_error(found, wanted)
 
+        def weight_only(x=x, weight=weight, weight_scale=weight_scale, bias=bias) -> float:
+            wanted = reference.int8_weight_matmul(x, weight, weight_scale, bias)
+            placed_x, codes_out, placed_bias = comparer.place(x, weight, bias, dtype=dtype)
+            scale_out = weight_scale.to(comparer.device.torch_device)
+            found = comparer.ops.int8_weight_matmul(placed_x, codes_out, scale_out, placed_bias)
+            return relative_error(found, wanted)
+
         yield comparer.check("quantize_per_token", case, CODE_STEP, quantised)
+        yield comparer.check("int8_weight_matmul", case, bound(dtype, 3), weight_only)
         yield comparer.check("int8_matmul", case, bound(dtype, 2), multiplied)
 
 
