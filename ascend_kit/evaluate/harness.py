@@ -1,0 +1,189 @@
+"""Run lm-eval's tasks on the engine and keep every answer: one task at a time, rows as they finish.
+
+Tables of the run folder: `scores` (a row per task or group and metric) and `documents` (a row per document,
+with the log-probability of each choice); `evaluation.json` holds cautions and published figures. A task that
+was finished under the same conditions is not repeated; one that fails becomes a failed row and the others go
+on.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from ascend_kit.evaluate import judge, scores
+from ascend_kit.evaluate.datasets import LocalTask, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluate.perplexity import PAPER_CONTEXT_LEN, token_perplexity
+from ascend_kit.evaluate.scores import EvaluationResult, load_evaluation
+from ascend_kit.params import Experiment
+from ascend_kit.results import RunFolder
+
+Progress = Callable[[int, int, str], None]  # documents done, documents in all, task
+TABLES = ("scores", "documents", "evaluation")
+FEWSHOT_SEED = 1234  # lm-eval's default; the sets here take the first shots anyway
+SCORE_KEY = ("task", "metric", "conditions")
+
+
+def evaluate(engine: Any, experiment: Experiment, folder: RunFolder, *,
+             on_progress: Progress | None = None) -> EvaluationResult:
+    """Evaluate a loaded engine on `experiment.eval_datasets` and write everything to `folder`.
+
+    Data faults raise DataError before anything is scored. Failing tasks do not raise here, so that the rest
+    is computed and shown; look at `result.failed` or end with `result.raise_if_failed()`. `on_progress(done,
+    total, task)` counts documents.
+    """
+    tasks = find_tasks(experiment.dataset_path, experiment.eval_datasets, num_fewshot=experiment.eval_fewshot)
+    go_offline()
+    folder.begin(experiment, *TABLES)
+    _Session(engine, experiment, folder, tasks, on_progress or (lambda done, total, task: None)).run()
+    return load_evaluation(folder)
+
+
+class _Session:
+    """One call of `evaluate`: what all its tasks share."""
+
+    def __init__(self, engine: Any, experiment: Experiment, folder: RunFolder, tasks: list[LocalTask],
+                 on_progress: Progress) -> None:
+        self.engine, self.experiment, self.folder, self.tasks = engine, experiment, folder, tasks
+        self.on_progress = on_progress
+        self.uses_chat = experiment.eval_chat_template
+        self.limit = experiment.eval_limit
+        self.max_length = min(experiment.eval_max_seq_length, engine.max_seq_length)
+        self.total = sum(self._size(task) for task in tasks)
+        self.num_finished = 0
+
+    def run(self) -> None:
+        from lm_eval.tasks import TaskManager
+
+        from ascend_kit.evaluate.adapter import EngineLM
+
+        done = self.folder.done_keys("scores", SCORE_KEY)
+        lm = EngineLM(self.engine, max_length=self.max_length, batch_size=self.experiment.eval_batch_size,
+                      chat_template_args=judge.chat_template_args(self.engine.tokenizer))
+        with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
+            write_task_folder(self.tasks, scratch)
+            manager = TaskManager(include_path=scratch, include_defaults=False)
+            for task in self.tasks:
+                self.on_progress(self.num_finished, self.total, task.task)
+                keys = [(task.task, metric, self.conditions(task)) for metric in scores.metrics_of(task)]
+                if not done.issuperset(keys):
+                    self._record(lm, task, manager)
+                self.num_finished += self._size(task)
+        self.on_progress(self.num_finished, self.total, "")
+        self._finish(lm.num_truncated)
+
+    def conditions(self, task: LocalTask) -> str:
+        """Everything besides the model that changes a score; a row made otherwise is not reused."""
+        return ", ".join((f"{task.num_fewshot}-shot", "chat template" if self.uses_chat else "plain prompt",
+                          f"first {self.limit} documents" if self.limit else "all documents",
+                          f"context {self.max_length} tokens", f"data {task.data_hash}"))
+
+    def _size(self, task: LocalTask) -> int:
+        return min(task.num_documents, self.limit or task.num_documents)
+
+    def _record(self, lm: Any, task: LocalTask, manager: Any) -> None:
+        """Run one task and append its rows: documents first, so that a score row means they are all there."""
+        head = {"task": task.task, "set": task.set_name, "kind": "task", "num_fewshot": task.num_fewshot,
+                "conditions": self.conditions(task)}
+        start = time.perf_counter()
+        try:
+            score_rows, document_rows = self._run(lm, task, manager)
+        except Exception as error:  # any failure of a task is a result; the next task may work
+            self.folder.append("scores", {**head, "metric": None, "value": None, "stderr": None, "n": 0,
+                                          "status": "failed", "error": f"{type(error).__name__}: {error}"})
+            return
+        wall_s = time.perf_counter() - start
+        for row in document_rows:
+            self.folder.append("documents", {"task": task.task, "set": task.set_name, **row})
+        for row in score_rows:
+            self.folder.append("scores", {**head, **row, "wall_s": wall_s})
+
+    def _run(self, lm: Any, task: LocalTask, manager: Any) -> tuple[list[dict], list[dict]]:
+        from lm_eval import evaluator
+
+        lm.on_requests = _Counter(partial(self._advance, task), self._size(task), task.output_type)
+        with _quiet():
+            configured = manager.load([task.task])["tasks"][task.task]
+            configured.set_config("num_fewshot", task.num_fewshot)
+            configured.set_fewshot_seed(FEWSHOT_SEED)
+            found = evaluator.evaluate(
+                lm=lm, task_dict={"tasks": {task.task: configured}}, limit=self.limit,
+                apply_chat_template=self.uses_chat, fewshot_as_multiturn=self.uses_chat)
+        documents = [scores.document_row(task, sample, lm.finish_reasons)
+                     for sample in found["samples"][task.task]]
+        rows = [scores.score_row(found["results"][task.task], metric, documents) for metric in task.metrics]
+        if task.set_name == "wikitext":
+            rows.append(self._token_perplexity(configured.eval_docs["page"][:self._size(task)]))
+        return rows, documents
+
+    def _advance(self, task: LocalTask, documents: int) -> None:
+        self.on_progress(self.num_finished + documents, self.total, task.task)
+
+    def _token_perplexity(self, pages: list[str]) -> dict[str, Any]:
+        found = token_perplexity(self.engine, pages, context_len=min(PAPER_CONTEXT_LEN, self.max_length),
+                                 batch_size=self.experiment.eval_batch_size)
+        return {"metric": "token_perplexity", "value": found.value, "stderr": found.stderr, "n": len(pages),
+                "unit": scores.UNITS["token_perplexity"], "num_tokens": found.num_tokens,
+                "context_len": found.context_len, "stride": found.stride, "first_token": found.first_token,
+                "text": found.text}
+
+    def _finish(self, num_truncated: int) -> None:
+        table = scores.load_scores(self.folder)
+        conditions = {task.task: self.conditions(task) for task in self.tasks}
+        for group in groups_of(self.tasks):
+            for row in scores.group_rows(group, table, conditions):
+                self.folder.append("scores", row)
+        table, documents = scores.load_scores(self.folder), scores.load_documents(self.folder)
+        self.folder.write_json("evaluation", {
+            "flags": judge.flags(self.experiment, self.engine, self.tasks, table, documents, num_truncated),
+            "published": judge.published(self.experiment, self.engine, table),
+            "conditions": {
+                "chat_template": self.uses_chat, "eval_limit": self.limit, "max_length": self.max_length,
+                "dataset_path": self.experiment.dataset_path, "device": self.engine.device.name,
+                "precision": self.experiment.precision, "harness": _harness_version(),
+                "num_fewshot": {task.set_name: task.num_fewshot for task in self.tasks}}})
+
+
+class _Counter:
+    """Turns answered requests into documents for the progress line."""
+
+    def __init__(self, report: Callable[[int], None], size: int, output_type: str) -> None:
+        self.report, self.size, self.answered = report, size, 0
+        # Exact for four choices, nearly so for AGIEval's four or five; of WikiText, windows are counted.
+        self.per_document = 4 if output_type == "multiple_choice" else 1
+
+    def __call__(self, requests: int) -> None:
+        self.answered += requests
+        self.report(min(self.size, self.answered // self.per_document))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval 0.4.13 draws a bar per task while building prompts, without a switch, and warns of its own
+    YAML.
+
+    Our progress counts all documents, and truncated inputs are counted by the adapter. Delete the bar's part
+    when `build_all_requests` can be told to draw none.
+    """
+    import lm_eval.api.task as module
+
+    logger = logging.getLogger("lm_eval")
+    bar, level = module.tqdm, logger.level
+    module.tqdm = lambda items, **_: items
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        module.tqdm = bar
+        logger.setLevel(level)
+
+
+def _harness_version() -> str:
+    from importlib.metadata import version
+
+    return f"lm-eval {version('lm-eval')}"

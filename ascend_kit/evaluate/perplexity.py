@@ -1,0 +1,82 @@
+"""Token perplexity as quantisation papers report it; lm-eval's word and byte perplexity come from its own
+task.
+
+The two are different numbers: lm-eval scores each page by itself and divides by words or bytes, while here
+the pages become one text, cut into windows, and the sum is divided by tokens. Compare each with its own kind
+only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PAPER_CONTEXT_LEN = 2048
+PAGE_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class TokenPerplexity:
+    """exp(total negative log-likelihood / scored tokens), with everything it depends on.
+
+    `stderr` treats windows as independent samples and is None for a single one. `stride` equals
+    `context_len`: windows do not overlap. The first token of each window has no context and is not scored.
+    """
+
+    value: float
+    stderr: float | None
+    num_tokens: int
+    context_len: int
+    stride: int
+    num_windows: int
+    first_token: str = "not scored"
+    text: str = "raw pages joined by a blank line"
+
+
+def token_perplexity(
+    engine: Any,
+    pages: Sequence[str],
+    *,
+    context_len: int = PAPER_CONTEXT_LEN,
+    batch_size: int = 8,
+    on_requests: Callable[[int], None] | None = None,
+) -> TokenPerplexity:
+    """Score the joined pages in windows of `context_len` tokens.
+
+    The rest shorter than a window is left out, as in the published figures, unless the whole text is shorter.
+    Raises ValueError for a text of fewer than two tokens or a window the engine cannot hold.
+    """
+    if not 2 <= context_len <= engine.max_seq_length:
+        raise ValueError(
+            f"context_len={context_len} must lie between 2 and max_seq_length={engine.max_seq_length}"
+        )
+    ids = list(engine.tokenizer.encode(PAGE_SEPARATOR.join(pages)))
+    if len(ids) < 2:
+        raise ValueError(f"perplexity needs at least two tokens, the text has {len(ids)}")
+    windows = [
+        ids[start : start + context_len] for start in range(0, len(ids) - context_len + 1, context_len)
+    ] or [ids]
+    nll = []
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size]
+        nll += [-score.logprob for score in engine.score([(window[:1], window[1:]) for window in batch])]
+        if on_requests:
+            on_requests(len(batch))
+    tokens = [len(window) - 1 for window in windows]
+    mean, stderr = ratio(nll, tokens)
+    value = math.exp(mean)
+    return TokenPerplexity(
+        value, None if stderr is None else value * stderr, sum(tokens), context_len, context_len, len(windows)
+    )
+
+
+def ratio(totals: Sequence[float], sizes: Sequence[float]) -> tuple[float, float | None]:
+    """sum(totals) / sum(sizes) and its standard error over samples (linearised); None for fewer than two."""
+    value = sum(totals) / sum(sizes)
+    count = len(totals)
+    if count < 2:
+        return value, None
+    spread = sum((total - value * size) ** 2 for total, size in zip(totals, sizes, strict=True))
+    return value, math.sqrt(count / (count - 1) * spread) / sum(sizes)

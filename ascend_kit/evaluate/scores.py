@@ -1,0 +1,179 @@
+"""Rows of an evaluation: from lm-eval's results to plain values, groups of them, and back from a run
+folder.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ascend_kit.evaluate.datasets import GroupSpec, LocalTask
+from ascend_kit.evaluate.perplexity import ratio
+from ascend_kit.results import RunFolder
+
+if TYPE_CHECKING:
+    import pandas
+
+UNITS = {"acc": "fraction", "acc_norm": "fraction", "word_perplexity": "per word",
+         "byte_perplexity": "per byte", "bits_per_byte": "bits/byte", "token_perplexity": "per token"}
+LOWER_IS_BETTER = frozenset(UNITS) - {"acc", "acc_norm"}
+
+
+class EvaluationError(RuntimeError):
+    """At least one task failed; the rows say which and why, and the finished ones are kept."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What a run's evaluation holds, read back from its folder.
+
+    `tasks` and `groups`: one row per task or group and metric, with value, unit, stderr and n (documents).
+    `published`: figures of the same model under the same conditions; empty where none is known.
+    """
+
+    tasks: pandas.DataFrame
+    groups: pandas.DataFrame
+    documents: pandas.DataFrame
+    flags: list[str]
+    published: pandas.DataFrame
+    conditions: dict[str, Any]
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Failed task -> error."""
+        if self.tasks.empty:
+            return {}
+        rows = self.tasks[self.tasks["status"] != "ok"]
+        return dict(zip(rows["task"], rows["error"], strict=True))
+
+    @property
+    def ok(self) -> bool:
+        return not self.tasks.empty and not self.failed
+
+    def raise_if_failed(self) -> None:
+        """EvaluationError naming the failed tasks: what ends a notebook or a command with a failure."""
+        if self.failed:
+            text = "; ".join(f"{task}: {error}" for task, error in list(self.failed.items())[:3])
+            total = self.tasks["task"].nunique()
+            raise EvaluationError(f"{len(self.failed)} of {total} tasks failed ({text})")
+
+
+def load_evaluation(folder: RunFolder) -> EvaluationResult:
+    """The evaluation of a run folder, from its files alone: no engine, no lm-eval. Empty where there is
+    none.
+    """
+    import pandas
+
+    table, summary = load_scores(folder), folder.read_json("evaluation") or {}
+    return EvaluationResult(
+        tasks=table[table["kind"] == "task"].reset_index(drop=True),
+        groups=table[table["kind"] == "group"].reset_index(drop=True),
+        documents=load_documents(folder), flags=summary.get("flags", []),
+        published=pandas.DataFrame(summary.get("published", [])), conditions=summary.get("conditions", {}))
+
+
+def load_scores(folder: RunFolder) -> pandas.DataFrame:
+    """`scores` with the last row of each task and metric; a later outcome of a task replaces an earlier
+    one.
+    """
+    import pandas
+
+    latest: dict[str, dict[str | None, dict[str, Any]]] = {}
+    for row in folder.rows("scores"):
+        rows = latest.setdefault(row["task"], {})
+        if any(_supersedes(row, earlier) for earlier in rows.values()):
+            rows.clear()
+        rows[row["metric"]] = row
+    found = [row for rows in latest.values() for row in rows.values()]
+    return pandas.DataFrame(found, columns=None if found else ["task", "kind", "metric", "status"])
+
+
+def load_documents(folder: RunFolder) -> pandas.DataFrame:
+    """`documents` with the last row of each (task, doc_id): a task interrupted while writing appears once.
+
+    A task that was scored again on fewer documents keeps only those of its last scores.
+    """
+    import pandas
+
+    table = load_scores(folder)
+    scored = table[(table["kind"] == "task") & (table["status"] == "ok")]
+    counts = dict(zip(scored["task"], scored["n"], strict=True)) if len(scored) else {}
+    latest = {(row["task"], row["doc_id"]): row for row in folder.rows("documents")}
+    return pandas.DataFrame([row for (task, doc), row in latest.items() if doc < counts.get(task, 0)])
+
+
+def metrics_of(task: LocalTask) -> tuple[str, ...]:
+    """Every metric a finished task has rows for."""
+    return (*task.metrics, "token_perplexity") if task.set_name == "wikitext" else task.metrics
+
+
+def score_row(results: dict[str, Any], metric: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """One metric of lm-eval's results for a task; `stderr` is None where there is a single document."""
+    value, stderr = float(results[f"{metric},none"]), results.get(f"{metric}_stderr,none")
+    if metric in LOWER_IS_BETTER:
+        stderr = _perplexity_stderr(metric, value, documents)
+    return {"metric": metric, "value": value, "unit": UNITS[metric], "n": len(documents),
+            "stderr": float(stderr) if isinstance(stderr, (int, float)) else None}
+
+
+def document_row(task: LocalTask, sample: dict[str, Any], finish_reasons: dict[str, str]) -> dict[str, Any]:
+    """One document's answer in plain values; two runs are paired on (task, doc_id, doc_hash)."""
+    row = {name: sample[name] for name in ("doc_id", "doc_hash", "prompt_hash")}
+    responses = [response[0] for response in sample["resps"]]
+    if task.output_type == "loglikelihood_rolling":
+        logprob, words = sample["word_perplexity"]
+        return row | {"logprob": logprob, "words": words, "bytes": sample["byte_perplexity"][1]}
+    if task.output_type == "multiple_choice":
+        logprobs = [logprob for logprob, _ in responses]
+        row |= {"target": sample["target"], "prediction": max(range(len(logprobs)), key=logprobs.__getitem__),
+                "choice_logprobs": logprobs, "choice_is_greedy": [greedy for _, greedy in responses]}
+    else:
+        row |= {"target": sample["target"], "answer": responses[0],
+                "finish_reason": finish_reasons.get(sample["arguments"][0][0])}
+    return row | {metric: float(sample[metric]) for metric in task.metrics}
+
+
+def group_rows(group: GroupSpec, table: pandas.DataFrame, conditions: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of one group: lm-eval's mean weighted by documents and its pooled standard error, per metric.
+
+    `conditions` are the current ones of each task; rows made under others do not count. A group with a failed
+    member gets a failed row: a mean over the rest would look like the same figure.
+    """
+    members = table[table["task"].isin(group.tasks) & (table["status"] == "ok")]
+    members = members[members["conditions"] == members["task"].map(conditions)]
+    shared = sorted({text.rpartition(", data")[0] for text in members["conditions"]})
+    head = {"task": group.group, "set": group.set_name, "kind": "group", "num_tasks": len(group.tasks),
+            "num_packaged_tasks": group.num_packaged, "conditions": " / ".join(shared),
+            "num_fewshot": int(members["num_fewshot"].iloc[0]) if len(members) else None}
+    return [{**head, **_group_value(metric, members[members["metric"] == metric], len(group.tasks))}
+            for metric in group.metrics]
+
+
+def _group_value(metric: str, rows: pandas.DataFrame, num_tasks: int) -> dict[str, Any]:
+    from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
+
+    sizes = [int(n) for n in rows["n"]]
+    row = {"metric": metric, "unit": UNITS[metric], "n": sum(sizes), "value": None, "stderr": None}
+    missing = num_tasks - len(rows)
+    if missing:
+        return {**row, "status": "failed", "error": f"{missing} of {num_tasks} tasks failed"}
+    stderrs = rows["stderr"].astype(float)
+    return {**row, "value": float(aggregate_subtask_metrics(list(rows["value"].astype(float)), sizes)),
+            "stderr": None if stderrs.isna().any() else float(pooled_sample_stderr(list(stderrs), sizes))}
+
+
+def _supersedes(row: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether `row` makes an earlier row of the same task worthless: another outcome or other conditions."""
+    if row["kind"] == "group":
+        return False
+    return row["status"] != earlier["status"] or row["conditions"] != earlier["conditions"]
+
+
+def _perplexity_stderr(metric: str, value: float, documents: list[dict[str, Any]]) -> float | None:
+    """Standard error over documents, which lm-eval leaves out for perplexities (linearised ratio of sums)."""
+    size = "words" if metric == "word_perplexity" else "bytes"
+    _, stderr = ratio([-row["logprob"] for row in documents], [row[size] for row in documents])
+    if stderr is None:
+        return None
+    return stderr / math.log(2) if metric == "bits_per_byte" else value * stderr

@@ -1,0 +1,532 @@
+"""`evaluate` end to end on small local data: rows, groups against lm-eval's own run, resume, failures,
+cautions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas
+import pytest
+from evaluation_data import write_sets
+
+from ascend_kit import AscendInferEngine
+from ascend_kit.evaluate import judge
+from ascend_kit.evaluate.datasets import SETS, DataError, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluate.harness import evaluate
+from ascend_kit.evaluate.perplexity import ratio, token_perplexity
+from ascend_kit.evaluate.scores import EvaluationError, load_documents, load_evaluation, load_scores
+from ascend_kit.params import Experiment, build_experiment
+from ascend_kit.results import RunFolder
+
+pytest.importorskip("lm_eval")
+TOLERANCE = 1e-4  # float32 on both sides
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MAX_LENGTH = 2048
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sets(tmp_path_factory.mktemp("sets"), documents=5)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
+    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=4096) as engine:
+        engine.tokenizer.chat_template = CHAT
+        yield engine
+
+
+def experiment_for(data: Path, out: Path, **changes) -> Experiment:
+    values = {
+        "experiment": "e",
+        "output_root": str(out),
+        "dataset_path": str(data),
+        "precision": "fp32",
+        "eval_max_seq_length": MAX_LENGTH,
+        "eval_datasets": list(SETS),
+        **changes,
+    }
+    return build_experiment(values)
+
+
+def run(engine, experiment: Experiment, **options):
+    with RunFolder.open(experiment, "05_evaluate") as folder:
+        return evaluate(engine, experiment, folder, **options), folder
+
+
+@pytest.fixture(scope="module")
+def finished(engine, data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One full evaluation (MMLU, C-Eval with 5 shots, AGIEval, WikiText) and the progress it reported."""
+    progress: list[tuple[int, int, str]] = []
+    experiment = experiment_for(data, tmp_path_factory.mktemp("out"))
+    result, folder = run(engine, experiment, on_progress=lambda *step: progress.append(step))
+    return SimpleNamespace(result=result, folder=folder, experiment=experiment, progress=progress)
+
+
+def hflm_results(model_dir: Path, data: Path, folder: Path, chat: bool = False) -> dict:
+    """lm-eval's own evaluation of its own model on the same files."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    go_offline()
+    model = HFLM(
+        pretrained=str(model_dir), device="cpu", dtype="float32", batch_size=4, max_length=MAX_LENGTH
+    )
+    model.tokenizer.chat_template = CHAT
+    tasks = find_tasks(data, SETS)
+    manager = TaskManager(include_path=str(write_task_folder(tasks, folder)), include_defaults=False)
+    merged: dict = {"results": {}, "samples": {}}
+    for shots, names in ((5, ["mmlu", "ceval-valid"]), (0, ["agieval", "wikitext"])):
+        part = simple_evaluate(
+            model=model,
+            tasks=names,
+            num_fewshot=shots,
+            task_manager=manager,
+            apply_chat_template=chat,
+            bootstrap_iters=10,
+        )
+        for key in merged:
+            merged[key].update(part[key])
+    return merged
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_qwen3_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return hflm_results(tiny_qwen3_dir, data, tmp_path_factory.mktemp("yaml"))
+
+
+def test_scores_and_groups_equal_lm_eval_with_its_own_model(finished, theirs) -> None:
+    table = pandas.concat([finished.result.tasks, finished.result.groups])
+    compared = 0
+
+    for row in table.itertuples():
+        if row.metric == "token_perplexity" or row.task not in theirs["results"]:
+            continue  # ours alone
+        expected = theirs["results"][row.task][f"{row.metric},none"]
+        assert row.value == pytest.approx(expected, rel=1e-5), (row.task, row.metric)
+        stderr = theirs["results"][row.task].get(f"{row.metric}_stderr,none")
+        if row.metric in ("acc", "acc_norm"):
+            assert row.stderr == pytest.approx(stderr, rel=1e-9), (row.task, row.metric)
+        compared += 1
+
+    # 2 mmlu, 2 x 2 ceval, 2 x 2 + 1 agieval, 3 wikitext; groups: mmlu, 2 x ceval-valid, agieval.
+    assert compared == 14 + 4
+
+
+def test_every_documents_log_probabilities_equal_hflm(finished, theirs) -> None:
+    assert_same_documents(finished.result.documents, theirs["samples"])
+
+
+def test_with_a_chat_template_they_equal_hflm_too(engine, tiny_qwen3_dir, data, tmp_path) -> None:
+    theirs = hflm_results(tiny_qwen3_dir, data, tmp_path / "yaml", chat=True)
+    result, _ = run(engine, experiment_for(data, tmp_path / "out", eval_chat_template=True))
+
+    assert_same_documents(result.documents, theirs["samples"])
+    assert "chat template" in result.tasks["conditions"].iloc[0]
+
+
+def assert_same_documents(documents: pandas.DataFrame, theirs: dict) -> None:
+    assert len(documents) == sum(len(samples) for samples in theirs.values()) == 8 * 5
+    for row in documents.itertuples():
+        (sample,) = [sample for sample in theirs[row.task] if sample["doc_id"] == row.doc_id]
+        assert (row.doc_hash, row.prompt_hash) == (sample["doc_hash"], sample["prompt_hash"])
+        responses = [response[0] for response in sample["resps"]]
+        if row.set == "wikitext":
+            # HFLM adds up in float32, where a sum of thousands has steps of 2.4e-4; ours is a Python float.
+            assert row.logprob == pytest.approx(responses[0], rel=2.4e-7, abs=TOLERANCE)
+        elif isinstance(row.choice_logprobs, list):
+            assert row.choice_logprobs == pytest.approx([logprob for logprob, _ in responses], abs=TOLERANCE)
+            assert row.acc == sample["acc"]
+        else:
+            assert row.answer == responses[0] and row.acc == sample["acc"]
+
+
+def test_rows_state_unit_shots_conditions_and_count(finished) -> None:
+    tasks = finished.result.tasks.set_index(["task", "metric"])
+
+    row = tasks.loc[("ceval-valid_law", "acc")]
+    assert (row["unit"], row["num_fewshot"], row["n"], row["status"], row["set"]) == (
+        "fraction",
+        5,
+        5,
+        "ok",
+        "ceval",
+    )
+    assert row["conditions"].startswith("5-shot, plain prompt, all documents, context 2048 tokens, data ")
+    assert tasks.loc[("wikitext", "bits_per_byte"), "unit"] == "bits/byte"
+    assert finished.result.ok and not finished.result.failed
+    finished.result.raise_if_failed()
+    assert finished.result.conditions["harness"].startswith("lm-eval 0.4")
+
+
+def test_the_group_without_generative_tasks_is_the_mean_of_its_documents(finished) -> None:
+    documents = finished.result.documents
+    choice = documents[(documents["set"] == "agieval") & documents["choice_logprobs"].notna()]
+    groups = finished.result.groups.set_index(["task", "metric"])
+
+    assert groups.loc[("agieval_multiple_choice", "acc"), "value"] == pytest.approx(choice["acc"].mean())
+    assert groups.loc[("agieval_multiple_choice", "acc_norm"), "value"] == pytest.approx(
+        choice["acc_norm"].mean()
+    )
+    assert groups.loc[("agieval_multiple_choice", "acc"), "n"] == 10
+    assert groups.loc[("agieval", "acc"), "n"] == 15
+
+
+def test_progress_counts_documents_up_to_all_of_them(finished) -> None:
+    done = [step[0] for step in finished.progress]
+
+    assert done == sorted(done) and done[-1] == 40
+    assert {step[1] for step in finished.progress} == {40}
+    assert len(set(done)) > 8  # also within tasks
+
+
+def test_perplexities_follow_their_definitions(finished, engine, data) -> None:
+    documents = finished.result.documents
+    pages = documents[documents["set"] == "wikitext"]
+    table = finished.result.tasks.set_index(["task", "metric"])["value"]["wikitext"]
+    nll, size = -pages["logprob"].sum(), pages["bytes"].sum()
+
+    assert table["word_perplexity"] == pytest.approx(math.exp(nll / pages["words"].sum()))
+    assert table["byte_perplexity"] == pytest.approx(math.exp(nll / size))
+    assert table["bits_per_byte"] == pytest.approx(nll / (size * math.log(2)))
+    raw = pandas.read_parquet(next((data / "wikitext").rglob("*.parquet")))["page"]
+    assert list(pages["words"]) == [len(__import__("re").split(r"\s+", page)) for page in raw]
+    assert list(pages["bytes"]) == [len(page.encode()) for page in raw]
+
+
+def test_token_perplexity_equals_a_plain_loop_over_windows(finished, tiny_qwen3_dir, data, engine) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32).eval()
+    pages = list(pandas.read_parquet(next((data / "wikitext").rglob("*.parquet")))["page"])
+    ids = torch.tensor(engine.tokenizer.encode("\n\n".join(pages)))
+    window = 128
+    losses = []
+    for start in range(0, len(ids) // window * window, window):
+        part = ids[start : start + window][None]
+        with torch.no_grad():
+            losses.append(float(model(part, labels=part).loss))  # mean over window - 1 predicted tokens
+
+    found = token_perplexity(engine, pages, context_len=window)
+
+    assert found.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert (found.num_windows, found.num_tokens) == (len(losses), len(losses) * (window - 1))
+    assert found.stderr == pytest.approx(
+        found.value * torch.tensor(losses, dtype=torch.float64).std().item() / math.sqrt(len(losses)),
+        rel=1e-4,
+    )
+    row = finished.result.tasks.set_index("metric").loc["token_perplexity"]
+    assert (row["context_len"], row["stride"], row["first_token"]) == (2048, 2048, "not scored")
+
+
+def test_token_perplexity_scores_a_text_shorter_than_a_window(engine) -> None:
+    found = token_perplexity(engine, ["A short page."], context_len=64)
+
+    assert (found.num_windows, found.num_tokens, found.stderr) == (1, len("A short page.") - 1, None)
+    with pytest.raises(ValueError, match="at least two tokens"):
+        token_perplexity(engine, ["x"], context_len=64)
+    with pytest.raises(ValueError, match="max_seq_length=4096"):
+        token_perplexity(engine, ["x y"], context_len=5000)
+
+
+def test_the_ratios_standard_error_is_the_usual_one_for_equal_sizes() -> None:
+    values = [1.0, 2.0, 4.0, 5.0]
+
+    mean, stderr = ratio([3 * value for value in values], [3] * 4)
+
+    assert mean == 3.0
+    assert stderr == pytest.approx(math.sqrt(10 / 3) / 2)  # sample deviation of 1, 2, 4, 5 over the root of 4
+    assert ratio([2.0], [4]) == (0.5, None)
+
+
+def test_everything_is_read_back_from_the_files(finished) -> None:
+    again = load_evaluation(RunFolder(finished.folder.path))
+
+    pandas.testing.assert_frame_equal(again.tasks, finished.result.tasks)
+    assert again.flags == finished.result.flags and again.flags
+    assert load_evaluation(RunFolder(finished.folder.path / "nothing")).ok is False
+
+
+def test_limit_takes_the_first_documents(engine, data, tmp_path) -> None:
+    result, _ = run(engine, experiment_for(data, tmp_path, eval_limit=2, eval_datasets=["ceval", "wikitext"]))
+
+    assert set(result.tasks["n"]) == {2}
+    assert sorted(result.documents["doc_id"].unique()) == [0, 1]
+    assert any("eval_limit" in flag for flag in result.flags)
+
+
+# --- resume and failures ------------------------------------------------------------------------------------
+
+
+def counting(engine):
+    """The engine behind a counter of scored pairs."""
+    return SimpleNamespace(
+        tokenizer=engine.tokenizer,
+        config=engine.config,
+        max_seq_length=engine.max_seq_length,
+        device=engine.device,
+        pairs=0,
+        generate=engine.generate,
+        score=engine.score,
+    )
+
+
+def test_a_resumed_evaluation_repeats_no_finished_task(engine, data, tmp_path) -> None:
+    experiment = experiment_for(data, tmp_path, eval_datasets=["ceval", "agieval"], eval_fewshot=0)
+    first = counting(engine)
+    calls = 0
+
+    def interrupted(pairs):
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise KeyboardInterrupt
+        return engine.score(pairs)
+
+    first.score = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run(first, experiment)
+    before = load_scores(RunFolder(experiment.run_folder))
+    second = counting(engine)
+    scored: list[int] = []
+    second.score = lambda pairs: scored.append(len(pairs)) or engine.score(pairs)
+
+    result, folder = run(second, experiment)
+
+    assert set(before["task"]) == {"ceval-valid_law", "ceval-valid_physician"}
+    # Only AGIEval's choices are left: 4 or 5 a document, 5 documents each of two tasks.
+    assert 40 <= sum(scored) <= 50
+    assert result.ok and len(folder.load("documents")) == 25
+    once_more: list[int] = []
+    second.score = lambda pairs: once_more.append(len(pairs)) or engine.score(pairs)
+    again, _ = run(second, experiment)
+    assert once_more == []
+    pandas.testing.assert_frame_equal(again.tasks, result.tasks)
+
+
+def test_a_task_cut_off_while_its_rows_were_written_is_run_again(engine, data, tmp_path) -> None:
+    experiment = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0)
+    result, folder = run(engine, experiment)
+    scores = folder.table_path("scores")
+    lines = scores.read_text().splitlines(keepends=True)
+    scores.write_text(lines[0] + lines[1][:20])  # killed in the middle of the first task's second metric
+
+    again, folder = run(engine, experiment)
+
+    assert len(folder.load("documents")) == 20  # both tasks were scored twice
+    assert len(load_documents(folder)) == 10
+    columns = ["task", "metric", "value", "stderr", "n"]
+    pandas.testing.assert_frame_equal(again.tasks[columns], result.tasks[columns])
+
+
+def test_changed_data_is_not_answered_from_old_rows(engine, tmp_path) -> None:
+    data = write_sets(tmp_path / "data", documents=4, seed=1)
+    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["wikitext"])
+    first, _ = run(engine, experiment)
+    write_sets(data, documents=3, seed=2)
+
+    second, _ = run(engine, experiment)
+
+    assert list(first.tasks["n"]) == [4] * 4 and list(second.tasks["n"]) == [3] * 4
+    assert len(second.documents) == 3
+    assert set(first.documents["doc_hash"]).isdisjoint(second.documents["doc_hash"])
+
+
+def test_a_failing_task_becomes_a_failed_row_and_the_others_go_on(engine, data, tmp_path) -> None:
+    experiment = experiment_for(data, tmp_path, eval_datasets=["mmlu", "wikitext"], eval_fewshot=0)
+    broken = counting(engine)
+
+    def score(pairs):
+        if any("business ethics" in engine.tokenizer.decode(context) for context, _ in pairs):
+            raise RuntimeError("out of memory")
+        return engine.score(pairs)
+
+    broken.score = score
+    result, _ = run(broken, experiment)
+
+    assert result.failed == {"mmlu_business_ethics": "RuntimeError: out of memory"}
+    assert not result.ok
+    assert set(result.tasks[result.tasks["status"] == "ok"]["task"]) == {"mmlu_abstract_algebra", "wikitext"}
+    groups = result.groups.set_index("task")
+    assert groups.loc["mmlu", "status"] == "failed" and groups.loc["mmlu", "error"] == "1 of 2 tasks failed"
+    assert pandas.isna(groups.loc["mmlu", "value"]) and groups.loc["mmlu_stem", "status"] == "ok"
+    assert any("mmlu_business_ethics failed" in flag for flag in result.flags)
+    with pytest.raises(EvaluationError, match=r"1 of 3 tasks failed .*out of memory"):
+        result.raise_if_failed()
+
+    mended, _ = run(engine, experiment)
+    assert mended.ok and set(mended.groups["status"]) == {"ok"}
+
+
+def test_data_faults_come_before_any_work(engine, data, tmp_path) -> None:
+    experiment = experiment_for(tmp_path, tmp_path / "out", eval_datasets=["mmlu"])
+    untouched = counting(engine)
+    untouched.score = None
+
+    with pytest.raises(DataError, match="no folder mmlu/"):
+        run(untouched, experiment)
+
+    assert not (experiment.run_folder / "scores.jsonl").exists()
+
+
+# --- cautions and published scores --------------------------------------------------------------------------
+
+
+def choices(
+    accuracy: float, n: int = 200, prediction: int | None = None, tied: bool = False
+) -> pandas.DataFrame:
+    right = round(accuracy * n)
+    logprobs = [-1.0, -1.0, -2.0, -3.0] if tied else [-1.0, -1.5, -2.0, -3.0]
+    return pandas.DataFrame(
+        [
+            {
+                "task": "t",
+                "set": "mmlu",
+                "acc": float(i < right),
+                "choice_logprobs": logprobs,
+                "prediction": i % 4 if prediction is None else prediction,
+            }
+            for i in range(n)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("documents", "word"),
+    [
+        (choices(0.25), "guessing"),
+        (choices(0.2303), "vllm-ascend#1043"),
+        (choices(0.6, prediction=2), "choice 3"),
+        (choices(0.6, tied=True), "equal log-probabilities"),
+    ],
+)
+def test_broken_log_probabilities_raise_an_alarm(documents: pandas.DataFrame, word: str) -> None:
+    found = list(judge._answers("mmlu", documents))
+
+    assert len(found) == 1 and word in found[0]
+
+
+def test_healthy_or_few_answers_raise_none() -> None:
+    assert list(judge._answers("mmlu", choices(0.6))) == []
+    assert list(judge._answers("mmlu", choices(0.25, n=20))) == []
+
+
+def test_cut_generative_answers_are_named(finished) -> None:
+    (flag,) = [flag for flag in finished.result.flags if "agieval_gaokao_mathcloze" in flag]
+
+    answers = finished.result.documents["finish_reason"].dropna()
+    assert (
+        f"{(answers == 'length').sum()} of 5 answers were cut" in flag and "agieval_multiple_choice" in flag
+    )
+
+
+def test_partial_copies_and_ignored_shots_are_named(engine, data, tmp_path) -> None:
+    experiment = experiment_for(data, tmp_path, eval_datasets=["agieval"], eval_fewshot=3)
+    result, _ = run(engine, experiment)
+
+    assert any("3 of 21 tasks" in flag for flag in result.flags)
+    assert any("eval_fewshot=3 does not apply" in flag for flag in result.flags)
+
+
+def test_thinking_is_switched_off_and_said(engine) -> None:
+    tokenizer = SimpleNamespace(chat_template="{% if enable_thinking is false %}<think></think>{% endif %}")
+    thinker = SimpleNamespace(tokenizer=tokenizer)
+    always = SimpleNamespace(tokenizer=SimpleNamespace(chat_template="<think>"))
+    chat, plain = Experiment(eval_chat_template=True), Experiment()
+
+    assert judge.chat_template_args(tokenizer) == {"enable_thinking": False}
+    assert judge.chat_template_args(engine.tokenizer) == {}
+    assert "switched off" in next(judge._thinking(chat, thinker))
+    assert "plain prompts" in next(judge._thinking(plain, thinker))
+    assert "eval_chat_template: false" in next(judge._thinking(chat, always))
+    assert list(judge._thinking(plain, always)) == [] == list(judge._thinking(chat, engine))
+
+
+def score_table(group: str, n: int, num_fewshot: int = 5) -> pandas.DataFrame:
+    return pandas.DataFrame(
+        [
+            {
+                "task": group,
+                "metric": "acc",
+                "status": "ok",
+                "value": 0.74,
+                "stderr": 0.0036,
+                "n": n,
+                "num_fewshot": num_fewshot,
+            }
+        ]
+    )
+
+
+def test_a_published_score_is_shown_for_the_same_model_and_conditions_only() -> None:
+    engine = SimpleNamespace(config=SimpleNamespace(num_layers=28, hidden_size=3584))
+    other = SimpleNamespace(config=SimpleNamespace(num_layers=2, hidden_size=64))
+    base = build_experiment({"model_name": "qwen2.5-7b-w8a8", "input_model": "/models/Qwen2.5-7B"})
+    chat = base.with_changes(eval_chat_template=True)
+    full = score_table("mmlu", 14042)
+
+    (row,) = judge.published(base, engine, full)
+
+    assert (row["published_percent"], row["source"]) == (74.16, "Qwen3 technical report, table 6")
+    assert row["difference_points"] == pytest.approx(-0.16) and row["conditions"] == "5-shot, plain prompt"
+    assert judge.published(base, other, full) == []
+    assert judge.published(chat, engine, full) == []  # that figure is the instruct model's
+    assert judge.published(base, engine, score_table("mmlu", 100)) == []
+    assert judge.published(base, engine, score_table("mmlu", 14042, 0)) == []
+
+
+def test_group_sizes_of_the_published_table_are_those_of_the_sets() -> None:
+    assert {item.group for item in judge.PUBLISHED} <= {"mmlu", "ceval-valid"}
+    assert all(50 < item.score < 100 and item.source for item in judge.PUBLISHED)
+
+
+def test_importing_the_harness_does_not_import_lm_eval_or_torch() -> None:
+    code = (
+        "import sys, ascend_kit.evaluate.harness, ascend_kit.evaluate.scores; "
+        "print([m for m in ('lm_eval', 'torch', 'datasets', 'transformers') if m in sys.modules])"
+    )
+
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert json.loads(output.replace("'", '"')) == []
+
+
+def test_evaluate_is_callable_whether_named_before_or_after_its_modules() -> None:
+    code = (
+        "import ascend_kit.evaluate.scores, ascend_kit\n"
+        "from ascend_kit import evaluate\n"
+        "try: evaluate(None, None)\n"
+        "except TypeError as error: print(error)"
+    )
+
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert "missing 1 required positional argument: 'folder'" in output
+
+
+def test_groups_weigh_tasks_by_their_documents(engine, tmp_path) -> None:
+    data = write_sets(tmp_path / "data", documents=9, seed=5)
+    file = next((data / "ceval" / "law").glob("val.parquet"))
+    pandas.read_parquet(file).head(3).to_parquet(file)
+    result, _ = run(engine, experiment_for(data, tmp_path / "out", eval_datasets=["ceval"], eval_fewshot=0))
+
+    tasks = result.tasks[result.tasks["metric"] == "acc"].set_index("task")["value"]
+    group = result.groups.set_index(["task", "metric"]).loc[("ceval-valid", "acc")]
+
+    assert group["n"] == 12
+    assert group["value"] == pytest.approx(
+        (3 * tasks["ceval-valid_law"] + 9 * tasks["ceval-valid_physician"]) / 12
+    )
+    assert [g.group for g in groups_of(find_tasks(data, ["ceval"]))] == ["ceval-valid"]
