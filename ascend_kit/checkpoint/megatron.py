@@ -171,7 +171,7 @@ def _iteration_folder(folder: Path) -> Path:
     found = _distributed_file(iteration)
     if found is not None:
         raise CheckpointError(
-            f"{iteration} is a distributed checkpoint (torch_dist or FSDP2: {found.name}), its layout depends "
+            f"{iteration} is a distributed checkpoint (torch_dist, FSDP2: {found.name}), the layout depends "
             f"on the run that wrote it; {SAVE_AGAIN}"
         )
     return iteration

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.schema import LAYER_PATTERN, expected_shapes, linear_names
@@ -16,8 +16,9 @@ from ascend_kit.checkpoint.tensor_jobs import (
     CastJob,
     DequantizeJob,
     QuantizeJob,
+    Quantizer,
     RepackJob,
-    RowTransform,
+    ScaleChange,
     TensorJob,
 )
 from ascend_kit.model.config import ModelConfig
@@ -33,11 +34,21 @@ class Recipe:
 
     dtype: torch.dtype
     schemes: Mapping[str, str] = field(default_factory=dict)  # linear -> w8a8 | w8a16; absent = float
-    changes: Mapping[str, RowTransform] = field(default_factory=dict)  # tensor name -> smoothing
-    clip: bool = False
-    input_squares: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # linear -> mean square of its inputs [in]
+    changes: Mapping[str, ScaleChange] = field(default_factory=dict)  # tensor name -> smoothing
+    quantizer: Quantizer = field(default_factory=Quantizer)
+
+    def digest(self) -> str:
+        """sha256 over every number that shapes the result: a resumed run must continue the same conversion.
+        """
+        state = hashlib.sha256(
+            repr((str(self.dtype), sorted(self.schemes.items()), self.quantizer.clip)).encode()
+        )
+        for name, change in sorted(self.changes.items()):
+            for tensor in (change.row_divisor, change.column_factor):
+                state.update(name.encode() + (b"" if tensor is None else tensor.numpy().tobytes()))
+        for name, tensor in sorted(self.quantizer.input_squares.items()):
+            state.update(name.encode() + tensor.numpy().tobytes())
+        return state.hexdigest()
 
 
 def plan_jobs(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[TensorJob]:
@@ -62,15 +73,7 @@ def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
     if stored == "none" and target == "none":
         return CastJob(name, source, recipe.dtype, recipe.changes.get(name))
     if stored == "none":
-        return QuantizeJob(
-            linear,
-            source,
-            target,
-            change=recipe.changes.get(name),
-            clip=recipe.clip,
-            input_square=recipe.input_squares.get(linear),
-            grid=recipe.dtype,
-        )
+        return QuantizeJob(linear, source, target, recipe.quantizer, recipe.changes.get(name))
     scale = checkpoint.source(f"{linear}.weight_scale")
     if target == "none":
         return DequantizeJob(name, source, scale, recipe.dtype)

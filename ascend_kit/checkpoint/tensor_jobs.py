@@ -8,8 +8,8 @@ complete only after the last row, come after the weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,23 +66,38 @@ class TensorJob:
             yield start, stop, block
 
 
-RowTransform = Callable[
-    [Tensor, int, int], Tensor
-]  # (rows, first, last + 1) -> rows, float32 or as they came
+@dataclass(frozen=True)
+class ScaleChange:
+    """Smoothing folded into a weight: rows divided by [out], columns multiplied by [in]; either may be
+    None.
+    """
+
+    row_divisor: Tensor | None = None
+    column_factor: Tensor | None = None
+
+    def __call__(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the changed weight (or norm vector) in float32."""
+        rows = rows.float()
+        if self.column_factor is not None:
+            rows = rows * self.column_factor
+        if self.row_divisor is not None:
+            divisor = self.row_divisor[start:stop]
+            rows = rows / (divisor if rows.dim() == 1 else divisor[:, None])
+        return rows
 
 
 class CastJob(TensorJob):
     """A tensor in another float dtype, after an optional change such as folding smoothing factors in."""
 
     def __init__(
-        self, name: str, source: TensorSource, dtype: torch.dtype, change: RowTransform | None = None
+        self, name: str, source: TensorSource, dtype: torch.dtype, change: ScaleChange | None = None
     ):
         self.source, self.dtype, self.change = source, dtype, change
         self.outputs = (OutputTensor(name, dtype, source.shape),)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         for start, stop, block in self._row_blocks():
-            changed = self.change(block.float(), start, stop) if self.change else block
+            changed = self.change(block, start, stop) if self.change else block
             result = changed.to(self.dtype)
             if torch.finfo(self.dtype).max < torch.finfo(changed.dtype).max:
                 _check_range(changed, result, self.outputs[0].name, self.source.origin)
@@ -101,13 +116,31 @@ class DequantizeJob(CastJob):
             yield 0, dequantize_weight(codes, self.scale.read_slice(0, start, stop), self.dtype)
 
 
+@dataclass(frozen=True)
+class Quantizer:
+    """How the scale of a linear's rows is found.
+
+    `clip` searches a smaller scale row by row, weighted by the mean square of each input [in] where that is
+    known. Scales are numbers of the dtype `grid`, see `weight_scale`.
+    """
+
+    clip: bool = False
+    grid: torch.dtype = torch.float32
+    input_squares: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def scale(self, linear: str, rows: Tensor) -> Tensor:
+        """float32 [out] scales of some rows [out, in] of `linear`."""
+        if self.clip:
+            return search_clip(rows, self.input_squares.get(linear), self.grid)
+        return weight_scale(rows, grid=self.grid)
+
+
 class QuantizeJob(TensorJob):
     """int8 codes and scales of a float linear in the compressed-tensors layout.
 
     w8a8: `weight` int8 [out, in], `weight_scale` float32 [out, 1].
     w8a16: `weight_packed` int32 [out, in / 4], `weight_scale`, `weight_shape` int64 [2] (the form vLLM
-    reads). `clip` searches a scale per row, weighted by `input_square` [in] if known. Scales are numbers of
-    the dtype `grid`, see `weight_scale`.
+    reads).
     """
 
     def __init__(
@@ -115,24 +148,18 @@ class QuantizeJob(TensorJob):
         linear: str,
         source: TensorSource,
         scheme: str,
-        *,
-        change: RowTransform | None = None,
-        clip: bool = False,
-        input_square: Tensor | None = None,
-        grid: torch.dtype = torch.float32,
+        quantizer: Quantizer,
+        change: ScaleChange | None = None,
     ):
-        self.source, self.scheme, self.change = source, scheme, change
-        self.clip, self.input_square, self.grid = clip, input_square, grid
+        self.linear, self.source, self.scheme = linear, source, scheme
+        self.quantizer, self.change = quantizer, change
         self.outputs = int8_outputs(linear, source.shape, scheme)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         scales = []
         for start, stop, block in self._row_blocks():
-            rows = block.float() if self.change is None else self.change(block.float(), start, stop)
-            if self.clip:
-                scale = search_clip(rows, self.input_square, self.grid)
-            else:
-                scale = weight_scale(rows, grid=self.grid)
+            rows = block.float() if self.change is None else self.change(block, start, stop)
+            scale = self.quantizer.scale(self.linear, rows)
             scales.append(scale)
             yield 0, _stored(encode(rows, scale), self.scheme)
         yield from _closing(torch.cat(scales), self.source.shape, self.scheme)

@@ -1,0 +1,271 @@
+"""One conversion run: write the shards, add the small files, describe everything, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ascend_kit.checkpoint.destination import source_name
+from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, hash_file, new_manifest
+from ascend_kit.checkpoint.quantized_layouts import MSMODELSLIM_FILE
+from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
+from ascend_kit.checkpoint.sensitivity import MixChoice
+from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard
+from ascend_kit.model.config import ModelConfig
+
+COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
+NOT_COPIED = ("config.json", MANIFEST_NAME, MSMODELSLIM_FILE)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What `convert` did."""
+
+    folder: Path
+    reused: bool
+    manifest: dict[str, Any] = field(repr=False)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    resumed_shards: tuple[str, ...] = ()
+
+    @property
+    def scheme(self) -> str:
+        """none, w8a8, w8a16 or mixed."""
+        return self.manifest["quantization"]["scheme"]
+
+    @property
+    def mb_per_s(self) -> float | None:
+        """Bytes written per second in 10^6; None when nothing was written."""
+        return self.bytes_written / self.seconds / 1e6 if self.seconds and self.bytes_written else None
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What is to be written, decided before anything is."""
+
+    checkpoint: Checkpoint
+    model: ModelConfig
+    recipe: Recipe
+    settings: dict[str, Any]
+    mix: MixChoice | None = None
+
+
+class Conversion:
+    """Writes one plan to one destination."""
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        destination: Path,
+        tokenizer_path: str | Path | None,
+        max_shard_bytes: int,
+        on_progress: Progress | None,
+    ) -> None:
+        self.plan, self.checkpoint, self.model = plan, plan.checkpoint, plan.model
+        self.recipe, self.settings = plan.recipe, plan.settings
+        self.destination, self.tokenizer_path = destination, Path(tokenizer_path) if tokenizer_path else None
+        self.small_files = small_files(self.checkpoint.config_folder, self.tokenizer_path)
+        self.on_progress = on_progress
+        self.shards = plan_shards(plan_jobs(self.checkpoint, self.model, self.recipe), max_shard_bytes)
+        self.total_bytes, self.done_bytes = sum(shard.nbytes for shard in self.shards), 0
+
+    def run(self, before_publish: Callable[[Path], None] | None) -> ConversionResult:
+        started = time.perf_counter()
+        self.destination.parent.mkdir(parents=True, exist_ok=True)
+        source_hashes = SourceHashes(self.checkpoint.files)
+        with PartialFolder(self.destination, self._fingerprint()) as partial:
+            self._check_space(partial)
+            source_hashes.start()
+            try:
+                resumed = [shard.name for shard in self.shards if self._write(shard, partial)]
+            except BaseException:
+                source_hashes.cancel()
+                raise
+            self._write_small_files(partial.path)
+            manifest = self._write_manifest(partial, source_hashes.result())
+            if before_publish:
+                before_publish(partial.path)
+            partial.publish()
+        return ConversionResult(
+            self.destination,
+            False,
+            manifest,
+            resumed_shards=tuple(resumed),
+            seconds=time.perf_counter() - started,
+            bytes_read=sum(entry["size"] for entry in manifest["source"]["files"]),
+            bytes_written=sum(entry["size"] for entry in manifest["files"]),
+        )
+
+    def _fingerprint(self) -> str:
+        plan = {
+            "settings": self.settings,
+            "recipe": self.recipe.digest(),
+            "shards": [shard.describe() for shard in self.shards],
+            "source": [
+                [str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.files
+            ],
+        }
+        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+    def _check_space(self, partial: PartialFolder) -> None:
+        missing = sum(shard.nbytes for shard in self.shards if shard.name not in partial.finished)
+        free = shutil.disk_usage(partial.path).free
+        if missing > free:
+            raise CheckpointError(
+                f"the result needs {missing} bytes, {self.destination.parent} has {free} free; free "
+                "space or choose another output_model"
+            )
+
+    def _write(self, shard: Shard, partial: PartialFolder) -> bool:
+        """True if the shard was there already, finished by an earlier run."""
+        if partial.is_finished(shard.name):
+            self._advance(shard.nbytes)
+            return True
+        partial.record(shard.name, write_shard(shard, partial.path, self._advance))
+        return False
+
+    def _advance(self, count: int) -> None:
+        self.done_bytes += count
+        if self.on_progress:
+            self.on_progress(self.done_bytes, self.total_bytes)
+
+    def _write_small_files(self, folder: Path) -> None:
+        if len(self.shards) > 1:
+            _write_json(folder / "model.safetensors.index.json", self._index())
+        for path in self.small_files:
+            shutil.copyfile(path, folder / path.name)
+        _write_json(folder / "config.json", result_config(self.checkpoint.config, self.model, self.recipe))
+
+    def _index(self) -> dict[str, Any]:
+        weight_map = {output.name: shard.name for shard in self.shards for output in shard.outputs}
+        return {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+    def _write_manifest(self, partial: PartialFolder, source_hashes: dict[Path, str]) -> dict[str, Any]:
+        sources = [
+            {**describe_file(path, source_hashes[path]), "name": source_name(self.checkpoint, path)}
+            for path in self.checkpoint.files
+        ]
+        wanted = {
+            path.name for path in partial.path.iterdir() if not path.name.endswith((".new", ".writing"))
+        }
+        names = sorted(wanted - {"progress.json", ".lock", MANIFEST_NAME})
+        files = [describe_file(partial.path / name, self._hash(partial, name)) for name in names]
+        manifest = new_manifest(
+            source={
+                "folder": str(self.checkpoint.folder),
+                "framework": self.checkpoint.framework,
+                "files": sources,
+            },
+            settings=self.settings,
+            files=files,
+            quantization=summarise(self.recipe.schemes, self.model) | self._describe_mix(),
+            num_tensors=sum(len(shard.outputs) for shard in self.shards),
+        )
+        _write_json(partial.path / MANIFEST_NAME, manifest)
+        return manifest
+
+    def _describe_mix(self) -> dict[str, Any]:
+        mix = self.plan.mix
+        if mix is None:
+            return {}
+        return {
+            "chosen": mix.chosen.name,
+            "candidates": [candidate.row() for candidate in mix.candidates],
+            "sensitivity": list(mix.sensitivity),
+        }
+
+    def _hash(self, partial: PartialFolder, name: str) -> str:
+        entry = partial.finished.get(name)
+        return entry["sha256"] if entry else hash_file(partial.path / name)
+
+
+class SourceHashes:
+    """Hashes of the source files, computed beside the conversion while their pages are in memory anyway."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files, self.hashes = files, {}
+        self._error: BaseException | None = None
+        self._cancelled = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="source-hash", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        self._thread.join()
+
+    def result(self) -> dict[Path, str]:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.hashes
+
+    def _run(self) -> None:
+        try:
+            for path in self.files:
+                self.hashes[path] = hash_file(path, self._check)
+        except BaseException as error:
+            self._error = error
+
+    def _check(self, _: int) -> None:
+        if self._cancelled.is_set():
+            raise InterruptedError("the conversion stopped")
+
+
+def small_files(folder: Path, tokenizer_path: Path | None) -> list[Path]:
+    """Tokenizer, generation settings, licence and the like; `tokenizer_path` replaces what it also has.
+
+    Weights, their index and program files (*.py) are not copied: a model folder must not bring code along.
+    """
+    found = {path.name: path for path in sorted(folder.iterdir()) if _is_small_file(path)}
+    if tokenizer_path is not None:
+        if not tokenizer_path.is_dir():
+            raise CheckpointError(f"tokenizer_path: no folder at {tokenizer_path}")
+        found |= {
+            name: tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()
+        }
+    return list(found.values())
+
+
+def _is_small_file(path: Path) -> bool:
+    named = path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+    return (
+        path.is_file()
+        and named
+        and path.name not in NOT_COPIED
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())

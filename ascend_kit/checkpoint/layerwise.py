@@ -1,0 +1,195 @@
+"""Runs a checkpoint's decoder in float32 one layer at a time, so that a model of any size can be studied.
+
+Only one layer's weights are in memory. What is carried from layer to layer are hidden states [T, D] of
+packed texts, one set per variant of the model. The layers are the engine's own; operators are the plain
+reference, on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange
+from ascend_kit.device.ops import AttentionMeta, reference
+from ascend_kit.device.parallel import TensorParallel
+from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.layers import MLP, Attention, DecoderLayer, Linear, RMSNorm, Rotary
+from ascend_kit.model.quant import dequantize_weight, encode
+
+BLOCK_SIZE = 32
+HEAD_ROWS = 8192  # vocabulary rows of the output head in memory at once
+LinearMaker = Callable[[str, Tensor, Tensor | None], nn.Module]  # (name, weight [out, in], bias) -> module
+
+
+class EmulatedInt8(nn.Module):
+    """The result of an int8 linear in float32 arithmetic: rounded weight, and for w8a8 rounded activations.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, scheme: str):
+        super().__init__()
+        self.weight, self.bias, self.scheme = dequantize_weight(codes, scale), bias, scheme
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scheme == "w8a8":
+            codes, act_scale = reference.quantize_per_token(x)
+            x = codes.float() * act_scale.unsqueeze(-1)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class SideBySide(nn.Module):
+    """Linears on the same input, outputs joined: a merged product whose parts may differ in kind."""
+
+    def __init__(self, parts: Sequence[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def plain_linear(_name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The linear as it is."""
+    return Linear(weight, bias, reference)
+
+
+class LayerwiseModel:
+    """A checkpoint whose layers are built, used and dropped one after another.
+
+    `changes` are applied to weights as they are read (smoothing that is folded into them).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        changes: Mapping[str, ScaleChange] | None = None,
+        quantizer: Quantizer | None = None,
+    ):
+        self.checkpoint, self.config, self.device = checkpoint, config, torch.device(device)
+        self.changes, self.quantizer = changes or {}, quantizer or Quantizer()
+        self._head: Tensor | None = None
+
+    def int8_linear(self, schemes: Mapping[str, str]) -> LinearMaker:
+        """A maker that rounds the linears named in `schemes` and leaves the others."""
+
+        def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+            if name not in schemes:
+                return plain_linear(name, weight, bias)
+            scale = self.quantizer.scale(name, weight.cpu()).to(weight.device)
+            return EmulatedInt8(encode(weight, scale), scale, bias, schemes[name])
+
+        return make
+
+    def weight(self, name: str) -> Tensor:
+        """A tensor in float32 on the device, dequantised and changed where that applies."""
+        linear = name.removesuffix(".weight")
+        tensor = self.checkpoint.read(name)
+        if name.endswith(".weight") and self.checkpoint.quantization.scheme(linear) != "none":
+            tensor = dequantize_weight(tensor, self.checkpoint.read(f"{linear}.weight_scale"))
+        tensor = tensor.float()
+        if name in self.changes:
+            tensor = self.changes[name](tensor, 0, tensor.shape[0])
+        return tensor.to(self.device)
+
+    def layer_weights(self, number: int) -> dict[str, Tensor]:
+        """float32 tensors of one layer, by their full names."""
+        prefix = f"model.layers.{number}."
+        names = [name for name in self.checkpoint.tensor_names() if name.startswith(prefix)]
+        return {name: self.weight(name) for name in names if not name.endswith("_scale")}
+
+    def build_layer(
+        self, number: int, weights: Mapping[str, Tensor], make: LinearMaker = plain_linear
+    ) -> DecoderLayer:
+        """The engine's decoder layer, each linear made by `make`."""
+        prefix, config = f"model.layers.{number}.", self.config
+
+        def linear(part: str) -> nn.Module:
+            name = prefix + part
+            return make(name, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+        def norm(part: str) -> RMSNorm:
+            return RMSNorm(weights[f"{prefix}{part}.weight"], config.rms_norm_eps, reference)
+
+        parallel = TensorParallel()
+        qkv = nn.ModuleList([linear(f"self_attn.{letter}_proj") for letter in "qkv"])
+        head_norms = [norm(f"self_attn.{letter}_norm") if config.qk_norm else None for letter in "qk"]
+        attention = Attention(config, qkv, linear("self_attn.o_proj"), *head_norms, reference, parallel)
+        gate_up = SideBySide([linear("mlp.gate_proj"), linear("mlp.up_proj")])
+        mlp = MLP(gate_up, linear("mlp.down_proj"), reference, parallel)
+        return DecoderLayer(norm("input_layernorm"), attention, norm("post_attention_layernorm"), mlp)
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """float32 [T, D]; only the rows that occur are read."""
+        source = self.checkpoint.source("model.embed_tokens.weight")
+        distinct = sorted(set(token_ids))
+        rows = torch.cat([source.read_slice(0, token, token + 1) for token in distinct]).float()
+        position = {token: row for row, token in enumerate(distinct)}
+        return rows[[position[token] for token in token_ids]].to(self.device)
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """The last norm, [T, D] -> [T, D]."""
+        return reference.rms_norm(hidden, self.weight("model.norm.weight"), self.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, D] after the last layer -> float32 [T, V]."""
+        if self._head is None:
+            tied = self.config.tie_embeddings or "lm_head.weight" not in self.checkpoint
+            name = "model.embed_tokens" if tied else "lm_head"
+            int8 = self.checkpoint.quantization.scheme(name) != "none"
+            # Kept as stored: the head is the largest matrix, and blocks of it are widened where they are
+            # used.
+            self._head = self.weight(f"{name}.weight") if int8 else self.checkpoint.read(f"{name}.weight")
+            self._head = self._head.to(self.device)
+        normed = self.normalise(hidden)
+        return torch.cat([normed @ rows.float().t() for rows in self._head.split(HEAD_ROWS)], dim=-1)
+
+
+class PackedTexts:
+    """Token ids of several texts, with what attention needs to keep them apart."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], model: LayerwiseModel):
+        config, device = model.config, model.device
+        self.lengths = [len(text) for text in texts]
+        self.token_ids = [token for text in texts for token in text]
+        blocks = [(length + BLOCK_SIZE - 1) // BLOCK_SIZE for length in self.lengths]
+        table = torch.zeros(len(texts), max(blocks), dtype=torch.int32)
+        slots, first = [], 1  # block 0 is scratch everywhere in the engine
+        for row, (length, count) in enumerate(zip(self.lengths, blocks, strict=True)):
+            table[row, :count] = torch.arange(first, first + count)
+            slots.append(torch.arange(length) + first * BLOCK_SIZE)
+            first += count
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        self.meta = AttentionMeta(
+            torch.cat(slots).int().to(device),
+            table.to(device),
+            ends,
+            self.lengths,
+            torch.tensor(self.lengths, dtype=torch.int32, device=device),
+            BLOCK_SIZE,
+            False,
+        )
+        shape = (first, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        self.cache = (torch.zeros(shape, device=device), torch.zeros(shape, device=device))
+        rotary = Rotary(config, max(self.lengths), torch.float32, device)
+        self.cos, self.sin = rotary(torch.cat([torch.arange(length) for length in self.lengths]).to(device))
+
+    def forward(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
+        """One layer on the residual stream [T, D]; the KV cache is scratch space."""
+        out, residual = layer(hidden, None, self.cos, self.sin, self.meta, self.cache)
+        return out + residual
+
+    @property
+    def targets(self) -> tuple[list[int], list[int]]:
+        """(rows that have a next token, that token) over all texts."""
+        rows, tokens, start = [], [], 0
+        for length in self.lengths:
+            rows += range(start, start + length - 1)
+            tokens += self.token_ids[start + 1 : start + length]
+            start += length
+        return rows, tokens

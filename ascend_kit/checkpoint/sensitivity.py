@@ -1,0 +1,250 @@
+"""What quantising one linear alone costs, and the cheapest mix of schemes that stays within a limit.
+
+Cost is measured where it matters: the KL divergence of next-token distributions on calibration texts, in
+nats per token, of the changed model against the float32 source. All variants travel through the layers
+together, so the weights are read once, whatever the number of variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
+from ascend_kit.checkpoint.schema import expected_shapes, linear_names, num_weights, unit_members, unit_names
+from ascend_kit.model.config import ModelConfig
+
+POSITIONS_AT_ONCE = 256
+SHARE_STEPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # shares of units protected, tried from none upwards
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A variant against the float32 source on the same texts, teacher-forced."""
+
+    kl: float  # mean KL(source || variant), nats per token
+    max_kl: float  # of the worst token
+    top1_agreement: float  # share of positions where both prefer the same token
+    accuracy: float  # share of positions where the variant prefers the text's own next token
+    source_accuracy: float  # the same of the source
+
+    @property
+    def accuracy_loss(self) -> float:
+        """Next-token accuracy lost, as a share of all positions; negative when it rose."""
+        return self.source_accuracy - self.accuracy
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One mix of schemes with what it costs and what it saves."""
+
+    name: str
+    schemes: Mapping[str, str]  # linear -> w8a8 | w8a16
+    weight_bytes: int  # all weights a decode step reads
+    predicted_step_s: float | None  # weight_bytes / memory bandwidth; None when that is unknown
+    divergence: Divergence
+
+    def row(self) -> dict[str, Any]:
+        """One line of a table, plain values."""
+        kinds = list(self.schemes.values())
+        return {
+            "candidate": self.name,
+            "w8a8_linears": kinds.count("w8a8"),
+            "w8a16_linears": kinds.count("w8a16"),
+            "weight_bytes": self.weight_bytes,
+            "predicted_step_s": self.predicted_step_s,
+            **asdict(self.divergence),
+            "accuracy_loss": self.divergence.accuracy_loss,
+        }
+
+
+@dataclass(frozen=True)
+class MixChoice:
+    """The chosen candidate among all that were measured, with the table behind it."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    sensitivity: tuple[dict[str, Any], ...]
+
+
+def compare_variants(
+    model: LayerwiseModel,
+    texts: Sequence[Sequence[int]],
+    variants: Mapping[str, Mapping[str, str]],
+    on_layer: Callable[[int, int], None] | None = None,
+) -> dict[str, Divergence]:
+    """Divergence of each variant (name -> schemes of its linears) from the float model."""
+    packed = PackedTexts(texts, model)
+    start = model.embed(packed.token_ids)
+    hidden: dict[str | None, Tensor] = {
+        None: start
+    }  # None is the source; a variant joins where it first differs
+    for number in range(model.config.num_layers):
+        weights = model.layer_weights(number)
+        plain = model.build_layer(number, weights)
+        before = hidden[None]
+        for name, schemes in variants.items():
+            here = {
+                linear: kind
+                for linear, kind in schemes.items()
+                if linear.startswith(f"model.layers.{number}.")
+            }
+            if here or name in hidden:
+                layer = model.build_layer(number, weights, model.int8_linear(here)) if here else plain
+                hidden[name] = packed.forward(layer, hidden.get(name, before))
+        hidden[None] = packed.forward(plain, before)
+        if on_layer:
+            on_layer(number + 1, model.config.num_layers)
+    return _divergences(model, packed, hidden, list(variants))
+
+
+def _divergences(
+    model: LayerwiseModel, packed: PackedTexts, hidden: dict[str | None, Tensor], names: list[str]
+) -> dict[str, Divergence]:
+    rows, tokens = packed.targets
+    rows_t, tokens_t = torch.tensor(rows, device=model.device), torch.tensor(tokens, device=model.device)
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in [None, *names]}
+    for first in range(0, len(rows), POSITIONS_AT_ONCE):
+        chosen, wanted = (
+            rows_t[first : first + POSITIONS_AT_ONCE],
+            tokens_t[first : first + POSITIONS_AT_ONCE],
+        )
+        source = model.logits(hidden[None][chosen]).log_softmax(-1)
+        for name in [None, *names]:
+            state = hidden.get(name, hidden[None])
+            other = source if name is None else model.logits(state[chosen]).log_softmax(-1)
+            _add_positions(sums[name], source, other, wanted)
+    correct = float(sums[None][3]) / len(rows)
+    return {
+        name: Divergence(
+            kl=float(s[0]) / len(rows),
+            max_kl=float(s[1]),
+            top1_agreement=float(s[2]) / len(rows),
+            accuracy=float(s[3]) / len(rows),
+            source_accuracy=correct,
+        )
+        for name, s in sums.items()
+        if name is not None
+    }
+
+
+def _add_positions(total: Tensor, source: Tensor, other: Tensor, wanted: Tensor) -> None:
+    kl = (source.exp() * (source - other)).sum(-1).clamp(min=0).double().cpu()
+    best = other.argmax(-1)
+    total[0] += kl.sum()
+    total[1] = torch.maximum(total[1], kl.max())
+    total[2] += (best == source.argmax(-1)).sum().item()
+    total[3] += (best == wanted).sum().item()
+
+
+def measure_sensitivity(
+    model: LayerwiseModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    scheme: str = "w8a8",
+    on_layer: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per linear, `layer`, `linear`, `kl` and the rest, for quantising that linear and nothing
+    else.
+    """
+    linears = [name for name in linear_names(model.config) if name != "lm_head"]
+    found = compare_variants(model, texts, {name: {name: scheme} for name in linears}, on_layer)
+    return [
+        {
+            "linear": name,
+            "layer": int(name.split(".")[2]),
+            "part": name.rpartition(".")[2],
+            "scheme": scheme,
+            "num_weights": num_weights(model.config, name),
+            **asdict(found[name]),
+        }
+        for name in linears
+    ]
+
+
+def decode_weight_bytes(config: ModelConfig, schemes: Mapping[str, str], float_bytes: int) -> int:
+    """Bytes of weights that one decode step reads: everything but the embedding table, of which it reads
+    rows.
+    """
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        linear, count = name.removesuffix(".weight"), torch.Size(shape).numel()
+        if name == "model.embed_tokens.weight" and not config.tie_embeddings:
+            continue
+        total += count + 4 * shape[0] if linear in schemes else count * float_bytes
+    return total
+
+
+def choose_mix(
+    model: LayerwiseModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    kept: set[str],
+    float_bytes: int = 2,
+    max_kl: float | None = None,
+    max_accuracy_loss: float | None = None,
+    bandwidth_bytes_per_s: float | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> MixChoice:
+    """The mix that reads the fewest bytes per decode step within the limits; w8a8 wins over w8a16 at equal
+    bytes.
+
+    Units (q, k, v together; gate and up together) are ordered by divergence per byte saved; candidates
+    protect growing shares of the most sensitive ones, in float or in w8a16, and every candidate is measured
+    as a whole, for costs of single linears do not simply add up.
+    """
+    if max_kl is None and max_accuracy_loss is None:
+        raise ValueError("quantize=auto needs a limit: max_kl (nats per token) or max_accuracy_loss (share)")
+
+    def report(stage: str) -> Callable[[int, int], None] | None:
+        return (lambda done, total: on_progress(stage, done, total)) if on_progress else None
+
+    sensitivity = measure_sensitivity(model, texts, on_layer=report("sensitivity"))
+    variants = _mixes(model.config, kept, {row["linear"]: row["kl"] for row in sensitivity})
+    found = compare_variants(model, texts, variants, report("candidates"))
+    candidates = []
+    for name, schemes in variants.items():
+        size = decode_weight_bytes(model.config, schemes, float_bytes)
+        step = size / bandwidth_bytes_per_s if bandwidth_bytes_per_s else None
+        candidates.append(Candidate(name, schemes, size, step, found[name]))
+    within = [c for c in candidates if _is_within(c.divergence, max_kl, max_accuracy_loss)]
+    chosen = min(within, key=lambda c: (c.weight_bytes, list(c.schemes.values()).count("w8a16")))
+    return MixChoice(chosen, tuple(candidates), tuple(sensitivity))
+
+
+def _is_within(found: Divergence, max_kl: float | None, max_accuracy_loss: float | None) -> bool:
+    return (max_kl is None or found.kl <= max_kl) and (
+        max_accuracy_loss is None or found.accuracy_loss <= max_accuracy_loss
+    )
+
+
+def _mixes(
+    config: ModelConfig, kept: set[str], kl_of_linear: Mapping[str, float]
+) -> dict[str, dict[str, str]]:
+    """Candidate name -> schemes. `float` is always among them, so a limit can always be met."""
+    units = [unit for unit in unit_names(config) if not set(unit_members(unit)) & kept]
+    members = {unit: unit_members(unit) for unit in units}
+
+    def pain(unit: str) -> float:
+        return sum(kl_of_linear[m] for m in members[unit]) / sum(
+            num_weights(config, m) for m in members[unit]
+        )
+
+    ordered = sorted(units, key=pain, reverse=True)
+    mixes: dict[str, dict[str, str]] = {"float": {}}
+    for share in SHARE_STEPS:
+        protected = ordered[: round(share * len(ordered))]
+        rest = {m: "w8a8" for unit in ordered[len(protected) :] for m in members[unit]}
+        if not protected:
+            mixes.setdefault("w8a8", rest)
+            continue
+        mixes[f"w8a8, {len(protected)} of {len(units)} units w8a16"] = rest | {
+            m: "w8a16" for unit in protected for m in members[unit]
+        }
+        mixes[f"w8a8, {len(protected)} of {len(units)} units float"] = rest
+    mixes["w8a16"] = {m: "w8a16" for unit in ordered for m in members[unit]}
+    return mixes
