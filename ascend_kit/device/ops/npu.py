@@ -91,10 +91,6 @@ def make_mask(device: torch.device) -> Tensor:
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8).triu(1).to(device)
 
 
-# ------------------------------------------------------------------------------------------------ norm,
-# MLP, rope
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As in reference; weight in x's dtype."""
     return _npu().npu_rms_norm(x, weight, epsilon=eps)[0]
@@ -117,20 +113,14 @@ def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tupl
     if form == "tnd":
         cos, sin = cos_TH.unsqueeze(1), sin_TH.unsqueeze(1)
         return _npu().npu_apply_rotary_pos_emb(q_TNH, k_TKH, cos, sin, layout="TND")
-    q, k = (
-        q_TNH.unsqueeze(0),
-        k_TKH.unsqueeze(0),
-    )  # one sequence of T tokens: the kernel does not look further
+    # One sequence of T tokens: the kernel asks no more than equal leading dimensions.
+    q, k = q_TNH.unsqueeze(0), k_TKH.unsqueeze(0)
     cos, sin = cos_TH[None, :, None], sin_TH[None, :, None]
     if form == "bsnd":
         q, k = _npu().npu_apply_rotary_pos_emb(q, k, cos, sin, layout="BSND")
     else:
         q, k = (_npu().npu_rotary_mul(x, cos, sin) for x in (q, k))
     return q.squeeze(0), k.squeeze(0)
-
-
-# ------------------------------------------------------------------------------------------------------ KV
-# cache
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -200,7 +190,7 @@ def _attend(
     kv_lens: list[int],
     block_table: Tensor,
 ) -> Tensor:
-    """One kernel call. `q_lens` are cumulative under TND and per request under BSH, `kv_lens` per request in both.
+    """One kernel call. `q_lens`: cumulative under TND, per request under BSH; `kv_lens`: always per request.
 
     Lengths go as keywords: the graph update finds them by name.
     """
@@ -222,10 +212,6 @@ def _attend(
         sparse_mode=CAUSAL_BOTTOM_RIGHT,
         block_size=size,
     )[0]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# linear
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
