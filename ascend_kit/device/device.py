@@ -31,9 +31,6 @@ class DeviceError(ValueError):
     """The device that was asked for cannot be used; the message names the way out."""
 
 
-# --------------------------------------------------------------------------------------------- peaks
-
-
 @dataclass(frozen=True)
 class HardwarePeak:
     """Nominal ceilings of one card, for rooflines.
@@ -116,9 +113,6 @@ def _squeeze(name: str) -> str:
     return re.sub(r"[\s_\-]", "", name.upper())
 
 
-# -------------------------------------------------------------------------------------------- torch_npu
-
-
 def has_torch_npu() -> bool:
     """Whether the package is installed; says nothing about whether it can be imported."""
     return "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None
@@ -149,9 +143,6 @@ def _import_advice(text: str) -> str:
     if "undefined symbol" in text:
         return "CANN and torch_npu do not belong together; compare both with the compatibility table."
     return "torch, torch_npu and CANN must be a published triple."
-
-
-# ------------------------------------------------------------------------------------------------ device
 
 
 class Event:
@@ -282,9 +273,6 @@ def _named(tensors: torch.nn.Module | Iterable[torch.Tensor]) -> Iterable[tuple[
         yield from ((f"tensor {i}", tensor) for i, tensor in enumerate(tensors))
 
 
-# --------------------------------------------------------------------------------------------- selection
-
-
 def parse_device(name: str, device_id: int = 0) -> tuple[str, int]:
     """`npu:1` -> ("npu", 1). `device_id` is the index when the name has none; two that differ are refused."""
     kind, _, suffix = name.strip().lower().partition(":")
@@ -371,9 +359,6 @@ def _check_index(kind: str, index: int, count: int, variable: str) -> None:
     if count == 0:
         raise DeviceError(f"device {kind} was asked for, but no card is visible ({hint}); check the driver")
     raise DeviceError(f"device {kind}:{index} does not exist: {count} visible, numbered from 0 ({hint})")
-
-
-# ------------------------------------------------------------------------------------------ host and vendor
 
 
 def _npu_versions() -> dict[str, str]:
