@@ -59,6 +59,7 @@ def test_linears_named_in_keep_stay_wide():
     all_int8 = costs.weight_bytes(TINY, quantize="w8a16", keep=("lm_head",)).per_step
     kept = costs.weight_bytes(TINY, quantize="w8a16", keep=("lm_head", "down_proj")).per_step
 
+    assert costs.weight_bytes(TINY, quantize="w8a16", keep=("lm_head", r"re:.*\.down_proj")).per_step == kept
     assert kept - all_int8 == 2 * (8 * 16 * 2 - (8 * 16 + 8 * 4))
 
 

@@ -122,6 +122,12 @@ def test_int8_reads_fewer_bytes_and_multiplies_faster_but_launches_more():
     assert weight_only.prefill_s(4000) == pytest.approx(wide.prefill_s(4000))
 
 
+def test_mix_not_chosen_yet_counts_as_the_cheapest_it_may_become():
+    assert Deployment(QWEN3_8B, CARD, quantize="auto").decode_s(1, 9) == Deployment(
+        QWEN3_8B, CARD, quantize="w8a8"
+    ).decode_s(1, 9)
+
+
 def test_measured_ceilings_make_a_card_without_guessed_shares():
     measured = {"device": "CPU", "bf16_flops_per_s": 1e12, "int8_ops_per_s": None, "read_bytes_per_s": 2e10,
                 "launch_s": 1e-6}  # fmt: skip

@@ -97,23 +97,51 @@ def tradeoff_table():
     )
 
 
+PARTS = {
+    "q_proj": 1,
+    "k_proj": 0.8,
+    "v_proj": 2,
+    "o_proj": 1.5,
+    "gate_proj": 3,
+    "up_proj": 3,
+    "down_proj": 12,
+}
+
+
 def sensitivity_table(layers=12):
     rng = np.random.default_rng(1)
-    kinds = {
-        "self_attn.q_proj": 1,
-        "self_attn.k_proj": 0.8,
-        "self_attn.v_proj": 2,
-        "self_attn.o_proj": 1.5,
-        "mlp.gate_proj": 3,
-        "mlp.up_proj": 3,
-        "mlp.down_proj": 12,
-    }
-    rows = [
-        {"name": f"model.layers.{i}.{k}", "kl": f * 1e-5 * rng.lognormal(0, 0.5), "is_quantized": f < 10}
+    return pandas.DataFrame(
+        [
+            {
+                "linear": f"model.layers.{i}.x.{part}",
+                "layer": i,
+                "part": part,
+                "kl": f * 1e-5 * rng.lognormal(0, 0.5),
+            }
+            for i in range(layers)
+            for part, f in PARTS.items()
+        ]
+    )
+
+
+def chosen_schemes(layers=12):
+    kinds = {"down_proj": None, "v_proj": "w8a16"}
+    return {
+        f"model.layers.{i}.x.{p}": kinds.get(p, "w8a8")
         for i in range(layers)
-        for k, f in kinds.items()
+        for p in PARTS
+        if p != "down_proj"
+    }
+
+
+def mix_table():
+    rows = [("float", 15136, 0.0), ("w8a16", 8200, 3e-4), ("w8a8", 8190, 4e-3)]
+    rows += [
+        (f"w8a8, {n} of 72 units {kind}", 8190 + n * (96 if kind == "float" else 0.1), 4e-3 / (1 + n * f))
+        for n in (4, 7, 14, 22, 36, 54)
+        for kind, f in (("w8a16", 0.1), ("float", 0.15))
     ]
-    return pandas.DataFrame([*rows, {"name": "lm_head", "kl": 4e-4, "is_quantized": False}])
+    return pandas.DataFrame([{"candidate": c, "weight_bytes": b * 1e6, "kl": k} for c, b, k in rows])
 
 
 def request_table():
@@ -158,7 +186,9 @@ EXAMPLES = {
     "request_timeline": lambda: plots.request_timeline(request_table()),
     "accuracy": lambda: plots.accuracy(score_table(), chance={"mmlu": 0.25, "ceval-valid": 0.25}),
     "accuracy_vs_throughput": lambda: plots.accuracy_vs_throughput(tradeoff_table()),
-    "sensitivity": lambda: plots.sensitivity(sensitivity_table()),
+    "sensitivity": lambda: plots.sensitivity(sensitivity_table(), chosen_schemes()),
+    "sensitivity_plain": lambda: plots.sensitivity(sensitivity_table()),
+    "mixes": lambda: plots.mixes(mix_table(), "w8a8, 7 of 72 units float", max_kl=2e-3),
     "planner": lambda: plots.planner(plan_table()),
 }
 
@@ -219,6 +249,7 @@ def test_failed_rows_are_not_drawn_and_an_empty_table_says_so(tmp_path):
         plots.accuracy,
         plots.request_timeline,
         plots.sensitivity,
+        plots.mixes,
         plots.planner,
         plots.accuracy_vs_throughput,
     ):
@@ -269,6 +300,15 @@ def test_accuracy_bars_carry_values_in_percent_and_missing_errors_are_left_out()
     (axes,) = figure.axes
     assert [patch.get_width() for patch in axes.patches[:3]] == pytest.approx([62, 55, 41])
     assert len([c for c in axes.collections if len(c.get_segments())]) == 5  # one error line per known error
+
+
+def test_linears_kept_in_float_are_hollow_and_weight_only_ones_square():
+    (axes,) = plots.sensitivity(sensitivity_table(), chosen_schemes()).axes
+
+    marks = [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    assert sum(line.get_fillstyle() == "none" for line in marks) == 1  # down_proj
+    assert sum(line.get_marker() == "s" for line in marks) == 1  # v_proj
+    assert len(marks) == len(PARTS)
 
 
 def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
-from ascend_kit.measure import expectation, sweep
+from ascend_kit.measure import backends, expectation, sweep
 from ascend_kit.measure.backends import EngineBackend, TransformersBackend, VllmBackend, quantize_scheme
 from ascend_kit.measure.expectation import SweepError
 from ascend_kit.measure.metrics import RequestRecord
@@ -40,6 +40,7 @@ class StandInEngine:
 
     def __init__(self, slots=4, break_on=(), short_on=(), step_s=0.0):
         self.config, self.device, self.max_seq_length = CONFIG, StandInDevice(), 512
+        self.model_path = None
         self.slots, self.break_on, self.short_on, self.step_s = slots, set(break_on), set(short_on), step_s
         self.sequences, self.prompts, self.most_in_flight, self.cancelled = {}, [], 0, []
 
@@ -88,6 +89,15 @@ def experiment_for(tmp_path, **changes):
         sweep_concurrency=[1, 2], sweep_prompt_len=[8, 16], sweep_output_len=[4],
     )  # fmt: skip
     return build_experiment({**values, **changes})
+
+
+@pytest.fixture(autouse=True)
+def plain_weights(monkeypatch):
+    """The stand-in engine has no checkpoint to read its scheme from."""
+    real = backends.quantize_scheme
+    monkeypatch.setattr(
+        backends, "quantize_scheme", lambda folder: "none" if folder is None else real(folder)
+    )
 
 
 @contextlib.contextmanager
@@ -282,17 +292,68 @@ def test_expectations_are_known_before_anything_runs(tmp_path):
     assert (table["predicted_tokens_per_s"] < table["ceiling_tokens_per_s"]).all()
 
 
-@pytest.mark.parametrize(
-    ("quantization", "asked", "expected"),
-    [
-        (None, "w8a8", "none"),
-        ({}, "w8a16", "none"),
-        ({"scheme": "w8a16"}, "auto", "w8a16"),
-        ({"x": 1}, "w8a8", "w8a8"),
-    ],
-)
-def test_quantisation_is_read_from_the_checkpoint_and_not_from_the_wish(quantization, asked, expected):
-    assert quantize_scheme(SimpleNamespace(quantization=quantization), asked) == expected
+def test_quantisation_is_read_from_the_checkpoint_and_not_from_the_wish(tmp_path, tiny_qwen3_dir):
+    assert quantize_scheme(tiny_qwen3_dir) == "none"
+    experiment = experiment_for(tmp_path, quantize="w8a8")
+    engine = StandInEngine()
+    engine.model_path = tiny_qwen3_dir
+
+    assert EngineBackend(engine, experiment).variant()["quantize"] == "none"
+
+
+class StandInVllm:
+    """The part of vLLM's offline interface that the backend uses: cumulative outputs, one token a step."""
+
+    sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(CUMULATIVE="cumulative"))
+
+    class EngineArgs(SimpleNamespace):
+        pass
+
+    class SamplingParams(SimpleNamespace):
+        pass
+
+    class LLMEngine:
+        @classmethod
+        def from_engine_args(cls, arguments):
+            engine = cls()
+            engine.arguments, engine.running = arguments, {}
+            return engine
+
+        def add_request(self, request_id, prompt, sampling):
+            assert sampling.ignore_eos and sampling.min_tokens == sampling.max_tokens
+            assert sampling.output_kind == "cumulative" and len(prompt["prompt_token_ids"]) == 8
+            self.running[request_id] = [0, sampling.max_tokens]
+
+        def step(self):
+            outputs = []
+            for request_id, count in list(self.running.items()):
+                count[0] += 1
+                is_finished = count[0] == count[1]
+                outputs.append(
+                    SimpleNamespace(
+                        request_id=request_id,
+                        finished=is_finished,
+                        outputs=[SimpleNamespace(token_ids=[7] * count[0])],
+                    )
+                )
+                if is_finished:
+                    del self.running[request_id]
+            return outputs
+
+
+def test_vllm_backend_turns_cumulative_outputs_into_one_time_per_token(tmp_path, tiny_qwen3_dir, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", StandInVllm)
+    experiment = experiment_for(tmp_path, precision="fp32")
+    backend = VllmBackend(tiny_qwen3_dir, device=StandInDevice(), experiment=experiment, enforce_eager=True)
+    requests = make_requests(5, 8, 3, vocab_size=256)
+
+    records = backend.run(requests, 2)
+
+    sweep.check_complete(requests, records)
+    assert all(list(r.token_times_s) == sorted(r.token_times_s) for r in records)
+    assert backend.variant()["graph_mode"] is False
+    assert backend._engine.arguments.max_num_seqs == 4 and backend._engine.arguments.dtype == "float32"
+    assert backend.weight_bytes() > 0
 
 
 def test_vllm_backend_says_how_to_get_vllm_where_it_is_missing(tmp_path, tiny_qwen3_dir):

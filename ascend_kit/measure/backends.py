@@ -61,6 +61,7 @@ class EngineBackend:
         self._experiment = experiment
         self.config, self.device = engine.config, engine.device
         self.replicas = experiment.replicas
+        self._scheme = quantize_scheme(engine.model_path)
         self.max_seq_length, self.slots = engine.max_seq_length, experiment.batch_size * self.replicas
         self.num_devices = 1 if self.device.kind == "cpu" else experiment.cards
 
@@ -88,7 +89,7 @@ class EngineBackend:
         experiment = self._experiment
         return {
             "precision": experiment.precision,
-            "quantize": quantize_scheme(self.config, experiment.quantize),
+            "quantize": self._scheme,
             **{switch: getattr(experiment, switch) for switch in SWITCHES},
         }
 
@@ -223,6 +224,7 @@ class VllmBackend:
         from ascend_kit.model.config import ModelConfig
 
         self.config, self.device = ModelConfig.from_folder(model_path), device
+        self._scheme = quantize_scheme(model_path)
         self.max_seq_length, self.slots = experiment.max_seq_length, experiment.batch_size
         self.num_devices, self._experiment, self._vllm = experiment.tensor_parallel, experiment, vllm
         dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[experiment.precision]
@@ -256,19 +258,18 @@ class VllmBackend:
         return records
 
     def variant(self) -> dict[str, Any]:
-        quantize = quantize_scheme(self.config, self._experiment.quantize)
         return {
             "precision": self._experiment.precision,
-            "quantize": quantize,
+            "quantize": self._scheme,
             "graph_mode": self._graph_mode,
             "operator_fusion": True,
             "memory_optimize": True,
         }
 
     def weight_bytes(self) -> int:
-        """vLLM does not report it, so this is arithmetic on the model's shape."""
-        variant = self.variant()
-        return costs.weight_bytes(self.config, variant["precision"], variant["quantize"]).stored
+        """vLLM does not report it, so this is arithmetic on the model's shape; a mix counts as w8a8."""
+        scheme = "w8a8" if self._scheme == "mixed" else self._scheme
+        return costs.weight_bytes(self.config, self._experiment.precision, scheme).stored
 
     def close(self) -> None:
         self._engine = None
@@ -292,14 +293,13 @@ def as_backend(engine: Any, experiment: Experiment) -> Backend:
     return engine if hasattr(engine, "run") else EngineBackend(engine, experiment)
 
 
-def quantize_scheme(config: Any, asked: str) -> str:
-    """The scheme of the weights in use: none for a checkpoint without quantised layers, whatever was
-    asked.
+def quantize_scheme(folder: str | Path) -> str:
+    """How the linears of a checkpoint are stored: none, w8a8, w8a16 or mixed; read from it, not from the
+    wish.
     """
-    if not getattr(config, "quantization", None):
-        return "none"
-    found = config.quantization.get("scheme") or asked
-    return found if found in costs.QUANTIZE and found != "none" else "w8a8"
+    from ascend_kit.checkpoint.huggingface import open_checkpoint
+
+    return open_checkpoint(folder).quantization.summary
 
 
 def _renumber(output: Any, request: Request) -> RequestRecord:

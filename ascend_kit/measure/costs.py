@@ -7,6 +7,7 @@ model.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -111,7 +112,7 @@ def weight_bytes(
         raise ValueError(f"quantize is {quantize!r}; costs are known for {', '.join(QUANTIZE)}")
 
     def one(name: str, rows: int, cols: int) -> int:
-        is_int8 = quantize != "none" and not any(part in name for part in keep)
+        is_int8 = quantize != "none" and not any(_is_kept(name, pattern) for pattern in keep)
         return rows * cols + rows * SCALE_BYTES if is_int8 else rows * cols * size
 
     layers = sum(
@@ -219,6 +220,10 @@ def request_work(config: ModelShape, records: list[Any]) -> float:
         total += prefill_flops(config, record.num_prompt_tokens, record.num_cached_tokens)
         total += steps * decode_flops(config, 1, context)
     return total
+
+
+def _is_kept(name: str, pattern: str) -> bool:
+    return bool(re.fullmatch(pattern[3:], name)) if pattern.startswith("re:") else pattern in name
 
 
 def _element_bytes(precision: str) -> int:

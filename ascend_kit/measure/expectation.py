@@ -88,13 +88,15 @@ class PointCosts:
         self.config, self.slots, self.devices = backend.config, backend.slots, backend.num_devices
         self.replicas = backend.replicas
         variant = backend.variant()
-        self.step_weights = costs.step_weight_bytes(self.config, backend.weight_bytes(), variant["precision"])
+        stored = backend.weight_bytes()
+        self.step_weights = costs.step_weight_bytes(self.config, stored, variant["precision"])
         self.kv_token_bytes = costs.kv_bytes_per_token(self.config, variant["precision"])
-        int8 = measured.get("int8_ops_per_s") if variant["quantize"] == "w8a8" else None
+        int8 = measured.get("int8_ops_per_s") if variant["quantize"] in ("w8a8", "mixed") else None
         rate = int8 or measured.get(f"{variant['precision']}_flops_per_s")
         read = measured.get("read_bytes_per_s")
         self.one = Limit(rate, read)
-        self.deployment = _deployment(backend, variant, measured)
+        weights = costs.WeightBytes(stored, self.step_weights)
+        self.deployment = _deployment(backend, variant, weights, measured)
 
     def batch(self, point: Point) -> int:
         """Requests that one step can serve."""
@@ -158,7 +160,9 @@ class PointCosts:
         return Limit(rate and rate * devices, read and read * devices)
 
 
-def _deployment(backend: Backend, variant: dict[str, Any], measured: dict[str, Any]) -> Deployment | None:
+def _deployment(
+    backend: Backend, variant: dict[str, Any], weights: costs.WeightBytes, measured: dict[str, Any]
+) -> Deployment | None:
     """What the planner knows of a backend: its card from the peak table, else as measured."""
     if backend.device.kind == "cpu" and backend.replicas > 1:
         return None  # replicas on one CPU share it in ways that the planner does not model
@@ -171,6 +175,7 @@ def _deployment(backend: Backend, variant: dict[str, Any], measured: dict[str, A
         tp_size=max(1, backend.num_devices // backend.replicas),
         launches_per_layer=backend.launches_per_layer,
         graph_mode=variant["graph_mode"],
+        known_weights=weights,
     )
 
 

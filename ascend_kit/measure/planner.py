@@ -163,6 +163,7 @@ class Deployment:
     launches_per_layer: int | None = None  # None: our fused path
     graph_mode: bool = True
     max_tokens_per_step: int = 2048
+    known_weights: costs.WeightBytes | None = None  # of a loaded model; None: arithmetic
 
     def check(self) -> str | None:
         """Why the model cannot be split over `tp_size` cards; None when it can."""
@@ -175,9 +176,16 @@ class Deployment:
         return f"tensor_parallel {self.tp_size} does not divide {', '.join(bad)}" if bad else None
 
     @property
+    def scheme(self) -> str:
+        """The int8 scheme to reckon with; an unknown mix counts as the cheapest it may become."""
+        return "w8a8" if self.quantize in ("auto", "mixed") else self.quantize
+
+    @property
     def weights(self) -> costs.WeightBytes:
         """Weight bytes of the whole model."""
-        return costs.weight_bytes(self.config, self.precision, self.quantize, self.keep)
+        if self.known_weights is not None:
+            return self.known_weights
+        return costs.weight_bytes(self.config, self.precision, self.scheme, self.keep)
 
     @property
     def kv_token_bytes(self) -> int:
@@ -194,7 +202,7 @@ class Deployment:
 
     def floor(self) -> Limit:
         """Ceilings of the group."""
-        return _times(self.card.peak_limit(self.quantize), self.tp_size)
+        return _times(self.card.peak_limit(self.scheme), self.tp_size)
 
     def decode_s(self, batch: int, context_len: float) -> float:
         """Predicted time of one decode step."""
@@ -243,13 +251,13 @@ class Deployment:
         )
 
     def _sustained(self) -> Limit:
-        return _times(self.card.sustained_limit(self.quantize), self.tp_size)
+        return _times(self.card.sustained_limit(self.scheme), self.tp_size)
 
     def _launch_s(self) -> float:
         per_layer = self.launches_per_layer
         if per_layer is None:
             per_layer = LAYER_LAUNCHES.get(getattr(self.config, "family", "qwen3"), 14)
-            per_layer += INT8_EXTRA_LAUNCHES if self.quantize == "w8a8" else 0
+            per_layer += INT8_EXTRA_LAUNCHES if self.scheme == "w8a8" else 0
         one = self.card.launch_s if self.graph_mode else self.card.eager_launch_s
         return one * (per_layer * self.config.num_layers + OUTER_LAUNCHES)
 

@@ -192,11 +192,11 @@ def finish(figure: Figure, title: str, legend: bool = True) -> Figure:
 
 
 def _legend_columns(labels: list[str], width_in: float) -> int:
-    """The most columns whose widest labels and handles fit beside each other, at about 13 letters an inch."""
+    """The most columns whose widest labels and handles fit beside each other, at about 12 letters an inch."""
     for columns in range(len(labels), 1, -1):
         lines = math.ceil(len(labels) / columns)
-        widths = [max(map(len, labels[i : i + lines])) + 7 for i in range(0, len(labels), lines)]
-        if sum(widths) <= 13 * width_in:
+        widths = [max(map(len, labels[i : i + lines])) + 8 for i in range(0, len(labels), lines)]
+        if sum(widths) <= 12 * width_in:
             return columns
     return 1
 

@@ -8,6 +8,7 @@ drawn. Rows whose status is not ok are left out. A table without anything to dra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -230,33 +231,90 @@ def accuracy_vs_throughput(table: pandas.DataFrame) -> Figure:
     return finish(figure, "Accuracy against throughput")
 
 
-def sensitivity(table: pandas.DataFrame) -> Figure:
+def sensitivity(rows: pandas.DataFrame, schemes: Mapping[str, str] | None = None) -> Figure:
     """KL divergence that quantising one linear alone causes, by layer and kind of linear.
 
-    Columns: name (as in the checkpoint), kl (nats per token), and optionally is_quantized: linears that stay
-    wide are drawn hollow.
+    `rows`: one per linear, with linear (its full name), layer, part and kl (nats per token). `schemes` is the
+    mix that was chosen (linear -> scheme): a square is w8a16, a hollow circle stays in float.
     """
-    if table.empty:
+    if rows.empty:
         return nothing("no sensitivity was measured")
-    parts = table["name"].str.extract(r"layers\.(?P<layer>\d+)\.(?P<kind>.+)$")
-    table = table.assign(layer=parts["layer"].astype(float), kind=parts["kind"].str.split(".").str[-1])
-    table["kl"] = table["kl"].clip(
-        lower=table.loc[table["kl"] > 0, "kl"].min()
-    )  # zero has no place on a log axis
+    smallest = rows.loc[rows["kl"] > 0, "kl"].min()
+    rows = rows.assign(kl=rows["kl"].clip(lower=smallest))  # zero has no place on a logarithmic axis
     figure, ((axes,),) = make_grid(1, 1, height=4.6, width=9)
-    inside = table.dropna(subset=["layer"])
-    for colour, (kind, part) in zip(PALETTE, inside.groupby("kind", sort=True), strict=False):
+    for colour, (name, part) in zip(PALETTE, rows.groupby("part", sort=True), strict=False):
         part = part.sort_values("layer")
-        axes.plot(part["layer"], part["kl"], "o-", color=colour, label=kind, linewidth=1, markersize=6)
-        wide = part[~part["is_quantized"].astype(bool)] if "is_quantized" in part else part.iloc[:0]
-        axes.plot(wide["layer"], wide["kl"], "o", color=colour, markerfacecolor="white", markersize=6)
-    for row in table[table["layer"].isna()].itertuples():
-        axes.axhline(row.kl, color="#444444", linestyle="--", label=row.name)
+        axes.plot(part["layer"], part["kl"], "-", color=colour, label=name, linewidth=1.2)
+        kinds = part["linear"].map(lambda linear: "w8a8" if schemes is None else schemes.get(linear, "float"))
+        for kind, marks in part.groupby(kinds):
+            look = {
+                "marker": "s" if kind == "w8a16" else "o",
+                "fillstyle": "none" if kind == "float" else "full",
+            }
+            axes.plot(marks["layer"], marks["kl"], linestyle="", color=colour, markersize=6, **look)
+    for kind, look in _SCHEME_MARKS if schemes is not None else ():
+        axes.plot([], [], linestyle="", color="#444444", label=f"chosen: {kind}", **look)
     axes.set_xlabel("layer", fontsize=FONT)
     whole_numbers(axes)
     value_axis(axes, "KL divergence, nats/token", log=True)
-    hollow = " (hollow: kept wide)" if "is_quantized" in table else ""
-    return finish(figure, f"Cost of quantising one linear alone{hollow}")
+    return finish(figure, "Cost of quantising one linear alone")
+
+
+def mixes(candidates: pandas.DataFrame, chosen: str | None = None, max_kl: float | None = None) -> Figure:
+    """Every measured mix of schemes: KL divergence against the weight bytes that a decode step reads.
+
+    Columns: candidate (its name), weight_bytes, kl (nats per token). `max_kl` is drawn as a limit.
+    """
+    if candidates.empty:
+        return nothing("no mix was measured")
+    figure, ((axes,),) = make_grid(1, 1, height=4.6, width=9)
+    table = candidates.assign(
+        kl=candidates["kl"].clip(lower=candidates.loc[candidates["kl"] > 0, "kl"].min())
+    )
+    for kind, look in _SCHEME_MARKS:
+        part = table[table["candidate"].map(_mix_kind) == kind]
+        if len(part):
+            axes.plot(
+                part["weight_bytes"] / 1e6,
+                part["kl"],
+                linestyle="",
+                color=PALETTE[0],
+                markersize=8,
+                label={
+                    "w8a8": "all int8",
+                    "float": "sensitive ones in float",
+                    "w8a16": "sensitive ones in w8a16",
+                }[kind],
+                **look,
+            )
+    best = table[table["candidate"] == chosen]
+    if len(best):
+        axes.plot(
+            best["weight_bytes"] / 1e6,
+            best["kl"],
+            "o",
+            color=PALETTE[1],
+            markersize=16,
+            fillstyle="none",
+            markeredgewidth=2,
+            label=f"chosen: {chosen}",
+        )
+    if max_kl is not None:
+        axes.axhline(max_kl, color="#C00000", linewidth=1, label="stated limit")
+    value_axis(axes, "weights read per decode step, MB", which="x", log=False, zero=False)
+    value_axis(axes, "KL divergence, nats/token", log=True)
+    return finish(figure, "Mixes of schemes")
+
+
+_SCHEME_MARKS = (
+    ("w8a8", {"marker": "o"}),
+    ("w8a16", {"marker": "s"}),
+    ("float", {"marker": "o", "fillstyle": "none"}),
+)
+
+
+def _mix_kind(candidate: str) -> str:
+    return "w8a16" if candidate.endswith("w8a16") else "float" if candidate.endswith("float") else "w8a8"
 
 
 # ------------------------------------------------------------------------------------------------ planning
