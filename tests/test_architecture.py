@@ -18,7 +18,7 @@ FLOORS = [
     {"checkpoint"},
     {"engine"},
     {"measure"},
-    {"evaluation"},
+    {"evaluate"},
     {"demo", "show"},
     {"run", "__main__"},
 ]
