@@ -71,8 +71,12 @@ def test_sharded_safetensors_read_whole_and_in_slices(sharded: Path):
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_bin_file_reads_views_and_parameters(tmp_path: Path, zip_format: bool):
     base = torch.arange(24, dtype=torch.float32)
-    tensors = {**TENSORS, "turned": base.reshape(4, 6).t(), "tail": base[20:],
-               "parameter": torch.nn.Parameter(torch.ones(3))}
+    tensors = {
+        **TENSORS,
+        "turned": base.reshape(4, 6).t(),
+        "tail": base[20:],
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+    }
     folder = folder_with(tmp_path / "bin")
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zip_format)
 
@@ -193,7 +197,9 @@ def test_negative_shape_in_a_header_is_refused(single: Path):
         open_checkpoint(single)
 
 
-@pytest.mark.parametrize("garbage", [b"\xff" * 8 + b"x" * 50, (20).to_bytes(8, "little") + b"not json at all....."])
+@pytest.mark.parametrize(
+    "garbage", [b"\xff" * 8 + b"x" * 50, (20).to_bytes(8, "little") + b"not json at all....."]
+)
 def test_file_that_is_not_safetensors_is_refused(single: Path, garbage: bytes):
     (single / "model.safetensors").write_bytes(garbage)
 
@@ -273,7 +279,9 @@ def test_slice_outside_the_tensor_is_refused(single: Path):
 def test_reading_a_slice_of_a_large_file_reads_only_that_slice(tmp_path: Path):
     # A sparse 8 GB file: reading all of it would take seconds and the memory of the whole machine.
     folder, rows = folder_with(tmp_path / "sparse"), 1 << 20
-    header = json.dumps({"w": {"dtype": "BF16", "shape": [rows, 4096], "data_offsets": [0, rows * 8192]}}).encode()
+    header = json.dumps(
+        {"w": {"dtype": "BF16", "shape": [rows, 4096], "data_offsets": [0, rows * 8192]}}
+    ).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + rows * 8192)
@@ -283,7 +291,8 @@ def test_reading_a_slice_of_a_large_file_reads_only_that_slice(tmp_path: Path):
     assert part.shape == (2, 4096) and part.eq(0).all()
 
 
-# ---- int8 layouts -------------------------------------------------------------------------------------------
+# ---- int8 layouts
+# -------------------------------------------------------------------------------------------
 
 
 def int8_linear(rows: int = 6, columns: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,11 +301,19 @@ def int8_linear(rows: int = 6, columns: int = 10) -> tuple[torch.Tensor, torch.T
     return codes, torch.rand(rows, generator=generator) + 0.5
 
 
-def compressed_config(inputs: dict | None, *, kind: str = "int-quantized", weights: dict | None = None) -> dict:
+def compressed_config(
+    inputs: dict | None, *, kind: str = "int-quantized", weights: dict | None = None
+) -> dict:
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", **(weights or {})}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    return {"quantization_config": {"quant_method": "compressed-tensors", "format": kind,
-                                    "config_groups": {"group_0": group}, "ignore": ["lm_head"]}}
+    return {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": kind,
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        }
+    }
 
 
 DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -325,28 +342,39 @@ def test_compressed_tensors_w8a8_is_presented_as_codes_and_a_scale_per_row(tmp_p
 def test_packed_w8a16_of_a_width_not_divisible_by_four_is_unpacked(tmp_path: Path):
     codes, scale = int8_linear(columns=10)
     folder = folder_with(tmp_path / "m", compressed_config(None, kind="pack-quantized"))
-    save_file({"x.weight_packed": pack_int8(codes), "x.weight_scale": scale[:, None],
-               "x.weight_shape": torch.tensor([6, 10])}, folder / "model.safetensors")
+    save_file(
+        {
+            "x.weight_packed": pack_int8(codes),
+            "x.weight_scale": scale[:, None],
+            "x.weight_shape": torch.tensor([6, 10]),
+        },
+        folder / "model.safetensors",
+    )
 
     assert_presents(folder, codes, scale, "w8a16", "compressed-tensors")
 
 
 def test_our_packing_equals_that_of_the_compressed_tensors_package():
-    package = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers",
-                                  reason="the package compressed-tensors is not installed")
+    package = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers",
+        reason="the package compressed-tensors is not installed",
+    )
     for columns in (4, 10, 37, 64):
         codes, _ = int8_linear(columns=columns)
 
         assert torch.equal(pack_int8(codes), package.pack_to_int32(codes, 8))
 
 
-@pytest.mark.parametrize(("config", "complaint"), [
-    (compressed_config(DYNAMIC, weights={"num_bits": 4}), "only int8"),
-    (compressed_config(DYNAMIC, weights={"type": "float"}), "only int8"),
-    (compressed_config(DYNAMIC, weights={"strategy": "group"}), "per channel"),
-    (compressed_config({**DYNAMIC, "dynamic": False}), "dynamic int8 per token"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq' is not supported"),
-])
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (compressed_config(DYNAMIC, weights={"num_bits": 4}), "only int8"),
+        (compressed_config(DYNAMIC, weights={"type": "float"}), "only int8"),
+        (compressed_config(DYNAMIC, weights={"strategy": "group"}), "per channel"),
+        (compressed_config({**DYNAMIC, "dynamic": False}), "dynamic int8 per token"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq' is not supported"),
+    ],
+)
 def test_int8_layouts_that_cannot_be_computed_are_refused(tmp_path: Path, config: dict, complaint: str):
     codes, scale = int8_linear()
     folder = folder_with(tmp_path / "m", config)
@@ -359,10 +387,22 @@ def test_int8_layouts_that_cannot_be_computed_are_refused(tmp_path: Path, config
 def test_msmodelslim_dynamic_w8a8_is_read(tmp_path: Path):
     codes, scale = int8_linear()
     folder = folder_with(tmp_path / "m")
-    save_file({"x.weight": codes, "x.weight_scale": scale[:, None], "x.weight_offset": torch.zeros(6, 1),
-               "y.weight": torch.ones(2, 2)}, folder / "quant_model_weight_w8a8_dynamic.safetensors")
-    described = {"model_quant_type": "W8A8_DYNAMIC", "x.weight": "W8A8_DYNAMIC", "x.weight_scale": "W8A8_DYNAMIC",
-                 "x.weight_offset": "W8A8_DYNAMIC", "y.weight": "FLOAT"}
+    save_file(
+        {
+            "x.weight": codes,
+            "x.weight_scale": scale[:, None],
+            "x.weight_offset": torch.zeros(6, 1),
+            "y.weight": torch.ones(2, 2),
+        },
+        folder / "quant_model_weight_w8a8_dynamic.safetensors",
+    )
+    described = {
+        "model_quant_type": "W8A8_DYNAMIC",
+        "x.weight": "W8A8_DYNAMIC",
+        "x.weight_scale": "W8A8_DYNAMIC",
+        "x.weight_offset": "W8A8_DYNAMIC",
+        "y.weight": "FLOAT",
+    }
     (folder / "quant_model_description.json").write_text(json.dumps(described))
 
     assert_presents(folder, codes, scale, "w8a8", "msmodelslim")
@@ -375,11 +415,21 @@ def test_msmodelslim_static_w8a8_gives_back_scale_and_bias(tmp_path: Path, as_in
     bias = torch.linspace(-3, 3, 6)
     input_scale, input_offset = torch.tensor([0.02]), torch.tensor([-11.0])
     deq_scale = scale * input_scale
-    quant_bias = torch.round(bias / deq_scale - input_offset * codes.sum(1, dtype=torch.int32)).to(torch.int32)
+    quant_bias = torch.round(bias / deq_scale - input_offset * codes.sum(1, dtype=torch.int32)).to(
+        torch.int32
+    )
     stored = (deq_scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF) if as_int64 else deq_scale
     folder = folder_with(tmp_path / "m")
-    save_file({"x.weight": codes, "x.deq_scale": stored, "x.quant_bias": quant_bias, "x.input_scale": input_scale,
-               "x.input_offset": input_offset}, folder / "quant_model_weights.safetensors")
+    save_file(
+        {
+            "x.weight": codes,
+            "x.deq_scale": stored,
+            "x.quant_bias": quant_bias,
+            "x.input_scale": input_scale,
+            "x.input_offset": input_offset,
+        },
+        folder / "quant_model_weights.safetensors",
+    )
     (folder / "quant_model_description.json").write_text(json.dumps({"x.weight": "W8A8"}))
 
     assert_presents(folder, codes, scale, "w8a8", "msmodelslim")
@@ -390,8 +440,10 @@ def test_msmodelslim_static_w8a8_gives_back_scale_and_bias(tmp_path: Path, as_in
 def test_asymmetric_msmodelslim_weights_are_refused(tmp_path: Path):
     codes, scale = int8_linear()
     folder = folder_with(tmp_path / "m")
-    save_file({"x.weight": codes, "x.weight_scale": scale[:, None], "x.weight_offset": torch.ones(6, 1)},
-              folder / "quant_model_weights.safetensors")
+    save_file(
+        {"x.weight": codes, "x.weight_scale": scale[:, None], "x.weight_offset": torch.ones(6, 1)},
+        folder / "quant_model_weights.safetensors",
+    )
     (folder / "quant_model_description.json").write_text(json.dumps({"x.weight": "W8A16"}))
 
     with pytest.raises(CheckpointError, match=r"x\.weight_offset is not zero"):

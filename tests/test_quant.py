@@ -94,8 +94,8 @@ def test_error_report_of_pure_rounding():
 
     report = error_report(weight, codes, scale)
 
-    # Rounding noise of a uniform step: step / sqrt(12) against a standard deviation of 1; a row's largest value of
-    # about 2.2 over 127 gives 0.5 %.
+    # Rounding noise of a uniform step: step / sqrt(12) against a standard deviation of 1; a row's largest
+    # value of about 2.2 over 127 gives 0.5 %.
     assert 0.002 < report.relative_error < 0.01
     assert report.max_error_steps <= 0.5001
     assert report.max_abs_error <= 0.5001 * scale.max().item()

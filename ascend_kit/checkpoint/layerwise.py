@@ -176,7 +176,7 @@ class PackedTexts:
         )
         shape = (first, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
         self.cache = (torch.zeros(shape, device=device), torch.zeros(shape, device=device))
-        rotary = Rotary(config, max(self.lengths), torch.float32, device)
+        rotary = Rotary(config, max(self.lengths), torch.float32, device, reference)
         self.cos, self.sin = rotary(torch.cat([torch.arange(length) for length in self.lengths]).to(device))
 
     def forward(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:

@@ -132,8 +132,18 @@ def _divergences(
     }
 
 
+def kl_divergence(source: Tensor, other: Tensor) -> Tensor:
+    """KL(source || other) in nats over the last dimension, from log-probabilities.
+
+    sum p (lp - lq) cancels badly when both are close; as sum q = sum p, each term may be written as
+    p (exp(lq - lp) - 1 - (lq - lp)), which is never negative.
+    """
+    gap = other - source
+    return (source.exp() * (torch.expm1(gap) - gap)).sum(-1)
+
+
 def _add_positions(total: Tensor, source: Tensor, other: Tensor, wanted: Tensor) -> None:
-    kl = (source.exp() * (source - other)).sum(-1).clamp(min=0).double().cpu()
+    kl = kl_divergence(source, other).double().cpu()
     best = other.argmax(-1)
     total[0] += kl.sum()
     total[1] = torch.maximum(total[1], kl.max())
