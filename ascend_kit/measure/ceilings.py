@@ -31,7 +31,8 @@ def measure_ceilings(
 
     `read_bytes_per_s` reads a buffer of `buffer_bytes` (default: large, so that memory and not a cache is
     measured; give the size of a small model's weights to get the rate at which *those* can be read).
-    `<dtype>_flops_per_s` and `int8_ops_per_s` are square products; `launch_s` the cost of one tiny operator.
+    `<dtype>_flops_per_s` and `int8_ops_per_s` are square products; `launch_s` the cost of one
+    operator that has next to nothing to compute.
     """
     size = buffer_bytes or _large_buffer_bytes(device)
     read = read_bandwidth(device, size)
@@ -87,15 +88,21 @@ def matrix_rate(device: Device, dtype: str, repeats: int = _REPEATS) -> list[flo
 
 @torch.inference_mode()
 def launch_cost(device: Device, repeats: int = _REPEATS) -> list[float]:
-    """Seconds per operator of a row of dependent operators too small to cost anything else."""
-    one = torch.ones(8, device=device.torch_device)
+    """Seconds per operator of a chain of a decoder's usual kinds, on one token too narrow to cost anything
+    else.
+    """
+    functional, width, rounds = torch.nn.functional, 32, 25
+    weight = torch.randn(width, width, device=device.torch_device).to(torch.bfloat16)
+    token, gain = weight[:1].contiguous(), weight[0].contiguous()
 
-    def row() -> None:
-        value = one
-        for _ in range(200):
-            value = value * one
+    def chain() -> None:
+        value = token
+        for _ in range(rounds):
+            value = functional.rms_norm(value, (width,), gain)
+            value = functional.linear(value, weight)
+            value = functional.silu(value) * value
 
-    return [s / 200 for s in _sample(device, row, repeats)]
+    return [s / (4 * rounds) for s in _sample(device, chain, repeats)]
 
 
 def _float_product(device: Device, size: int, dtype: str) -> Callable[[], Any]:
