@@ -265,6 +265,15 @@ class Device:
         }
 
 
+def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`host` on `device`, without waiting for the device.
+
+    It goes through page-locked memory: a copy that does not wait may run after the caller's memory was reused, and one
+    that waits would empty the device's queue.
+    """
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
 def _named(tensors: torch.nn.Module | Iterable[torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
     if isinstance(tensors, torch.nn.Module):
         yield from tensors.named_parameters()
@@ -298,13 +307,13 @@ def select_device(name: str = "auto", device_id: int = 0) -> Device:
     """
     kind, index = parse_device(name, device_id)
     if kind == "auto":
-        kind = _auto_kind()
+        kind = auto_kind()
     if kind == "cpu":
         return Device("cpu", 0, _cpu_name(), _host_total_bytes(), None)
     return _select_npu(index) if kind == "npu" else _select_cuda(index)
 
 
-def _auto_kind() -> str:
+def auto_kind() -> str:
     if has_torch_npu():
         return "npu"
     if glob.glob("/dev/davinci[0-9]*"):

@@ -33,7 +33,7 @@ class EngineCore:
     def __init__(self, model_path: str, config: ModelConfig, device: Device, *, precision: str, max_seq_length: int,
                  batch_size: int, graph_mode: bool, operator_fusion: bool, memory_optimize: bool,
                  block_size: int | None, max_tokens_per_step: int, kv_cache_gib: float | None,
-                 parallel: TensorParallel | None = None):
+                 parallel: TensorParallel | None = None, ranks_on_host: int = 1):
         self.config, self.device = config, device
         dtype = DTYPES[precision]
         ops = select_ops(device.kind, operator_fusion)
@@ -43,7 +43,9 @@ class EngineCore:
         device.assert_on_device(self.decoder)
         self.block_bytes = (2 * config.num_layers * self.decoder.num_kv_heads * config.head_dim * self.block_size
                             * dtype.itemsize)
-        num_blocks = self._pool_size(max_seq_length, batch_size, kv_cache_gib)
+        num_blocks = self._pool_size(max_seq_length, batch_size, kv_cache_gib, ranks_on_host)
+        if parallel is not None:  # one plan for all ranks: block numbers must exist everywhere
+            num_blocks = parallel.smallest(num_blocks)
         self.blocks = BlockManager(num_blocks, self.block_size, on_demand=memory_optimize,
                                    max_seq_length=max_seq_length)
         self.scheduler = Scheduler(self.blocks, max_sequences=batch_size, max_tokens_per_step=max_tokens_per_step)
@@ -54,10 +56,12 @@ class EngineCore:
         self.sequences: dict[int, Sequence] = {}
         self.counts = {"steps": 0, "prompt_tokens": 0, "cached_prompt_tokens": 0, "output_tokens": 0}
 
-    def _pool_size(self, max_seq_length: int, batch_size: int, kv_cache_gib: float | None) -> int:
+    def _pool_size(self, max_seq_length: int, batch_size: int, kv_cache_gib: float | None,
+                   ranks_on_host: int) -> int:
         """Blocks in the pool: what all slots can use at most, within the memory given or found free; plus block 0."""
         useful = batch_size * -(-max_seq_length // self.block_size)
-        room = kv_cache_gib * GIB if kv_cache_gib else KV_SHARE[self.device.kind] * self.device.free_memory_bytes()
+        share = KV_SHARE[self.device.kind] / (ranks_on_host if self.device.kind == "cpu" else 1)
+        room = kv_cache_gib * GIB if kv_cache_gib else share * self.device.free_memory_bytes()
         affordable = int(room // self.block_bytes)
         if affordable < 1:
             raise ValueError(f"kv_cache_gib={kv_cache_gib} does not hold one block of {self.block_size} tokens "
@@ -70,23 +74,7 @@ class EngineCore:
 
     def refusal(self, sequence: Sequence, max_seq_length: int) -> str | None:
         """Why this request can never run, or None."""
-        ids, limit = sequence.token_ids, max_seq_length
-        if not ids:
-            return "the prompt is empty: give at least one token"
-        bad = next((t for t in ids if not isinstance(t, int) or not 0 <= t < self.config.vocab_size), None)
-        if bad is not None:
-            return f"token id {bad!r} is outside the vocabulary: allowed 0 to {self.config.vocab_size - 1}"
-        room = 0 if sequence.is_scoring else 1
-        if len(ids) + room > limit:
-            return (f"the prompt has {len(ids)} tokens, max_seq_length={limit} allows {limit - room}; shorten it or "
-                    "raise max_seq_length")
-        total = len(ids) if sequence.is_scoring else min(len(ids) + sequence.sampling.max_new_tokens, limit)
-        if not self.blocks.fits_ever(total):
-            need = self.blocks.blocks_for(total if self.blocks.on_demand else max_seq_length)
-            return (f"the request needs {need} KV blocks of {self.block_size} tokens, the pool has "
-                    f"{self.blocks.total}; raise kv_cache_gib, or lower max_new_tokens"
-                    + ("" if self.blocks.on_demand else " or set memory_optimize: true"))
-        return None
+        return why_refused(sequence, self.config.vocab_size, self.blocks, max_seq_length)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that `refusal` has passed."""
@@ -151,3 +139,29 @@ class EngineCore:
             "weight_bytes": self.decoder.weight_bytes(),
             "graphs": self.runner.graphs.info() if self.runner.graphs is not None else None,
         }
+
+    def close(self) -> None:
+        """Let other ranks of this model return from `follow`."""
+        if self.runner.channel is not None and self.decoder.parallel.rank == 0:
+            self.runner.channel.close()
+
+
+def why_refused(sequence: Sequence, vocab_size: int, blocks: BlockManager, max_seq_length: int) -> str | None:
+    """Why a request can never run with these blocks, or None."""
+    ids, limit = sequence.token_ids, max_seq_length
+    if not ids:
+        return "the prompt is empty: give at least one token"
+    bad = next((t for t in ids if not isinstance(t, int) or not 0 <= t < vocab_size), None)
+    if bad is not None:
+        return f"token id {bad!r} is outside the vocabulary: allowed 0 to {vocab_size - 1}"
+    room = 0 if sequence.is_scoring else 1
+    if len(ids) + room > limit:
+        return (f"the prompt has {len(ids)} tokens, max_seq_length={limit} allows {limit - room}; shorten it or "
+                "raise max_seq_length")
+    total = len(ids) if sequence.is_scoring else min(len(ids) + sequence.sampling.max_new_tokens, limit)
+    if not blocks.fits_ever(total):
+        need = blocks.blocks_for(total if blocks.on_demand else max_seq_length)
+        return (f"the request needs {need} KV blocks of {self.block_size} tokens, the pool has "
+                f"{blocks.total}; raise kv_cache_gib, or lower max_new_tokens"
+                + ("" if blocks.on_demand else " or set memory_optimize: true"))
+    return None

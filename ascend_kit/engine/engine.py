@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ascend_kit.device.device import Device, select_device
+from ascend_kit.device.parallel import check_division
 from ascend_kit.engine.core import DTYPES, EngineCore
-from ascend_kit.engine.detokenizer import Detokenizer
+from ascend_kit.engine.dispatch import ReplicasLost
+from ascend_kit.engine.ranks import Ranks, environment_ranks
+from ascend_kit.engine.replica_plan import ReplicaPlan
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, ScoreTarget, Sequence
+from ascend_kit.engine.stopping import StopRules
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params import PRECISIONS, Experiment
 
@@ -29,8 +33,20 @@ class StreamEvent(NamedTuple):
     finish_reason: str | None
 
 
+class PairsFailed(RuntimeError):
+    """Some pairs could not be scored; `scores` holds the others, with None in the failed places."""
+
+    def __init__(self, errors: dict[int, str], scores: list[Score | None]):
+        first = min(errors)
+        super().__init__(f"{len(errors)} of {len(scores)} pairs failed; pair {first}: {errors[first]}")
+        self.errors, self.scores = errors, scores
+
+
 class AscendInferEngine:
     """Runs one model with continuous batching over a paged KV cache.
+
+    `cards` devices hold cards / `tensor_parallel` copies of it, each split over `tensor_parallel` devices. Several
+    cards are processes on this machine, or on those of the Ray cluster at `ray_address` ("auto" or host:port).
 
     Lengths are in tokens. `batch_size` is how many requests are computed together; more may be waiting.
     `graph_mode` captures or compiles the decode step, `operator_fusion` picks the device's fused operators,
@@ -44,8 +60,6 @@ class AscendInferEngine:
                  seed: int = 0, cards: int = 1, tensor_parallel: int = 1, ray_address: str | None = None):
         if precision.lower() not in PRECISIONS:
             raise ValueError(f"precision={precision!r}; allowed: {', '.join(PRECISIONS)}")
-        if cards != 1 or tensor_parallel != 1 or ray_address is not None:
-            raise NotImplementedError(f"cards={cards}, tensor_parallel={tensor_parallel}: this build runs one card")
         self.model_path, self.tokenizer_path = str(model_path), str(tokenizer_path or model_path)
         self.config = ModelConfig.from_folder(model_path)
         if max_seq_length > self.config.max_position_embeddings:
@@ -53,14 +67,17 @@ class AscendInferEngine:
                              f"{self.config.max_position_embeddings}")
         self.precision, self.max_seq_length, self.batch_size = PRECISIONS[precision.lower()], max_seq_length, batch_size
         self.seed = seed
+        self._ranks = environment_ranks()
+        self.cards, self.tensor_parallel = _checked_cards(cards, tensor_parallel, self._ranks, self.config)
+        self.ray_address = ray_address
         self._device_name, self._device_id = device, device_id
         self._settings = {
             "graph_mode": graph_mode, "operator_fusion": operator_fusion, "memory_optimize": memory_optimize,
             "block_size": block_size, "max_tokens_per_step": max_tokens_per_step, "kv_cache_gib": kv_cache_gib}
-        self.core: EngineCore | None = None
+        self.core: EngineCore | None = None  # or a core with the same methods that drives other processes
         self.device: Device | None = None
         self.tokenizer: Any = None
-        self._detokenizers: dict[int, Detokenizer] = {}
+        self._stop = StopRules(lambda: self.tokenizer, self.config.eos_token_ids, max_seq_length)
         self._refused: list[RequestOutput] = []
         self._num_requests = 0
 
@@ -84,23 +101,46 @@ class AscendInferEngine:
             return self
         from transformers import AutoTokenizer
 
-        self.device = select_device(self._device_name, self._device_id)
-        self.device.seed(self.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
-        self.core = EngineCore(self.model_path, self.config, self.device, precision=self.precision,
-                               max_seq_length=self.max_seq_length, batch_size=self.batch_size, **self._settings)
+        self.core = self._open_core()
+        self.device = self.core.device
         return self
 
+    def _open_core(self) -> Any:
+        """One card in this process, the ranks this process was started with, or replicas on Ray."""
+        settings = {"precision": self.precision, "max_seq_length": self.max_seq_length,
+                    "batch_size": self.batch_size, **self._settings}
+        if self._ranks is None and self.cards == 1 and self.ray_address is None:
+            device = select_device(self._device_name, self._device_id)
+            device.seed(self.seed)
+            return EngineCore(self.model_path, self.config, device, **settings)
+        plan = ReplicaPlan(self.model_path, self.tokenizer_path, self._device_name, self.seed, settings,
+                           replicas=self.cards // self.tensor_parallel, tensor_parallel=self.tensor_parallel)
+        if self._ranks is not None:
+            from ascend_kit.engine.rank_core import RankCore
+
+            return RankCore(plan, self._ranks)
+        from ascend_kit.engine.cluster import ClusterCore
+
+        return ClusterCore(plan, self.ray_address, first_card=self._device_id)
+
     def close(self) -> None:
-        """Free weights and cache."""
-        self.core = None
-        self._detokenizers.clear()
+        """Free weights and cache, and end the processes that hold them."""
+        core, self.core = self.core, None
+        self._stop.clear()
+        if core is not None:
+            core.close()
 
     def __enter__(self) -> AscendInferEngine:
         return self.load_model()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the model, each with its own slots and KV cache."""
+        return self.cards // self.tensor_parallel
 
     @property
     def dtype(self) -> Any:
@@ -158,6 +198,9 @@ class AscendInferEngine:
                 done.update((output.index, output) for output in self.step() if output.index in order)
                 if on_progress is not None:
                     on_progress(len(done), len(order))
+        except ReplicasLost as error:
+            error.outputs = [self._renumbered(done[r], place) for place, r in enumerate(order) if r in done]
+            raise
         finally:
             for request in set(order) - set(done):
                 self.cancel(request)
@@ -184,7 +227,8 @@ class AscendInferEngine:
     def score(self, pairs: list[tuple[Prompt, Prompt]], *, on_progress: Progress | None = None) -> list[Score]:
         """Log-probability of each continuation after its context, natural logarithm, softmax in float32.
 
-        Pairs with the same tokens before the last one share a single pass. ValueError when a pair cannot be scored.
+        Pairs with the same tokens before the last one share a single pass. ValueError when a pair cannot be scored;
+        PairsFailed, after all others are scored, when a pair brought down the replicas that tried it.
         """
         core = self._loaded()
         sequences = self._score_sequences(pairs)
@@ -194,10 +238,13 @@ class AscendInferEngine:
                 raise ValueError(f"pair {sequence.targets[0].pair}: {refusal}")
         for sequence in sequences:
             core.add(sequence)
-        results: dict[int, Score] = {}
+        results: dict[int, Score | None] = {}
+        errors: dict[int, str] = {}
         try:
             while len(results) < len(pairs):
                 for sequence in self._advance():
+                    if sequence.error is not None:
+                        errors.update((target.pair, sequence.error) for target in sequence.targets)
                     results.update(_scores(sequence))
                 if on_progress is not None:
                     on_progress(len(results), len(pairs))
@@ -205,7 +252,10 @@ class AscendInferEngine:
             for sequence in sequences:
                 if not sequence.is_finished:
                     core.finish(sequence, "cancelled")
-        return [results[number] for number in range(len(pairs))]
+        scores = [results[number] for number in range(len(pairs))]
+        if errors:
+            raise PairsFailed(errors, scores)
+        return scores
 
     def infer(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None,
               max_new_tokens: int = 128) -> np.ndarray:
@@ -246,29 +296,14 @@ class AscendInferEngine:
         for request in order if streaming else ():
             sequence = self._loaded().sequences.get(request)
             if sequence is not None:
-                self._detokenizers[request] = Detokenizer(self.tokenizer, sequence.sampling.stop)
+                self._stop.follow(sequence)
         return order
 
     def _advance(self) -> list[Sequence]:
-        return self._loaded().step(self._should_stop)
-
-    def _should_stop(self, sequence: Sequence, token: int) -> str | None:
-        sampling = sequence.sampling
-        if sampling.stop and sequence.id not in self._detokenizers:
-            self._detokenizers[sequence.id] = Detokenizer(self.tokenizer, sampling.stop)
-        is_end = token in sampling.stop_token_ids or (not sampling.ignore_eos and token in self.config.eos_token_ids)
-        detokenizer = self._detokenizers.get(sequence.id)
-        if detokenizer is not None and not is_end:
-            piece = detokenizer.add(token)
-            if detokenizer.find_stop(piece) and sequence.num_output_tokens >= sampling.min_new_tokens:
-                return "stop"
-        if is_end:
-            return "stop"
-        full = sequence.num_tokens >= self.max_seq_length
-        return "length" if full or sequence.num_output_tokens >= sampling.max_new_tokens else None
+        return self._loaded().step(self._stop)
 
     def _output(self, sequence: Sequence) -> RequestOutput:
-        detokenizer = self._detokenizers.pop(sequence.id, None)
+        detokenizer = self._stop.forget(sequence.id)
         if detokenizer is None:
             text = self.tokenizer.decode(sequence.output_ids, skip_special_tokens=True)
         else:
@@ -287,14 +322,14 @@ class AscendInferEngine:
         return refused
 
     def _event(self, sequence: Sequence, place: dict[int, int], sent: dict[int, int]) -> StreamEvent:
-        detokenizer = self._detokenizers[sequence.id]
         if sequence.is_finished:
             text = self._output(sequence).text
             number = place.pop(sequence.id)
         else:
             # A stop string may still be completed by the next token: hold its longest possible start back.
             held = max((len(word) - 1 for word in sequence.sampling.stop), default=0)
-            text, number = detokenizer.text[:max(0, len(detokenizer.text) - held)], place[sequence.id]
+            text, number = self._stop.text_so_far(sequence), place[sequence.id]
+            text = text[:max(0, len(text) - held)]
         piece, sent[sequence.id] = text[sent[sequence.id]:], max(len(text), sent[sequence.id])
         return StreamEvent(number, sequence.token_ids[-1], piece, sequence.finish_reason)
 
@@ -326,6 +361,24 @@ class AscendInferEngine:
         return output
 
 
-def _scores(sequence: Sequence) -> dict[int, Score]:
+def _checked_cards(cards: int, tensor_parallel: int, ranks: Ranks | None, config: ModelConfig) -> tuple[int, int]:
+    """Both numbers when they can work; ranks of the environment stand for the cards when none were asked for."""
+    if ranks is not None and cards not in (1, ranks.size):
+        raise ValueError(f"cards={cards}, but this process was started as one of {ranks.size} ranks; leave cards out, "
+                         f"or start {cards} ranks")
+    cards = ranks.size if ranks is not None else cards
+    if cards < 1 or tensor_parallel < 1 or cards % tensor_parallel:
+        allowed = [n for n in range(1, cards + 1) if cards % n == 0]
+        raise ValueError(f"tensor_parallel={tensor_parallel} does not divide cards={cards}; allowed: {allowed}")
+    check_division(tensor_parallel, {
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.intermediate_size, "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size})
+    return cards, tensor_parallel
+
+
+def _scores(sequence: Sequence) -> dict[int, Score | None]:
+    if sequence.error is not None:
+        return dict.fromkeys(target.pair for target in sequence.targets)
     return {target.pair: Score(sum(logprob for logprob, _ in rows), all(greedy for _, greedy in rows))
             for target, rows in zip(sequence.targets, sequence.target_scores, strict=True)}

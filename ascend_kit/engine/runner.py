@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ascend_kit.device.device import Device
+from ascend_kit.device.device import Device, upload
 from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.parallel import StepChannel
@@ -105,7 +105,7 @@ class ModelRunner:
             sequence.target_scores[number].append((logprob, bool(is_greedy)))
 
     def _ints(self, values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device.torch_device, non_blocking=True)
+        return upload(torch.tensor(values, dtype=dtype), self.device.torch_device)
 
 
 def _starts(chunks: list[Chunk]) -> dict[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ascend_kit.device.device import upload
 from ascend_kit.engine.sequence import Sequence, TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -62,10 +63,10 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     params = [sequence.sampling for sequence in sequences]
     vocabulary = logits.shape[-1]
     # One host-to-device copy for all per-row numbers.
-    numbers = torch.tensor(
+    numbers = upload(torch.tensor(
         [[p.temperature, p.top_p, min(p.top_k or vocabulary, vocabulary),
           uniform(p.seed or 0, s.num_output_tokens)] for p, s in zip(params, sequences, strict=True)],
-        dtype=torch.float32).to(logits.device, non_blocking=True)
+        dtype=torch.float32), logits.device)
     temperature, top_p, top_k, draw = numbers.unsqueeze(-1).unbind(1)
     values, ids = (logits.float() / temperature).sort(-1, descending=True)
     probabilities = values.softmax(-1)
@@ -93,4 +94,4 @@ def _forbid_early_end(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[
 
 
 def _index(values: list[int] | tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(like.device, non_blocking=True)
+    return upload(torch.tensor(values, dtype=torch.int64), like.device)

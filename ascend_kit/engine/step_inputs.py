@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ascend_kit.device.device import upload
 from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.engine.scheduler import Chunk
 
@@ -52,7 +53,7 @@ class StepInputs:
         """Token ids [T], positions [T] and where everything lies in the cache, on `device`."""
         tokens, sequences = self.ends[-1], len(self.ends)
         sizes = [tokens, tokens, tokens, sequences, self.buffer.numel() - 3 * tokens - sequences]
-        ids, positions, slots, lengths, table = self.buffer.to(device, non_blocking=True).split(sizes)
+        ids, positions, slots, lengths, table = upload(self.buffer, device).split(sizes)
         meta = AttentionMeta(
             slot_mapping=slots, block_table=table.view(sequences, -1), cu_seqlens_q=self.ends,
             context_lens=self.lengths, context_lens_t=lengths, block_size=block_size,

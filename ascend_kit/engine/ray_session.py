@@ -1,0 +1,187 @@
+"""Ray for the length of one engine: started here, quiet and on the loopback address alone, or a cluster that is joined.
+
+Ray is imported by `import_ray` and nowhere else, so that one card needs no Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+OBJECT_STORE_BYTES = 80 << 20  # only requests and tokens travel; Ray's smallest is 75 MiB
+FOLDER = "ascend-ray-"
+RESOURCE = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Which cards a worker sees is set by the worker itself: old and new Ray write different variables.
+    "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "1",
+    "RAY_EXPERIMENTAL_NOSET_ASCEND_VISIBLE_DEVICES": "1",
+}
+LOCAL = {
+    # Ray moves 127.0.0.1 to the public address unless told that this machine can be no part of a cluster; the
+    # variable is named after the systems where that is the default (seen in Ray 2.60).
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # a full host is for the user to see, not for Ray to kill replicas
+}
+
+
+def import_ray() -> Any:
+    """The `ray` module. RuntimeError naming the extra when it is not installed."""
+    with _environment(QUIET):
+        try:
+            import ray
+        except ImportError as error:
+            raise RuntimeError("several cards need Ray, which is not installed: pip install ascend-kit[cluster] "
+                               f"({error})") from None
+    # Ray reads the type of an Ascend card through the `acl` module and logs a traceback when there is none.
+    logging.getLogger("ray._private.accelerators.npu").setLevel(logging.CRITICAL)
+    return ray
+
+
+class RaySession:
+    """A connection to Ray. `close` ends what this object has started, and nothing else."""
+
+    def __init__(self, kind: str, cards: int, address: str | None = None, first_card: int = 0):
+        self.ray = import_ray()
+        self.kind, self.resource = kind, RESOURCE[kind]
+        self.is_local = address is None and not self.ray.is_initialized()
+        self._is_ours = not self.ray.is_initialized()
+        self._folder: Path | None = None
+        if self.is_local:
+            self._start(cards, first_card)
+        elif self._is_ours:
+            self._join(address or "auto")
+        self._check_room(cards)
+
+    def close(self) -> None:
+        """Disconnect; a local Ray ends with all its processes and files."""
+        if self._is_ours and self.ray.is_initialized():
+            self.ray.shutdown()
+        self._is_ours = False
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def total_cards(self) -> int:
+        """Cards of all machines that are alive."""
+        return sum(count for _, count in self.machines())
+
+    def machines(self) -> list[tuple[str, int]]:
+        """(address, cards) of each machine that is alive."""
+        return [(node["NodeManagerAddress"], int(node["Resources"].get(self.resource, 0)))
+                for node in self.ray.nodes() if node["Alive"]]
+
+    def create(self, cls: type, count: int) -> tuple[list[Any], Any]:
+        """`count` actors of `cls` with a card each, on one machine where one is large enough; and what reserves
+        their places (None for a single actor)."""
+        options = {"max_restarts": 0, "max_task_retries": 0, **self._request()}
+        remote = self.ray.remote(cls)
+        if count == 1:
+            return [remote.options(**options).remote()], None
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        fits = any(cards >= count for _, cards in self.machines())
+        group = placement_group([{self.resource: 1}] * count, strategy="STRICT_PACK" if fits else "PACK")
+        actors = [remote.options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(group, number)).remote()
+                  for number in range(count)]
+        return actors, group
+
+    def kill(self, actors: list[Any], group: Any) -> None:
+        """End actors at once and free their places."""
+        with contextlib.suppress(Exception):  # whatever is gone already
+            for actor in actors:
+                self.ray.kill(actor, no_restart=True)
+            if group is not None:
+                self.ray.util.remove_placement_group(group)
+
+    def _request(self) -> dict[str, Any]:
+        if self.kind == "npu":
+            return {"num_cpus": 0, "resources": {"NPU": 1}}
+        return {"num_cpus": 0, "num_gpus": 1} if self.kind == "cuda" else {"num_cpus": 1}
+
+    def _start(self, cards: int, first_card: int) -> None:
+        _remove_leftovers()
+        root = tempfile.gettempdir()
+        # Ray's sockets lie below this folder, and a socket's path may have 107 characters.
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=root if len(root) < 24 else "/tmp"))
+        amounts = {"cpu": {"num_cpus": cards, "num_gpus": 0}, "npu": {"num_cpus": cards, "num_gpus": 0,
+                                                                       "resources": {"NPU": cards}},
+                   "cuda": {"num_cpus": cards, "num_gpus": cards}}[self.kind]
+        constants = self.ray._private.ray_constants
+        before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
+        try:
+            if before is not None:  # Ray may have been imported before the variable was set
+                constants.ENABLE_RAY_CLUSTER = False
+            with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}):
+                self.ray.init(address="local", **amounts, include_dashboard=False, log_to_driver=False,
+                              logging_level=logging.ERROR, object_store_memory=OBJECT_STORE_BYTES,
+                              _node_ip_address="127.0.0.1", _temp_dir=str(self._folder))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if before is not None:
+                constants.ENABLE_RAY_CLUSTER = before
+
+    def _visible(self, cards: int, first_card: int) -> dict[str, str]:
+        """Show Ray the cards that were asked for, when the caller starts above card 0."""
+        variable = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}.get(self.kind)
+        if variable is None:
+            return {}
+        given = [card for card in os.environ.get(variable, "").split(",") if card]
+        numbers = given or [str(number) for number in range(first_card + cards)]
+        chosen = numbers[first_card:first_card + cards]
+        if len(chosen) < cards:
+            raise ValueError(f"cards={cards} from device_id={first_card} on, but {variable}={','.join(given)} shows "
+                             f"{len(given)}")
+        return {variable: ",".join(chosen)} if given or first_card else {}
+
+    def _join(self, address: str) -> None:
+        with _environment(QUIET):
+            try:
+                self.ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ConnectionError(
+                    f"no Ray cluster at ray_address={address!r}: {error}. Start one with `ray start --head`, check the "
+                    "address with `ray status`, or leave ray_address out to use this machine") from error
+
+    def _check_room(self, cards: int) -> None:
+        total = self.total_cards()
+        if total < cards:
+            found = ", ".join(f"{address}: {count}" for address, count in self.machines())
+            self.close()
+            raise ValueError(f"cards={cards}, but Ray knows {total} of resource {self.resource} ({found}); lower cards, "
+                             f"or start more machines with `ray start --resources='{{\"{self.resource}\": N}}'`")
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes started inside; a value the user has set wins."""
+    missing = {name: value for name, value in changes.items() if name not in os.environ or name.endswith("DEVICES")
+               and not name.startswith("RAY")}
+    before = {name: os.environ.get(name) for name in missing}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _remove_leftovers() -> None:
+    """Delete folders of engines whose process was killed: nobody else can have removed them."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
+        pid = folder.name.removeprefix(FOLDER).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
