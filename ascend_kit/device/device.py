@@ -268,8 +268,8 @@ class Device:
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`host` on `device`, without waiting for the device.
 
-    It goes through page-locked memory: a copy that does not wait may run after the caller's memory was reused, and one
-    that waits would empty the device's queue.
+    It goes through page-locked memory: a copy that does not wait may run after the caller's memory was
+    reused, and one that waits would empty the device's queue.
     """
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.device import import_torch_npu
-from ascend_kit.device.ops import AttentionMeta, portable, reference
+from ascend_kit.device.ops import AttentionMeta, reference
 
 # Three products instead of one: slices of a merged one are strided, and rope, norm and cache write want
 # contiguous tensors. Keys and values come from one batched product, whose two results are contiguous.
@@ -141,8 +141,7 @@ def paged_attention(
 ) -> Tensor:
     """As in reference, through the fused kernel."""
     if q_TNH.dtype not in _FLOAT16:
-        plain = portable.decode_attention if meta.is_decode else reference.paged_attention
-        return plain(q_TNH, k_cache, v_cache, meta, scale)
+        return reference.paged_attention(q_TNH, k_cache, v_cache, meta, scale)
     if q_TNH.shape[-1] in TND_HEAD_SIZES:
         return _attend(
             q_TNH,
@@ -260,3 +259,18 @@ def int8_matmul(
     return _npu().npu_quant_matmul(
         xq, weight, weight_scale, pertoken_scale=act_scale, bias=bias, output_dtype=out_dtype
     )
+
+
+def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """As in reference, with the weight dequantised inside the kernel; float32 in plain torch."""
+    if x.dtype not in _FLOAT16:
+        return reference.int8_weight_matmul(x, weight, weight_scale, bias)
+    if bias is not None and x.dtype == torch.bfloat16:
+        bias = bias.float()  # the kernel's bias is float32 beside bfloat16
+    # The document prefers a transposed view of [out, in] for scales per output channel.
+    return _npu().npu_weight_quant_batchmatmul(x, weight.t(), weight_scale.to(x.dtype), bias=bias)
+
+
+def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """As in reference."""
+    return table.index_select(0, ids)

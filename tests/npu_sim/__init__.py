@@ -1,0 +1,58 @@
+"""The real torch_npu on a machine without an NPU, for tests.
+
+`start()` loads a stub CANN runtime, imports torch_npu over it and pushes the simulator's dispatch mode. It
+has to run before transformers is imported, which imports torch_npu as soon as it finds it. What stays real:
+torch_npu's operator schemas, argument checks, shape functions, device strings, streams, allocator, and its
+graph-capture code. What is not: speed, numerics of the NPU kernels, FRACTAL_NZ storage, HCCL (collectives
+run over gloo).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from npu_sim.install import Unavailable, ensure
+
+__all__ = ["Unavailable", "ensure", "simulator", "start"]
+
+_simulator: Any = None
+
+
+def start(devices: int = 1) -> Any:
+    """The process's Simulator, started on the first call. Raises Unavailable with the reason."""
+    global _simulator
+    if _simulator is not None:
+        return _simulator
+    if "torch_npu" in sys.modules:
+        raise Unavailable("torch_npu was imported before the simulation started")
+    # The stub answers at once; the host-side task queue would only move its calls to another thread.
+    os.environ |= {
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "NPU_SIM_DEVICES": str(devices),
+        "TASK_QUEUE_ENABLE": "0",
+    }
+    wheel, stub = ensure()
+    sys.path.append(str(wheel))
+    from npu_sim.runtime import Runtime
+
+    runtime = Runtime(stub)
+    try:
+        import torch_npu  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unavailable(f"torch_npu does not load over the stub runtime: {error}") from error
+    from npu_sim import kernels  # noqa: F401 - registers the CPU kernels of the npu:: operators
+    from npu_sim.simulator import Simulator, in_every_thread
+
+    _simulator = Simulator(runtime)
+    _simulator.__enter__()
+    in_every_thread(_simulator)
+    return _simulator
+
+
+def simulator() -> Any:
+    """The running Simulator."""
+    if _simulator is None:
+        raise RuntimeError("npu_sim.start() has not been called")
+    return _simulator

@@ -1,0 +1,427 @@
+"""A dispatch mode that computes operators on npu tensors on the CPU, and counts what costs time on an NPU.
+
+torch_npu's schemas, argument checks, shape functions, streams and allocator are the real ones. An operator
+reaches this mode, is checked, and runs over the same bytes through CPU tensors (`host_alias`); nothing is
+copied but results. During graph capture it is only recorded; in shapes-only mode results are allocated and
+left empty.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from npu_sim import capture, runtime, traits
+from npu_sim.capture import CaptureError, Graphs, Kernel
+from npu_sim.runtime import Runtime, host_alias
+
+FRACTAL_NZ = 29
+
+
+@dataclass
+class Counts:
+    """Counted since the last `reset`. `launches` are made by the host; `kernels` also count those in replays."""
+
+    launches: Counter = field(default_factory=Counter)
+    kernels: Counter = field(default_factory=Counter)
+    syncs: Counter = field(default_factory=Counter)
+    uploads: int = 0  # asynchronous host-to-device copies
+    bytes: int = 0  # moved by kernels in device memory
+    captures: int = 0
+    replays: int = 0
+    updates: int = 0  # operators re-issued by NPUGraph.update
+
+    @property
+    def num_launches(self) -> int:
+        return sum(self.launches.values())
+
+    @property
+    def num_syncs(self) -> int:
+        return sum(self.syncs.values())
+
+
+class Simulator(TorchDispatchMode):
+    """See the module's text. `shapes_only=True` computes nothing, so that real model sizes fit a laptop."""
+
+    def __init__(self, runtime_: Runtime) -> None:
+        super().__init__()
+        self.runtime, self.graphs, self.counts = runtime_, Graphs(), Counts()
+        self.shapes_only = False
+        self._nz_storages: dict[int, StorageWeakRef] = {}
+        runtime_.set_hook(self._on_runtime_call)
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.counts = Counts()
+
+    # Entry points: an operator from the dispatcher, a call from the runtime.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        flat, _ = tree_flatten((args, kwargs))
+        tensors = traits.tensors_in(flat)
+        on_npu = [t for t in tensors if t.device.type == "npu"]
+        targets = [x for x in flat if isinstance(x, torch.device)]
+        wants_npu = any(x.type == "npu" for x in targets)
+        if not on_npu and not wants_npu:
+            return func(*args, **kwargs)
+        if _is_composite(func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        self._check_formats(name, on_npu)
+        if func.is_view:
+            return func(*args, **kwargs)
+        if name in traits.NATIVE:
+            return self._native(func, args, kwargs)
+        if name == "npu::npu_format_cast":
+            return self._format_cast(func, args, kwargs)
+        if name == "aten::contiguous" and args[0].is_contiguous():
+            return args[0]
+        if name in ("aten::_to_copy", "aten::copy_") and self._crosses(name, args, on_npu, targets):
+            return self._transfer(func, name, args, kwargs, on_npu)
+        if name.startswith("c10d::") and not all(t.is_contiguous() for t in on_npu):
+            raise RuntimeError(f"{name}: HCCL refuses strided tensors")
+        stray = [t for t in tensors if t.device.type == "cpu" and t.dim() > 0]
+        if stray and on_npu:
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but found at least two "
+                f"devices, npu:0 and cpu ({capture.describe(stray[0])})"
+            )
+        return self._operator(func, name, args, kwargs, on_npu, targets)
+
+    def _on_runtime_call(self, kind: int, object_: int, stream: int, value: int, flag: int) -> int:
+        graphs = self.graphs
+        if kind == runtime.IS_DONE:
+            return 0 if graphs.unfinished else 1
+        if kind == runtime.SYNCHRONIZE:
+            if graphs.recording is not None:
+                raise CaptureError("synchronisation during graph capture")
+            self.counts.syncs["synchronize"] += 1
+            graphs.check_finished("synchronisation")
+        elif kind == runtime.CAPTURE_BEGIN:
+            self.counts.captures += 1
+            graphs.begin(object_, stream)
+        elif kind == runtime.CAPTURE_END:
+            graphs.end()
+        elif kind == runtime.REPLAY:
+            self.counts.replays += 1
+            graphs.replay(object_)
+        elif kind == runtime.DESTROY:
+            graphs.destroy(object_)
+        elif kind == runtime.GROUP_BEGIN:
+            graphs.recording.open_group = []
+        elif kind == runtime.GROUP_END:
+            graphs.recording.close_group(object_)
+        elif kind == runtime.UPDATE_BEGIN:
+            graphs.updating = graphs.by_group[object_]
+        elif kind == runtime.UPDATE_END:
+            graphs.updating = None
+        elif kind == runtime.VALUE_WAIT:
+            graphs.wait_word(object_, value, flag)
+        elif kind == runtime.VALUE_WRITE:
+            graphs.write_word(object_, value, stream)
+        return 0
+
+    # Operators.
+
+    def _operator(
+        self,
+        func: Any,
+        name: str,
+        args: tuple,
+        kwargs: dict,
+        on_npu: list[Tensor],
+        targets: list[torch.device],
+    ) -> Any:
+        graphs = self.graphs
+        synchronises = traits.is_synchronising(name, args)
+        if graphs.recording is not None and graphs.updating is None:
+            self._check_capturable(name, synchronises)
+        if name in traits.CHECKS:
+            traits.CHECKS[name](*args, **kwargs)
+        if graphs.updating is not None:
+            return self._reissue(func, name, args, kwargs, on_npu)
+        graphs.check_finished(name)
+        if synchronises:
+            self.counts.syncs[name] += 1
+        else:
+            self.counts.launches[name] += 1
+        device = on_npu[0].device if on_npu else next(d for d in targets if d.type == "npu")
+        if graphs.recording is not None:
+            return self._record(func, name, args, kwargs, on_npu, device)
+        if self.shapes_only:
+            result, _ = self._allocate(func, args, kwargs, device, synchronises)
+            self._count_kernel(name, args, kwargs, on_npu, result)
+            return result
+        result = self._compute(func, args, kwargs, device)
+        if not synchronises:
+            self._count_kernel(name, args, kwargs, on_npu, result)
+        return result
+
+    def _compute(self, func: Any, args: tuple, kwargs: dict, device: torch.device) -> Any:
+        """Run on the CPU over the same bytes; results that are new get npu memory of their own."""
+        lowered = _Lowered(args, kwargs)
+        out = func(*lowered.args, **lowered.kwargs)
+
+        def lift(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if id(x) in lowered.owners:
+                return lowered.owners[id(x)]
+            fresh = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device)
+            host_alias(fresh).copy_(x)
+            return fresh
+
+        return tree_map(lift, out)
+
+    def _allocate(
+        self, func: Any, args: tuple, kwargs: dict, device: torch.device, needs_value: bool = False
+    ) -> Any:
+        """(results with memory and no content, the new ones among them), by the shape functions."""
+        if needs_value:
+            return 0, []
+        if kwargs.get("out") is not None:
+            return kwargs["out"], []
+        if func._schema.name.startswith("c10d::"):
+            return (args[0], _finished_work()), []
+        lowered = _Lowered(args, kwargs, to_meta=True)
+        shapes = func(*lowered.args, **lowered.kwargs)
+        fresh: list[Tensor] = []
+
+        def lift(x: Any) -> Any:
+            if not isinstance(x, Tensor) or id(x) in lowered.owners:
+                return lowered.owners.get(id(x), x)
+            fresh.append(torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device))
+            return fresh[-1]
+
+        return tree_map(lift, shapes), fresh
+
+    def _record(
+        self, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor], device: torch.device
+    ) -> Any:
+        """Append the launch to the recording; its results have addresses now and content after a replay."""
+        recording = self.graphs.recording
+        outside = recording.outside(on_npu)
+        result, fresh = self._allocate(func, args, kwargs, device)
+        for tensor in fresh:
+            recording.own_storages.add(tensor.untyped_storage().data_ptr())
+            _poison(host_alias(tensor))
+        recording.add(Kernel(name, self._runner(func, name, args, kwargs, on_npu, fresh), outside))
+        return result
+
+    def _reissue(self, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor]) -> Any:
+        """Inside an update the launch replaces the recorded one and runs when the replay reaches it."""
+        kernel = self.graphs.updating
+        if kernel.name != name:
+            raise CaptureError(f"an update re-issues {name}, the task group recorded {kernel.name}")
+        self.counts.updates += 1
+        kernel.run = self._runner(func, name, args, kwargs, on_npu, [])
+        return kwargs.get("out")
+
+    def _runner(
+        self, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor], fresh: list[Tensor]
+    ) -> Any:
+        """What a replay executes: the operator over the addresses of now, results likewise."""
+        lowered = _Lowered(args, kwargs)
+        targets = [host_alias(t) for t in fresh]
+        moved = traits.bytes_moved(name, args, kwargs, on_npu, fresh)
+        known = lowered.forget_owners()  # the device knows addresses: nothing here keeps npu memory alive
+
+        def run() -> None:
+            out = tree_leaves(func(*lowered.args, **lowered.kwargs))
+            new = [x for x in out if isinstance(x, Tensor) and id(x) not in known]
+            for target, source in zip(targets, new, strict=True):
+                target.copy_(source)
+            _finish_collectives(out)
+            self.counts.kernels[name] += 1
+            self.counts.bytes += moved
+
+        return run
+
+    def _count_kernel(self, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor], result: Any) -> None:
+        known = {id(t) for t in on_npu}
+        new = [t for t in traits.tensors_in(tree_leaves(result)) if id(t) not in known]
+        self.counts.kernels[name] += 1
+        self.counts.bytes += traits.bytes_moved(name, args, kwargs, on_npu, new)
+
+    # Copies between host and device.
+
+    def _crosses(self, name: str, args: tuple, on_npu: list[Tensor], targets: list[torch.device]) -> bool:
+        if name == "aten::copy_":
+            return args[0].device.type != args[1].device.type
+        return not on_npu or any(t.type == "cpu" for t in targets)
+
+    def _transfer(self, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor]) -> Any:
+        source = args[1] if name == "aten::copy_" else args[0]
+        to_host = source.device.type == "npu"
+        waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
+        if self.graphs.recording is not None:
+            raise CaptureError(
+                f"a copy between host and device during graph capture ({capture.describe(source)})"
+            )
+        self.graphs.check_finished(name)
+        if to_host:
+            # Even without waiting the host has to wait later, before it may look at the result.
+            self.counts.syncs[f"{name} to host"] += 1
+        elif waits:
+            self.counts.syncs[f"{name} to device, blocking"] += 1
+        else:
+            self._check_pinned(name, source)
+            self.counts.uploads += 1
+        if name == "aten::copy_":
+            target = host_alias(args[0]) if args[0].device.type == "npu" else args[0]
+            target.copy_(host_alias(source) if to_host else source)
+            return args[0]
+        lowered = _Lowered(
+            args, {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking", "pin_memory")}
+        )
+        copied = func(*lowered.args, **lowered.kwargs)
+        if to_host:
+            return copied
+        device = torch.device(kwargs["device"])
+        if self.shapes_only and copied.numel() > 1 << 20:
+            return torch.empty_strided(copied.size(), copied.stride(), dtype=copied.dtype, device=device)
+        fresh = torch.empty_strided(copied.size(), copied.stride(), dtype=copied.dtype, device=device)
+        host_alias(fresh).copy_(copied)
+        return fresh
+
+    def _check_pinned(self, name: str, source: Tensor) -> None:
+        if source.numel() and source.dim() and not self.runtime.is_pinned(source):
+            raise RuntimeError(
+                f"{name}: non_blocking copy to the device from pageable memory "
+                f"({capture.describe(source)}); the copy may run after the memory was reused, "
+                "so pin it"
+            )
+
+    # Rules that hold for several operators.
+
+    def _check_capturable(self, name: str, synchronises: bool) -> None:
+        if synchronises:
+            raise CaptureError(
+                f"{name} reads the device from the host, or has a value-dependent shape, during capture"
+            )
+        if name in traits.RANDOM:
+            raise CaptureError(f"{name}: random operators cannot be captured")
+        self._check_stream(name)
+
+    def _check_stream(self, name: str) -> None:
+        current = torch.npu.current_stream().npu_stream
+        if current != self.graphs.recording.stream:
+            raise CaptureError(f"{name} on another stream than the one being captured")
+
+    def _native(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        recording = self.graphs.recording
+        if recording is not None:
+            self._check_stream(func._schema.name)
+        result = func(*args, **kwargs)
+        if recording is not None:
+            for tensor in traits.tensors_in(tree_leaves(result)):
+                recording.own_storages.add(tensor.untyped_storage().data_ptr())
+        return result
+
+    def _format_cast(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
+        source, wanted = args[0], args[1]
+        if wanted == FRACTAL_NZ and not torch.npu.config.allow_internal_format:
+            raise RuntimeError(
+                "npu_format_cast to FRACTAL_NZ needs torch.npu.config.allow_internal_format = True"
+            )
+        if not source.is_contiguous():
+            raise RuntimeError(f"npu_format_cast of a strided tensor {tuple(source.shape)} {source.stride()}")
+        self.counts.launches["npu::npu_format_cast"] += 1
+        result = torch.empty_strided(source.size(), source.stride(), dtype=source.dtype, device=source.device)
+        host_alias(result).copy_(host_alias(source))
+        if wanted == FRACTAL_NZ:
+            storage = result.untyped_storage()
+            self._nz_storages[storage.data_ptr()] = StorageWeakRef(storage)
+        return result
+
+    def is_nz(self, tensor: Tensor) -> bool:
+        """Whether a tensor's memory is in the FRACTAL_NZ layout."""
+        reference = self._nz_storages.get(tensor.untyped_storage().data_ptr())
+        return reference is not None and not reference.expired()
+
+    def _check_formats(self, name: str, on_npu: list[Tensor]) -> None:
+        if not self._nz_storages or name in traits.READS_FRACTAL_NZ:
+            return
+        for tensor in on_npu:
+            if self.is_nz(tensor):
+                raise RuntimeError(
+                    f"{name} reads or reshapes a FRACTAL_NZ tensor {tuple(tensor.shape)} as if it were plain"
+                )
+
+
+class _Lowered:
+    """Arguments with npu tensors replaced by CPU (or meta) tensors, and the way back from those objects."""
+
+    def __init__(self, args: tuple, kwargs: dict, to_meta: bool = False) -> None:
+        self.owners: dict[int, Tensor] = {}
+        self._seen: dict[int, Tensor] = {}
+        self._keep: list[Tensor] = []
+        self._to_meta = to_meta
+        self.args, self.kwargs = tree_map(self._lower, (args, kwargs))
+
+    def forget_owners(self) -> set[int]:
+        """Drop the npu tensors; returns the identities of their stand-ins, which stay."""
+        known = set(self.owners)
+        self.owners.clear()
+        self._keep.clear()
+        return known
+
+    def _lower(self, x: Any) -> Any:
+        if isinstance(x, torch.device):
+            return torch.device("meta" if self._to_meta else "cpu")
+        if not isinstance(x, Tensor) or (x.device.type != "npu" and not self._to_meta):
+            return x
+        if id(x) not in self._seen:
+            if self._to_meta:
+                low = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
+            else:
+                low = host_alias(x)
+            self._seen[id(x)] = low
+            self.owners[id(low)] = x
+            self._keep.append(x)
+        return self._seen[id(x)]
+
+
+def _poison(tensor: Tensor) -> None:
+    """Results of a recorded launch hold garbage until a replay."""
+    if tensor.is_floating_point():
+        tensor.fill_(float("nan"))
+
+
+def _finished_work() -> Any:
+    """What a collective returns while it is only recorded."""
+    return torch._C._distributed_c10d.FakeWork().boxed()
+
+
+def _finish_collectives(results: list[Any]) -> None:
+    """A replayed collective ends before the next kernel starts."""
+    for result in results:
+        if isinstance(result, torch.ScriptObject):
+            torch._C._distributed_c10d.Work.unbox(result).wait()
+
+
+def _is_composite(func: Any) -> bool:
+    return traits.has_kernel(func, "CompositeImplicitAutograd") and not traits.has_kernel(func, "PrivateUse1")
+
+
+def in_every_thread(mode: Simulator) -> None:
+    """Dispatch modes belong to a thread; push this one in threads started from now on, too."""
+    run = threading.Thread.run
+
+    def run_simulated(self: threading.Thread) -> None:
+        with mode:
+            run(self)
+
+    threading.Thread.run = run_simulated
