@@ -293,14 +293,19 @@ def test_auto_conversion_writes_the_mix_and_its_table(
         smooth=0.5,
         clip_search=True,
         calibration_file=calibration_file,
-        on_stage=lambda stage, *_: stages.append(stage),
+        on_progress=lambda _done, _total, text: stages.append(text),
     )
 
     described = result.manifest["quantization"]
     assert described["linears"] == dict(open_checkpoint(result.folder).quantization.schemes)
     chosen = next(row for row in described["candidates"] if row["candidate"] == described["chosen"])
     assert chosen["kl"] <= 0.002 and len(described["sensitivity"]) == 14
-    assert set(stages) == {"calibration", "sensitivity", "candidates"}
+    assert set(stages) == {
+        "layers of the calibration run",
+        "layers, each linear alone",
+        "layers, candidate mixes",
+        "bytes written",
+    }
 
 
 def test_mixed_result_loads_in_transformers(outlier_dir: Path, tmp_path: Path):

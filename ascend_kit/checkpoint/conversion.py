@@ -18,7 +18,7 @@ from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, hash_file, new_manifest
 from ascend_kit.checkpoint.quantized_layouts import MSMODELSLIM_FILE
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
-from ascend_kit.checkpoint.sensitivity import MixChoice
+from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard
 from ascend_kit.model.config import ModelConfig
@@ -37,7 +37,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,15 @@ class ConversionResult:
     bytes_written: int = 0
     seconds: float = 0.0
     resumed_shards: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.reused:
+            return f"{self.folder} ({self.scheme}): taken over as it was, made alike earlier"
+        rate = f", {self.mb_per_s:.0f} MB/s" if self.mb_per_s else ""
+        kept = f", {len(self.resumed_shards)} shards kept from an earlier run" if self.resumed_shards else ""
+        return (
+            f"{self.folder} ({self.scheme}): {self.bytes_written} bytes in {self.seconds:.1f} s{rate}{kept}"
+        )
 
     @property
     def scheme(self) -> str:
@@ -151,7 +159,7 @@ class Conversion:
     def _advance(self, count: int) -> None:
         self.done_bytes += count
         if self.on_progress:
-            self.on_progress(self.done_bytes, self.total_bytes)
+            self.on_progress(self.done_bytes, self.total_bytes, "bytes written")
 
     def _write_small_files(self, folder: Path) -> None:
         if len(self.shards) > 1:

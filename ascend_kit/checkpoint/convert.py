@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult, Progress
+from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult
 from ascend_kit.checkpoint.destination import check_destination, existing_result
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
-from ascend_kit.checkpoint.int8_plan import Int8Options, StageProgress, plan_int8
+from ascend_kit.checkpoint.int8_plan import Int8Options, plan_int8
 from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_megatron
 from ascend_kit.checkpoint.recipe import DTYPES
 from ascend_kit.checkpoint.schema import check_tensors
+from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.device.device import select_device
 from ascend_kit.model.config import ModelConfig
@@ -58,7 +59,6 @@ def convert(
     bandwidth_bytes_per_s: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Progress | None = None,
-    on_stage: StageProgress | None = None,
     before_publish: Callable[[Path], None] | None = None,
 ) -> ConversionResult:
     """Write `input_model` to `output_model` in another precision; the source is never changed.
@@ -73,15 +73,14 @@ def convert(
     outliers moved into w8a8 weights, 0..1. clip_search: smaller scales where that lowers the output error.
     `device` runs the calibration; `bandwidth_bytes_per_s` of the target turns bytes into predicted step
     times. if_exists: refuse, reuse (only if made from the same source with the same settings), overwrite.
-    `on_progress` counts bytes written, `on_stage` calibration layers. `before_publish` gets the finished
-    folder before it takes its final name; raising there keeps the destination absent. Raises
-    CheckpointError or ValueError; a destination is complete or does not exist.
+    `on_progress(done, total, text)` counts layers while calibrating, then bytes written. `before_publish`
+    gets the finished folder before it takes its final name; raising there keeps the destination absent.
+    Raises CheckpointError or ValueError; a destination is complete or does not exist.
     """
     if isinstance(input_model, Experiment):
         return convert(
             **experiment_arguments(input_model),
             on_progress=on_progress,
-            on_stage=on_stage,
             before_publish=before_publish,
         )
     if output_model is None:
@@ -114,7 +113,7 @@ def convert(
         tokenizer_folder=Path(tokenizer_path) if tokenizer_path else checkpoint.config_folder,
         device=select_device(device).torch_device,
         bandwidth_bytes_per_s=bandwidth_bytes_per_s,
-        on_progress=on_stage,
+        on_progress=on_progress,
     )
     plan = ConversionPlan(checkpoint, model, recipe, settings, mix)
     return Conversion(plan, destination, tokenizer_path, max_shard_bytes, on_progress).run(before_publish)

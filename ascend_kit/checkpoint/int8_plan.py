@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,12 @@ from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel
 from ascend_kit.checkpoint.recipe import Recipe
 from ascend_kit.checkpoint.schema import kept_linears, linear_names
-from ascend_kit.checkpoint.sensitivity import MixChoice, choose_mix
+from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import Quantizer
 from ascend_kit.model.config import ModelConfig
 
 MIX_TOKENS = 1024  # tokens on which mixes are compared; hidden states of every variant are held for them
-
-StageProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def plan_int8(
     tokenizer_folder: Path,
     device: torch.device | str = "cpu",
     bandwidth_bytes_per_s: float | None = None,
-    on_progress: StageProgress | None = None,
+    on_progress: Progress | None = None,
 ) -> tuple[Recipe, MixChoice | None]:
     """Decide schemes, smoothing and clipping. Runs the source on calibration texts where the options ask
     for it.
@@ -117,7 +115,11 @@ def plan_int8(
         )
     statistics = InputStatistics()
     if texts and (options.smooth is not None or options.clip_search):
-        report = (lambda done, total: on_progress("calibration", done, total)) if on_progress else None
+        report = (
+            (lambda done, total: on_progress(done, total, "layers of the calibration run"))
+            if on_progress
+            else None
+        )
         statistics = collect_statistics(LayerwiseModel(checkpoint, model, device=device), texts, report)
     changes = {}
     if options.smooth is not None:

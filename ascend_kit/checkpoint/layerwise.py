@@ -22,12 +22,11 @@ from ascend_kit.model.quant import dequantize_weight, encode
 
 BLOCK_SIZE = 32
 HEAD_ROWS = 8192  # vocabulary rows of the output head in memory at once
-LinearMaker = Callable[[str, Tensor, Tensor | None], nn.Module]  # (name, weight [out, in], bias) -> module
+LinearMaker = Callable[[str, Tensor, Tensor | None], nn.Module]  # name, weight [out, in], bias
 
 
 class EmulatedInt8(nn.Module):
-    """The result of an int8 linear in float32 arithmetic: rounded weight, and for w8a8 rounded activations.
-    """
+    """The result of an int8 linear in float32 arithmetic: rounded weight, and for w8a8 rounded activations."""
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, scheme: str):
         super().__init__()
@@ -123,6 +122,21 @@ class LayerwiseModel:
         gate_up = SideBySide([linear("mlp.gate_proj"), linear("mlp.up_proj")])
         mlp = MLP(gate_up, linear("mlp.down_proj"), reference, parallel)
         return DecoderLayer(norm("input_layernorm"), attention, norm("post_attention_layernorm"), mlp)
+
+    def stored_layer(self, number: int) -> DecoderLayer:
+        """A layer that computes what the files say: int8 linears in the arithmetic of their scheme."""
+        info, weights = self.checkpoint.quantization, self.layer_weights(number)
+
+        def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+            if info.scheme(name) == "none":
+                return plain_linear(name, weight, bias)
+            codes, scale = (
+                self.checkpoint.read(f"{name}.weight"),
+                self.checkpoint.read(f"{name}.weight_scale"),
+            )
+            return EmulatedInt8(codes.to(self.device), scale.to(self.device), bias, info.scheme(name))
+
+        return self.build_layer(number, weights, make)
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """float32 [T, D]; only the rows that occur are read."""

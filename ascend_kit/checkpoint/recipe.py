@@ -38,8 +38,7 @@ class Recipe:
     quantizer: Quantizer = field(default_factory=Quantizer)
 
     def digest(self) -> str:
-        """sha256 over every number that shapes the result: a resumed run must continue the same conversion.
-        """
+        """sha256 over every number that shapes the result: a resumed run must continue the same conversion."""
         state = hashlib.sha256(
             repr((str(self.dtype), sorted(self.schemes.items()), self.quantizer.clip)).encode()
         )

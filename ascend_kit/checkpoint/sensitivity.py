@@ -21,6 +21,8 @@ from ascend_kit.model.config import ModelConfig
 POSITIONS_AT_ONCE = 256
 SHARE_STEPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # shares of units protected, tried from none upwards
 
+Progress = Callable[[int, int, str], None]  # done, in all, what is counted
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -198,7 +200,7 @@ def choose_mix(
     max_kl: float | None = None,
     max_accuracy_loss: float | None = None,
     bandwidth_bytes_per_s: float | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> MixChoice:
     """The mix that reads the fewest bytes per decode step within the limits; w8a8 wins over w8a16 at equal
     bytes.
@@ -211,11 +213,11 @@ def choose_mix(
         raise ValueError("quantize=auto needs a limit: max_kl (nats per token) or max_accuracy_loss (share)")
 
     def report(stage: str) -> Callable[[int, int], None] | None:
-        return (lambda done, total: on_progress(stage, done, total)) if on_progress else None
+        return (lambda done, total: on_progress(done, total, stage)) if on_progress else None
 
-    sensitivity = measure_sensitivity(model, texts, on_layer=report("sensitivity"))
+    sensitivity = measure_sensitivity(model, texts, on_layer=report("layers, each linear alone"))
     variants = _mixes(model.config, kept, {row["linear"]: row["kl"] for row in sensitivity})
-    found = compare_variants(model, texts, variants, report("candidates"))
+    found = compare_variants(model, texts, variants, report("layers, candidate mixes"))
     candidates = []
     for name, schemes in variants.items():
         size = decode_weight_bytes(model.config, schemes, float_bytes)

@@ -1,0 +1,256 @@
+"""Does the result still say what the source says? Distributions, perplexity, greedy text and length, each
+with a limit.
+
+A model is two functions: logits of given token ids, and continuations of prompts. This module does not know
+where they come from: files run layer by layer (`files_model`), an engine, transformers.
+
+Distributions are compared teacher-forced on the prompts' own tokens, so that one early difference does not
+spoil the rest. Greedy text is compared as written, and the first difference is judged by how sure the
+source was there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
+from ascend_kit.checkpoint.sensitivity import kl_divergence
+from ascend_kit.model.config import ModelConfig
+
+TokenIds = Sequence[int]
+# (prompts) -> logits [T, V] of each prompt in turn, float32
+LogitsFunction = Callable[[Sequence[TokenIds]], Iterator[Tensor]]
+# (prompts, max_new_tokens, seed; None = greedy) -> new token ids of each prompt, end token included if it
+# was reached
+GenerateFunction = Callable[[Sequence[TokenIds], int, "int | None"], list[list[int]]]
+
+
+class ParityError(RuntimeError):
+    """The result misses a limit. `report` holds all figures."""
+
+    def __init__(self, report: ParityReport) -> None:
+        super().__init__("the converted model does not answer like its source: " + "; ".join(report.failures))
+        self.report = report
+
+
+@dataclass(frozen=True)
+class ParityModel:
+    """A model as parity sees it; without `generate` text and length are not compared."""
+
+    name: str
+    logits: LogitsFunction
+    generate: GenerateFunction | None = None
+
+
+@dataclass(frozen=True)
+class ParityLimits:
+    """What is still accepted; None switches a limit off."""
+
+    max_kl: float | None = 0.05  # mean KL(source || result), nats per token
+    min_top1_agreement: float | None = 0.9  # share of positions
+    max_logit_error: float | None = 2.0  # largest, in standard deviations of the source's logits
+    max_perplexity_increase: float | None = 0.05  # result / source - 1, on the same tokens
+    min_greedy_share: float | None = 0.3  # equal greedy tokens before the first difference / tokens written
+    min_length_ratio: float | None = (
+        0.9  # output tokens of result / source on sampled prompts (MLPerf's 90 %)
+    )
+
+
+# By what was done to the weights. fp32 -> bf16 keeps 8 bits of mantissa; int8 rounds to 1/254 of a row's
+# range.
+LIMITS = {
+    "fp32": ParityLimits(1e-6, 0.999, 0.001, 1e-4, 0.95, 0.9),
+    "fp16": ParityLimits(1e-3, 0.99, 0.1, 0.005, 0.6, 0.9),
+    "bf16": ParityLimits(0.005, 0.97, 0.5, 0.01, 0.5, 0.9),
+    "w8a16": ParityLimits(0.02, 0.95, 1.0, 0.02, 0.3, 0.9),
+    "w8a8": ParityLimits(0.05, 0.9, 1.5, 0.05, 0.2, 0.9),
+}
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Figures per prompt (`rows`) and in all (`summary`), the limits, and the limits that were missed."""
+
+    source: str
+    result: str
+    rows: tuple[dict[str, Any], ...]
+    summary: dict[str, float | int | None]
+    limits: ParityLimits
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence per missed limit."""
+        found = []
+        for limit, value in asdict(self.limits).items():
+            bound, _, figure = limit.partition("_")
+            measured = self.summary.get(figure)
+            if value is None or measured is None:
+                continue
+            if not (measured <= value if bound == "max" else measured >= value):
+                found.append(
+                    f"{figure} is {measured:.4g}, allowed is {'at most' if bound == 'max' else 'at least'} "
+                    f"{value:.4g}"
+                )
+        return found
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def check(self) -> ParityReport:
+        """Itself if every limit is met, else ParityError."""
+        if not self.passed:
+            raise ParityError(self)
+        return self
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per figure: value, limit and whether it holds."""
+        missed = {text.split(" ", 1)[0] for text in self.failures}
+        limits = {
+            name.partition("_")[2]: (name.partition("_")[0], value)
+            for name, value in asdict(self.limits).items()
+        }
+        rows = []
+        for figure, value in self.summary.items():
+            bound, limit = limits.get(figure, (None, None))
+            shown = None if limit is None else f"{'<=' if bound == 'max' else '>='} {limit:g}"
+            rows.append({"figure": figure, "value": value, "limit": shown, "ok": figure not in missed})
+        return rows
+
+
+def limits_for(precision: str, scheme: str, **changes: float | None) -> ParityLimits:
+    """Default limits of a precision and quantisation scheme, with some replaced."""
+    return replace(LIMITS[{"none": precision, "mixed": "w8a8"}.get(scheme, scheme)], **changes)
+
+
+def compare(
+    source: ParityModel,
+    result: ParityModel,
+    prompts: Sequence[TokenIds],
+    *,
+    limits: ParityLimits | None = None,
+    max_new_tokens: int = 32,
+    sample_seed: int = 0,
+) -> ParityReport:
+    """Measure `result` against `source` on token ids of prompts (at least two tokens each)."""
+    short = [index for index, prompt in enumerate(prompts) if len(prompt) < 2]
+    if short or not prompts:
+        raise ValueError(
+            f"parity needs prompts of at least two tokens; too short: {short or 'there are none'}"
+        )
+    rows = [
+        _compare_logits(prompt, left, right)
+        for prompt, left, right in zip(prompts, source.logits(prompts), result.logits(prompts), strict=True)
+    ]
+    generated = bool(source.generate and result.generate)
+    if generated:
+        texts = [model.generate(prompts, max_new_tokens, None) for model in (source, result)]
+        sampled = [model.generate(prompts, max_new_tokens, sample_seed) for model in (source, result)]
+        for index, row in enumerate(rows):
+            row |= _compare_texts(texts[0][index], texts[1][index])
+            row |= {
+                "source_sampled_tokens": len(sampled[0][index]),
+                "result_sampled_tokens": len(sampled[1][index]),
+            }
+    return ParityReport(
+        source.name, result.name, tuple(rows), _summary(rows, generated), limits or ParityLimits()
+    )
+
+
+def _compare_logits(prompt: TokenIds, left: Tensor, right: Tensor) -> dict[str, Any]:
+    if left.shape != right.shape or left.shape[0] != len(prompt):
+        raise ValueError(
+            f"logits of {len(prompt)} tokens have shapes {tuple(left.shape)} and {tuple(right.shape)}; "
+            "source and result must share a vocabulary"
+        )
+    left, right, targets = (
+        left[:-1].float(),
+        right[:-1].float(),
+        torch.tensor(list(prompt[1:]), device=left.device),
+    )
+    lp, lq = left.log_softmax(-1), right.log_softmax(-1)
+    kl = kl_divergence(lp, lq)
+    best = lp.topk(2, dim=-1)
+    return {
+        "tokens": len(targets),
+        "kl": kl.mean().item(),
+        "worst_kl": kl.max().item(),
+        "top1_agreement": (best.indices[:, 0] == lq.argmax(-1)).float().mean().item(),
+        "logit_error": ((left - right).abs().max() / left.std()).item(),
+        "source_nll": -lp.gather(1, targets[:, None]).sum().item(),
+        "result_nll": -lq.gather(1, targets[:, None]).sum().item(),
+    }
+
+
+def _compare_texts(left: TokenIds, right: TokenIds) -> dict[str, Any]:
+    """Tokens before the first difference; a text that stops earlier differs where the other goes on."""
+    equal = next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+    return {
+        "greedy_tokens": max(len(left), len(right)),
+        "greedy_equal_tokens": equal,
+        "greedy_source": list(left),
+        "greedy_result": list(right),
+    }
+
+
+def _summary(rows: list[dict[str, Any]], generated: bool) -> dict[str, float | int | None]:
+    tokens = sum(row["tokens"] for row in rows)
+
+    def mean(name: str) -> float:
+        return sum(row[name] * row["tokens"] for row in rows) / tokens
+
+    source_nll, result_nll = (
+        sum(row[f"{side}_nll"] for row in rows) / tokens for side in ("source", "result")
+    )
+    summary: dict[str, float | int | None] = {
+        "prompts": len(rows),
+        "tokens": tokens,
+        "kl": mean("kl"),
+        "worst_kl": max(row["worst_kl"] for row in rows),
+        "top1_agreement": mean("top1_agreement"),
+        "logit_error": max(row["logit_error"] for row in rows),
+        "source_perplexity": math.exp(source_nll),
+        "result_perplexity": math.exp(result_nll),
+        "perplexity_increase": math.exp(result_nll - source_nll) - 1,
+    }
+    if generated:
+        equal, written = (sum(row[name] for row in rows) for name in ("greedy_equal_tokens", "greedy_tokens"))
+        source, result = (sum(row[f"{side}_sampled_tokens"] for row in rows) for side in ("source", "result"))
+        summary |= {
+            "greedy_equal_tokens": equal,
+            "greedy_tokens": written,
+            "greedy_share": equal / written if written else None,
+            "length_ratio": result / source if source else None,
+        }
+    return summary
+
+
+def files_model(
+    checkpoint: Checkpoint, name: str = "files", device: torch.device | str = "cpu"
+) -> ParityModel:
+    """A checkpoint in float32, straight from its files and one layer in memory at a time.
+
+    Int8 linears compute what their scheme means: rounded weights, for w8a8 also activations rounded per
+    token.
+    """
+    config = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
+    model = LayerwiseModel(checkpoint, config, device=device)
+
+    def logits(prompts: Sequence[TokenIds]) -> Iterator[Tensor]:
+        packed = PackedTexts(prompts, model)
+        hidden = model.embed(packed.token_ids)
+        for number in range(config.num_layers):
+            hidden = packed.forward(model.stored_layer(number), hidden)
+        for part in hidden.split(packed.lengths):
+            yield model.logits(part)
+
+    return ParityModel(name, logits)
