@@ -23,6 +23,7 @@ from ascend_kit.model.layers import (
     Linear,
     RMSNorm,
     Rotary,
+    StackedLinear,
 )
 
 COLUMN, ROW = 0, 1  # which dimension of [out, in] is split over ranks
@@ -67,8 +68,7 @@ class _Loader:
         attention = f"{name}.self_attn"
         rows = (self.q_rows, self.kv_rows, self.kv_rows)
         parts = [(f"{attention}.{part}_proj", span) for part, span in zip("qkv", rows, strict=True)]
-        merged = self.ops.MERGED_QKV and self._same_scheme(parts)
-        qkv = nn.ModuleList([self._columns(parts)] if merged else [self._columns([part]) for part in parts])
+        qkv = nn.ModuleList(self._qkv(parts))
         norms = [self._norm(f"{attention}.{part}_norm") if self.config.qk_norm else None for part in "qk"]
         out = self._rows(f"{attention}.o_proj", self.q_rows)
         gate_up = self._columns([(f"{name}.mlp.{part}_proj", self.ffn_rows) for part in ("gate", "up")])
@@ -77,6 +77,15 @@ class _Loader:
             self._norm(f"{name}.input_layernorm"),
             Attention(self.config, qkv, out, *norms, self.ops, self.parallel),
             self._norm(f"{name}.post_attention_layernorm"), MLP(gate_up, down, self.ops, self.parallel))
+
+    def _qkv(self, parts: list[tuple[str, tuple[int, int]]]) -> list[nn.Module]:
+        """One product; or q beside k and v stacked, for kernels that want contiguous results; or three."""
+        if self.ops.MERGED_QKV and self._same_scheme(parts):
+            return [self._columns(parts)]
+        if not self.ops.MERGED_QKV and not any(self.checkpoint.quantization.scheme(name) != "none" for name, _ in parts):
+            pair = [(self._float(f"{name}.weight", COLUMN, span), self._bias(name, span)) for name, span in parts[1:]]
+            return [self._columns(parts[:1]), StackedLinear(*map(list, zip(*pair, strict=True)))]
+        return [self._columns([part]) for part in parts]
 
     def _head(self, embedding: Embedding) -> nn.Module:
         if not self.config.tie_embeddings and "lm_head.weight" in self.checkpoint:

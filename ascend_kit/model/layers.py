@@ -36,6 +36,20 @@ class Linear(nn.Module):
         return self.ops.linear(x, self.weight, self.bias)
 
 
+class StackedLinear(nn.Module):
+    """Several linears of one shape over the same x, in one batched product: results are contiguous, unlike slices."""
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor | None]):
+        super().__init__()
+        self.weight = frozen(torch.stack([weight.t() for weight in weights]))  # [P, in, out]
+        self.bias = None if biases[0] is None else frozen(torch.stack(biases).unsqueeze(1))  # [P, 1, out]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.expand(self.weight.shape[0], *x.shape)
+        product = torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+        return product.unbind(0)
+
+
 class Int8Linear(nn.Module):
     """W8A8: int8 weight with a scale per output channel, activations quantised per token at run time."""
 
@@ -48,8 +62,11 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, act_scale = self.ops.quantize_per_token(x)
-        return self.ops.int8_matmul(codes, act_scale, self.weight, self.weight_scale, self.bias, x.dtype)
+        return self.multiply(*self.ops.quantize_per_token(x), x.dtype)
+
+    def multiply(self, codes: Tensor, act_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product with activations that are quantised already: int8 [T, in] and float32 [T]."""
+        return self.ops.int8_matmul(codes, act_scale, self.weight, self.weight_scale, self.bias, dtype)
 
 
 class Int8WeightLinear(nn.Module):
@@ -120,10 +137,15 @@ class Attention(nn.Module):
         return self.parallel.all_reduce(self.out(mixed.flatten(1)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, N, H], k and v [T, K, H], from one merged product or from three, as the op table prefers."""
+        """q [T, N, H], k and v [T, K, H], from one product, two (q; k and v stacked) or three."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if len(self.qkv) == 1:
             parts = self.qkv[0](x).split([count * self.head_dim for count in heads], dim=-1)
+        elif len(self.qkv) == 2:
+            parts = [self.qkv[0](x), *self.qkv[1](x)]
+        elif all(isinstance(projection, Int8Linear) for projection in self.qkv):
+            codes, act_scale = self.ops.quantize_per_token(x)
+            parts = [projection.multiply(codes, act_scale, x.dtype) for projection in self.qkv]
         else:
             parts = [projection(x) for projection in self.qkv]
         return tuple(part.unflatten(-1, (count, self.head_dim)) for part, count in zip(parts, heads, strict=True))

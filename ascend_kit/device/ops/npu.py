@@ -26,10 +26,9 @@ from torch import Tensor
 from ascend_kit.device.device import import_torch_npu
 from ascend_kit.device.ops import AttentionMeta, reference
 
-# Three products instead of one: slices of a merged one are strided, and rope, norm and cache write want
-# contiguous tensors. Keys and values come from one batched product, whose two results are contiguous.
+# Slices of a merged product are strided, and rope, norm and cache write want contiguous tensors. So q is a
+# product of its own, and k and v come from one batched product.
 MERGED_QKV = False
-STACKED_KV = True
 HOST_LENGTHS = True  # attention takes lengths as host lists: a captured step needs an update at every replay
 
 TND_HEAD_SIZES = (
