@@ -15,7 +15,7 @@ from typing import Any
 
 from npu_sim.install import Unavailable, ensure
 
-__all__ = ["Unavailable", "ensure", "simulator", "start"]
+__all__ = ["Unavailable", "current", "ensure", "start"]
 
 _simulator: Any = None
 
@@ -51,7 +51,7 @@ def start(devices: int = 1) -> Any:
     return _simulator
 
 
-def simulator() -> Any:
+def current() -> Any:
     """The running Simulator."""
     if _simulator is None:
         raise RuntimeError("npu_sim.start() has not been called")

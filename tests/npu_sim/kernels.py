@@ -633,6 +633,50 @@ def quant_matmul(
     return result.to(codes[int(output_dtype)] if output_dtype is not None else torch.int8)
 
 
+@checks("npu::npu_weight_quant_batchmatmul")
+def _check_weight_quant(
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
+    **other: Any,
+) -> None:
+    name = "npu_weight_quant_batchmatmul"
+    _dtype(name, _HALF, x=x)
+    _dtype(name, (torch.int8,), weight=weight)
+    _dtype(name, (x.dtype,), antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)
+    _dtype(name, (torch.float32 if x.dtype == torch.bfloat16 else torch.float16,), bias=bias)
+    require(
+        x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[0],
+        name,
+        f"{x.shape} times {weight.shape}",
+    )
+    require(tuple(antiquant_scale.shape) == (weight.shape[1],), name, f"scale {tuple(antiquant_scale.shape)}")
+    require(antiquant_group_size == 0 and quant_scale is None, name, "only per channel is simulated")
+
+
+@impl(_LIBRARY, "npu_weight_quant_batchmatmul")
+def weight_quant_matmul(
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
+    **other: Any,
+) -> Tensor:
+    _check_weight_quant(x, weight, antiquant_scale, antiquant_offset, quant_scale, quant_offset, bias)
+    offset = 0.0 if antiquant_offset is None else antiquant_offset.float()
+    result = x.float() @ ((weight.float() + offset) * antiquant_scale.float())
+    return (result if bias is None else result + bias.float()).to(x.dtype)
+
+
 # The training-side attention that torch_npu substitutes for scaled_dot_product_attention.
 
 

@@ -43,7 +43,7 @@ def sim(request: pytest.FixtureRequest):
     import npu_sim
 
     try:
-        simulator = npu_sim.simulator()
+        simulator = npu_sim.current()
     except RuntimeError:
         pytest.skip("needs the simulated NPU (pytest --device npu)")
     simulator.reset()

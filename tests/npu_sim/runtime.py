@@ -41,7 +41,7 @@ class Runtime:
         self._hook = None
 
     def set_hook(self, hook: Hook) -> None:
-        """`hook(kind, object, stream, value, flag)` answers the runtime; an exception becomes an ACL error."""
+        """`hook(kind, object, stream, value, flag)` answers the runtime; an exception becomes its error."""
 
         def guarded(*call: int) -> int:
             try:

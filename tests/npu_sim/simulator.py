@@ -28,7 +28,7 @@ FRACTAL_NZ = 29
 
 @dataclass
 class Counts:
-    """Counted since the last `reset`. `launches` are made by the host; `kernels` also count those in replays."""
+    """Counted since the last `reset`. `launches`: made by the host; `kernels`: those in replays as well."""
 
     launches: Counter = field(default_factory=Counter)
     kernels: Counter = field(default_factory=Counter)
@@ -332,7 +332,7 @@ class Simulator(TorchDispatchMode):
 
     def _format_cast(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
         source, wanted = args[0], args[1]
-        if wanted == FRACTAL_NZ and not torch.npu.config.allow_internal_format:
+        if wanted == FRACTAL_NZ and not _internal_formats_allowed():
             raise RuntimeError(
                 "npu_format_cast to FRACTAL_NZ needs torch.npu.config.allow_internal_format = True"
             )
@@ -392,6 +392,12 @@ class _Lowered:
             self.owners[id(low)] = x
             self._keep.append(x)
         return self._seen[id(x)]
+
+
+def _internal_formats_allowed() -> bool:
+    import torch_npu
+
+    return torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
 
 
 def _poison(tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What an operator means to the simulation: does it wait for the device, can it be captured, what does it move."""
+"""What an operator means to the simulation: does it wait for the device, can it be recorded, what it moves."""
 
 from __future__ import annotations
 

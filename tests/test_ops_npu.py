@@ -1,0 +1,363 @@
+"""The NPU op table against the reference, on a simulated or real NPU; and what a broken convention leads to."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ascend_kit.device.ops import OPS, AttentionMeta, npu, reference
+
+pytestmark = pytest.mark.npu
+
+BLOCK = 128
+# bf16 keeps 8 bits of mantissa; the kernels round once, the reference after every operator.
+BF16 = dict(rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_switches(device):
+    npu.switch.cache_clear()
+    yield
+    npu.switch.cache_clear()
+
+
+def on(device, *tensors):
+    return tuple(t.to(device) for t in tensors) if len(tensors) > 1 else tensors[0].to(device)
+
+
+def steps(device="cpu"):
+    """Decode, prefill, a chunk behind a prefix, and all of them in one step, over scattered blocks."""
+    return {
+        "decode": make_meta([[3], [1, 2], [4, 5, 6]], [5, 128, 300], [1, 1, 1], device),
+        "decode with dead rows": make_meta([[3], [0], [0]], [5, 1, 1], [1, 1, 1], device),
+        "prefill": make_meta([[3], [1, 2]], [7, 129], [7, 129], device),
+        "chunk after a prefix": make_meta([[7, 8, 9]], [290], [40], device),
+        "mixed": make_meta([[3], [4], [1, 2], [5, 6]], [3, 128, 200, 130], [1, 1, 100, 130], device),
+    }
+
+
+def make_meta(table, lengths, new, device="cpu"):
+    ends = torch.tensor(new).cumsum(0).tolist()
+    width = max(map(len, table))
+    slots = [
+        row[p // BLOCK] * BLOCK + p % BLOCK
+        for row, length, count in zip(table, lengths, new, strict=True)
+        for p in range(length - count, length)
+    ]
+    return AttentionMeta(
+        slot_mapping=torch.tensor(slots, dtype=torch.int32).to(device),
+        block_table=torch.tensor([row + [0] * (width - len(row)) for row in table], dtype=torch.int32).to(
+            device
+        ),
+        cu_seqlens_q=ends,
+        context_lens=lengths,
+        context_lens_t=torch.tensor(lengths, dtype=torch.int32).to(device),
+        block_size=BLOCK,
+        is_decode=all(count == 1 for count in new),
+    )
+
+
+def attention_case(step, heads, groups, size, dtype=torch.bfloat16, device="npu"):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+    caches = draw(12, BLOCK, groups, size), draw(12, BLOCK, groups, size)
+    q = draw(steps()[step].cu_seqlens_q[-1], heads, size)
+    expected = reference.paged_attention(q, *caches, steps()[step], size**-0.5)
+    return *on(device, q, *caches), steps(device)[step], expected
+
+
+@pytest.mark.parametrize("step", steps())
+@pytest.mark.parametrize("heads,groups,size", [(8, 2, 128), (4, 4, 128), (14, 2, 64), (4, 2, 16)])
+def test_attention_equals_the_reference(step, heads, groups, size, device):
+    q, k_cache, v_cache, meta, expected = attention_case(step, heads, groups, size, device=device)
+
+    got = npu.paged_attention(q, k_cache, v_cache, meta, size**-0.5)
+
+    torch.testing.assert_close(got.cpu(), expected, **BF16)
+
+
+@pytest.mark.parametrize("step", ["decode", "mixed"])
+def test_attention_in_float32_is_exact(step, device):
+    q, k_cache, v_cache, meta, expected = attention_case(step, 4, 2, 128, torch.float32, device)
+
+    got = npu.paged_attention(q, k_cache, v_cache, meta, 128**-0.5)
+
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["bsnd", "tnd", "rotary_mul"])
+@pytest.mark.parametrize("size", [128, 64, 16])
+def test_rotary_equals_the_reference_in_every_form(form, size, monkeypatch, device):
+    monkeypatch.setenv("ASCEND_KIT_NPU_ROPE", form)
+    q, k = torch.randn(5, 4, size).bfloat16(), torch.randn(5, 2, size).bfloat16()
+    cos, sin = (torch.randn(5, size // 2).repeat(1, 2).clamp(-1, 1).bfloat16() for _ in range(2))
+    expected = reference.rotary(q, k, cos, sin)
+
+    got = npu.rotary(*on(device, q.clone(), k.clone(), cos, sin))
+
+    for value, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(value.cpu(), wanted, **BF16)
+
+
+@pytest.mark.parametrize("form", ["scatter_pa", "nd_update"])
+def test_store_kv_writes_exactly_the_given_slots(form, monkeypatch, device):
+    monkeypatch.setenv("ASCEND_KIT_NPU_KV_WRITE", form)
+    k, v = torch.randn(3, 2, 128).bfloat16(), torch.randn(3, 2, 128).bfloat16()
+    caches = [torch.zeros(4, BLOCK, 2, 128).bfloat16() for _ in range(2)]
+    slots = torch.tensor([0, 3 * BLOCK + 7, BLOCK + 127], dtype=torch.int32)
+    device_caches = on(device, *caches)
+
+    npu.store_kv(*on(device, k, v), *device_caches, slots.to(device))
+    reference.store_kv(k, v, *caches, slots)
+
+    assert all(torch.equal(got.cpu(), wanted) for got, wanted in zip(device_caches, caches, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_and_activation_equal_the_reference(dtype, device):
+    x, residual, weight = torch.randn(6, 64).to(dtype), torch.randn(6, 64).to(dtype), torch.rand(64).to(dtype)
+    tolerance = BF16 if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+
+    got = [
+        npu.rms_norm(*on(device, x, weight), 1e-6),
+        *npu.add_rms_norm(*on(device, x, residual, weight), 1e-6),
+        npu.swiglu(x.to(device)),
+    ]
+
+    expected = [
+        reference.rms_norm(x, weight, 1e-6),
+        *reference.add_rms_norm(x, residual, weight, 1e-6),
+        reference.swiglu(x),
+    ]
+    for value, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(value.cpu(), wanted, **tolerance)
+
+
+@pytest.mark.parametrize("layout", ["int8", "off"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_int8_product_equals_the_reference(layout, dtype, with_bias, monkeypatch, device):
+    monkeypatch.setenv("ASCEND_KIT_NPU_WEIGHT_NZ", layout)
+    x, weight = torch.randn(5, 64).to(dtype), torch.randint(-127, 128, (48, 64), dtype=torch.int8)
+    scale, bias = torch.rand(48) / 100, torch.randn(48).to(dtype) if with_bias else None
+    x[2] = 0  # a zero row has scale 0
+
+    codes, act_scale = npu.quantize_per_token(x.to(device))
+    got = npu.int8_matmul(
+        codes,
+        act_scale,
+        npu.pack_int8(weight.to(device)),
+        scale.to(device),
+        None if bias is None else bias.to(device),
+        dtype,
+    )
+
+    expected = reference.int8_matmul(*reference.quantize_per_token(x), weight, scale, bias, dtype)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.cpu(), expected, **BF16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weight_only_product_equals_the_reference(dtype, device):
+    x, weight = torch.randn(5, 64).to(dtype), torch.randint(-127, 128, (48, 64), dtype=torch.int8)
+    scale, bias = torch.rand(48) / 100, torch.randn(48).to(dtype)
+
+    got = npu.int8_weight_matmul(*on(device, x, weight, scale, bias))
+
+    torch.testing.assert_close(got.cpu(), reference.int8_weight_matmul(x, weight, scale, bias), **BF16)
+
+
+def test_table_has_the_names_and_parameters_of_the_reference(device):
+    for name in OPS:
+        assert list(inspect.signature(getattr(npu, name)).parameters) == list(
+            inspect.signature(getattr(reference, name)).parameters
+        ), name
+
+
+def test_limits_are_named_before_anything_runs(device):
+    assert npu.validate(28, 4, 128, torch.bfloat16) == []
+    assert npu.validate(14, 2, 64, torch.bfloat16) == []
+    assert "multiple of 3" in npu.validate(4, 3, 128, torch.bfloat16)[0]
+    assert "64" in npu.validate(130, 2, 128, torch.bfloat16)[0]
+    assert "multiples of 16" in npu.validate(4, 2, 72, torch.bfloat16)[0]
+    assert npu.validate(4, 2, 72, torch.float32) == []
+    with pytest.raises(ValueError, match="65535"):
+        npu.pack_int8(torch.empty(70000, 8, dtype=torch.int8))
+
+
+def test_an_unknown_switch_value_names_the_allowed_ones(monkeypatch, device):
+    monkeypatch.setenv("ASCEND_KIT_NPU_ROPE", "sideways")
+
+    with pytest.raises(ValueError, match="bsnd, tnd, rotary_mul"):
+        npu.switch("ASCEND_KIT_NPU_ROPE")
+
+
+def torch_npu_calls():
+    """(name, keywords, number of positional arguments) of every torch_npu function that the op table calls."""
+    tree = ast.parse(Path(npu.__file__).read_text())
+    for node in ast.walk(tree):
+        func = node.func if isinstance(node, ast.Call) else None
+        if (
+            isinstance(func, ast.Attribute)
+            and isinstance(func.value, ast.Call)
+            and getattr(func.value.func, "id", "") == "_npu"
+        ):
+            yield func.attr, [keyword.arg for keyword in node.keywords], len(node.args)
+
+
+@pytest.mark.parametrize(
+    "name,keywords,positional", sorted({(n, tuple(k), p) for n, k, p in torch_npu_calls()})
+)
+def test_every_torch_npu_function_has_the_arguments_we_pass(name, keywords, positional, device):
+    import torch_npu
+
+    assert callable(getattr(torch_npu, name))
+    packet = getattr(torch.ops.npu, name)
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    fits = [
+        s
+        for s in schemas
+        if set(keywords) <= {a.name for a in s.arguments}
+        and positional <= sum(not a.kwarg_only for a in s.arguments)
+    ]
+    assert fits, f"{name}{keywords} fits none of {schemas}"
+
+
+# Broken on purpose: each of these must be noticed.
+
+
+def attend_directly(device, **changes):
+    """The table's attention call with some arguments changed; (result, expected)."""
+    q, k_cache, v_cache, meta, expected = attention_case("chunk after a prefix", 8, 2, 128, device=device)
+    arguments = dict(
+        atten_mask=npu.make_mask(q.device),
+        actual_seq_lengths=meta.cu_seqlens_q,
+        actual_seq_lengths_kv=meta.context_lens,
+        block_table=meta.block_table,
+        num_heads=8,
+        num_key_value_heads=2,
+        scale=128**-0.5,
+        input_layout="TND",
+        sparse_mode=3,
+        block_size=BLOCK,
+    )
+    import torch_npu
+
+    return torch_npu.npu_fused_infer_attention_score(
+        q, k_cache.flatten(2), v_cache.flatten(2), **{**arguments, **changes}
+    )[0].cpu(), expected
+
+
+def test_attention_called_directly_is_correct_before_it_is_broken(sim, device):
+    got, expected = attend_directly(device)
+
+    torch.testing.assert_close(got, expected, **BF16)
+
+
+@pytest.mark.parametrize("mode", [0, 2])
+def test_a_wrong_mask_mode_is_noticed(mode, sim, device):
+    # Mode 2 aligns the mask at the upper left, which hides a chunk's prefix; mode 0 wants a mask of the whole step.
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.testing.assert_close(*attend_directly(device, sparse_mode=mode), **BF16)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"scale": 1.0}, "1/sqrt"),
+        ({"atten_mask": None}, "2048x2048"),
+        ({"actual_seq_lengths_kv": None}, "actual_seq_lengths_kv"),
+        ({"actual_seq_lengths": [39]}, "561002"),
+        ({"actual_seq_lengths": [20, 20]}, "561002"),
+        ({"block_size": 64}, "paged key"),
+        ({"num_key_value_heads": 3}, "KV heads"),
+        ({"input_layout": "BNSD"}, "BNSD"),
+    ],
+)
+def test_a_broken_attention_argument_is_refused(changes, message, sim, device):
+    with pytest.raises(RuntimeError, match=message):
+        attend_directly(device, **changes)
+
+
+def test_cumulative_kv_lengths_are_refused(sim, device):
+    q, k_cache, v_cache, meta, _ = attention_case("decode", 8, 2, 128, device=device)
+    meta.context_lens = torch.tensor(meta.context_lens).cumsum(0).tolist()
+
+    with pytest.raises(RuntimeError, match="per sequence, not cumulative"):
+        npu.paged_attention(q, k_cache, v_cache, meta, 128**-0.5)
+
+
+def test_a_block_table_out_of_range_or_of_another_type_is_refused(sim, device):
+    q, k_cache, v_cache, meta, _ = attention_case("decode", 8, 2, 128, device=device)
+    good = meta.block_table
+
+    meta.block_table = good + 12
+    with pytest.raises(RuntimeError, match="the cache has 12"):
+        npu.paged_attention(q, k_cache, v_cache, meta, 128**-0.5)
+    meta.block_table = good.long()
+    with pytest.raises(RuntimeError, match=r"block_table is torch\.int64"):
+        npu.paged_attention(q, k_cache, v_cache, meta, 128**-0.5)
+
+
+@pytest.mark.parametrize(
+    "slots,message", [([0, 1, 4 * BLOCK], "outside"), ([0, -1, 2], "outside"), ([5, 5, 6], "twice")]
+)
+def test_slots_out_of_range_or_used_twice_are_refused(slots, message, sim, device):
+    rows = torch.zeros(3, 2, 128).bfloat16().to(device)
+    cache = torch.zeros(4, BLOCK, 2, 128).bfloat16().to(device)
+
+    with pytest.raises(RuntimeError, match=message):
+        npu.store_kv(rows, rows, cache, cache, torch.tensor(slots, dtype=torch.int32).to(device))
+
+
+def test_the_default_cache_mode_and_a_strided_key_are_refused(sim, device):
+    import torch_npu
+
+    cache, slots = torch.zeros(4, BLOCK, 2, 128).to(device), torch.arange(3, dtype=torch.int32).to(device)
+    merged = torch.zeros(3, 4, 128).to(device)
+
+    with pytest.raises(RuntimeError, match="FRACTAL_NZ"):
+        torch_npu.npu_scatter_pa_kv_cache(
+            merged[:, :2].contiguous(), merged[:, 2:].contiguous(), cache, cache, slots
+        )
+    with pytest.raises(RuntimeError, match="key must be contiguous"):
+        torch_npu.npu_scatter_pa_kv_cache(
+            merged[:, :2], merged[:, 2:], cache, cache, slots, cache_mode="Norm"
+        )
+
+
+def test_a_cpu_tensor_among_npu_tensors_is_refused(sim, device):
+    with pytest.raises(RuntimeError, match="same device"):
+        npu.rms_norm(torch.zeros(2, 64).to(device), torch.ones(64), 1e-6)
+
+
+def test_an_nz_weight_cannot_be_sliced(sim, device, monkeypatch):
+    monkeypatch.setenv("ASCEND_KIT_NPU_WEIGHT_NZ", "int8")
+    packed = npu.pack_int8(torch.ones(48, 64, dtype=torch.int8).to(device))
+
+    with pytest.raises(RuntimeError, match="FRACTAL_NZ"):
+        packed[:, :16]
+
+
+def test_forgetting_the_output_type_of_an_int8_product_shows(sim, device):
+    import torch_npu
+
+    codes, scale = torch.ones(2, 64, dtype=torch.int8).to(device), torch.ones(48).to(device)
+    weight, rows = torch.ones(64, 48, dtype=torch.int8).to(device), torch.ones(2).to(device)
+
+    with pytest.raises(RuntimeError, match="None means int8"):
+        torch_npu.npu_quant_matmul(codes, weight, scale, pertoken_scale=rows)
+
+
+def test_the_mask_is_shared_and_causal(device):
+    mask = npu.make_mask(torch.device(device))
+
+    assert mask is npu.make_mask(torch.device(device))
+    assert tuple(mask.shape) == (2048, 2048)
+    assert int(mask[:3, :3].sum()) == 3
+    assert math.isclose(float(mask.float().mean()), 2047 / 4096)
