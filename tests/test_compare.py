@@ -14,6 +14,7 @@ from ascend_kit.evaluate.compare import (
     compare_accuracy,
     compare_perplexity,
     load_runs,
+    measured_parameters,
     pick_baseline,
     run_name,
 )
@@ -467,9 +468,22 @@ def test_the_plainest_run_is_the_baseline(tmp_path: Path) -> None:
     assert run_name(pick_baseline([int8, source])) == "e/b"
 
 
+def test_parameters_are_those_of_the_measurement_not_of_the_last_stage(tmp_path: Path) -> None:
+    values = {"experiment": "e", "run": "a", "output_root": str(tmp_path)}
+    measured = build_experiment({**values, "quantize": "w8a8"})
+    with RunFolder.open(measured, "04_throughput") as folder:
+        folder.begin(measured, "rows", "requests")
+    compared = build_experiment(values)
+    with RunFolder.open(compared, "06_compare") as folder:
+        folder.begin(compared, "comparison")
+
+    assert measured_parameters(folder)["quantize"] == "w8a8"
+
+
 def test_runs_are_found_by_name_experiment_or_path(tmp_path: Path) -> None:
     for name in ("first", "second"):
-        make_run(tmp_path, name, {})
+        make_run(tmp_path, name, {"mmlu": [1]})
+    make_run(tmp_path, "empty", {})
     values = {"experiment": "e", "output_root": str(tmp_path)}
 
     every = load_runs(build_experiment(values))

@@ -41,8 +41,8 @@ def requests(kind: str, arguments: list[tuple]) -> list:
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
-    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=512) as engine:
+def engine(tiny_qwen3_dir: Path, device: str) -> Iterator[AscendInferEngine]:
+    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device=device, max_seq_length=512) as engine:
         engine.tokenizer.chat_template = CHAT
         yield engine
 

@@ -33,12 +33,12 @@ class CompareError(ValueError):
 
 
 def load_runs(experiment: Experiment) -> list[RunFolder]:
-    """The runs named in `compare_runs` (a run, experiment/run or a path), by default every run of the
-    experiment.
+    """The runs named in `compare_runs` (a run, experiment/run or a path), by default all that hold results.
 
     Raises CompareError for a name without a folder, with the closest known one.
     """
-    known = list_runs(experiment.output_root, experiment.experiment)
+    every = list_runs(experiment.output_root, experiment.experiment)
+    known = [run for run in every if any(run.table_path(name).exists() for name in ("scores", "rows"))]
     if not experiment.compare_runs:
         if not known:
             root = Path(experiment.output_root) / experiment.experiment
@@ -61,12 +61,25 @@ def _find_run(name: str, experiment: Experiment, known: list[str]) -> RunFolder:
 def pick_baseline(folders: Sequence[RunFolder]) -> RunFolder:
     """The plainest run: not quantised, the source checkpoint, fewest switches on; the first of equals."""
     def tricks(folder: RunFolder) -> tuple:
-        values = run_parameters(folder)
+        values = measured_parameters(folder)
         switches = ("graph_mode", "operator_fusion", "memory_optimize")
         num_on = sum(values[switch] for switch in switches)
         return (values["quantize"] != "none", values["use_model"] != "source", num_on)
 
     return min(folders, key=tricks)
+
+
+def measured_parameters(folder: RunFolder) -> dict[str, Any]:
+    """The parameters that the run's sweep or evaluation was made with.
+
+    params.yaml is rewritten by whatever stage was opened last, be it a comparison with other parameters; each
+    stage keeps its own.
+    """
+    for path in sorted(folder.path.glob("*.stage.json")):
+        stage = folder.read_json(path.name.removesuffix(".json"))
+        if {"rows", "scores"} & set(stage["tables"]):
+            return stage["parameters"]
+    return run_parameters(folder)
 
 
 def run_name(folder: RunFolder) -> str:

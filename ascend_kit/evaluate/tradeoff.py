@@ -18,12 +18,13 @@ from ascend_kit.evaluate.compare import (
     PAIR_ON,
     CompareError,
     compare_accuracy,
+    measured_parameters,
     pick_baseline,
     run_name,
 )
 from ascend_kit.evaluate.paired import wilson_interval
 from ascend_kit.evaluate.scores import load_documents
-from ascend_kit.results import RunFolder, run_parameters
+from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
     import pandas
@@ -52,7 +53,7 @@ def accuracy_throughput(folders: Sequence[RunFolder], *, metric: str = "acc",
     point = point or _heaviest_common_point([rows for rows in rates.values() if len(rows)])
     rows = []
     for folder in folders:
-        name, values = run_name(folder), run_parameters(folder)
+        name, values = run_name(folder), measured_parameters(folder)
         shown = {key: values[key] for key in ("precision", "quantize", "graph_mode", "operator_fusion",
                                               "memory_optimize", "cards", "tensor_parallel")}
         rows.append({"run": name, **accuracy.get(name, {}), **_rate_at(folder, rates[name], point), **shown})
