@@ -1,4 +1,4 @@
-"""The NPU op table against the reference, on a simulated or real NPU; and what a broken convention leads to."""
+"""The NPU op table against the reference, on a simulated or real NPU; and what broken conventions do."""
 
 from __future__ import annotations
 
@@ -210,9 +210,10 @@ def torch_npu_calls():
             yield func.attr, [keyword.arg for keyword in node.keywords], len(node.args)
 
 
-@pytest.mark.parametrize(
-    "name,keywords,positional", sorted({(n, tuple(k), p) for n, k, p in torch_npu_calls()})
-)
+CALLS = sorted({(name, tuple(keywords), count) for name, keywords, count in torch_npu_calls()})
+
+
+@pytest.mark.parametrize("name,keywords,positional", CALLS)
 def test_every_torch_npu_function_has_the_arguments_we_pass(name, keywords, positional, device):
     import torch_npu
 
@@ -261,7 +262,7 @@ def test_attention_called_directly_is_correct_before_it_is_broken(sim, device):
 
 @pytest.mark.parametrize("mode", [0, 2])
 def test_a_wrong_mask_mode_is_noticed(mode, sim, device):
-    # Mode 2 aligns the mask at the upper left, which hides a chunk's prefix; mode 0 wants a mask of the whole step.
+    # Mode 2 aligns the mask at the upper left, which hides a chunk's prefix; mode 0 wants a full mask.
     with pytest.raises((AssertionError, RuntimeError)):
         torch.testing.assert_close(*attend_directly(device, sparse_mode=mode), **BF16)
 

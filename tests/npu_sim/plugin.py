@@ -50,6 +50,7 @@ def sim(request: pytest.FixtureRequest):
     yield simulator
     simulator.shapes_only = False
     simulator.graphs.unfinished.clear()
+    simulator.graphs.updating = None
 
 
 def _kind(config: pytest.Config) -> str:

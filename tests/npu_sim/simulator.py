@@ -146,12 +146,18 @@ class Simulator(TorchDispatchMode):
     ) -> Any:
         graphs = self.graphs
         synchronises = traits.is_synchronising(name, args)
-        if graphs.recording is not None and graphs.updating is None:
+        updated, graphs.updating = (
+            graphs.updating,
+            None,
+        )  # an update re-issues one launch, if it is not refused
+        if graphs.recording is not None and updated is None:
             self._check_capturable(name, synchronises)
         if name in traits.CHECKS:
             traits.CHECKS[name](*args, **kwargs)
-        if graphs.updating is not None:
-            return self._reissue(func, name, args, kwargs, on_npu)
+        if name in traits.ALLOCATING:
+            return self._own(self._compute(func, args, kwargs, on_npu[0].device))
+        if updated is not None:
+            return self._reissue(updated, func, name, args, kwargs, on_npu)
         graphs.check_finished(name)
         if synchronises:
             self.counts.syncs[name] += 1
@@ -214,15 +220,15 @@ class Simulator(TorchDispatchMode):
         recording = self.graphs.recording
         outside = recording.outside(on_npu)
         result, fresh = self._allocate(func, args, kwargs, device)
-        for tensor in fresh:
-            recording.own_storages.add(tensor.untyped_storage().data_ptr())
+        for tensor in self._own(fresh):
             _poison(host_alias(tensor))
         recording.add(Kernel(name, self._runner(func, name, args, kwargs, on_npu, fresh), outside))
         return result
 
-    def _reissue(self, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor]) -> Any:
+    def _reissue(
+        self, kernel: Kernel, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor]
+    ) -> Any:
         """Inside an update the launch replaces the recorded one and runs when the replay reaches it."""
-        kernel = self.graphs.updating
         if kernel.name != name:
             raise CaptureError(f"an update re-issues {name}, the task group recorded {kernel.name}")
         self.counts.updates += 1
@@ -321,13 +327,15 @@ class Simulator(TorchDispatchMode):
             raise CaptureError(f"{name} on another stream than the one being captured")
 
     def _native(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        recording = self.graphs.recording
-        if recording is not None:
+        if self.graphs.recording is not None:
             self._check_stream(func._schema.name)
-        result = func(*args, **kwargs)
-        if recording is not None:
+        return self._own(func(*args, **kwargs))
+
+    def _own(self, result: Any) -> Any:
+        """Note that these results were allocated by the capture under way: they live in the graph's pool."""
+        if self.graphs.recording is not None:
             for tensor in traits.tensors_in(tree_leaves(result)):
-                recording.own_storages.add(tensor.untyped_storage().data_ptr())
+                self.graphs.recording.own_storages.add(tensor.untyped_storage().data_ptr())
         return result
 
     def _format_cast(self, func: Any, args: tuple, kwargs: dict) -> Tensor:

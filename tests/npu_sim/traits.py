@@ -1,4 +1,4 @@
-"""What an operator means to the simulation: does it wait for the device, can it be recorded, what it moves."""
+"""What an operator means to the simulation: does it wait for the device, can it be recorded, what moves."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ NATIVE = frozenset(
         "aten::is_pinned",
         "aten::_pin_memory",
         "npu::get_npu_format",
+    }
+)
+# Host-side helpers of graph capture: they return memory of the right size.
+ALLOCATING = frozenset(
+    {
+        "npu::_npu_fused_infer_attention_score_get_max_workspace",
+        "npu::_npu_fused_infer_attention_score_infer_output",
     }
 )
 # The host needs the result's value or size before it can go on.
