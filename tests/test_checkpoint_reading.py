@@ -267,7 +267,7 @@ def test_unreadable_shard_is_named(sharded: Path):
 
 
 def test_unknown_tensor_name_gets_the_closest_one(single: Path):
-    with pytest.raises(CheckpointError, match="holds no tensor A.weight"):
+    with pytest.raises(CheckpointError, match=r"holds no tensor A\.weight"):
         open_checkpoint(single).read("A.weight")
 
 

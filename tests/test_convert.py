@@ -144,7 +144,9 @@ def test_tokenizer_path_replaces_the_tokenizer_files_only(tiny_qwen3_dir: Path, 
 def test_progress_counts_bytes_up_to_the_total(tiny_qwen3_dir: Path, tmp_path: Path):
     calls: list[tuple[int, int]] = []
 
-    convert(tiny_qwen3_dir, tmp_path / "result", on_progress=lambda done, total, _: calls.append((done, total)))
+    convert(
+        tiny_qwen3_dir, tmp_path / "result", on_progress=lambda done, total, _: calls.append((done, total))
+    )
 
     done = [call[0] for call in calls]
     assert done == sorted(done) and done[-1] == calls[0][1] == calls[-1][1] > 0
@@ -340,7 +342,7 @@ def test_destination_that_is_the_source_is_always_refused(
     before = read_all(source)
 
     for destination in (source, tmp_path / "link", source / "." / "..", source / "inside"):
-        with pytest.raises(CheckpointError, match="is the source itself|inside each other"):
+        with pytest.raises(CheckpointError, match=r"is the source itself|inside each other"):
             convert(source, destination, if_exists=if_exists)
     assert_same(read_all(source), before)
 

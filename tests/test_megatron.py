@@ -178,7 +178,7 @@ def test_other_model_as_tokenizer_path_is_noticed(source: Path, tmp_path: Path):
     other = shutil.copytree(source, tmp_path / "other")
     (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
 
-    with pytest.raises(CheckpointError, match="ffn_hidden_size=128, config.json or the folder says 96"):
+    with pytest.raises(CheckpointError, match=r"ffn_hidden_size=128, config\.json or the folder says 96"):
         convert(root, tmp_path / "result", tokenizer_path=other)
 
 

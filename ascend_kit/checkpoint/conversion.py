@@ -20,7 +20,7 @@ from ascend_kit.checkpoint.quantized_layouts import MSMODELSLIM_FILE
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
-from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard
+from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard, writing
 from ascend_kit.model.config import ModelConfig
 
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
@@ -99,11 +99,10 @@ class Conversion:
         self.small_files = small_files(self.checkpoint.config_folder, self.tokenizer_path)
         self.on_progress = on_progress
         self.shards = plan_shards(plan_jobs(self.checkpoint, self.model, self.recipe), max_shard_bytes)
-        self.total_bytes, self.done_bytes = sum(shard.nbytes for shard in self.shards), 0
+        self.total_bytes, self.done_bytes = sum(shard.file_bytes for shard in self.shards), 0
 
     def run(self, before_publish: Callable[[Path], None] | None) -> ConversionResult:
         started = time.perf_counter()
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
         source_hashes = SourceHashes(self.checkpoint.files)
         with PartialFolder(self.destination, self._fingerprint()) as partial:
             self._check_space(partial)
@@ -113,8 +112,10 @@ class Conversion:
             except BaseException:
                 source_hashes.cancel()
                 raise
-            self._write_small_files(partial.path)
-            manifest = self._write_manifest(partial, source_hashes.result())
+            sources = source_hashes.result()
+            with writing(partial.path):
+                self._write_small_files(partial.path)
+                manifest = self._write_manifest(partial, sources)
             if before_publish:
                 before_publish(partial.path)
             partial.publish()
@@ -140,7 +141,7 @@ class Conversion:
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     def _check_space(self, partial: PartialFolder) -> None:
-        missing = sum(shard.nbytes for shard in self.shards if shard.name not in partial.finished)
+        missing = sum(shard.file_bytes for shard in self.shards if shard.name not in partial.finished)
         free = shutil.disk_usage(partial.path).free
         if missing > free:
             raise CheckpointError(
@@ -151,7 +152,7 @@ class Conversion:
     def _write(self, shard: Shard, partial: PartialFolder) -> bool:
         """True if the shard was there already, finished by an earlier run."""
         if partial.is_finished(shard.name):
-            self._advance(shard.nbytes)
+            self._advance(shard.file_bytes)
             return True
         partial.record(shard.name, write_shard(shard, partial.path, self._advance))
         return False
@@ -170,17 +171,16 @@ class Conversion:
 
     def _index(self) -> dict[str, Any]:
         weight_map = {output.name: shard.name for shard in self.shards for output in shard.outputs}
-        return {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        total = sum(shard.nbytes for shard in self.shards)
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
     def _write_manifest(self, partial: PartialFolder, source_hashes: dict[Path, str]) -> dict[str, Any]:
         sources = [
             {**describe_file(path, source_hashes[path]), "name": source_name(self.checkpoint, path)}
             for path in self.checkpoint.files
         ]
-        wanted = {
-            path.name for path in partial.path.iterdir() if not path.name.endswith((".new", ".writing"))
-        }
-        names = sorted(wanted - {"progress.json", ".lock", MANIFEST_NAME})
+        present = {path.name for path in partial.path.iterdir() if not path.name.startswith(".")}
+        names = sorted(present - {MANIFEST_NAME})
         files = [describe_file(partial.path / name, self._hash(partial, name)) for name in names]
         manifest = new_manifest(
             source={

@@ -26,7 +26,7 @@ LinearMaker = Callable[[str, Tensor, Tensor | None], nn.Module]  # name, weight 
 
 
 class EmulatedInt8(nn.Module):
-    """The result of an int8 linear in float32 arithmetic: rounded weight, and for w8a8 rounded activations."""
+    """An int8 linear in float32 arithmetic: rounded weight, and for w8a8 activations rounded per token."""
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, scheme: str):
         super().__init__()

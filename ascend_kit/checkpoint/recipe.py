@@ -38,10 +38,9 @@ class Recipe:
     quantizer: Quantizer = field(default_factory=Quantizer)
 
     def digest(self) -> str:
-        """sha256 over every number that shapes the result: a resumed run must continue the same conversion."""
-        state = hashlib.sha256(
-            repr((str(self.dtype), sorted(self.schemes.items()), self.quantizer.clip)).encode()
-        )
+        """sha256 over every number that shapes the result: a resumed run must be the same conversion."""
+        decisions = (str(self.dtype), sorted(self.schemes.items()), self.quantizer.clip)
+        state = hashlib.sha256(repr(decisions).encode())
         for name, change in sorted(self.changes.items()):
             for tensor in (change.row_divisor, change.column_factor):
                 state.update(name.encode() + (b"" if tensor is None else tensor.numpy().tobytes()))

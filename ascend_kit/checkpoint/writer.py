@@ -2,15 +2,17 @@
 
 Everything is written into `.<name>.partial` beside the destination, on the same file system, and renamed at
 the end. Until then the destination does not exist; afterwards it is complete. A shard counts as finished
-once its size and hash are in `progress.json`; a rerun with the same plan keeps finished shards whose hash
+once its size and hash are in `.progress.json`; a rerun with the same plan keeps finished shards whose hash
 is still right.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -26,8 +28,9 @@ from ascend_kit.checkpoint.manifest import hash_file
 from ascend_kit.checkpoint.tensor_file import CODE_OF_DTYPE, CheckpointError, as_bytes
 from ascend_kit.checkpoint.tensor_jobs import OutputTensor, TensorJob
 
-PROGRESS_NAME = "progress.json"
+PROGRESS_NAME = ".progress.json"
 LOCK_NAME = ".lock"
+WRITING_SUFFIX, NEW_SUFFIX = ".writing", ".new"
 QUEUE_BLOCKS = 4  # blocks in flight between reading, writing and hashing: a bound on memory
 
 
@@ -44,6 +47,14 @@ class Shard:
     @property
     def nbytes(self) -> int:
         return sum(job.write_bytes for job in self.jobs)
+
+    def header(self) -> bytes:
+        """The file's header, in the order in which the tensors are written."""
+        return shard_header([job.outputs[index] for job, index in write_order(self)])
+
+    @property
+    def file_bytes(self) -> int:
+        return len(self.header()) + self.nbytes
 
     def describe(self) -> list[Any]:
         return [self.name, [[o.name, CODE_OF_DTYPE[o.dtype], list(o.shape)] for o in self.outputs]]
@@ -120,8 +131,9 @@ class PartialFolder:
         self._lock: Any = None
 
     def __enter__(self) -> PartialFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / LOCK_NAME, "w")
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK_NAME, "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -136,7 +148,7 @@ class PartialFolder:
         self._lock.close()
 
     def _load(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             progress = json.loads((self.path / PROGRESS_NAME).read_text(encoding="utf-8"))
             if progress["fingerprint"] == self.fingerprint:
                 self.finished = progress["shards"]
@@ -155,52 +167,45 @@ class PartialFolder:
     def record(self, name: str, entry: dict[str, Any]) -> None:
         """Note a finished shard, in a way that survives a kill at any moment."""
         self.finished[name] = entry
-        temporary = self.path / (PROGRESS_NAME + ".new")
-        temporary.write_text(
-            json.dumps({"fingerprint": self.fingerprint, "shards": self.finished}), encoding="utf-8"
-        )
-        os.replace(temporary, self.path / PROGRESS_NAME)
+        temporary = self.path / (PROGRESS_NAME + NEW_SUFFIX)
+        with writing(temporary):
+            text = json.dumps({"fingerprint": self.fingerprint, "shards": self.finished})
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path / PROGRESS_NAME)
 
     def publish(self) -> None:
         """Rename the complete folder to the destination; an old destination is removed after the exchange."""
-        for leftover in (PROGRESS_NAME, PROGRESS_NAME + ".new", LOCK_NAME):
-            (self.path / leftover).unlink(missing_ok=True)
-        _sync_folder(self.path)
         old = self.destination.parent / f".{self.destination.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.destination.exists():
-            os.rename(self.destination, old)
-        os.rename(self.path, self.destination)
-        _sync_folder(self.destination.parent)
+        with writing(self.destination):
+            for leftover in (PROGRESS_NAME, PROGRESS_NAME + NEW_SUFFIX, LOCK_NAME):
+                (self.path / leftover).unlink(missing_ok=True)
+            _sync_folder(self.path)
+            shutil.rmtree(old, ignore_errors=True)
+            if self.destination.exists():
+                os.rename(self.destination, old)
+            os.rename(self.path, self.destination)
+            _sync_folder(self.destination.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    """Write one shard and return its size and sha256. Reading, writing and hashing overlap in three
-    threads.
-    """
-    path = folder / shard.name
-    temporary = folder / (shard.name + ".writing")
-    header = shard_header([job.outputs[index] for job, index in write_order(shard)])
-    size = len(header) + shard.nbytes
+    """Write one shard; its size and sha256. Reading, writing and hashing overlap in three threads."""
+    path, temporary = folder / shard.name, folder / (shard.name + WRITING_SUFFIX)
+    header = shard.header()
+    size = shard.file_bytes
     try:
-        with open(temporary, "wb", buffering=0) as file, HashThread() as digest:
+        with writing(path), open(temporary, "wb", buffering=0) as file, HashThread() as digest:
             reserve(file.fileno(), size)
-            digest.update(memoryview(header))
-            _write_all(file, memoryview(header))
-            for block in prefetch(stream_shard(shard)):
-                view = as_bytes(block.contiguous())
+            for view in itertools.chain([memoryview(header)], map(as_bytes, prefetch(stream_shard(shard)))):
                 digest.update(view)
                 _write_all(file, view)
                 on_bytes(len(view))
-            written = file.tell()
+            if file.tell() != size:
+                raise CheckpointError(f"{path}: wrote {file.tell()} bytes, the header promises {size}")
             os.fsync(file.fileno())
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise _write_error(path, size, error) from error
-    if written != size:
-        raise CheckpointError(f"{path}: wrote {written} bytes, the header promises {size}")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     return {"size": size, "sha256": digest.hexdigest()}
 
@@ -210,8 +215,6 @@ def reserve(fd: int, size: int) -> None:
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
-        import errno
-
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
@@ -222,14 +225,19 @@ def _write_all(file: Any, view: memoryview) -> None:
         done += file.write(view[done:])
 
 
-def _write_error(path: Path, size: int, error: OSError) -> CheckpointError:
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(path.parent).free
-        return CheckpointError(
-            f"cannot write {path} ({size} bytes): {error.strerror}; {free} bytes are free there. "
-            "Free space or choose another output_model; finished shards are kept for the next run"
-        )
-    return CheckpointError(f"cannot write {path} ({size} bytes): {error.strerror}")
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating system error into a CheckpointError that names `path` and what to do."""
+    try:
+        yield
+    except OSError as error:
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f"; {shutil.disk_usage(path.parent).free} bytes are free there"
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}{free}. Free space or choose another output_model; "
+            "finished shards are kept for the next run"
+        ) from error
 
 
 def _sync_folder(path: Path) -> None:

@@ -33,8 +33,9 @@ def weight_scale(
 ) -> Tensor:
     """float32 [out]: largest absolute value of each row times `clip_ratio` / 127; 1.0 for a row of zeros.
 
-    With a narrow `grid` every scale is rounded up to a number of that dtype. Readers that keep scales in the model's
-    dtype (transformers, vLLM's packed kernels) then compute with the very scale the codes were made for.
+    With a narrow `grid` every scale is rounded up to a number of that dtype. Readers that keep scales in
+    the model's dtype (transformers, vLLM's packed kernels) then compute with the very scale the codes were
+    made for.
     """
     largest = weight.abs().amax(dim=1).float() * clip_ratio
     scale = largest / INT8_MAX
