@@ -79,7 +79,9 @@ class RunFolder:
         folder._take_lock()
         try:
             folder._admit(experiment)
-            write_atomic(folder.path / "params.yaml", experiment.to_yaml())
+            # The first stage states the run's parameters; a later notebook may know fewer of them.
+            if experiment.if_exists == "overwrite" or not (folder.path / "params.yaml").exists():
+                write_atomic(folder.path / "params.yaml", experiment.to_yaml())
             folder._update_manifest(experiment, facts or {})
         except BaseException:
             folder.close()
@@ -90,12 +92,16 @@ class RunFolder:
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add one line to <name>.jsonl and push it to the disk. `status` defaults to ok, `error` to None."""
-        line = to_json({"status": "ok", "error": None, **row}) + "\n"
+        self.append_all(name, [row])
+
+    def append_all(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Add a line for each row and push them to the disk together: one wait instead of many."""
+        lines = "".join(to_json({"status": "ok", "error": None, **row}) + "\n" for row in rows)
         path = self.table_path(name)
         with open(path, "ab") as file:
             if file.tell() and not _ends_with_newline(path):
                 file.write(b"\n")  # a killed writer left half a line; keep it apart from this one
-            file.write(line.encode())
+            file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
 

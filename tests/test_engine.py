@@ -257,6 +257,17 @@ def test_timelines_are_ordered(tiny_qwen3_dir):
     assert output.timeline.finished_s == output.timeline.token_times_s[-1]
 
 
+def test_a_stop_string_is_only_looked_for_after_min_new_tokens(tiny_qwen3_dir):
+    prompt = prompts_of([12])[0]
+    with make_engine(tiny_qwen3_dir) as engine:
+        free = engine.generate([prompt], SamplingParams(max_new_tokens=12, ignore_eos=True))[0]
+        letter = next(c for c in free.text[:3] if c != "\ufffd")
+        late = engine.generate([prompt], SamplingParams(max_new_tokens=12, ignore_eos=True, stop=(letter,),
+                                                        min_new_tokens=12))[0]
+
+    assert len(late.token_ids) == 12
+
+
 def test_half_a_character_is_never_shown(tiny_qwen3_dir):
     from transformers import AutoTokenizer
 

@@ -19,6 +19,7 @@ class Detokenizer:
         self.ids: list[int] = []
         self.shown = 0  # tokens whose text is in self.text
         self.text = ""
+        self.is_cut = False  # at a stop string
 
     def add(self, token_id: int) -> str:
         """The text that became complete with this token; empty while a character is unfinished."""
@@ -41,7 +42,7 @@ class Detokenizer:
         window = max(0, len(self.text) - len(piece) - max(map(len, self.stop), default=0))
         found = [at for at in (self.text.find(word, window) for word in self.stop) if at >= 0]
         if found:
-            self.text = self.text[:min(found)]
+            self.text, self.is_cut = self.text[:min(found)], True
         return bool(found)
 
     def _show(self, piece: str) -> str:

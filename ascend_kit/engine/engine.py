@@ -307,7 +307,7 @@ class AscendInferEngine:
         if detokenizer is None:
             text = self.tokenizer.decode(sequence.output_ids, skip_special_tokens=True)
         else:
-            if sequence.finish_reason != "stop":
+            if not detokenizer.is_cut:
                 detokenizer.find_stop(detokenizer.finish())
             text = detokenizer.text
         return RequestOutput(

@@ -27,7 +27,7 @@ class StopRules:
         text = self._texts.get(sequence.id)
         if text is not None and not is_end:
             piece = text.add(token)
-            if text.find_stop(piece) and sequence.num_output_tokens >= sampling.min_new_tokens:
+            if sequence.num_output_tokens >= sampling.min_new_tokens and text.find_stop(piece):
                 return "stop"
         if is_end:
             return "stop"

@@ -98,10 +98,9 @@ class _Session:
                                           "status": "failed", "error": f"{type(error).__name__}: {error}"})
             return
         wall_s = time.perf_counter() - start
-        for row in document_rows:
-            self.folder.append("documents", {"task": task.task, "set": task.set_name, **row})
-        for row in score_rows:
-            self.folder.append("scores", {**head, **row, "wall_s": wall_s})
+        facts = {"task": task.task, "set": task.set_name}
+        self.folder.append_all("documents", [{**facts, **row} for row in document_rows])
+        self.folder.append_all("scores", [{**head, **row, "wall_s": wall_s} for row in score_rows])
 
     def _run(self, lm: Any, task: LocalTask, manager: Any) -> tuple[list[dict], list[dict]]:
         from lm_eval import evaluator
