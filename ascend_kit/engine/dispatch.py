@@ -58,7 +58,7 @@ class Dispatcher:
     def __init__(self, *, slots: int, tokens_per_step: int, block_size: int):
         self.slots, self.tokens_per_step, self.block_size = slots, tokens_per_step, block_size
         self.room = slots + max(1, slots // 8)  # a few more wait at the replica, so that it never does
-        self.tolerance = max(1.0, slots / 4)  # extra load accepted for a prefix that is there already
+        self.tolerance = max(2.0, slots / 4)  # extra load accepted for a prefix that is there already
         self.places: dict[Hashable, _Place] = {}
         self.waiting: deque[Job] = deque()
         self.suspects: deque[Job] = deque()

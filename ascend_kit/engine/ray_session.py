@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 80 << 20  # only requests and tokens travel; Ray's smallest is 75 MiB
 FOLDER = "ascend-ray-"
 RESOURCE = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
@@ -120,16 +121,27 @@ class RaySession:
         try:
             if before is not None:  # Ray may have been imported before the variable was set
                 constants.ENABLE_RAY_CLUSTER = False
-            with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}):
-                self.ray.init(address="local", **amounts, include_dashboard=False, log_to_driver=False,
-                              logging_level=logging.ERROR, object_store_memory=OBJECT_STORE_BYTES,
-                              _node_ip_address="127.0.0.1", _temp_dir=str(self._folder))
+            with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}), _fewer_processes(self.ray):
+                self._init_local(amounts)
         except BaseException:
             self.close()
             raise
         finally:
             if before is not None:
                 constants.ENABLE_RAY_CLUSTER = before
+
+    def _init_local(self, amounts: dict[str, Any]) -> None:
+        """Ray gives its own processes 30 s to answer; a busy host may need a second try."""
+        for attempt in range(START_ATTEMPTS):
+            try:
+                self.ray.init(address="local", **amounts, include_dashboard=False, log_to_driver=False,
+                              logging_level=logging.ERROR, object_store_memory=OBJECT_STORE_BYTES,
+                              _node_ip_address="127.0.0.1", _temp_dir=str(self._folder))
+                return
+            except Exception as error:
+                self.ray.shutdown()
+                if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                    raise
 
     def _visible(self, cards: int, first_card: int) -> dict[str, str]:
         """Show Ray the cards that were asked for, when the caller starts above card 0."""
@@ -177,6 +189,29 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _fewer_processes(ray: Any) -> Iterator[None]:
+    """Start no autoscaler and no log reader: one machine needs neither, and they double the start-up time.
+
+    Ray 2.60 has no public switch for them; where its internals look different it starts them as usual.
+    """
+    params = getattr(getattr(ray._private, "parameter", None), "RayParams", None)
+    names = getattr(getattr(getattr(params, "__init__", None), "__code__", None), "co_varnames", ())
+    if not {"no_monitor", "include_log_monitor"} <= set(names):
+        yield
+        return
+    original = params.__init__
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "no_monitor": True, "include_log_monitor": False})
+
+    params.__init__ = initialise
+    try:
+        yield
+    finally:
+        params.__init__ = original
 
 
 def _remove_leftovers() -> None:
