@@ -198,16 +198,16 @@ def test_an_unknown_switch_value_names_the_allowed_ones(monkeypatch, device):
 
 
 def torch_npu_calls():
-    """(name, keywords, number of positional arguments) of every torch_npu function that the op table calls."""
+    """(name, keywords, number of positional arguments) of every torch_npu function the table calls."""
     tree = ast.parse(Path(npu.__file__).read_text())
-    for node in ast.walk(tree):
-        func = node.func if isinstance(node, ast.Call) else None
-        if (
-            isinstance(func, ast.Attribute)
-            and isinstance(func.value, ast.Call)
-            and getattr(func.value.func, "id", "") == "_npu"
-        ):
-            yield func.attr, [keyword.arg for keyword in node.keywords], len(node.args)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    options = [k.arg for call in calls if getattr(call.func, "id", "") == "dict" for k in call.keywords]
+    for call in calls:
+        owner = getattr(call.func, "value", None)
+        if isinstance(owner, ast.Call) and getattr(owner.func, "id", "") == "_npu":
+            names = [k.arg for k in call.keywords if k.arg]
+            spread = options if len(names) < len(call.keywords) else []  # **options
+            yield call.func.attr, sorted({*names, *spread}), len(call.args)
 
 
 CALLS = sorted({(name, tuple(keywords), count) for name, keywords, count in torch_npu_calls()})

@@ -90,6 +90,8 @@ class ModelRunner:
         sequences = [chunk.sequence for chunk in chunks]
         tokens = sample(logits, sequences, eos_ids)
         record_logprobs(logits, tokens, sequences)
+        if self.graphs is not None:
+            self.graphs.wait()  # turns a hanging replay into an error; the read below could not be interrupted
         # The step's one synchronisation with the device.
         return {s.id: token for s, token in zip(sequences, tokens.tolist(), strict=True)}
 

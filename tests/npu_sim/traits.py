@@ -71,6 +71,8 @@ RANDOM = frozenset(
         "aten::normal",
     }
 )
+# Positions of arguments that come back as results, where the shape function describes new tensors instead.
+RETURNS_ARGUMENTS = {"npu::npu_apply_rotary_pos_emb": (0, 1)}
 # Kernels that understand the FRACTAL_NZ storage of a weight.
 READS_FRACTAL_NZ = frozenset(
     {

@@ -142,23 +142,14 @@ def paged_attention(
     if q_TNH.dtype not in _FLOAT16:
         return reference.paged_attention(q_TNH, k_cache, v_cache, meta, scale)
     if q_TNH.shape[-1] in TND_HEAD_SIZES:
-        return _attend(
-            q_TNH,
-            k_cache,
-            v_cache,
-            meta,
-            scale,
-            "TND",
-            meta.cu_seqlens_q,
-            meta.context_lens,
-            meta.block_table,
-        )
+        options = dict(input_layout="TND", num_heads=q_TNH.shape[1], actual_seq_lengths=meta.cu_seqlens_q)
+        return _attend(q_TNH, k_cache, v_cache, meta, scale, meta.context_lens, meta.block_table, options)
     if meta.is_decode:
-        lens = [1] * len(meta.context_lens)
-        q = q_TNH.flatten(1).unsqueeze(1)  # [B, 1, N*H]
-        return _attend(
-            q, k_cache, v_cache, meta, scale, "BSH", lens, meta.context_lens, meta.block_table
-        ).view_as(q_TNH)
+        # [B, 1, N*H]; one query token each, so the kernel wants no query lengths.
+        options = dict(input_layout="BSH", num_heads=q_TNH.shape[1])
+        q = q_TNH.flatten(1).unsqueeze(1)
+        out = _attend(q, k_cache, v_cache, meta, scale, meta.context_lens, meta.block_table, options)
+        return out.view_as(q_TNH)
     return _attend_one_by_one(q_TNH, k_cache, v_cache, meta, scale)
 
 
@@ -168,11 +159,12 @@ def _attend_one_by_one(
     """BSH prefill: sequences of unlike lengths would have to be padded, so each gets its own call."""
     rows, start = [], 0
     for index, (end, length) in enumerate(zip(meta.cu_seqlens_q, meta.context_lens, strict=True)):
-        q = q_TNH[start:end].flatten(1).unsqueeze(0)  # [1, S, N*H]
-        table = meta.block_table[index : index + 1]
-        rows.append(
-            _attend(q, k_cache, v_cache, meta, scale, "BSH", [end - start], [length], table).squeeze(0)
-        )
+        options = dict(input_layout="BSH", num_heads=q_TNH.shape[1], actual_seq_lengths=[end - start])
+        q, table = (
+            q_TNH[start:end].flatten(1).unsqueeze(0),
+            meta.block_table[index : index + 1],
+        )  # [1, S, N*H]
+        rows.append(_attend(q, k_cache, v_cache, meta, scale, [length], table, options).squeeze(0))
         start = end
     return torch.cat(rows).view_as(q_TNH)
 
@@ -183,32 +175,28 @@ def _attend(
     v_cache: Tensor,
     meta: AttentionMeta,
     scale: float,
-    layout: str,
-    q_lens: list[int],
     kv_lens: list[int],
     block_table: Tensor,
+    options: dict[str, Any],
 ) -> Tensor:
-    """One kernel call. `q_lens`: cumulative under TND, per request under BSH; `kv_lens`: always per request.
+    """One kernel call. `kv_lens` are per sequence; query lengths in `options` are cumulative under TND only.
 
     Lengths go as keywords: the graph update finds them by name.
     """
     blocks, size, kv_heads, head = k_cache.shape
     keys, values = (cache.view(blocks, size, kv_heads * head) for cache in (k_cache, v_cache))
-    mask = meta.mask if meta.mask is not None else make_mask(query.device)
     return _npu().npu_fused_infer_attention_score(
         query.contiguous(),
         keys,
         values,
-        atten_mask=mask,
-        actual_seq_lengths=q_lens,
+        atten_mask=meta.mask if meta.mask is not None else make_mask(query.device),
         actual_seq_lengths_kv=kv_lens,
         block_table=block_table,
-        num_heads=query.shape[-1] // head if layout == "BSH" else query.shape[1],
         num_key_value_heads=kv_heads,
-        scale=scale,
-        input_layout=layout,
+        scale=scale,  # its default of 1.0 would ruin the output without a word
         sparse_mode=CAUSAL_BOTTOM_RIGHT,
         block_size=size,
+        **options,
     )[0]
 
 

@@ -1,0 +1,244 @@
+"""Captured decode steps give the plain step's logits, and say what is wrong where they cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_model
+
+from ascend_kit import AscendInferEngine, SamplingParams
+from ascend_kit.device import graphs
+from ascend_kit.device.device import select_device
+from ascend_kit.device.graphs import DecodeGraphs, GraphError, GraphHang, decode_sizes, wait_until
+from ascend_kit.device.ops import AttentionMeta, select_ops
+
+BLOCK, BLOCKS, MAX_BLOCKS = 128, 12, 4
+HEADS, GROUPS, SIZE, VOCABULARY = 4, 2, 128, 50
+
+
+class TinyStep:
+    """Embedding, one cache write, one attention and a head: enough to notice wrong inputs of any kind."""
+
+    def __init__(self, device, kind, dtype=torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).to(device)  # noqa: E731
+        self.ops = select_ops(kind, fused=True)
+        self.table, self.head = draw(VOCABULARY, HEADS * SIZE), draw(VOCABULARY, HEADS * SIZE)
+        self.places = draw(1024, HEADS * SIZE)
+        self.cache = draw(BLOCKS, BLOCK, GROUPS, SIZE), draw(BLOCKS, BLOCK, GROUPS, SIZE)
+
+    def __call__(self, token_ids, positions, meta):
+        x = self.ops.gather_rows(self.table, token_ids) + self.ops.gather_rows(self.places, positions)
+        q = x.view(-1, HEADS, SIZE)
+        self.ops.store_kv(
+            q[:, :GROUPS].contiguous(), q[:, GROUPS:].contiguous(), *self.cache, meta.slot_mapping
+        )
+        mixed = self.ops.paged_attention(q, *self.cache, meta, SIZE**-0.5)
+        return self.ops.linear(mixed.flatten(1), self.head)
+
+
+def decode_inputs(lengths, device="cpu", seed=0):
+    """Random tokens at the end of sequences of these lengths, each in blocks of its own."""
+    tokens = torch.randint(0, VOCABULARY, (len(lengths),), generator=torch.Generator().manual_seed(seed))
+    free, table = iter(range(1, BLOCKS)), []
+    width = max(-(-length // BLOCK) for length in lengths)
+    for length in lengths:
+        used = [next(free) for _ in range(-(-length // BLOCK))]
+        table.append(used + [0] * (width - len(used)))
+    slots = [row[(n - 1) // BLOCK] * BLOCK + (n - 1) % BLOCK for row, n in zip(table, lengths, strict=True)]
+    ints = lambda values: torch.tensor(values, dtype=torch.int32).to(device)  # noqa: E731
+    meta = AttentionMeta(
+        ints(slots),
+        ints(table),
+        list(range(1, len(lengths) + 1)),
+        list(lengths),
+        ints(lengths),
+        BLOCK,
+        is_decode=True,
+    )
+    return tokens.int().to(device), ints(lengths) - 1, meta
+
+
+def make_graphs(step, device, max_batch=4, **changes):
+    return DecodeGraphs(
+        device,
+        step,
+        max_batch=max_batch,
+        max_blocks=MAX_BLOCKS,
+        block_size=BLOCK,
+        **{"host_lengths": step.ops.HOST_LENGTHS, **changes},
+    )
+
+
+STEPS = [[5], [130, 1, 300], [128, 129], [7, 8, 9, 10], [131, 2, 301]]
+
+
+@pytest.mark.npu
+@pytest.mark.parametrize("update_first", ["0", "1"])
+def test_captured_steps_equal_plain_ones_whatever_the_batch(update_first, monkeypatch, device):
+    monkeypatch.setenv(graphs.UPDATE_FIRST_VARIABLE, update_first)
+    selected = select_device(device)
+    plain, captured = (TinyStep(device, "npu") for _ in range(2))
+    runner = make_graphs(captured, selected)
+    info = runner.capture()
+
+    for number, lengths in enumerate(STEPS):
+        got = runner.run(*decode_inputs(lengths, seed=number)).clone()
+        expected = plain(*decode_inputs(lengths, device, seed=number))
+        assert torch.equal(got.cpu(), expected.cpu()), lengths
+
+    assert (info["mode"], info["sizes"]) == ("npu_graph", [1, 2, 4])
+    assert info["capture_s"] > 0 and info["capture_bytes"] > 0
+    assert {k: runner.info()[k] for k in ("replays", "rows", "padded_rows")} == dict(
+        replays=5, rows=13, padded_rows=2
+    )
+    untouched = [(a.cpu()[1:] == b.cpu()[1:]).all() for a, b in zip(plain.cache, captured.cache, strict=True)]
+    assert all(untouched), "dead rows may write to block 0 only"
+
+
+@pytest.mark.npu
+def test_inputs_may_lie_on_the_device_already(device):
+    step = TinyStep(device, "npu")
+    runner = make_graphs(step, select_device(device))
+
+    got = runner.run(*decode_inputs([130, 1, 300], device)).cpu()
+
+    assert torch.equal(got, step(*decode_inputs([130, 1, 300], device)).cpu())
+
+
+@pytest.mark.npu
+def test_a_captured_step_costs_one_replay_one_upload_and_no_synchronisation(sim, device):
+    runner = make_graphs(TinyStep(device, "npu"), select_device(device))
+    runner.capture()
+    sim.reset()
+
+    runner.run(*decode_inputs([130, 1, 300]))
+
+    counts = sim.counts
+    assert (counts.replays, counts.updates, counts.uploads) == (1, 1, 1)
+    assert (counts.num_launches, counts.num_syncs) == (0, 0)
+
+
+@pytest.mark.npu
+def test_a_replay_that_never_ends_is_reported_with_advice(sim, monkeypatch, device):
+    runner = make_graphs(TinyStep(device, "npu"), select_device(device), timeout_s=0.05)
+    runner.capture()
+    monkeypatch.setattr(runner, "_update", lambda *_: None)
+
+    runner.run(*decode_inputs([5]))
+
+    with pytest.raises(GraphHang, match="HCCL_OP_EXPANSION_MODE"):
+        runner.wait()
+
+
+@pytest.mark.npu
+def test_a_host_read_inside_the_step_is_reported_as_such(device):
+    step = TinyStep(device, "npu")
+
+    def reads(token_ids, positions, meta):
+        return step(token_ids, positions, meta) * float(meta.context_lens_t.max())
+
+    reads.ops = step.ops
+    with pytest.raises(GraphError, match=r"cannot be recorded.*reads the device"):
+        make_graphs(reads, select_device(device)).capture()
+
+
+@pytest.mark.npu
+def test_a_step_that_needs_host_lengths_is_not_captured_with_frozen_ones(device):
+    with pytest.raises(GraphError, match="reads its lengths on the host"):
+        make_graphs(TinyStep(device, "npu"), select_device(device), host_lengths=False).capture()
+
+
+@pytest.mark.npu
+def test_a_second_step_waits_for_an_unfinished_replay(sim, monkeypatch, device):
+    runner = make_graphs(TinyStep(device, "npu"), select_device(device), timeout_s=0.05)
+    runner.capture()
+    monkeypatch.setattr(runner, "_update", lambda *_: None)
+    runner.run(*decode_inputs([5]))
+
+    with pytest.raises(GraphHang):
+        runner.run(*decode_inputs([6]))
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen2"])
+def wide_model_dir(request, tmp_path_factory):
+    """Head size 128, as the real models have: the packed attention layout and the in-place rope."""
+    folder = tmp_path_factory.mktemp("wide") / request.param
+    return make_model(
+        folder, request.param, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=128
+    )
+
+
+def score(folder, device, **changes):
+    settings = dict(max_seq_length=512, batch_size=4, kv_cache_gib=0.05)
+    with AscendInferEngine(folder, device=device, **{**settings, **changes}) as engine:
+        outputs = engine.generate(
+            [[7] * 5, list(range(140)), [1, 2, 3]],
+            SamplingParams(max_new_tokens=6, logprobs=1, ignore_eos=True),
+        )
+    return [[logprob.logprob for logprob in output.logprobs] for output in outputs], [
+        o.token_ids for o in outputs
+    ]
+
+
+@pytest.mark.npu
+@pytest.mark.parametrize("graph_mode", [False, True])
+def test_an_engine_in_bf16_stays_near_float32_on_the_cpu(graph_mode, wide_model_dir, device):
+    expected, tokens = score(wide_model_dir, "cpu", precision="fp32", operator_fusion=False)
+
+    got, got_tokens = score(wide_model_dir, device, precision="bf16", graph_mode=graph_mode)
+
+    for row, wanted, mine, theirs in zip(got, expected, got_tokens, tokens, strict=True):
+        same = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), len(mine))
+        # Weights and activations with 8 bits of mantissa, logits of size 10, two layers.
+        assert same >= 1
+        assert row[:same] == pytest.approx(wanted[:same], abs=0.35)
+
+
+def test_sizes_are_few_ascending_and_end_with_the_largest_batch():
+    assert decode_sizes(1) == [1]
+    assert decode_sizes(16) == [1, 2, 4, 8, 16]
+    assert decode_sizes(24) == [1, 2, 4, 8, 16, 24]
+    assert len(decode_sizes(256)) == 12
+    assert decode_sizes(1000)[-2:] == [768, 1000]
+    assert decode_sizes(8, sizes=[3]) == [3, 8]
+    with pytest.raises(ValueError, match=r"1\.\.8"):
+        decode_sizes(8, sizes=[9])
+
+
+def test_waiting_ends_when_done_and_raises_when_not():
+    answers = iter([False, False, True])
+
+    wait_until(lambda: next(answers), 1.0, "this")
+    with pytest.raises(GraphHang, match=r"that did not finish within 0\.01 s"):
+        wait_until(lambda: False, 0.01, "that")
+
+
+def test_errors_of_the_field_are_explained():
+    assert "fewer sizes" in graphs.explain(RuntimeError("error code 207008"))
+    assert "lengths" in graphs.explain(RuntimeError("aclnn 561002"))
+    assert "graph_mode: false" in graphs.explain(RuntimeError("something else"))
+
+
+def test_a_cpu_step_gives_the_plain_logits_for_every_batch_and_width(monkeypatch):
+    step = TinyStep("cpu", "cpu", torch.float32)
+    runner = make_graphs(step, select_device("cpu"))
+    # Compiling takes half a minute; what surrounds it does not depend on it.
+    monkeypatch.setattr(runner._compiled, "step_fn", step)
+
+    for number, lengths in enumerate(STEPS):
+        got = runner.run(*decode_inputs(lengths, seed=number)).clone()
+        torch.testing.assert_close(got, step(*decode_inputs(lengths, seed=number)), rtol=1e-5, atol=1e-5)
+
+    assert runner.info()["replays"] == len(STEPS)
+
+
+def test_a_prefill_or_a_batch_too_large_is_refused():
+    runner = make_graphs(TinyStep("cpu", "cpu", torch.float32), select_device("cpu"), max_batch=2)
+    ids, positions, meta = decode_inputs([3, 4])
+    meta.is_decode = False
+
+    with pytest.raises(ValueError, match="prefill"):
+        runner.run(ids, positions, meta)
+    with pytest.raises(ValueError, match="does not fit"):
+        runner.run(*decode_inputs([1, 2, 3]))
