@@ -1,6 +1,14 @@
 """Demo assets made by code: a small Qwen3 model trained on the spot, sample data sets and prompts."""
 
-from ascend_kit.demo.assets import DemoAssets, cache_root, ensure_assets, ensure_data, ensure_model, resolve
+from ascend_kit.demo.assets import (
+    DemoAssets,
+    cache_root,
+    cached_model,
+    ensure_assets,
+    ensure_data,
+    ensure_model,
+    resolve,
+)
 
 # Shown wherever scores of the demo appear.
 DEMO_SCORES_NOTE = (
@@ -12,6 +20,7 @@ __all__ = [
     "DEMO_SCORES_NOTE",
     "DemoAssets",
     "cache_root",
+    "cached_model",
     "ensure_assets",
     "ensure_data",
     "ensure_model",

@@ -27,6 +27,9 @@ DEMO_WORD = "demo"
 COMPLETE_FILE = "complete.json"
 MODEL_LIBRARIES = ("torch", "transformers", "tokenizers")
 DATA_LIBRARIES = ("pyarrow",)
+# Sources that do not change what is built.
+NOT_IN_MODEL = ("__init__.py", "assets.py", "prompts.py")
+NOT_IN_DATA = ("__init__.py", "assets.py", "train.py")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def ensure_assets(
 
 def ensure_data(cache_dir: str | Path | None = None) -> Path:
     """The folder of the sample data sets (`mmlu`, `ceval`, `agieval`, `wikitext`) and `prompts.jsonl`."""
-    folder = cache_root(cache_dir) / f"demo-data-{_source_hash(DATA_LIBRARIES)}"
+    folder = cache_root(cache_dir) / f"demo-data-{_source_hash(DATA_LIBRARIES, NOT_IN_DATA)}"
     return _build_once(folder, _build_data)
 
 
@@ -60,13 +63,14 @@ def ensure_model(
     cache_dir: str | Path | None = None, on_progress: Progress | None = None, *, steps: int | None = None
 ) -> Path:
     """The folder of the demo checkpoint, trained now (about a minute on two cores) if the cache lacks it."""
-    from ascend_kit.demo.train import STEPS
-
-    steps = STEPS if steps is None else steps
-    if steps < 1:
-        raise ValueError(f"steps={steps}: training takes at least 1 step, {STEPS} by default")
-    folder = cache_root(cache_dir) / f"demo-model-{steps}-{_source_hash(MODEL_LIBRARIES)}"
+    folder, steps = _model_folder(cache_dir, steps)
     return _build_once(folder, lambda target: _build_model(target, steps, on_progress))
+
+
+def cached_model(cache_dir: str | Path | None = None) -> Path | None:
+    """The folder of the fully trained demo checkpoint if the cache has it; nothing is built."""
+    folder, _ = _model_folder(cache_dir, None)
+    return folder if _is_complete(folder) else None
 
 
 def resolve(
@@ -91,6 +95,15 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     if chosen:
         return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "ascend-kit"
+
+
+def _model_folder(cache_dir: str | Path | None, steps: int | None) -> tuple[Path, int]:
+    from ascend_kit.demo.train import STEPS
+
+    steps = STEPS if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps={steps}: training takes at least 1 step, {STEPS} by default")
+    return cache_root(cache_dir) / f"demo-model-{steps}-{_source_hash(MODEL_LIBRARIES, NOT_IN_MODEL)}", steps
 
 
 def _build_data(target: Path) -> None:
@@ -161,10 +174,12 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _source_hash(libraries: tuple[str, ...]) -> str:
-    """Twelve hex digits over this package's sources and the named libraries' versions."""
+def _source_hash(libraries: tuple[str, ...], left_out: tuple[str, ...]) -> str:
+    """Twelve hex digits over this package's sources, but for those left out, and the libraries' versions."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name in left_out:
+            continue
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for name in libraries:
         digest.update(f"{name}={version(name)}".encode())

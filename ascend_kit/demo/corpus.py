@@ -21,9 +21,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-ANSWER_WEIGHT = 4.0
-FOLLOW_UP_WEIGHT = 1.0
-PAPER_WEIGHT = 0.3
+# Shares of papers, single questions, pages and short answers among the documents.
+DOCUMENT_SHARES = (16, 15, 14, 55)
+# Loss weights: what a score or a reply depends on counts more than the wording of a question.
+ANSWER_WEIGHT, REPLY_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT = 4.0, 2.0, 1.0, 0.1
 
 Piece = tuple[str, float]
 Document = list[Piece]
@@ -82,10 +83,10 @@ class Corpus:
         self.paper_names = sorted(self.papers)
 
     def documents(self) -> Iterator[Document]:
-        """Documents without end: about half papers, the rest single questions, pages and answers."""
+        """Documents without end, of all kinds in their shares."""
         kinds = [self._paper, self._single, self._page, self._answer]
         while True:
-            (make,) = self.rng.choices(kinds, weights=[50, 26, 10, 14])
+            (make,) = self.rng.choices(kinds, weights=DOCUMENT_SHARES)
             yield make()
 
     def all_text(self) -> list[str]:
@@ -103,25 +104,27 @@ class Corpus:
     def _paper(self) -> Document:
         pool = self.papers[self.rng.choice(self.paper_names)]
         chosen = self._pick(pool, self.rng.randint(1, 7))
-        document: Document = [(exam_description(chosen[0]), PAPER_WEIGHT)]
+        document: Document = [(exam_description(chosen[0]), QUESTION_WEIGHT)]
         for question in chosen:
             text, answer = exam_question(question)
-            document += [(text, PAPER_WEIGHT), (answer, ANSWER_WEIGHT), ("\n\n", PAPER_WEIGHT)]
-        return [*document[:-1], (END_OF_TEXT, FOLLOW_UP_WEIGHT)]
+            document += [(text, QUESTION_WEIGHT), (answer, ANSWER_WEIGHT), ("\n\n", QUESTION_WEIGHT)]
+        return [*document[:-1], (END_OF_TEXT, TEXT_WEIGHT)]
 
     def _single(self) -> Document:
         (question,) = self._pick(self.singles, 1)
         answer = question.choices[self.rng.choice(question.gold)]
-        return [(agieval_query(question), PAPER_WEIGHT), (f" {answer}", ANSWER_WEIGHT), (END_OF_TEXT, 1.0)]
+        query = agieval_query(question)
+        return [(query, QUESTION_WEIGHT), (f" {answer}", ANSWER_WEIGHT), (END_OF_TEXT, TEXT_WEIGHT)]
 
     def _page(self) -> Document:
         page = page_text(self.rng.choice(self.topics), self.rng)
-        return [(END_OF_TEXT, 0.0), (page, 1.0), (END_OF_TEXT, 1.0)]
+        return [(END_OF_TEXT, 0.0), (page, TEXT_WEIGHT), (END_OF_TEXT, TEXT_WEIGHT)]
 
     def _answer(self) -> Document:
         topic = self.rng.choice(self.topics)
         ask, reply = self.rng.choice([*topic.questions, (f"Tell me about {topic.title}.", summary(topic))])
         if self.rng.random() < 0.3:
             turn = f"{IM_START}user\n{ask}{IM_END}\n{IM_START}assistant\n"
-            return [(turn, PAPER_WEIGHT), (reply, 1.0), (IM_END, 1.0), (f"\n{END_OF_TEXT}", 1.0)]
-        return [(ask, PAPER_WEIGHT), (f" {reply}", 1.0), (END_OF_TEXT, 1.0)]
+            close = f"{IM_END}\n{END_OF_TEXT}"
+            return [(turn, QUESTION_WEIGHT), (reply, REPLY_WEIGHT), (close, TEXT_WEIGHT)]
+        return [(ask, QUESTION_WEIGHT), (f" {reply}", REPLY_WEIGHT), (END_OF_TEXT, TEXT_WEIGHT)]

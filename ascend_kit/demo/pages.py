@@ -35,7 +35,7 @@ def page_text(topic: Topic, rng: random.Random) -> str:
     """One page about the topic, as lm-eval's WikiText detokeniser leaves it (the text a model reads)."""
     body = _paragraph(topic.facts, rng)
     section = _paragraph(topic.section_facts, rng)
-    return f" = {topic.title} =\n\n{body}\n\n == {topic.section} ==\n\n{section}\n"
+    return f" = {topic.title} =\n\n{body}\n\n== {topic.section} ==\n\n{section}\n"
 
 
 def to_wikitext(text: str) -> str:
