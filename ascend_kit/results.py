@@ -225,6 +225,14 @@ class RunFolder:
         self.write_json("manifest", manifest)
 
 
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """What is made once per machine: the argument, else $ASCEND_KIT_CACHE, else `ascend-kit` in the user's cache."""
+    chosen = cache_dir or os.environ.get("ASCEND_KIT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "ascend-kit"
+
+
 def source_state() -> dict[str, Any]:
     """Commit and dirty flag of the checkout this package runs from; None where it is no checkout."""
     def git(*words: str) -> str | None:

@@ -17,12 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ascend_kit.results import cache_root
+
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment
 
 Progress = Callable[[int, int], None]
 
-CACHE_VARIABLE = "ASCEND_KIT_CACHE"
+STAND_IN = "demo-in-place-of-"  # before the model_name of a file that names no checkpoint
 DEMO_WORD = "demo"
 COMPLETE_FILE = "complete.json"
 MODEL_LIBRARIES = ("torch", "transformers", "tokenizers")
@@ -80,6 +82,10 @@ def resolve(
     paths: dict[str, str] = {}
     if experiment.input_model == DEMO_WORD:
         paths["input_model"] = str(ensure_model(cache_dir, on_progress))
+        if experiment.model_name != DEMO_WORD:
+            paths["model_name"] = f"{STAND_IN}{experiment.model_name}"
+            print(f"input_model is not given: the built-in demo model stands in for {experiment.model_name}; every "
+                  "number below describes the demo model")
     if experiment.tokenizer_path == DEMO_WORD:
         paths["tokenizer_path"] = str(ensure_model(cache_dir, on_progress))
     if experiment.dataset_path == DEMO_WORD:
@@ -87,14 +93,6 @@ def resolve(
     if experiment.prompts_file == DEMO_WORD:
         paths["prompts_file"] = str(ensure_data(cache_dir) / "prompts.jsonl")
     return experiment.model_copy(update=paths) if paths else experiment
-
-
-def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """The cache folder: the argument, else $ASCEND_KIT_CACHE, else `ascend-kit` in the user's cache."""
-    chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "ascend-kit"
 
 
 def _model_folder(cache_dir: str | Path | None, steps: int | None) -> tuple[Path, int]:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ascend_kit.results import cache_root
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 DISABLE_VARIABLE = "ASCEND_KIT_NATIVE"  # 0 = never build or use the kernels
 # Reassociation lets sums use vector registers. -ffast-math is avoided: linking with it makes the whole process flush
@@ -123,7 +125,7 @@ def _build() -> Path:
     """The shared library for this source, compiler and processor, from the cache or built now."""
     command = [compiler(), *FLAGS]
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode() + _processor().encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit")) / "native"
+    folder = cache_root() / "native"
     path = folder / f"kernels-{key}.so"
     if path.exists():
         return path
