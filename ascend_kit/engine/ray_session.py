@@ -121,7 +121,7 @@ class RaySession:
         try:
             if before is not None:  # Ray may have been imported before the variable was set
                 constants.ENABLE_RAY_CLUSTER = False
-            with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}), _fewer_processes(self.ray):
+            with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}), _fewer_processes(self.ray), _no_echo(self.ray):
                 self._init_local(amounts)
         except BaseException:
             self.close()
@@ -157,7 +157,7 @@ class RaySession:
         return {variable: ",".join(chosen)} if given or first_card else {}
 
     def _join(self, address: str) -> None:
-        with _environment(QUIET):
+        with _environment(QUIET), _no_echo(self.ray):
             try:
                 self.ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -212,6 +212,24 @@ def _fewer_processes(ray: Any) -> Iterator[None]:
         yield
     finally:
         params.__init__ = original
+
+
+@contextlib.contextmanager
+def _no_echo(ray: Any) -> Iterator[None]:
+    """Keep Ray from printing the deaths of workers, which are noticed, handled and reported here.
+
+    `log_to_driver` does not cover them in Ray 2.60; where its internals look different they are printed.
+    """
+    worker = ray._private.worker
+    original = getattr(worker, "listen_error_messages", None)
+    if original is None:
+        yield
+        return
+    worker.listen_error_messages = lambda *_: None
+    try:
+        yield
+    finally:
+        worker.listen_error_messages = original
 
 
 def _remove_leftovers() -> None:
