@@ -24,6 +24,7 @@ from npu_sim.capture import CaptureError, Graphs, Kernel
 from npu_sim.runtime import Runtime, host_alias
 
 FRACTAL_NZ = 29
+_PLACEMENT = ("device", "non_blocking", "pin_memory")  # arguments of a copy that say where, not what
 
 
 @dataclass
@@ -223,7 +224,8 @@ class Simulator(TorchDispatchMode):
         outside = recording.outside(on_npu)
         result, fresh = self._allocate(func, args, kwargs, device)
         for tensor in self._own(fresh):
-            _poison(host_alias(tensor))
+            if not self.shapes_only:
+                _poison(host_alias(tensor))
         recording.add(Kernel(name, self._runner(func, name, args, kwargs, on_npu, fresh), outside))
         return result
 
@@ -247,13 +249,15 @@ class Simulator(TorchDispatchMode):
         known = lowered.forget_owners()  # the device knows addresses: nothing here keeps npu memory alive
 
         def run() -> None:
+            self.counts.kernels[name] += 1
+            self.counts.bytes += moved
+            if self.shapes_only:
+                return
             out = tree_leaves(func(*lowered.args, **lowered.kwargs))
             new = [x for x in out if isinstance(x, Tensor) and id(x) not in known]
             for target, source in zip(targets, new, strict=True):
                 target.copy_(source)
             _finish_collectives(out)
-            self.counts.kernels[name] += 1
-            self.counts.bytes += moved
 
         return run
 
@@ -287,22 +291,31 @@ class Simulator(TorchDispatchMode):
         else:
             self._check_pinned(name, source)
             self.counts.uploads += 1
+        if self.shapes_only:
+            return self._transfer_shape(name, args, kwargs, to_host)
         if name == "aten::copy_":
             target = host_alias(args[0]) if args[0].device.type == "npu" else args[0]
             target.copy_(host_alias(source) if to_host else source)
             return args[0]
-        lowered = _Lowered(
-            args, {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking", "pin_memory")}
-        )
+        plain = {key: value for key, value in kwargs.items() if key not in _PLACEMENT}
+        lowered = _Lowered(args, plain)
         copied = func(*lowered.args, **lowered.kwargs)
         if to_host:
             return copied
-        device = torch.device(kwargs["device"])
-        if self.shapes_only and copied.numel() > 1 << 20:
-            return torch.empty_strided(copied.size(), copied.stride(), dtype=copied.dtype, device=device)
-        fresh = torch.empty_strided(copied.size(), copied.stride(), dtype=copied.dtype, device=device)
+        fresh = torch.empty_strided(
+            copied.size(), copied.stride(), dtype=copied.dtype, device=torch.device(kwargs["device"])
+        )
         host_alias(fresh).copy_(copied)
         return fresh
+
+    def _transfer_shape(self, name: str, args: tuple, kwargs: dict, to_host: bool) -> Tensor:
+        """Without contents: the device gets unset memory, the host zeros."""
+        if name == "aten::copy_":
+            return args[0].zero_() if to_host else args[0]
+        source, dtype = args[0], kwargs.get("dtype") or args[0].dtype
+        if to_host:
+            return torch.zeros(source.size(), dtype=dtype)
+        return torch.empty(source.size(), dtype=dtype, device=torch.device(kwargs["device"]))
 
     def _check_pinned(self, name: str, source: Tensor) -> None:
         if source.numel() and source.dim() and not self.runtime.is_pinned(source):
@@ -350,7 +363,8 @@ class Simulator(TorchDispatchMode):
             raise RuntimeError(f"npu_format_cast of a strided tensor {tuple(source.shape)} {source.stride()}")
         self.counts.launches["npu::npu_format_cast"] += 1
         result = torch.empty_strided(source.size(), source.stride(), dtype=source.dtype, device=source.device)
-        host_alias(result).copy_(host_alias(source))
+        if not self.shapes_only:
+            host_alias(result).copy_(host_alias(source))
         if wanted == FRACTAL_NZ:
             storage = result.untyped_storage()
             self._nz_storages[storage.data_ptr()] = StorageWeakRef(storage)

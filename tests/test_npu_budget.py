@@ -1,0 +1,61 @@
+"""What a decode step may cost on an NPU, held at the widths of the real models (four layers, shapes only)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytestmark = pytest.mark.npu
+
+LAYERS = 4
+# q, k+v, rope, cache write, attention, o, two norms, gate+up, swiglu, down; Qwen3 norms q and k besides.
+LAUNCHES_PER_LAYER = {"Qwen2.5-7B": 11, "Qwen3-8B": 14}
+# Each of the four inputs of int8 products is quantised once, and k and v are products of their own.
+INT8_EXTRA = 5
+OUTSIDE_LAYERS = 6  # embedding, cos, sin, first norm, lm_head, argmax
+MAX_BYTES_RATIO = 1.10
+
+
+def cost_of(sim, name, **options):
+    from npu_sim.counting import MODELS, count_step
+
+    return count_step(sim, replace(MODELS[name], num_layers=LAYERS), **options)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("name", LAUNCHES_PER_LAYER)
+def test_an_eager_step_keeps_to_its_launches_bytes_and_one_synchronisation(name, batch, sim, device):
+    cost = cost_of(sim, name, batch=batch)
+
+    assert cost.launches_per_layer <= LAUNCHES_PER_LAYER[name]
+    assert cost.launches <= LAYERS * LAUNCHES_PER_LAYER[name] + OUTSIDE_LAYERS
+    assert (cost.syncs, cost.uploads) == (1, 1)
+    assert cost.bytes_ratio <= MAX_BYTES_RATIO
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("name", LAUNCHES_PER_LAYER)
+def test_a_captured_step_is_one_replay_with_one_update_per_layer(name, batch, sim, device):
+    cost = cost_of(sim, name, batch=batch, graph_mode=True)
+
+    assert cost.launches == 1, "only the choice of the token is outside the graph"
+    assert (cost.replays, cost.updates, cost.syncs, cost.uploads) == (1, LAYERS, 1, 1)
+    assert cost.launches_per_layer <= LAUNCHES_PER_LAYER[name]
+    assert cost.bytes_ratio <= MAX_BYTES_RATIO
+
+
+@pytest.mark.parametrize("name", LAUNCHES_PER_LAYER)
+def test_an_int8_step_adds_only_the_quantisations(name, sim, device):
+    cost = cost_of(sim, name, quantize="w8a8")
+
+    assert cost.launches_per_layer <= LAUNCHES_PER_LAYER[name] + INT8_EXTRA
+    assert cost.bytes_ratio <= MAX_BYTES_RATIO
+    assert cost.syncs == 1
+
+
+def test_the_fused_table_is_what_saves_the_launches(sim, device):
+    plain = cost_of(sim, "Qwen3-8B", fused=False)
+
+    assert plain.launches_per_layer > 3 * LAUNCHES_PER_LAYER["Qwen3-8B"]
+    assert plain.syncs == 1
