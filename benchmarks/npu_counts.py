@@ -40,8 +40,7 @@ def main() -> None:
     for row in rows:
         values = " ".join(f"{row[column]:>13.5g}" for column in COLUMNS)
         print(f"{row['model']:<12} {row['engine']:<22} {row['batch']:>5} {values}")
-    print("\ntransformers: synchronisations per token of generate(), from a tiny model that is computed"), counted on a two-layer model that is computed"
-    )
+    print("\ntransformers: synchronisations per token of generate(), from a tiny model that is computed")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
