@@ -1,0 +1,184 @@
+"""What is left behind: processes, ports and files after an end of any kind; ranks of launchers; several machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
+
+from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
+
+pytestmark = pytest.mark.multiproc
+
+HERE = Path(__file__).parent
+LIMIT_S = 200
+SETTINGS = dict(precision="fp32", device="cpu", max_seq_length=512, batch_size=2, block_size=16, kv_cache_gib=0.02)
+
+
+def environment(**changes):
+    return {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", **changes}
+
+
+def stat_of(pid):
+    """(parent, start time) of a process, or None when it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else (int(fields[1]), fields[19])
+
+
+def descendants(root):
+    """{pid: start time} of all processes below `root`."""
+    known = {int(p.name): stat_of(p.name) for p in Path("/proc").glob("[0-9]*")}
+    found, front = {}, {root}
+    while front:
+        front = {pid for pid, stat in known.items() if stat and stat[0] in front and pid not in found}
+        found.update({pid: known[pid][1] for pid in front})
+    return found
+
+
+def listening_addresses(pids):
+    """Local addresses of the listening TCP sockets of some processes."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes.add(os.readlink(link))
+            except OSError:
+                continue
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                raw = bytes.fromhex(fields[1].split(":")[0])
+                words = b"".join(raw[i:i + 4][::-1] for i in range(0, len(raw), 4))
+                found.add(socket.inet_ntop(family, words))
+    return found
+
+
+def wait_for(condition, what, limit_s=LIMIT_S):
+    end = time.monotonic() + limit_s
+    while not (result := condition()):
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+    return result
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir):
+    folders, shared = Path(tempfile.gettempdir()), set(os.listdir("/dev/shm"))
+    driver = subprocess.Popen([sys.executable, HERE / "cluster_script.py", str(tiny_qwen3_dir)], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), start_new_session=True)
+    try:
+        line = driver.stdout.readline()
+        assert line == "running\n", driver.stderr.read()
+        time.sleep(1.0)
+        family = descendants(driver.pid)
+        addresses = listening_addresses([driver.pid, *family])
+
+        os.killpg(driver.pid, number)  # as Jupyter does: the whole process group gets it
+        _, errors = driver.communicate(timeout=LIMIT_S)
+    finally:
+        driver.kill()
+
+    assert len(family) >= 4 and addresses and addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    wait_for(lambda: all((stat_of(pid) or (0, None))[1] != start for pid, start in family.items()),
+             f"still there: {[pid for pid in family if stat_of(pid)]}", 30)
+    assert set(os.listdir("/dev/shm")) <= shared
+    if number == signal.SIGINT:
+        assert "KeyboardInterrupt" in errors and not list(folders.glob(f"ascend-ray-{driver.pid}-*"))
+
+
+def test_folders_of_killed_drivers_are_removed_by_the_next(tmp_path, monkeypatch):
+    from ascend_kit.engine import ray_session
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine, theirs = tmp_path / f"ascend-ray-{os.getpid()}-a", tmp_path / f"ascend-ray-{gone.pid}-b"
+    for folder in (mine, theirs):
+        (folder / "session").mkdir(parents=True)
+
+    ray_session._remove_leftovers()
+
+    assert mine.is_dir() and not theirs.exists()
+
+
+@pytest.mark.parametrize("launcher,size,tensor_parallel", [("torchrun", 2, 1), ("mpirun", 4, 2)])
+def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, tiny_qwen3_dir, tmp_path):
+    draw = random.Random(5)
+    prompts = [[draw.randrange(255) for _ in range(draw.choice([2, 17, 60]))] for _ in range(7)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    script = [HERE / "rank_script.py", tiny_qwen3_dir, tmp_path / "prompts.json", tmp_path, tensor_parallel]
+
+    if launcher == "torchrun":
+        commands = [(["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *script], {})]
+    else:  # mpirun itself is not needed: what it gives its processes are variables
+        job = uuid.uuid4().hex
+        commands = [(script, {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": str(size),
+                              "OMPI_COMM_WORLD_LOCAL_RANK": str(rank), "PMIX_NAMESPACE": job})
+                    for rank in range(size)]
+    running = [subprocess.Popen([sys.executable, *map(str, command)], env=environment(**extra),
+                                stderr=subprocess.PIPE, text=True) for command, extra in commands]
+    errors = [process.communicate(timeout=LIMIT_S)[1] for process in running]
+
+    assert [process.returncode for process in running] == [0] * len(running), errors
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
+    with AscendInferEngine(tiny_qwen3_dir, **{**SETTINGS, "max_seq_length": 256}) as engine:
+        expected = [output.token_ids for output in engine.generate(prompts, SamplingParams(max_new_tokens=8))]
+    for result in results:
+        assert result["tokens"] == expected and result["index"] == list(range(7))
+        assert result["scores"] == results[0]["scores"]
+    leaders = results[::tensor_parallel]
+    assert sum(result["own_tokens"] for result in leaders) == 7 * 8 and all(r["own_tokens"] for r in leaders)
+
+
+def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, monkeypatch):
+    """Two Ray nodes with two cards each, and a head without any; one node dies while four replicas work."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from ascend_kit.engine import replica
+    from ascend_kit.engine.ray_session import OBJECT_STORE_BYTES, QUIET
+
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(replica, "START_S", 60.0)
+    common = dict(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **common})
+    try:
+        nodes = [machines.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES) for _ in range(2)]
+        draw = random.Random(8)
+        prompts = [[draw.randrange(255) for _ in range(12)] for _ in range(24)]
+        sampling = SamplingParams(max_new_tokens=120, ignore_eos=True)
+        with AscendInferEngine(tiny_qwen3_dir, cards=4, ray_address=machines.address, **SETTINGS) as engine:
+            lost = []
+
+            def lose_a_machine(done, total):
+                if not lost:
+                    lost.append(machines.remove_node(nodes[0], allow_graceful=False))
+
+            outputs = engine.generate(prompts, sampling, on_progress=lose_a_machine)
+            states = [row["state"] for row in engine.stats()["replicas"]]
+        assert not ray.is_initialized(), "the engine leaves the cluster it joined"
+    finally:
+        machines.shutdown()
+
+    with AscendInferEngine(tiny_qwen3_dir, **SETTINGS) as engine:
+        expected = engine.generate(prompts, sampling)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert states.count("ready") == 2
