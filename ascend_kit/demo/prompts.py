@@ -12,7 +12,7 @@ SHOTS_OF_PAPERS = (1, 2, 4, 5)
 
 
 def demo_prompts() -> list[str]:
-    """32 prompts of about 5 to 400 tokens, in a fixed mixed order."""
+    """32 prompts of 6 to about 240 tokens, in a fixed mixed order."""
     rng = random.Random(0)
     chosen = topics()
     rng.shuffle(chosen)
