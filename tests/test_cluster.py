@@ -148,6 +148,8 @@ def test_a_cancelled_request_ends_and_a_refused_one_comes_back(two_cards):
 
 
 def test_a_replica_killed_in_the_middle_is_replaced_and_nothing_is_lost_or_twice(two_cards, tiny_qwen3_dir):
+    wait_until_whole(two_cards)
+    before = two_cards.stats()["restarts"]
     prompts, sampling = prompts_of(24), SamplingParams(max_new_tokens=150, ignore_eos=True)
     victim = two_cards.stats()["replicas"][0]["pids"][0]
     order = [two_cards.add_request(prompt, sampling) for prompt in prompts]
@@ -163,7 +165,8 @@ def test_a_replica_killed_in_the_middle_is_replaced_and_nothing_is_lost_or_twice
     by_index = {output.index: output.token_ids for output in outputs}
     assert [by_index[number] for number in order] == tokens(one_card(tiny_qwen3_dir, prompts, sampling))
     wait_until_whole(two_cards)
-    assert victim not in two_cards.stats()["replicas"][0]["pids"] and two_cards.stats()["restarts"] == 1
+    assert victim not in two_cards.stats()["replicas"][0]["pids"]
+    assert two_cards.stats()["restarts"] == before + 1
 
 
 def test_a_request_that_kills_two_replicas_is_reported_and_the_rest_completes(two_cards):
@@ -191,11 +194,16 @@ def test_losing_all_replicas_is_an_error_that_carries_what_had_finished(two_card
         while done >= 8 and pids:
             os.kill(pids.pop(), signal.SIGKILL)
 
-    with pytest.raises(ReplicasLost, match="all 2 replicas are lost") as caught:
-        two_cards.generate(prompts, sampling, on_progress=kill_all)
+    try:
+        with pytest.raises(ReplicasLost, match="all 2 replicas are lost") as caught:
+            two_cards.generate(prompts, sampling, on_progress=kill_all)
 
-    assert [output.index for output in caught.value.outputs] == list(range(8))
-    assert not two_cards.has_unfinished
+        assert [output.index for output in caught.value.outputs] == list(range(8))
+        assert not two_cards.has_unfinished
+    finally:
+        monkeypatch.undo()
+        two_cards.close()  # other tests may follow on the same engine
+        two_cards.load_model()
 
 
 def test_tensor_parallel_gives_the_tokens_and_scores_of_one_card(local_ray, tiny_qwen2_dir):

@@ -176,7 +176,7 @@ class ClusterCore:
             "kv_block_bytes": sum(stats["kv_block_bytes"] for stats in ranks),
             "block_size": self.block_size,
             "weight_bytes": sum(stats["weight_bytes"] for stats in ranks),
-            "graphs": ranks[0]["graphs"],
+            "graphs": next((one.report.graphs for one in self.replicas if one.report), ranks[0]["graphs"]),
             "restarts": sum(one.restarts for one in self.replicas),
             "replicas": rows,
         }

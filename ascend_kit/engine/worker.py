@@ -71,7 +71,7 @@ class Report(NamedTuple):
     counts: dict[str, int]  # counters of the engine core
     memory_bytes: int
     peak_memory_bytes: int
-    is_idle: bool
+    graphs: dict[str, Any] | None
 
 
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
@@ -218,7 +218,7 @@ class Worker:
         core, device = self.core, self.core.device
         counts = {**core.counts, "preemptions": core.scheduler.num_preemptions, "kv_blocks_free": core.blocks.num_free}
         return Report(progress, counts, device.memory_in_use_bytes(), device.peak_memory_bytes(),
-                      not core.has_unfinished)
+                      core.stats()["graphs"])
 
 
 def _tokenizer(path: str) -> Any:
