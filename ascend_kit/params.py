@@ -6,6 +6,7 @@ Nothing here imports torch: a file with a wrong key must fail within a second.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -239,10 +240,23 @@ def experiment_from_notebook(namespace: dict[str, Any]) -> Experiment:
     """An Experiment from a notebook's globals(), called before anything but the parameter cells has run.
 
     papermill only warns about a name that no notebook knows; here every plain variable must be a parameter, so a
-    misspelt one stops the notebook in its first cell.
+    misspelt one stops the notebook in its first cell. Also leaves the folder `notebooks`, so that relative paths
+    mean the same in JupyterLab as on the command line.
     """
     values = {name: value for name, value in namespace.items() if _is_parameter(name, value)}
+    before = namespace.get("experiment")
+    if isinstance(before, Experiment):  # the cell runs again: the name is taken, and later cells have added theirs
+        values = {name: value for name, value in values.items() if name in Experiment.model_fields}
+        values["experiment"] = before.experiment
+    _leave_notebooks_folder()
     return build_experiment(values, source="notebook parameters")
+
+
+def _leave_notebooks_folder() -> None:
+    """JupyterLab starts a kernel in the notebook's folder, `make` and the command line in the one above."""
+    here = Path.cwd()
+    if here.name == "notebooks" and (here.parent / "params").is_dir():
+        os.chdir(here.parent)
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

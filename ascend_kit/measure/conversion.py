@@ -1,7 +1,7 @@
 """Convert a checkpoint as an experiment says, and publish the result only if it answers like the source.
 
-Both are computed in float32 straight from their files, one layer in memory at a time, on a fixed set of texts:
-this judges what was written, not an engine.
+Both are computed in float32 straight from their files, one layer in memory at a time, on a fixed set of
+texts: this judges what was written, not an engine.
 """
 
 from __future__ import annotations

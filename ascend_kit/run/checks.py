@@ -1,4 +1,4 @@
-"""What can be known before a kernel starts: the notebooks, their parameters cells, the paths they will read."""
+"""What can be known before a kernel starts: the notebooks, their parameters, the paths they will read."""
 
 from __future__ import annotations
 

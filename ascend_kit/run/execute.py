@@ -1,9 +1,9 @@
 """Execute one notebook headless and say truthfully how it ended.
 
 Knows nothing of experiments: a source notebook, parameters, an output path, and the file that the notebook
-must have written. papermill does the execution; what it gets wrong is put right here (seen with papermill 2.7 and
-nbclient 0.11): it takes whatever kernel is called python3, marks every cell completed after a killed kernel,
-takes `sys.exit(0)` for success, and writes the copy in place.
+must have written. papermill does the execution; what it gets wrong is put right here (seen with papermill 2.7
+and nbclient 0.11): it takes whatever kernel is called python3, marks every cell completed after a killed
+kernel, takes `sys.exit(0)` for success, and writes the copy in place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ascend_kit.results import write_atomic
 
 if TYPE_CHECKING:
-    from jupyter_client import AsyncKernelManager
+    from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from nbformat import NotebookNode
 
 # A kernel must not reach for a network, must draw inline, and must not believe that it has a browser.
@@ -33,8 +33,11 @@ KERNEL_ENVIRONMENT = {
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
 }
 BROWSER_VARIABLES = ("JPY_SESSION_NAME", "VSCODE_PID")
+KERNEL_START_S = 120
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -104,20 +107,42 @@ def _papermill(
     # What it warns of (an unknown parameter, no tag) was found before as an error; its errors are raised.
     papermill.log.logger.setLevel(logging.CRITICAL)
     lines = _Lines(echo) if echo else None
-    papermill.execute_notebook(
-        str(source).replace("{", "{{").replace("}", "}}"),
-        str(partial).replace("{", "{{").replace("}", "}}"),
-        parameters=parameters,
-        kernel_name="python3",
-        progress_bar=False,
-        km=manager,
-        stdout_file=lines,
-        stderr_file=lines,
-        shell_timeout_interval=1,
-        iopub_timeout=60,
-    )
+    with _client(manager) as client:
+        papermill.execute_notebook(
+            _literal_path(source),
+            _literal_path(partial),
+            parameters=parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            km=manager,
+            kc=client,
+            stdout_file=lines,
+            stderr_file=lines,
+            shell_timeout_interval=1,
+            iopub_timeout=60,
+        )
     if lines:
         lines.end()
+
+
+def _literal_path(path: Path) -> str:
+    """papermill takes braces in a path for placeholders."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+@contextlib.contextmanager
+def _client(manager: AsyncKernelManager) -> Iterator[AsyncKernelClient]:
+    """A connection to the running kernel; papermill does not close one that it opened to a given kernel."""
+    from jupyter_core.utils import run_sync
+
+    client = manager.client()
+    client.start_channels()
+    try:
+        run_sync(client.wait_for_ready)(timeout=KERNEL_START_S)
+        client.allow_stdin = False
+        yield client
+    finally:
+        client.stop_channels()
 
 
 class _Lines:

@@ -132,16 +132,22 @@ def batch_findings(answers: pandas.DataFrame) -> list[str]:
 
 def evaluation_findings(result: EvaluationResult) -> list[str]:
     """Accuracy of each set with its standard error, perplexities, cautions and failed tasks."""
-    import pandas
-
-    ok = (
-        pandas.concat([result.groups, result.tasks[result.tasks["set"] == "wikitext"]])
-        if len(result.tasks)
-        else []
-    )
-    lines = [_score_line(row) for row in ok.itertuples() if row.status == "ok"] if len(ok) else []
+    lines = [_score_line(row) for row in _whole_sets(result)]
     lines += list(result.flags)
     return lines + [f"FAILED: {task}: {error}" for task, error in result.failed.items()]
+
+
+def _whole_sets(result: EvaluationResult) -> list[Any]:
+    """The widest finished group of each set, and the measures of running text; the table has the rest."""
+    rows = []
+    if len(result.groups):
+        done = result.groups[(result.groups["status"] == "ok") & (result.groups["metric"] == "acc")]
+        widest = done.sort_values("n", ascending=False).drop_duplicates("set")
+        rows += list(widest.sort_index().itertuples())
+    if len(result.tasks):
+        done = result.tasks[(result.tasks["status"] == "ok") & (result.tasks["set"] == "wikitext")]
+        rows += list(done.itertuples())
+    return rows
 
 
 def _score_line(row: Any) -> str:

@@ -1,15 +1,19 @@
-"""A form over the parameters in JupyterLab: edit, check, save as YAML. Headless, a table of their values."""
+"""A form over the parameters in JupyterLab: edit, check, save as YAML. Headless: what is not default."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
 from ascend_kit.params import Experiment, ParameterError, build_experiment, parse_overrides
 from ascend_kit.results import write_atomic
 from ascend_kit.show.progress import in_browser
+from ascend_kit.show.tables import readable
+
+if TYPE_CHECKING:
+    import pandas
 
 # Title -> first parameter of the group; a group reaches to the next one's first.
 GROUPS = {
@@ -34,16 +38,25 @@ class ParameterPanel:
         self._message: Any = None
         self._path: Any = None
 
-    def table(self) -> Any:
-        """A DataFrame with value and meaning of every parameter."""
+    def table(self) -> pandas.DataFrame:
+        """Value and meaning of every parameter that is not at its default."""
         import pandas
 
+        defaults = Experiment()
+
         rows = [
-            {"group": title, "parameter": key, "value": _as_text(getattr(self.experiment, key)),
-             "meaning": Experiment.model_fields[key].description}
-            for title, keys in grouped().items() for key in keys
-        ]  # fmt: skip
-        return pandas.DataFrame(rows).set_index(["group", "parameter"])
+            {
+                "group": title,
+                "parameter": key,
+                "value": _as_text(getattr(self.experiment, key)),
+                "default": _as_text(getattr(defaults, key)),
+                "meaning": Experiment.model_fields[key].description,
+            }
+            for title, keys in grouped().items()
+            for key in keys
+            if getattr(self.experiment, key) != getattr(defaults, key)
+        ]
+        return pandas.DataFrame(rows)
 
     def check(self) -> str:
         """Validate the fields as they stand; returns the message that the form shows."""
@@ -76,7 +89,7 @@ class ParameterPanel:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        display(self.widget() if self._browser else self.table())
+        display(self.widget() if self._browser else readable(self.table()))
 
     def widget(self) -> Any:
         """The form as an ipywidgets box."""

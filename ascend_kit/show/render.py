@@ -152,6 +152,18 @@ def code(source: str) -> str:
     return f'<details class="code"><summary>code</summary><pre>{body}</pre></details>'
 
 
+def joined_streams(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The outputs with neighbouring pieces of one stream made one."""
+    joined: list[dict[str, Any]] = []
+    for item in outputs:
+        last = joined[-1] if joined else {}
+        if item["output_type"] == "stream" == last.get("output_type") and item["name"] == last["name"]:
+            joined[-1] = {**last, "text": _joined(last["text"]) + _joined(item["text"])}
+        else:
+            joined.append(item)
+    return joined
+
+
 def output(item: dict[str, Any]) -> str:
     """One cell output as HTML."""
     kind = item["output_type"]

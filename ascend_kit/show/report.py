@@ -105,8 +105,7 @@ def _facts(folder: Path) -> str:
     commit = (source.get("commit") or "unknown")[:12] + (" with local changes" if source.get("dirty") else "")
     rows = {"created": manifest.get("created"), "source commit": commit, "seed": manifest.get("seed")}
     for stage in manifest.get("stages", {}).values():
-        for key, value in stage.items():
-            rows |= _fact(key, value)
+        rows |= _stage_facts(stage)
     cells = "".join(
         f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>"
         for key, value in rows.items()
@@ -116,22 +115,16 @@ def _facts(folder: Path) -> str:
     return f'<h2 id="facts">Run facts</h2>{table}'
 
 
-def _fact(key: str, value: Any) -> dict[str, Any]:
-    """A manifest entry as readable rows; nested blocks one level deep, bytes in GiB."""
-    if key == "opened":
-        return {}
-    if isinstance(value, dict):
-        return {
-            name: text
-            for inner, item in value.items()
-            if not isinstance(item, (dict, list))
-            for name, text in _fact(
-                inner if key in ("versions", "device") else f"{key} {inner}", item
-            ).items()
-        }
-    if key.endswith("_bytes") and isinstance(value, (int, float)):
-        return {key.removesuffix("_bytes").replace("_", " ") + " (GiB)": f"{value / 2**30:.1f}"}
-    return {key.replace("_", " "): value}
+def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
+    """What a stage said of its device, as readable rows; stages agree unless the run was moved."""
+    device = stage.get("device") or {}
+    rows = {"device": f"{device['kind']}: {device['name']}"} if device.get("name") else {}
+    if device.get("total_memory_bytes"):
+        rows["device memory, GiB"] = f"{device['total_memory_bytes'] / 2**30:.1f}"
+    peak = device.get("peak") or {}
+    if peak.get("source"):
+        rows["nominal peaks used"] = f"{peak['name']} ({peak['source']})"
+    return rows | {f"{name} version": version for name, version in (device.get("versions") or {}).items()}
 
 
 def _parameters(folder: Path) -> str:
@@ -177,7 +170,7 @@ def _cell(cell: dict[str, Any], section: dict[str, Any]) -> str:
         return f'<div class="prose">{prose}</div>'
     if cell["cell_type"] != "code" or not source.strip():
         return ""
-    outputs = "".join(render.output(item) for item in cell.get("outputs", []))
+    outputs = "".join(render.output(item) for item in render.joined_streams(cell.get("outputs", [])))
     return f'<div class="cell">{render.code(source)}{outputs}</div>'
 
 

@@ -1,0 +1,112 @@
+"""The real notebooks, executed headless on a tiny model: their files are asserted on, not printed text."""
+
+import json
+
+import nbformat
+import pandas
+import papermill
+import pytest
+import yaml
+
+from ascend_kit.demo import ensure_data
+from ascend_kit.results import RunFolder
+from ascend_kit.run import run_experiment
+from ascend_kit.run.checks import find_notebooks
+
+NAMES = [notebook.name for notebook in find_notebooks()]
+
+
+@pytest.fixture(scope="module")
+def parameters(tiny_qwen3_dir, tmp_path_factory):
+    """A parameter file for the smallest possible pass through all six notebooks."""
+    folder = tmp_path_factory.mktemp("project")
+    data = ensure_data(folder / "cache")
+    (folder / "prompts.txt").write_text("first prompt\nsecond <script>alert(1)</script>\n")
+    values = {
+        "experiment": "tiny",
+        "output_root": str(folder / "outputs"),
+        "model_name": "tiny",
+        "input_model": str(tiny_qwen3_dir),
+        "dataset_path": str(data),
+        "prompts_file": str(folder / "prompts.txt"),
+        "device": "cpu",
+        "precision": "fp32",
+        "graph_mode": False,
+        "max_seq_length": 1024,
+        "eval_max_seq_length": 1024,
+        "max_new_tokens": 4,
+        "sweep_concurrency": [1, 2],
+        "sweep_prompt_len": [8],
+        "sweep_output_len": [4],
+        "sweep_requests_per_point": 2,
+        "eval_datasets": ["mmlu", "wikitext"],
+        "eval_fewshot": 0,
+        "eval_limit": 2,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(parameters):
+    lines = []
+    report = run_experiment(parameters, echo=lines.append)
+    assert report.ok, "\n".join(lines)
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_all_six_notebooks_leave_their_rows_figures_and_findings(run):
+    folder = RunFolder(run.run_folder)
+
+    assert [state.name for state in run.notebooks] == NAMES
+    assert all(folder.read_json(name)["findings"] for name in NAMES)
+    rows = folder.load("rows")
+    assert set(rows["status"]) == {"ok"} and set(rows["backend"]) == {"ascend_kit", "transformers"}
+    assert len(rows) == 4 and (rows["output_tokens_per_s"] > 0).all()
+    answers = json.loads((folder.path / "generations.json").read_text())
+    assert [answer["prompt"] for answer in answers] == ["first prompt", "second <script>alert(1)</script>"]
+    scores = folder.load("scores")
+    assert {"acc", "bits_per_byte", "token_perplexity"} <= set(scores["metric"])
+    assert pandas.DataFrame(folder.read_json("doctor"))["status"].isin(["ok", "warn", "fail", "n/a"]).all()
+    figures = {path.stem for path in (folder.path / "figures").glob("*.png")}
+    assert figures >= {
+        "plans",
+        "requests",
+        "throughput",
+        "latency",
+        "tradeoff",
+        "speedup",
+        "memory",
+        "comparison",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_executed_copies_hold_their_figures_and_the_report_runs_no_prompt(run):
+    for name in NAMES:
+        copy = nbformat.read(run.run_folder / f"{name}.ipynb", as_version=4)
+        outputs = [output for cell in copy.cells if cell.cell_type == "code" for output in cell.outputs]
+        kinds = {kind for output in outputs for kind in output.get("data", {})}
+        assert "image/png" in kinds or name == "02_convert"
+        assert "application/vnd.jupyter.widget-view+json" not in kinds
+        assert not [
+            output for output in outputs if output.output_type == "stream" and output.name == "stderr"
+        ]
+    page = run.report.read_text(encoding="utf-8")
+    assert "<script" not in page and "second &lt;script&gt;" in page
+
+
+@pytest.mark.multiproc
+def test_plain_papermill_refuses_a_misspelt_key_in_the_first_cells(tmp_path):
+    source = next(notebook.path for notebook in find_notebooks() if notebook.name == "06_compare")
+
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'max_new_tokens'"):
+        papermill.execute_notebook(
+            str(source), str(tmp_path / "out.ipynb"), parameters={"max_new_token": 3}, progress_bar=False
+        )
+
+    assert not (tmp_path / "outputs").exists()

@@ -1,0 +1,82 @@
+"""Progress as lines headless and as a widget in the browser; the parameter form and its table."""
+
+import pytest
+import yaml
+
+from ascend_kit.params import Experiment, load_experiment
+from ascend_kit.show.panel import ParameterPanel, grouped
+from ascend_kit.show.progress import Progress, in_browser
+
+
+def test_headless_progress_is_plain_lines_and_always_ends_with_the_last(capsys):
+    with Progress("work", browser=False) as progress:
+        for done in range(1, 101):
+            progress(done, 100, f"point {done}")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) < 20, "a hundred quick steps must not fill the executed copy"
+    assert lines[-1].startswith("work: 100/100 (100%)") and lines[-1].endswith("point 100")
+
+
+def test_bytes_are_shown_in_megabytes(capsys):
+    Progress("copy", browser=False)(5_000_000, 5_000_000, "bytes written")
+
+    assert "5.0 MB/5.0 MB (100%)" in capsys.readouterr().out
+
+
+def test_callback_without_text_and_with_zero_total_is_fine(capsys):
+    Progress("none", browser=False)(0, 0)
+
+    assert "none: 0/0 (100%)" in capsys.readouterr().out
+
+
+def test_browser_progress_moves_a_bar_and_turns_red_on_failure():
+    with pytest.raises(RuntimeError), Progress("work", browser=True) as progress:
+        progress(1, 4, "<b>text</b>")
+        raise RuntimeError("stop")
+
+    assert progress._bar._bar.value == 0.25 and progress._bar._bar.bar_style == "danger"
+    assert "<b>text</b>" in progress._bar._text.value
+
+
+def test_a_kernel_without_a_session_name_is_headless(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+
+    assert not in_browser()
+
+
+def test_every_parameter_has_one_place_in_the_form():
+    keys = [key for group in grouped().values() for key in group]
+
+    assert keys == list(Experiment.model_fields)
+
+
+def test_form_reads_yaml_and_names_the_fault_and_the_closest_word():
+    panel = ParameterPanel(Experiment(), browser=True)
+    panel.widget()
+    panel._fields["eval_datasets"].value = "[mmlu, cevil]"
+
+    message = panel.check()
+    panel._fields["eval_datasets"].value = "mmlu,ceval"
+    panel._fields["graph_mode"].value = False
+    panel._fields["quantize"].value = "w8a8"
+
+    assert message.startswith("not valid") and "did you mean ceval?" in message
+    assert panel.check().startswith("fine")
+    assert panel.experiment == Experiment(eval_datasets=["mmlu", "ceval"], graph_mode=False, quantize="w8a8")
+
+
+def test_saved_form_holds_what_differs_and_loads_again(tmp_path):
+    panel = ParameterPanel(Experiment(experiment="mine", seed=3), browser=False)
+
+    message = panel.save(tmp_path / "mine.yaml")
+
+    assert yaml.safe_load((tmp_path / "mine.yaml").read_text()) == {"experiment": "mine", "seed": 3}
+    assert load_experiment(tmp_path / "mine.yaml") == panel.experiment
+    assert "python -m ascend_kit run" in message
+
+
+def test_headless_form_is_a_table_of_what_is_not_default():
+    table = ParameterPanel(Experiment(seed=3, top_k=5), browser=False).table()
+
+    assert dict(zip(table["parameter"], table["value"], strict=True)) == {"seed": "3", "top_k": "5"}
