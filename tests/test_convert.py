@@ -123,7 +123,7 @@ def test_result_has_tokenizer_settings_and_a_manifest_that_verifies(tiny_qwen3_d
     assert config["dtype"] == "bfloat16" and config["model_type"] == "qwen3"
     manifest = json.loads((result.folder / MANIFEST_NAME).read_text())
     assert manifest["settings"]["precision"] == "bf16" and manifest["versions"]["torch"] == torch.__version__
-    assert len(manifest["source"]["files"][0]["sha256"]) == 64
+    assert len(manifest["source"]["files"][0]["hash"]) == 32
     assert verify(result.folder, full=True).status == "ok"
     assert verify(tiny_qwen3_dir).status == "no manifest"
     assert leftovers(tmp_path) == []

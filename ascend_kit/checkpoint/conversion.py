@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, hash_fi
 from ascend_kit.checkpoint.quantized_layouts import MSMODELSLIM_FILE
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
+from ascend_kit.checkpoint.source_hashes import SourceHashes
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard, writing
 from ascend_kit.model.config import ModelConfig
 
+MAX_WORKERS = 4
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
 NOT_COPIED = ("config.json", MANIFEST_NAME, MSMODELSLIM_FILE)
 TOKENIZER_FILES = (
@@ -98,17 +101,23 @@ class Conversion:
         self.destination, self.tokenizer_path = destination, Path(tokenizer_path) if tokenizer_path else None
         self.small_files = small_files(self.checkpoint.config_folder, self.tokenizer_path)
         self.on_progress = on_progress
+        self._stopped, self._counting = threading.Event(), threading.Lock()
         self.shards = plan_shards(plan_jobs(self.checkpoint, self.model, self.recipe), max_shard_bytes)
         self.total_bytes, self.done_bytes = sum(shard.file_bytes for shard in self.shards), 0
 
+    @property
+    def num_workers(self) -> int:
+        """Shards written at the same time: one where a disk keeps a core busy, more where there are cores."""
+        return max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 4, len(self.shards)))
+
     def run(self, before_publish: Callable[[Path], None] | None) -> ConversionResult:
         started = time.perf_counter()
-        source_hashes = SourceHashes(self.checkpoint.files)
+        source_hashes = SourceHashes(self.checkpoint)
         with PartialFolder(self.destination, self._fingerprint()) as partial:
             self._check_space(partial)
-            source_hashes.start()
+            source_hashes.start(in_stream=self.num_workers == 1)
             try:
-                resumed = [shard.name for shard in self.shards if self._write(shard, partial)]
+                resumed = self._write_shards(partial)
             except BaseException:
                 source_hashes.cancel()
                 raise
@@ -149,6 +158,17 @@ class Conversion:
                 "space or choose another output_model"
             )
 
+    def _write_shards(self, partial: PartialFolder) -> list[str]:
+        """Write all shards; the names of those that an earlier run had finished."""
+        with ThreadPoolExecutor(self.num_workers, "shard") as pool:
+            running = [pool.submit(self._write, shard, partial) for shard in self.shards]
+            try:
+                return [shard.name for shard, kept in zip(self.shards, running, strict=True) if kept.result()]
+            except BaseException:
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
     def _write(self, shard: Shard, partial: PartialFolder) -> bool:
         """True if the shard was there already, finished by an earlier run."""
         if partial.is_finished(shard.name):
@@ -158,9 +178,12 @@ class Conversion:
         return False
 
     def _advance(self, count: int) -> None:
-        self.done_bytes += count
-        if self.on_progress:
-            self.on_progress(self.done_bytes, self.total_bytes, "bytes written")
+        if self._stopped.is_set():
+            raise CheckpointError("the conversion was stopped because another part of it failed")
+        with self._counting:
+            self.done_bytes += count
+            if self.on_progress:
+                self.on_progress(self.done_bytes, self.total_bytes, "bytes written")
 
     def _write_small_files(self, folder: Path) -> None:
         if len(self.shards) > 1:
@@ -208,41 +231,7 @@ class Conversion:
 
     def _hash(self, partial: PartialFolder, name: str) -> str:
         entry = partial.finished.get(name)
-        return entry["sha256"] if entry else hash_file(partial.path / name)
-
-
-class SourceHashes:
-    """Hashes of the source files, computed beside the conversion while their pages are in memory anyway."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files, self.hashes = files, {}
-        self._error: BaseException | None = None
-        self._cancelled = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="source-hash", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-        self._thread.join()
-
-    def result(self) -> dict[Path, str]:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self.hashes
-
-    def _run(self) -> None:
-        try:
-            for path in self.files:
-                self.hashes[path] = hash_file(path, self._check)
-        except BaseException as error:
-            self._error = error
-
-    def _check(self, _: int) -> None:
-        if self._cancelled.is_set():
-            raise InterruptedError("the conversion stopped")
+        return entry["hash"] if entry else hash_file(partial.path / name)
 
 
 def small_files(folder: Path, tokenizer_path: Path | None) -> list[Path]:

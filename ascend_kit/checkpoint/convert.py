@@ -79,9 +79,7 @@ def convert(
     """
     if isinstance(input_model, Experiment):
         return convert(
-            **experiment_arguments(input_model),
-            on_progress=on_progress,
-            before_publish=before_publish,
+            **experiment_arguments(input_model), on_progress=on_progress, before_publish=before_publish
         )
     if output_model is None:
         raise ValueError("output_model is missing: the folder to write")

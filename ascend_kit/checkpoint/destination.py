@@ -69,10 +69,10 @@ def _check_same(
 
 def _is_same_file(path: Path, entry: dict[str, Any]) -> bool:
     now = describe_file(path)
-    if now["size"] != entry["size"] or now["header_sha256"] != entry["header_sha256"]:
+    if now["size"] != entry["size"] or now["header_hash"] != entry["header_hash"]:
         return False
     # The same time stamp is trusted; a copied or touched file is compared byte for byte.
-    return now["mtime_ns"] == entry["mtime_ns"] or hash_file(path) == entry["sha256"]
+    return now["mtime_ns"] == entry["mtime_ns"] or hash_file(path) == entry["hash"]
 
 
 def source_name(checkpoint: Checkpoint, path: Path) -> str:

@@ -1,10 +1,12 @@
-"""ascend_manifest.json: what a converted folder was made from, how, and the hashes that prove it is still
-that.
+"""ascend_manifest.json: what a converted folder was made from, how, and hashes that show it is still that.
+
+Hashes are XXH3 with 128 bits. They find damage and mix-ups, which is all that a manifest lying beside its
+files can do (whoever changes a file on purpose can change the manifest too), and unlike sha256 they keep up
+with a disk.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -15,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from ascend_kit import __version__
 from ascend_kit.checkpoint.tensor_file import MAX_HEADER_BYTES, CheckpointError
 
 MANIFEST_NAME = "ascend_manifest.json"
 SCHEMA_VERSION = 1
-HASH_BLOCK_BYTES = 8 << 20
+HASH_ALGORITHM = "xxh3_128"
+HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,14 @@ class VerifyResult:
     full: bool
 
 
+def new_hash() -> xxhash.xxh3_128:
+    """An empty hash of the kind that manifests hold."""
+    return xxhash.xxh3_128()
+
+
 def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """sha256 of a file, hexadecimal, read in blocks."""
-    digest, buffer = hashlib.sha256(), bytearray(HASH_BLOCK_BYTES)
+    """Hash of a file, hexadecimal, read in blocks."""
+    digest, buffer = new_hash(), bytearray(HASH_BLOCK_BYTES)
     view = memoryview(buffer)
     try:
         with open(path, "rb", buffering=0) as file:
@@ -49,28 +58,28 @@ def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
 
 
 def header_hash(path: Path) -> str:
-    """sha256 of what identifies a file quickly: a safetensors header, else the first and last 64 KiB."""
+    """Hash of what identifies a file quickly: a safetensors header, else the first and last 64 KiB."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if path.suffix == ".safetensors" and length <= min(size, MAX_HEADER_BYTES):
-            return hashlib.sha256(head + file.read(length)).hexdigest()
+            return xxhash.xxh3_128_hexdigest(head + file.read(length))
         first = head + file.read((64 << 10) - 8)
         file.seek(max(len(first), size - (64 << 10)))
-        return hashlib.sha256(first + file.read()).hexdigest()
+        return xxhash.xxh3_128_hexdigest(first + file.read())
 
 
-def describe_file(path: Path, sha256: str | None = None) -> dict[str, Any]:
+def describe_file(path: Path, full_hash: str | None = None) -> dict[str, Any]:
     """The manifest's entry for a file: name, size, modification time, quick hash and, if given, full hash."""
     stat = os.stat(path)
     entry = {
         "name": path.name,
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
-        "header_sha256": header_hash(path),
+        "header_hash": header_hash(path),
     }
-    return entry | ({"sha256": sha256} if sha256 else {})
+    return entry | ({"hash": full_hash} if full_hash else {})
 
 
 def tool_versions() -> dict[str, str]:
@@ -94,6 +103,7 @@ def new_manifest(
     """The manifest of a finished conversion."""
     return {
         "schema_version": SCHEMA_VERSION,
+        "hash_algorithm": HASH_ALGORITHM,
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": tool_versions(),
         "settings": settings,
@@ -149,9 +159,9 @@ def _check_entry(path: Path, entry: dict[str, Any], full: bool) -> None:
         raise CheckpointError(
             f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: {again}"
         )
-    if header_hash(path) != entry["header_sha256"]:
+    if header_hash(path) != entry["header_hash"]:
         raise CheckpointError(f"{path} has another header than its manifest says: {again}")
-    if full and hash_file(path) != entry["sha256"]:
+    if full and hash_file(path) != entry["hash"]:
         raise CheckpointError(
             f"{path} does not have the hash in its manifest: its contents are damaged or changed"
         )

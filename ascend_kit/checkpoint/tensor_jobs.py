@@ -18,7 +18,7 @@ from ascend_kit.checkpoint.quantized_layouts import pack_int8
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.model.quant import dequantize_weight, encode, search_clip, weight_scale
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 1 << 20  # stays in the cache of a core from reading to writing
 
 
 @dataclass(frozen=True)

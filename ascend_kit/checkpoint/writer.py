@@ -11,27 +11,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import itertools
 import json
 import os
-import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ascend_kit.checkpoint.manifest import hash_file
+from ascend_kit.checkpoint.manifest import hash_file, new_hash
 from ascend_kit.checkpoint.tensor_file import CODE_OF_DTYPE, CheckpointError, as_bytes
 from ascend_kit.checkpoint.tensor_jobs import OutputTensor, TensorJob
 
 PROGRESS_NAME = ".progress.json"
 LOCK_NAME = ".lock"
 WRITING_SUFFIX, NEW_SUFFIX = ".writing", ".new"
-QUEUE_BLOCKS = 4  # blocks in flight between reading, writing and hashing: a bound on memory
+FLUSH_BYTES = 64 << 20
 
 
 class Shard:
@@ -129,6 +128,7 @@ class PartialFolder:
         self.fingerprint = fingerprint
         self.finished: dict[str, dict[str, Any]] = {}
         self._lock: Any = None
+        self._recording = threading.Lock()
 
     def __enter__(self) -> PartialFolder:
         with writing(self.path):
@@ -162,13 +162,13 @@ class PartialFolder:
         entry, path = self.finished.get(name), self.path / name
         if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
             return False
-        return hash_file(path, on_bytes) == entry["sha256"]
+        return hash_file(path, on_bytes) == entry["hash"]
 
     def record(self, name: str, entry: dict[str, Any]) -> None:
         """Note a finished shard, in a way that survives a kill at any moment."""
-        self.finished[name] = entry
         temporary = self.path / (PROGRESS_NAME + NEW_SUFFIX)
-        with writing(temporary):
+        with self._recording, writing(temporary):
+            self.finished[name] = entry
             text = json.dumps({"fingerprint": self.fingerprint, "shards": self.finished})
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, self.path / PROGRESS_NAME)
@@ -189,25 +189,56 @@ class PartialFolder:
 
 
 def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    """Write one shard; its size and sha256. Reading, writing and hashing overlap in three threads."""
+    """Write one shard; its size and hash.
+
+    Reading, converting, hashing and writing a block follow each other in one thread, while the block is in
+    the processor's cache: handing blocks to other threads costs more than it hides.
+    """
     path, temporary = folder / shard.name, folder / (shard.name + WRITING_SUFFIX)
-    header = shard.header()
-    size = shard.file_bytes
+    digest, header, size = new_hash(), shard.header(), shard.file_bytes
     try:
-        with writing(path), open(temporary, "wb", buffering=0) as file, HashThread() as digest:
+        with writing(path), open(temporary, "wb", buffering=0) as file, Flusher(file.fileno()) as flusher:
             reserve(file.fileno(), size)
-            for view in itertools.chain([memoryview(header)], map(as_bytes, prefetch(stream_shard(shard)))):
+            for view in itertools.chain([memoryview(header)], map(as_bytes, stream_shard(shard))):
                 digest.update(view)
                 _write_all(file, view)
+                flusher.advance(len(view))
                 on_bytes(len(view))
             if file.tell() != size:
                 raise CheckpointError(f"{path}: wrote {file.tell()} bytes, the header promises {size}")
-            os.fsync(file.fileno())
+            flusher.finish()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
-    return {"size": size, "sha256": digest.hexdigest()}
+    return {"size": size, "hash": digest.hexdigest()}
+
+
+class Flusher:
+    """Sends a growing file to the disk in the background, so that the final fsync has little left to do."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._since_flush = fd, 0
+        self._pool = ThreadPoolExecutor(1, "flush")
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> Flusher:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown()
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes were written."""
+        self._since_flush += count
+        if self._since_flush >= FLUSH_BYTES and (self._running is None or self._running.done()):
+            if self._running is not None:
+                self._running.result()  # raises what the disk reported
+            self._running, self._since_flush = self._pool.submit(os.fdatasync, self._fd), 0
+
+    def finish(self) -> None:
+        """Return when every byte is on the disk."""
+        self._pool.submit(os.fsync, self._fd).result()
 
 
 def reserve(fd: int, size: int) -> None:
@@ -246,66 +277,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-class HashThread:
-    """sha256 in a thread of its own: hashing is the slowest stage, and hashlib lets other threads run."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(QUEUE_BLOCKS)
-        self._thread = threading.Thread(target=self._run, name="hash", daemon=True)
-
-    def __enter__(self) -> HashThread:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def update(self, view: memoryview) -> None:
-        self._queue.put(view)
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-    def _run(self) -> None:
-        while (view := self._queue.get()) is not None:
-            self._digest.update(view)
-
-
-def prefetch(items: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same items, produced ahead in another thread; its exception is raised here."""
-    ready: queue.Queue[tuple[Tensor | None, BaseException | None]] = queue.Queue(QUEUE_BLOCKS)
-    stop = threading.Event()
-
-    def offer(entry: tuple[Tensor | None, BaseException | None]) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(entry, timeout=0.1)
-                return
-
-    def produce() -> None:
-        try:
-            for item in items:
-                offer((item, None))
-                if stop.is_set():
-                    return
-            offer((None, None))
-        except BaseException as error:
-            offer((None, error))
-
-    thread = threading.Thread(target=produce, name="read", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
