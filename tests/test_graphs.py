@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model
 
-from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.device import graphs
 from ascend_kit.device.device import select_device
 from ascend_kit.device.graphs import DecodeGraphs, GraphError, GraphHang, decode_sizes, wait_until
@@ -158,41 +156,6 @@ def test_a_second_step_waits_for_an_unfinished_replay(sim, monkeypatch, device):
 
     with pytest.raises(GraphHang):
         runner.run(*decode_inputs([6]))
-
-
-@pytest.fixture(scope="module", params=["qwen3", "qwen2"])
-def wide_model_dir(request, tmp_path_factory):
-    """Head size 128, as the real models have: the packed attention layout and the in-place rope."""
-    folder = tmp_path_factory.mktemp("wide") / request.param
-    return make_model(
-        folder, request.param, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=128
-    )
-
-
-def score(folder, device, **changes):
-    settings = dict(max_seq_length=512, batch_size=4, kv_cache_gib=0.05)
-    with AscendInferEngine(folder, device=device, **{**settings, **changes}) as engine:
-        outputs = engine.generate(
-            [[7] * 5, list(range(140)), [1, 2, 3]],
-            SamplingParams(max_new_tokens=6, logprobs=1, ignore_eos=True),
-        )
-    return [[logprob.logprob for logprob in output.logprobs] for output in outputs], [
-        o.token_ids for o in outputs
-    ]
-
-
-@pytest.mark.npu
-@pytest.mark.parametrize("graph_mode", [False, True])
-def test_an_engine_in_bf16_stays_near_float32_on_the_cpu(graph_mode, wide_model_dir, device):
-    expected, tokens = score(wide_model_dir, "cpu", precision="fp32", operator_fusion=False)
-
-    got, got_tokens = score(wide_model_dir, device, precision="bf16", graph_mode=graph_mode)
-
-    for row, wanted, mine, theirs in zip(got, expected, got_tokens, tokens, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), len(mine))
-        # Weights and activations with 8 bits of mantissa, logits of size 10, two layers.
-        assert same >= 1
-        assert row[:same] == pytest.approx(wanted[:same], abs=0.35)
 
 
 def test_sizes_are_few_ascending_and_end_with_the_largest_batch():
