@@ -11,14 +11,7 @@ import torch
 
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.huggingface import open_checkpoint
-from ascend_kit.checkpoint.parity import (
-    ParityError,
-    ParityLimits,
-    ParityModel,
-    compare,
-    files_model,
-    limits_for,
-)
+from ascend_kit.checkpoint.parity import ParityError, ParityLimits, ParityModel, compare, files_model, limits_for
 
 PROMPTS = [list(range(40, 60)), [7, 3, 200, 11], list(range(100, 130))]
 OFF = ParityLimits(None, None, None, None, None, None)
@@ -34,7 +27,7 @@ def table_model(
             yield torch.tensor(probabilities)[: len(prompt)].log()
 
     def generate(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int | None) -> list[list[int]]:
-        return texts[seed is None]
+        return texts[seed is None] * (len(prompts) // len(texts[seed is None]))
 
     return ParityModel(name, logits, generate if texts else None)
 
@@ -59,8 +52,8 @@ def test_figures_of_a_hand_made_case():
 
 def test_texts_count_equal_tokens_and_a_model_that_stops_early_turns_red():
     rows = [[0.6, 0.4], [0.6, 0.4]]
-    source = table_model("s", rows, {True: [[1, 2, 3, 4], [5, 6]], False: [[1] * 10, [1] * 10]})
-    result = table_model("r", rows, {True: [[1, 2, 9, 4], [5, 6]], False: [[1] * 10, [1] * 6]})
+    source = table_model("s", rows, {True: [[1, 2, 3, 4], [5, 6]], False: [[1] * 10] * 8})
+    result = table_model("r", rows, {True: [[1, 2, 9, 4], [5, 6]], False: [[1] * 10] * 4 + [[1] * 6] * 4})
 
     report = compare(source, result, [[0, 1], [1, 0]], limits=ParityLimits())
 

@@ -17,7 +17,6 @@ from typing import Any
 from ascend_kit.checkpoint.destination import source_name
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, hash_file, new_manifest
-from ascend_kit.checkpoint.quantized_layouts import MSMODELSLIM_FILE
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
 from ascend_kit.checkpoint.source_hashes import SourceHashes
@@ -26,8 +25,7 @@ from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, writ
 from ascend_kit.model.config import ModelConfig
 
 MAX_WORKERS = 4
-COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
-NOT_COPIED = ("config.json", MANIFEST_NAME, MSMODELSLIM_FILE)
+COPIED_SUFFIXES = (".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,6 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+OTHER_FILES = ("configuration.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -250,14 +249,9 @@ def small_files(folder: Path, tokenizer_path: Path | None) -> list[Path]:
 
 
 def _is_small_file(path: Path) -> bool:
-    named = path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-    return (
-        path.is_file()
-        and named
-        and path.name not in NOT_COPIED
-        and not path.name.startswith(".")
-        and not path.name.endswith(".index.json")
-    )
+    known = path.name in TOKENIZER_FILES or path.name in OTHER_FILES or path.suffix in COPIED_SUFFIXES
+    legal = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+    return path.is_file() and (known or legal) and not path.name.startswith(".")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

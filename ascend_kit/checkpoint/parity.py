@@ -138,6 +138,7 @@ def compare(
     limits: ParityLimits | None = None,
     max_new_tokens: int = 32,
     sample_seed: int = 0,
+    num_samples: int = 4,
 ) -> ParityReport:
     """Measure `result` against `source` on token ids of prompts (at least two tokens each)."""
     short = [index for index, prompt in enumerate(prompts) if len(prompt) < 2]
@@ -152,13 +153,14 @@ def compare(
     generated = bool(source.generate and result.generate)
     if generated:
         texts = [model.generate(prompts, max_new_tokens, None) for model in (source, result)]
-        sampled = [model.generate(prompts, max_new_tokens, sample_seed) for model in (source, result)]
+        # Sampled lengths scatter: several samples a prompt, or the ratio would turn red by chance.
+        repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+        sampled = [model.generate(repeated, max_new_tokens, sample_seed) for model in (source, result)]
         for index, row in enumerate(rows):
             row |= _compare_texts(texts[0][index], texts[1][index])
-            row |= {
-                "source_sampled_tokens": len(sampled[0][index]),
-                "result_sampled_tokens": len(sampled[1][index]),
-            }
+            first = index * num_samples
+            for side, outputs in zip(("source", "result"), sampled, strict=True):
+                row[f"{side}_sampled_tokens"] = sum(map(len, outputs[first : first + num_samples]))
     return ParityReport(
         source.name, result.name, tuple(rows), _summary(rows, generated), limits or ParityLimits()
     )

@@ -203,7 +203,7 @@ def check_finite(block: Tensor, name: str, origin: str, first_row: int) -> None:
     """CheckpointError naming tensor, file and row of the first NaN or Inf."""
     # A sum is a single fast pass and cannot be finite if an element is not; the slow search runs only on
     # suspicion.
-    if not block.is_floating_point() or bool(torch.isfinite(block.sum())):
+    if not block.is_floating_point() or math.isfinite(float(block.sum())):
         return
     wrong = ~torch.isfinite(block.reshape(block.shape[0] if block.dim() else 1, -1))
     rows = wrong.any(dim=1).nonzero()
@@ -218,7 +218,7 @@ def check_finite(block: Tensor, name: str, origin: str, first_row: int) -> None:
 
 
 def _check_range(before: Tensor, after: Tensor, name: str, origin: str) -> None:
-    if not bool(torch.isfinite(after.sum())) and not bool(torch.isfinite(after).all()):
+    if not math.isfinite(float(after.sum())) and not bool(torch.isfinite(after).all()):
         raise CheckpointError(
             f"{origin}: tensor {name} reaches {before.abs().max().item():.4g}, above the largest "
             f"{str(after.dtype).removeprefix('torch.')} number; choose precision bf16 or fp32"
