@@ -1,0 +1,310 @@
+"""Runs this engine and others on the same requests, in turns, and says how they compare.
+
+    python benchmarks/compare.py --setup vllm              make an engine's environment, not in the repository
+    python benchmarks/compare.py --out outputs/benchmark   all that are installed, three rounds
+    python benchmarks/compare.py --out outputs/check --shape tiny --rounds 1 --no-warmup
+
+In every round each engine gets one turn: a process of its own that loads the model, goes through the
+workloads and ends, with the machine's ceilings measured before and after. Rounds start with another engine
+each, so that drift of a shared machine hits all alike. README.md in this folder says more about workloads and
+engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "peers")]
+
+import ceilings  # noqa: E402
+import report  # noqa: E402
+from make_model import SHAPES, make_model  # noqa: E402
+from protocol import Job  # noqa: E402
+
+WORKLOADS = ("W1", "W3", "W2", "W4", "W5")
+PEERS_ROOT = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit")) / "peers"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One engine in one setting. `environment`: folder below the peers' root, None for the running Python."""
+
+    script: str
+    environment: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    workloads: tuple[str, ...] = WORKLOADS
+    is_slow: bool = False  # needs minutes a turn; `--slow-rounds` limits how often it runs
+
+
+CONTESTANTS = {
+    "ascend_kit": Contestant("run_ascend_kit.py"),
+    "vllm": Contestant("run_vllm.py", "vllm"),
+    "openvino_bf16": Contestant("run_openvino.py", "openvino", {"weights": "bf16"}),
+    "ascend_kit_w8a8": Contestant("run_ascend_kit.py", None, {"quantize": "w8a8"}),
+    "ascend_kit_w8a16": Contestant("run_ascend_kit.py", None, {"quantize": "w8a16"}),
+    "openvino_int8": Contestant("run_openvino.py", "openvino", {"weights": "int8"}),
+    "llamacpp_bf16": Contestant("run_llamacpp.py", "llamacpp", {"weights": "bf16"}, is_slow=True),
+    "llamacpp_q8_0": Contestant("run_llamacpp.py", "llamacpp", {"weights": "q8_0"}, is_slow=True),
+    "transformers_generate": Contestant("run_transformers.py", "transformers", {"mode": "generate"}, is_slow=True),
+    "transformers_generate_batch": Contestant(
+        "run_transformers.py", "transformers", {"mode": "generate_batch"}, is_slow=True
+    ),
+    "lm_eval_hflm": Contestant("run_transformers.py", "transformers", {"mode": "hflm"}, ("W4",), is_slow=True),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes two runs comparable; kept beside the results."""
+
+    shape: str
+    workloads: tuple[str, ...]
+    repeats: int
+    warmup: bool
+    threads: int
+    slots: int
+    kv_cache_gib: float
+    max_seq_length: int
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.setup:
+        return subprocess.call([str(HERE / "peers" / "setup.sh"), arguments.setup, str(arguments.peers_root)])
+    if arguments.out is None:
+        raise SystemExit("--out FOLDER is needed (or --setup ENGINE)")
+    settings = Settings(
+        arguments.shape,
+        arguments.workloads,
+        arguments.repeats,
+        not arguments.no_warmup,
+        arguments.threads,
+        arguments.slots,
+        arguments.kv_cache_gib,
+        arguments.max_seq_length,
+    )
+    if not arguments.report_only:
+        turns = run_rounds(arguments, settings)
+        if not turns:
+            return 1
+    results = report.write(arguments.out, SHAPES[load_settings(arguments.out)["settings"]["shape"]])
+    return 1 if results["failed"] else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--setup", metavar="ENGINE", help="make the environment of transformers, vllm, openvino or llamacpp"
+    )
+    parser.add_argument(
+        "--peers-root", type=Path, default=PEERS_ROOT, help="where those environments lie (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--engines", type=comma_list(CONTESTANTS), default=tuple(CONTESTANTS), help="default: all")
+    parser.add_argument("--workloads", type=comma_list(WORKLOADS), default=WORKLOADS, help="default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--slow-rounds", type=int, default=1, help="rounds in which the slow engines take part")
+    parser.add_argument("--repeats", type=int, default=1, help="timed passes per workload in one turn")
+    parser.add_argument("--no-warmup", action="store_true", help="time the first pass of each workload")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--slots", type=int, default=32, help="requests computed together")
+    parser.add_argument("--kv-cache-gib", type=float, default=2.0)
+    parser.add_argument("--max-seq-length", type=int, default=8192)
+    parser.add_argument("--timeout-s", type=float, default=1800, help="per turn")
+    parser.add_argument("--resume", action="store_true", help="keep the turns that the folder already holds")
+    parser.add_argument("--report-only", action="store_true", help="tables and figure from the turns in the folder")
+    return parser.parse_args()
+
+
+def comma_list(known: Any) -> Any:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def run_rounds(arguments: argparse.Namespace, settings: Settings) -> list[Path]:
+    """Run all turns; the files they left. Engines that are not installed are listed with the reason."""
+    out = arguments.out
+    absent = {name: why for name in arguments.engines if (why := why_absent(name, arguments.peers_root))}
+    names = [name for name in arguments.engines if name not in absent]
+    for name, why in absent.items():
+        print(f"left out: {name}: {why}", flush=True)
+    open_folder(out, settings, absent, arguments.resume)
+    job = new_job(settings, str(make_model(settings.shape)))
+    for name in list(names):
+        problem = prepare(name, job, out, arguments)
+        if problem:
+            print(f"left out: {name}: {problem}", flush=True)
+            absent[name] = problem
+            names.remove(name)
+    write_json(out / "settings.json", {**load_settings(out), "absent": absent})
+    turns = []
+    for number in range(arguments.rounds):
+        first = number % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            if CONTESTANTS[name].is_slow and number >= arguments.slow_rounds:
+                continue
+            turns.append(take_turn(name, replace(job, round=number), out, arguments))
+    return [turn for turn in turns if turn is not None]
+
+
+def why_absent(name: str, root: Path) -> str | None:
+    environment = CONTESTANTS[name].environment
+    if environment is None or (root / environment / "installed").is_file():
+        return None
+    return f"not installed; python benchmarks/compare.py --setup {environment}"
+
+
+def open_folder(out: Path, settings: Settings, absent: dict[str, str], resume: bool) -> None:
+    """Make the folder of the results; refuses to mix turns of different settings."""
+    turns = out / "turns"
+    if turns.is_dir() and any(turns.iterdir()):
+        if not resume:
+            raise SystemExit(f"{turns} holds results already; use --resume, --report-only or another --out")
+        earlier = load_settings(out)["settings"]
+        if earlier != json.loads(json.dumps(asdict(settings))):
+            raise SystemExit(f"{out} was run with {earlier}; give the same settings to resume")
+    turns.mkdir(parents=True, exist_ok=True)
+    write_json(
+        out / "settings.json",
+        {
+            "settings": asdict(settings),
+            "absent": absent,
+            "machine": machine(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        },
+    )
+
+
+def load_settings(out: Path) -> dict[str, Any]:
+    return json.loads((out / "settings.json").read_text())
+
+
+def new_job(settings: Settings, model: str) -> Job:
+    shape = SHAPES[settings.shape]
+    return Job(
+        engine="",
+        model=model,
+        workloads_file=str(HERE / "workloads.json"),
+        workloads=settings.workloads,
+        result="",
+        vocab_size=shape.vocab_size,
+        repeats=settings.repeats,
+        warmup=settings.warmup,
+        threads=settings.threads,
+        slots=settings.slots,
+        max_seq_length=settings.max_seq_length,
+        kv_cache_bytes=int(settings.kv_cache_gib * 2**30),
+        kv_bytes_per_token=shape.kv_bytes_per_token,
+    )
+
+
+def prepare(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> str | None:
+    """Let an engine make its own model files, untimed; what went wrong, or None."""
+    code, log = run_script(name, job, out, arguments, ["--prepare"], "prepare")
+    return None if code == 0 else f"preparing failed, see {log}"
+
+
+def take_turn(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> Path | None:
+    """One engine's turn; its result file, or None when it left none."""
+    result = out / "turns" / f"{job.round:02d}-{name}.json"
+    if result.exists():
+        return result
+    print(f"round {job.round + 1}: {name}", flush=True)
+    before, load = ceilings.measure(job.threads), os.getloadavg()
+    raw = result.with_suffix(".raw")
+    start = time.perf_counter()
+    code, log = run_script(name, replace(job, result=str(raw)), out, arguments, [], f"{job.round:02d}")
+    after = ceilings.measure(job.threads)
+    if raw.exists():
+        values = json.loads(raw.read_text())
+        raw.unlink()
+    else:
+        tail = " ".join(log.read_text(errors="replace").split()[-40:])
+        values = {"engine": name, "round": job.round, "workloads": {}, "error": f"exit code {code}: {tail}"[-600:]}
+        print(f"  {name} failed: {values['error'][-300:]}", flush=True)
+    values |= {"turn_s": time.perf_counter() - start, "ceilings": [before, after], "load_average_before": load}
+    write_json(result, values)
+    return result
+
+
+def run_script(
+    name: str, job: Job, out: Path, arguments: argparse.Namespace, flags: list[str], label: str
+) -> tuple[int, Path]:
+    """Exit code and log of an engine's script in its environment. -1 means that it ran out of time."""
+    contestant = CONTESTANTS[name]
+    folder = arguments.peers_root / contestant.environment if contestant.environment else None
+    python = str(folder / "bin" / "python") if folder else sys.executable
+    workloads = tuple(w for w in job.workloads if w in contestant.workloads)
+    job = replace(job, engine=name, options=contestant.options, workloads=workloads)
+    job_file, log = out / "turns" / f"{label}-{name}.job", out / f"{label}-{name}.log"
+    write_json(job_file, asdict(job))
+    command = [python, str(HERE / "peers" / contestant.script), *flags, str(job_file)]
+    try:
+        with log.open("w") as file:
+            code = subprocess.run(
+                command,
+                env=environment(job.threads),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=arguments.timeout_s,
+            ).returncode
+    except subprocess.TimeoutExpired:
+        code = -1
+    job_file.unlink()
+    for line in log.read_text(errors="replace").splitlines():
+        if line.startswith(f"  {name} "):
+            print(line, flush=True)
+    return code, log
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The same number of threads for all, and no look at the network."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+    return {
+        "cpu": fields.get("model name", platform.processor()),
+        "cores": os.cpu_count(),
+        "instructions": [flag for flag in wanted if flag in flags],
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
