@@ -24,12 +24,7 @@ from ascend_kit.checkpoint.int8_plan import limit_tokens
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
 from ascend_kit.checkpoint.recipe import Recipe
 from ascend_kit.checkpoint.schema import linear_names
-from ascend_kit.checkpoint.sensitivity import (
-    choose_mix,
-    compare_variants,
-    decode_weight_bytes,
-    measure_sensitivity,
-)
+from ascend_kit.checkpoint.sensitivity import choose_mix, compare_variants, decode_weight_bytes, measure_sensitivity
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.quant import dequantize_weight, quantize_weight
