@@ -20,17 +20,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 HOME = Path(os.environ.get("NPU_SIM_HOME", HERE.parent.parent / ".npu-sim"))
+# 0.17.1 cannot start its own linker in some environments ("UnableToSpawnSelf"); drop the pin when a later
+# one can.
+ZIG = "ziglang==0.13.0"
 # The libraries torch_npu is linked against or opens by name. The first holds every function.
-LIBRARIES = (
-    "ascendcl",
-    "hccl",
-    "acl_op_compiler",
-    "ge_runner",
-    "graph",
-    "acl_tdt_channel",
-    "opapi",
-    "runtime",
-)
+LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "opapi", "runtime")
 
 
 class Unavailable(RuntimeError):
@@ -59,9 +53,7 @@ def _torch_npu() -> Path:
 def _stub() -> Path:
     compiler = _compiler()
     sources = [HERE / "cann_stub.c", HERE / "cann_noops.h"]
-    key = hashlib.sha256(
-        b"".join(path.read_bytes() for path in sources) + " ".join(compiler).encode()
-    ).hexdigest()
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + " ".join(compiler).encode()).hexdigest()
     folder = HOME / f"stub-{platform.machine()}-{key[:12]}"
     if not folder.is_dir():
         with _new_folder(folder) as partial:
@@ -98,15 +90,13 @@ def _build(compiler: list[str], folder: Path) -> None:
 def _compiler() -> list[str]:
     """The system's C compiler, else the one in the `ziglang` package."""
     named = os.environ.get("CC")
-    found = next(
-        (path for name in (named, "cc", "gcc", "clang") if name and (path := shutil.which(name))), None
-    )
+    found = next((path for name in (named, "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
     if found:
         return [found]
     folder = HOME / "ziglang"
     if not folder.is_dir():
         try:
-            _pip_install("ziglang", folder)
+            _pip_install(ZIG, folder)
         except Unavailable as error:
             raise Unavailable(f"there is no C compiler (cc, gcc, clang), and {error}") from error
     return [str(folder / "ziglang" / "zig"), "cc"]
