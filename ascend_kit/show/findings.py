@@ -37,10 +37,7 @@ def conclude(folder: RunFolder, findings: Iterable[str], files: Iterable[str | P
 def environment_findings(checks: pandas.DataFrame, ceilings: dict[str, Any]) -> list[str]:
     """What the doctor found wrong, and the measured ceilings in words."""
     bad = checks[checks["status"].isin(["fail", "warn"])]
-    lines = [
-        f"{row.status}: {row.check}: {row.evidence}. {row.remedy}".rstrip(". ") + "."
-        for row in bad.itertuples()
-    ]
+    lines = [f"{row.status}: {row.check}: {row.evidence}. {row.remedy}".rstrip(". ") + "." for row in bad.itertuples()]
     lines = lines or [f"{len(checks)} checks, nothing to mend."]
     if ceilings.get("read_bytes_per_s"):
         lines.append(f"Memory is read at {ceilings['read_bytes_per_s'] / 1e9:.1f} GB/s (measured).")
@@ -58,7 +55,7 @@ def conversion_findings(manifest: dict[str, Any], result: ConversionResult) -> l
     done = f"{manifest['num_tensors']} tensors, {size / 1e6:,.1f} MB, scheme {result.scheme}"
     if result.reused:
         return [f"{done}: the folder was made before from the same source in the same way and is reused."]
-    return [f"{done}, written in {result.seconds:.1f} s ({result.mb_per_s or 0.0:.0f} MB/s)."]
+    return [f"{done}, written in {result.seconds:.1f} s ({result.mb_per_s or 0.0:.1f} MB/s)."]
 
 
 def sweep_findings(rows: pandas.DataFrame) -> list[str]:
@@ -85,9 +82,7 @@ def sweep_findings(rows: pandas.DataFrame) -> list[str]:
 
 def _best_point(name: str, group: pandas.DataFrame) -> str:
     best = group.loc[group["output_tokens_per_s"].idxmax()]
-    point = (
-        f"concurrency {best['concurrency']}, prompt {best['prompt_len']}, output {best['output_len']} tokens"
-    )
+    point = f"concurrency {best['concurrency']}, prompt {best['prompt_len']}, output {best['output_len']} tokens"
     times = f"TTFT p50 {best['ttft_p50_ms']:.0f} ms, TPOT p50 {best['tpot_p50_ms']:.1f} ms"
     text = f"{name}: at most {best['output_tokens_per_s']:.1f} output tokens/s, at {point} ({times})"
     share = best.get("ceiling_share")
@@ -106,9 +101,7 @@ def _gain(done: pandas.DataFrame) -> list[str]:
         values = column.dropna()
         if len(values):
             times = f"{values.min():.1f} to {values.max():.1f} times"
-            lines.append(
-                f"{name} writes {times} as many tokens/s as transformers' generate ({len(values)} points)."
-            )
+            lines.append(f"{name} writes {times} as many tokens/s as transformers' generate ({len(values)} points).")
     return lines
 
 
@@ -118,9 +111,7 @@ def batch_findings(answers: pandas.DataFrame) -> list[str]:
     tokens = int(done["num_output_tokens"].sum())
     lines = [f"{len(done)} of {len(answers)} prompts answered, {tokens} output tokens."]
     if len(done):
-        ends = ", ".join(
-            f"{count} {reason}" for reason, count in done["finish_reason"].value_counts().items()
-        )
+        ends = ", ".join(f"{count} {reason}" for reason, count in done["finish_reason"].value_counts().items())
         lines.append(f"How they ended: {ends} (length = cut off at max_new_tokens).")
         ttft, e2e = done["ttft_ms"].median(), done["e2e_ms"].median()
         lines.append(f"TTFT p50 {ttft:.0f} ms, end to end p50 {e2e:.0f} ms, "

@@ -67,7 +67,7 @@ ALLOWED_ATTRIBUTES = frozenset(("colspan", "rowspan", "scope", "title", "alt", "
 SAFE_LINK = re.compile(r"^(https?://|#|mailto:)", re.IGNORECASE)
 SAFE_IMAGE = re.compile(r"^data:image/(png|jpeg|gif|svg\+xml);base64,[A-Za-z0-9+/=\s]+$")
 SAFE_STYLE = re.compile(
-    r"^\s*(text-align|color|background-color|font-weight|font-style|white-space)\s*:\s*[\w#%. -]+$"
+    r"^\s*(text-align|min-width|color|background-color|font-weight|font-style|white-space)\s*:\s*[\w#%. -]+$"
 )
 
 
@@ -185,15 +185,12 @@ def _rich(data: dict[str, Any], metadata: dict[str, Any]) -> str:
         packed = base64.b64encode(_joined(data["image/svg+xml"]).encode()).decode()
         return _image("image/svg+xml", packed, {}, data)
     if "application/vnd.jupyter.widget-view+json" in data:
-        return (
-            '<p class="note">An interactive control stands here when the notebook is open in JupyterLab.</p>'
-        )
+        return '<p class="note">An interactive control stands here when the notebook is open in JupyterLab.</p>'
     if "text/html" in data:
         return f'<div class="scroll">{sanitize(_joined(data["text/html"]))}</div>'
     if "text/markdown" in data:
         return markdown(
-            _joined(data["text/markdown"]),
-            lambda level, text: f"<h{min(6, level + 2)}>{text}</h{min(6, level + 2)}>",
+            _joined(data["text/markdown"]), lambda level, text: f"<h{min(6, level + 2)}>{text}</h{min(6, level + 2)}>"
         )
     return _text(_joined(data.get("text/plain", "")), "plain")
 

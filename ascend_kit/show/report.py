@@ -91,9 +91,7 @@ def _brief(folder: Path, sections: list[dict[str, Any]]) -> str:
         findings = _read_json(folder / f"{section['name']}.json").get("findings") or []
         items = "".join(f"<li>{escape(str(text))}</li>" for text in findings)
         if items:
-            parts.append(
-                f'<h3><a href="#{section["id"]}">{escape(section["title"])}</a></h3><ul>{items}</ul>'
-            )
+            parts.append(f'<h3><a href="#{section["id"]}">{escape(section["title"])}</a></h3><ul>{items}</ul>')
     return f'<h2 id="findings">Findings</h2>{"".join(parts)}' if parts else ""
 
 
@@ -153,9 +151,7 @@ def _section(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Any]:
     }
     path = folder / f"{name}.ipynb"
     cells = _read_json(path).get("cells", [])
-    body = "".join(
-        _cell(cell, section) for cell in cells if not SKIPPED_TAGS & set(cell["metadata"].get("tags", []))
-    )
+    body = "".join(_cell(cell, section) for cell in cells if not SKIPPED_TAGS & set(cell["metadata"].get("tags", [])))
     if section["error"]:
         body = f'<div class="error"><b>{escape(section["error"])}</b></div>' + body
     head = f'<p class="source">{escape(name)} {_badge(section["state"])}</p>'
@@ -193,9 +189,7 @@ def _toc(sections: list[dict[str, Any]]) -> str:
     lines = ['<a href="#top">Overview</a>']
     for section in sections:
         lines.append(f'<a href="#{section["id"]}">{escape(section["title"])}</a>')
-        lines += [
-            f'<a class="sub" href="#{anchor}">{escape(text)}</a>' for anchor, text in section["headings"]
-        ]
+        lines += [f'<a class="sub" href="#{anchor}">{escape(text)}</a>' for anchor, text in section["headings"]]
     return "\n".join(lines)
 
 
@@ -247,14 +241,14 @@ section > .prose:first-of-type h2 { margin-top: 4px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--line); white-space: nowrap; background: var(--wash); }
-.cell td, .cell tbody th { max-width: 560px; }
-.cell .narrow td, .cell .narrow th { white-space: nowrap; }
+.cell td, .cell tbody th { max-width: 560px; overflow-wrap: anywhere; }
+.cell th { white-space: nowrap; }
 td.number { text-align: right; }
 table.facts th { font-weight: 600; white-space: nowrap; }
 pre { font: 12.5px/1.5 var(--mono); overflow-x: auto; margin: 6px 0; padding: 8px 12px;
   background: var(--wash); border-radius: 4px; }
 code { font: 0.9em var(--mono); background: var(--wash); padding: 1px 4px; border-radius: 3px; }
-pre.stream { background: #fff; border: 1px solid var(--line); }
+pre.stream { background: #fff; border: 1px solid var(--line); white-space: pre-wrap; }
 pre.stderr { background: #fff8ec; border-color: #f0dcb4; }
 details > summary { cursor: pointer; color: var(--soft); font-size: 12px; width: max-content; }
 details.code { margin: 4px 0; }

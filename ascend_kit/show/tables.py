@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import textwrap
+from html import escape
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
 
 LONGEST_TEXT = 300
+WIDE_TEXT = 40
+PROMPT_START = 90
 FACTS_DEPTH = 2
 SWEEP = [
     *("backend", "concurrency", "prompt_len", "output_len", "repeat", "output_tokens_per_s", "ceiling_share"),
@@ -16,22 +21,42 @@ SWEEP = [
     *("mbu", "mfu", "status", "error"),
 ]
 SCORES = ["kind", "set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "status", "error"]
+PAIRED = [
+    *("baseline", "candidate", "set", "n", "baseline_percent", "candidate_percent", "difference_points"),
+    *("low_points", "high_points", "p_holm", "outcome", "verdict"),
+]
 ANSWERS = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
 
 
 def readable(table: pandas.DataFrame) -> Any:
-    """The table as HTML for a notebook; the index only where it means something."""
+    """The table as HTML for a notebook; the index only where it means something. Units stand in column names."""
     from IPython.display import HTML
 
     if table.empty:
         return HTML("<p>Nothing to show.</p>")
-    has_names = table.index.name is not None or not isinstance(table.index[0], int)
-    shown = table.map(cell_text)
-    # DataFrame.to_html escapes; the widest text must not be cut by pandas' own limit of 50 characters.
+    has_names = not _is_counter(table.index)
+    head = ([table.index.name or ""] if has_names else []) + list(table.columns)
+    lines = [f"<tr>{''.join(f'<th>{escape(str(name))}</th>' for name in head)}</tr>"]
+    lines.append("</thead><tbody>")
+    for name, row in zip(table.index, table.itertuples(index=False, name=None), strict=True):
+        first = f"<th>{escape(str(name))}</th>" if has_names else ""
+        lines.append(f"<tr>{first}{''.join(_cell(value) for value in row)}</tr>")
+    return HTML(f"<table><thead>{''.join(lines)}</tbody></table>")
+
+
+def _is_counter(index: pandas.Index) -> bool:
     import pandas
 
-    with pandas.option_context("display.max_colwidth", None):
-        return HTML(shown.to_html(index=has_names, border=0, na_rep=""))
+    return index.name is None and pandas.api.types.is_integer_dtype(index)
+
+
+def _cell(value: Any) -> str:
+    """Numbers to the right, so that digits stand below each other; long text with room to be read."""
+    text = cell_text(value)
+    style = ' style="text-align: right"' if isinstance(value, Number) and not isinstance(value, bool) else ""
+    if len(text) > WIDE_TEXT and not style:
+        style = ' style="text-align: left; min-width: 20em"'
+    return f"<td{style}>{escape(text)}</td>"
 
 
 def facts(values: dict[str, Any], *, title: str = "value") -> Any:
@@ -54,7 +79,7 @@ def cell_text(value: Any) -> str:
     item = getattr(value, "item", None)  # numpy scalars
     if callable(item) and getattr(value, "shape", None) == ():
         return cell_text(item())
-    text = str(value)
+    text = str(value).replace("\n", " ⏎ ")
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
 
 
@@ -73,6 +98,8 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) ->
     for key, value in values.items():
         if isinstance(value, dict) and depth > 1:
             rows |= _flat(value, f"{prefix}{key}.", depth - 1)
+        elif isinstance(value, dict) and len(str(value)) > LONGEST_TEXT:
+            rows[f"{prefix}{key}"] = f"{len(value)} entries"
         else:
             rows[f"{prefix}{key}"] = value
     return rows
@@ -89,5 +116,23 @@ def scores(table: pandas.DataFrame) -> Any:
 
 
 def answers(table: pandas.DataFrame) -> Any:
-    """The first answers; all of them are in the JSON file."""
-    return readable(table.reindex(columns=ANSWERS).head(20))
+    """The first answers; all of them, and the whole prompts, are in the JSON file."""
+    first = table.reindex(columns=ANSWERS).head(20)
+    return readable(first.assign(prompt=first["prompt"].map(lambda text: textwrap.shorten(text, PROMPT_START))))
+
+
+def paired(table: pandas.DataFrame) -> Any:
+    """Each run against the baseline per set: percent, points and their interval, corrected p-value, verdict."""
+    return readable(table.reindex(columns=PAIRED) if len(table) else table)
+
+
+def runs(table: pandas.DataFrame) -> Any:
+    """One line per run, its name first."""
+    return readable(table[["run", *table.columns.drop("run")]])
+
+
+def checks(table: pandas.DataFrame) -> Any:
+    """The doctor's findings, the most serious first."""
+    order = {"fail": 0, "warn": 1, "ok": 2, "n/a": 3}
+    shown = table.sort_values("status", key=lambda column: column.map(order), kind="stable")
+    return readable(shown.reindex(columns=["section", "check", "status", "evidence", "remedy"]))
