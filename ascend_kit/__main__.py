@@ -6,10 +6,12 @@ Exit status: 0 done, 1 something that was run has failed, 2 the request itself i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.engine.ranks import environment_ranks, without_ranks
 from ascend_kit.params import Experiment, ParameterError, load_experiment, parse_overrides
 from ascend_kit.results import RunFolderError
 from ascend_kit.run import RunError
@@ -27,13 +29,34 @@ EPILOG = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    words = _as_one_process(sys.argv[1:] if argv is None else argv)
+    if words is None:
+        return 0
     if words[:1] == ["doctor"]:  # it has a command line of its own
         from ascend_kit.device.doctor import main as doctor
 
         return _guarded(lambda: doctor(words[1:]))
     arguments = _parser().parse_args(words)
     return _guarded(lambda: arguments.command(arguments))
+
+
+def _as_one_process(words: list[str]) -> list[str] | None:
+    """The command for rank 0 of a launcher, which uses the cards of all ranks; None for the other ranks.
+
+    `mpirun -np 4 python -m ascend_kit run ...` starts the same notebooks four times: one of them must do the work.
+    """
+    ranks = environment_ranks()
+    if ranks is None:
+        return words
+    if ranks.rank > 0:
+        return None
+    alone = without_ranks(os.environ)
+    for name in set(os.environ) - set(alone):
+        del os.environ[name]
+    is_run = words[:1] == ["run"]
+    print(f"ascend_kit: started as {ranks.size} ranks by {ranks.launcher}; rank 0 works"
+          + (f" with cards={ranks.size}" if is_run else ""), file=sys.stderr)
+    return [*words, "--set", f"cards={ranks.size}"] if is_run else words
 
 
 def _guarded(command: Any) -> int:

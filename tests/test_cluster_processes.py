@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
 
-from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
+from ascend_kit import AscendInferEngine, SamplingParams
 
 pytestmark = pytest.mark.multiproc
 

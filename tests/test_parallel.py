@@ -49,6 +49,19 @@ def test_a_process_alone_has_no_ranks():
     assert environment_ranks({"RANK": "0", "WORLD_SIZE": "1"}) is None
 
 
+def test_the_command_line_runs_once_under_a_launcher_with_the_cards_of_all_ranks(monkeypatch, capsys):
+    from ascend_kit import __main__ as command
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
+    assert command._as_one_process(["run", "x.yaml"]) is None
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert command._as_one_process(["run", "x.yaml"]) == ["run", "x.yaml", "--set", "cards=4"]
+    assert environment_ranks() is None, "kernels started from here run alone"
+    assert "rank 0 works" in capsys.readouterr().err
+
+
 def test_ranks_that_make_no_sense_are_an_error():
     with pytest.raises(ValueError, match="do not fit together"):
         environment_ranks({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})

@@ -187,7 +187,7 @@ def _store(ranks: Ranks) -> Any:
     if os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", str(ranks.size)) != str(ranks.size):
         raise ValueError("ranks on several machines need an address to meet at: "
                          "mpirun -x MASTER_ADDR=<address of rank 0> -x MASTER_PORT=29500 ...")
-    job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid") or f"parent-{os.getppid()}"
+    job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("PMI_JOBID") or f"parent-{os.getppid()}"
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{os.getuid()}-{socket.gethostname()}-{job}")
     store = FileStore(str(Path(tempfile.gettempdir()) / f"ascend-ranks-{name}"), ranks.size)
     store.set_timeout(limit)

@@ -17,6 +17,7 @@ from typing import Any
 START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 80 << 20  # only requests and tokens travel; Ray's smallest is 75 MiB
 FOLDER = "ascend-ray-"
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 RESOURCE = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -91,9 +92,8 @@ class RaySession:
 
         fits = any(cards >= count for _, cards in self.machines())
         group = placement_group([{self.resource: 1}] * count, strategy="STRICT_PACK" if fits else "PACK")
-        actors = [remote.options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(group, number)).remote()
-                  for number in range(count)]
-        return actors, group
+        places = [PlacementGroupSchedulingStrategy(group, number) for number in range(count)]
+        return [remote.options(**options, scheduling_strategy=place).remote() for place in places], group
 
     def kill(self, actors: list[Any], group: Any) -> None:
         """End actors at once and free their places."""
@@ -112,10 +112,11 @@ class RaySession:
         _remove_leftovers()
         root = tempfile.gettempdir()
         # Ray's sockets lie below this folder, and a socket's path may have 107 characters.
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=root if len(root) < 24 else "/tmp"))
-        amounts = {"cpu": {"num_cpus": cards, "num_gpus": 0}, "npu": {"num_cpus": cards, "num_gpus": 0,
-                                                                       "resources": {"NPU": cards}},
-                   "cuda": {"num_cpus": cards, "num_gpus": cards}}[self.kind]
+        root = root if len(root) < 24 else "/tmp"
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=root))
+        amounts: dict[str, Any] = {"num_cpus": cards, "num_gpus": cards if self.kind == "cuda" else 0}
+        if self.kind == "npu":
+            amounts["resources"] = {"NPU": cards}
         constants = self.ray._private.ray_constants
         before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
         try:
@@ -145,7 +146,7 @@ class RaySession:
 
     def _visible(self, cards: int, first_card: int) -> dict[str, str]:
         """Show Ray the cards that were asked for, when the caller starts above card 0."""
-        variable = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}.get(self.kind)
+        variable = VISIBLE.get(self.kind)
         if variable is None:
             return {}
         given = [card for card in os.environ.get(variable, "").split(",") if card]
@@ -170,15 +171,15 @@ class RaySession:
         if total < cards:
             found = ", ".join(f"{address}: {count}" for address, count in self.machines())
             self.close()
-            raise ValueError(f"cards={cards}, but Ray knows {total} of resource {self.resource} ({found}); lower cards, "
-                             f"or start more machines with `ray start --resources='{{\"{self.resource}\": N}}'`")
+            raise ValueError(f"cards={cards}, but Ray knows {total} of resource {self.resource} ({found}); lower "
+                             f"cards, or start machines with `ray start --resources='{{\"{self.resource}\": N}}'`")
 
 
 @contextlib.contextmanager
 def _environment(changes: dict[str, str]) -> Iterator[None]:
     """Environment variables for the processes started inside; a value the user has set wins."""
-    missing = {name: value for name, value in changes.items() if name not in os.environ or name.endswith("DEVICES")
-               and not name.startswith("RAY")}
+    replaced = set(VISIBLE.values())  # already a choice from what the user has set
+    missing = {name: value for name, value in changes.items() if name not in os.environ or name in replaced}
     before = {name: os.environ.get(name) for name in missing}
     os.environ.update(missing)
     try:

@@ -123,7 +123,8 @@ class Replica:
             if self.state == ABANDONED:
                 raise RuntimeError("the engine was closed")
             if not done and deadline is not None and time.perf_counter() > deadline:
-                raise TimeoutError(f"replica {self.number} found no free {self.session.resource} within {limit_s:.0f} s")
+                raise TimeoutError(f"replica {self.number} found no free {self.session.resource} within "
+                                   f"{limit_s:.0f} s")
         return ray.get(refs)
 
     def _clock_offset(self, host: str) -> float:

@@ -49,7 +49,8 @@ class StepInputs:
         buffer = torch.tensor([*token_ids, *positions, *slots, *lengths, *table], dtype=torch.int32)
         return cls(buffer, ends, lengths, scored, sampled, in_graph)
 
-    def tensors(self, device: torch.device, block_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor, AttentionMeta]:
+    def tensors(self, device: torch.device, block_size: int,
+                mask: Tensor | None) -> tuple[Tensor, Tensor, AttentionMeta]:
         """Token ids [T], positions [T] and where everything lies in the cache, on `device`."""
         tokens, sequences = self.ends[-1], len(self.ends)
         sizes = [tokens, tokens, tokens, sequences, self.buffer.numel() - 3 * tokens - sequences]

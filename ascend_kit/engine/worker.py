@@ -27,7 +27,6 @@ class Place(NamedTuple):
     address: str
     pid: int
     card: str | None  # the accelerator Ray gave it, as numbered on its machine
-    num_cores: int
 
 
 class Role(NamedTuple):
@@ -95,7 +94,7 @@ class Worker:
         # Namespaces may share a boot id: the network address tells machines of a test apart.
         address = _own_address()
         host = f"{boot_id.read_text().strip() if boot_id.is_file() else socket.gethostname()}@{address}"
-        return Place(host, address, os.getpid(), _assigned(resource), os.cpu_count() or 1)
+        return Place(host, address, os.getpid(), _assigned(resource))
 
     def meeting_point(self, is_one_host: bool) -> str:
         """Open the place where the ranks of this replica find each other; called on rank 0."""
@@ -121,7 +120,7 @@ class Worker:
         from ascend_kit.engine.stopping import StopRules
         from ascend_kit.model.config import ModelConfig
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // role.ranks_on_host))
+        torch.set_num_threads(max(1, _num_cores() // role.ranks_on_host))
         device = select_device(kind_of_device, role.device_id if role.visible is not None else 0)
         device.seed(plan.seed)
         config = ModelConfig.from_folder(plan.model_path)
@@ -225,6 +224,11 @@ def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)
+
+
+def _num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _own_address() -> str:
