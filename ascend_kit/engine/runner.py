@@ -33,13 +33,19 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.channel = StepChannel(decoder.parallel) if decoder.parallel.size > 1 else None
 
+    @torch.inference_mode()
     def enable_graphs(self, max_sequences: int, max_seq_length: int) -> None:
-        """Run decode steps as captured graphs from now on."""
+        """Run decode steps as captured graphs from now on.
+
+        An NPU or CUDA device records them here, at load, where the time is reported and no request waits for it.
+        """
         self.graphs = DecodeGraphs(
             self.device, self._decode_step, max_batch=max_sequences, block_size=self.block_size,
             max_blocks=-(-max_seq_length // self.block_size), mask=self.mask, host_lengths=self.ops.HOST_LENGTHS,
             layers=list(self.decoder.layers),
             records=getattr(self.ops, "RECORDS", False) and self.decoder.parallel.size == 1)
+        if self.device.kind != "cpu":
+            self.graphs.capture()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, int]:
