@@ -54,8 +54,11 @@ def _as_one_process(words: list[str]) -> list[str] | None:
     for name in set(os.environ) - set(alone):
         del os.environ[name]
     is_run = words[:1] == ["run"]
-    print(f"ascend_kit: started as {ranks.size} ranks by {ranks.launcher}; rank 0 works"
-          + (f" with cards={ranks.size}" if is_run else ""), file=sys.stderr)
+    print(
+        f"ascend_kit: started as {ranks.size} ranks by {ranks.launcher}; rank 0 works"
+        + (f" with cards={ranks.size}" if is_run else ""),
+        file=sys.stderr,
+    )
     return [*words, "--set", f"cards={ranks.size}"] if is_run else words
 
 
@@ -84,17 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="execute the notebooks of an experiment, write its report")
     _experiment_arguments(run)
     run.add_argument("--only", metavar="NAMES", help="these notebooks, separated by commas: 04_throughput,05")
-    run.add_argument(
-        "--resume", action="store_true", help="the run folder exists: do what is missing or failed"
-    )
+    run.add_argument("--resume", action="store_true", help="the run folder exists: do what is missing or failed")
     run.add_argument("--overwrite", action="store_true", help="the run folder exists: start again")
     run.set_defaults(command=_run)
 
     check = commands.add_parser("check", help="validate a parameter file and its notebooks, run nothing")
     _experiment_arguments(check, optional=True)
-    check.add_argument(
-        "--list", action="store_true", help="print every parameter with its default and meaning"
-    )
+    check.add_argument("--list", action="store_true", help="print every parameter with its default and meaning")
     check.set_defaults(command=_check)
 
     convert = commands.add_parser("convert", help="convert a checkpoint as the parameter file says")
@@ -135,9 +134,7 @@ def _experiment_arguments(parser: argparse.ArgumentParser, *, optional: bool = F
     )
     parser.add_argument("--run", metavar="NAME", help="name of this variant, the same as --set run=NAME")
     if not optional:
-        parser.add_argument(
-            "--notebooks", metavar="FOLDER", help="notebooks to run; default: those of the project"
-        )
+        parser.add_argument("--notebooks", metavar="FOLDER", help="notebooks to run; default: those of the project")
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -188,15 +185,29 @@ def _parameter_file(arguments: argparse.Namespace) -> str:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from ascend_kit import convert
+    from ascend_kit.checkpoint.parity import ParityError
     from ascend_kit.demo import resolve
+    from ascend_kit.measure.parity import ParityCheck
+    from ascend_kit.show.progress import Progress
 
     overrides = _overrides(arguments)
     for option in ("input_model", "output_model", "framework", "device"):
         if getattr(arguments, option) is not None:
             overrides[option] = getattr(arguments, option)
     experiment = load_experiment(_parameter_file(arguments), overrides)
-    result = convert(resolve(experiment))
-    print(result)
+    experiment = resolve(experiment)
+    parity = ParityCheck(experiment)
+    try:
+        with Progress("convert") as progress:
+            result = convert(experiment, on_progress=progress, before_publish=parity)
+    except ParityError as error:
+        print(f"ascend_kit: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        raise RunError(str(error)) from error
+    for row in parity.describe().get("figures", []):
+        print(f"  {row['figure']}: {row['value']}" + (f" (limit {row['limit']})" if row["limit"] else ""))
+    print(f"{result.folder}: {'reused, made before in the same way' if result.reused else result.scheme}")
     return 0
 
 

@@ -113,9 +113,7 @@ def _admit(
         )
     if mode == "overwrite" and whole:
         if not earlier and not (folder / "manifest.json").exists():
-            raise RunError(
-                f"{folder} is not empty and is no run folder; it is not deleted. Choose another --run"
-            )
+            raise RunError(f"{folder} is not empty and is no run folder; it is not deleted. Choose another --run")
         for path in used:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return {}
@@ -152,17 +150,13 @@ def read_states(folder: Path) -> dict[str, NotebookState]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{folder / 'run.json'} cannot be read ({error}); use --overwrite to start again"
-        ) from None
+        raise RunError(f"{folder / 'run.json'} cannot be read ({error}); use --overwrite to start again") from None
 
 
 def is_done(folder: Path, state: NotebookState) -> bool:
     """Whether a notebook succeeded and its evidence, executed copy and result file, is still there."""
     return (
-        state.state == "ok"
-        and (folder / f"{state.name}.json").is_file()
-        and (folder / f"{state.name}.ipynb").is_file()
+        state.state == "ok" and (folder / f"{state.name}.json").is_file() and (folder / f"{state.name}.ipynb").is_file()
     )
 
 
@@ -174,9 +168,7 @@ def _run_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(
-                f"{folder} is in use by another run; wait for it or choose another --run"
-            ) from None
+            raise RunError(f"{folder} is in use by another run; wait for it or choose another --run") from None
         yield
 
 
@@ -212,13 +204,7 @@ class _Run:
         states: dict[str, NotebookState],
         echo: Callable[[str], None],
     ):
-        self.folder, self.experiment, self.source, self.states, self.echo = (
-            folder,
-            experiment,
-            source,
-            states,
-            echo,
-        )
+        self.folder, self.experiment, self.source, self.states, self.echo = (folder, experiment, source, states, echo)
 
     def execute(self, notebooks: list[Notebook], *, repeat: bool) -> RunReport:
         name = f"{self.experiment.experiment}/{self.experiment.run}"

@@ -27,15 +27,12 @@ class Notebook:
 
 def find_notebooks(folder: str | Path | None = None) -> list[Notebook]:
     """Every notebook `NN_name.ipynb` of the folder in order, each with a valid parameters cell."""
-    candidates = (
-        [Path(folder)] if folder else [Path(__file__).resolve().parents[2] / "notebooks", Path("notebooks")]
-    )
+    candidates = [Path(folder)] if folder else [Path(__file__).resolve().parents[2] / "notebooks", Path("notebooks")]
     found = next((path for path in candidates if path.is_dir()), None)
     paths = sorted(found.glob("[0-9][0-9]_*.ipynb")) if found else []
     if not paths:
         raise RunError(
-            f"no notebooks NN_name.ipynb in {', '.join(map(str, candidates))}; name their folder with "
-            "--notebooks"
+            f"no notebooks NN_name.ipynb in {', '.join(map(str, candidates))}; name their folder with --notebooks"
         )
     return [Notebook(path.stem, path, parameter_defaults(path)) for path in paths]
 
@@ -75,9 +72,7 @@ def _literals(where: str, source: str) -> dict[str, Any]:
         raise RunError(f"{where}: the parameters cell is not Python: {error}") from None
     values = {}
     for statement in statements:
-        targets = (
-            statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        )
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         value = getattr(statement, "value", None)
         if len(targets) != 1 or not isinstance(targets[0], ast.Name) or value is None:
             raise RunError(
@@ -87,9 +82,7 @@ def _literals(where: str, source: str) -> dict[str, Any]:
         try:
             values[targets[0].id] = ast.literal_eval(value)
         except ValueError:
-            raise RunError(
-                f"{where}: {targets[0].id} must be a plain literal, found `{ast.unparse(value)}`"
-            ) from None
+            raise RunError(f"{where}: {targets[0].id} must be a plain literal, found `{ast.unparse(value)}`") from None
     return values
 
 
@@ -101,9 +94,7 @@ def select_notebooks(available: list[Notebook], only: list[str] | None) -> list[
     names = [notebook.name for notebook in available]
     for wanted in only:
         stem = Path(wanted).stem if wanted.endswith(".ipynb") else wanted
-        hits = [name for name in names if name == stem] or [
-            name for name in names if stem and name.startswith(stem)
-        ]
+        hits = [name for name in names if name == stem] or [name for name in names if stem and name.startswith(stem)]
         if len(hits) != 1:
             near = difflib.get_close_matches(stem, names, n=1, cutoff=0.4)
             raise RunError(
@@ -118,21 +109,16 @@ def check_paths(experiment: Experiment, notebooks: list[Notebook]) -> None:
     """ParameterError for every named file or folder that is not there and that one of the notebooks reads."""
     used = {name for notebook in notebooks for name in notebook.defaults}
     missing = []
-    for key in ("input_model", "tokenizer_path", "prompts_file", "dataset_path"):
+    for key in ("input_model", "tokenizer_path", "prompts_file", "dataset_path", "calibration_file"):
         value = getattr(experiment, key)
         if key not in used or value is None or value == "demo" or Path(value).exists():
             continue
-        if (
-            key == "input_model"
-            and experiment.use_model == "converted"
-            and experiment.converted_folder.exists()
-        ):
+        if key == "input_model" and experiment.use_model == "converted" and experiment.converted_folder.exists():
             continue  # the source may be gone once it was converted
         missing.append(f"{key}: nothing at {value}{_nearest_existing(Path(value))}")
     if missing:
         raise ParameterError(
-            "; ".join(missing) + " (a path is read from the current folder; the word demo means the "
-            "built-in example)"
+            "; ".join(missing) + " (a path is read from the current folder; the word demo means the built-in example)"
         )
 
 
@@ -141,8 +127,4 @@ def _nearest_existing(path: Path) -> str:
     if parent is None:
         return ""
     near = difflib.get_close_matches(path.name, [item.name for item in parent.iterdir()], n=1)
-    return (
-        f"; did you mean {parent / near[0]}?"
-        if near and parent == path.absolute().parent
-        else f" ({parent} exists)"
-    )
+    return f"; did you mean {parent / near[0]}?" if near and parent == path.absolute().parent else f" ({parent} exists)"

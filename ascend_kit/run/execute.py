@@ -240,9 +240,7 @@ def _judge(
     if notebook is None:
         return Outcome("failed", duration_s, f"the notebook could not be started: {_one_line(failure)}"), None
     _mark_unfinished_cells(notebook)
-    cells = [
-        index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()
-    ]
+    cells = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
     pending = next((index for index in cells if notebook.cells[index].execution_count is None), None)
     running = max(
         (index for index in cells if notebook.cells[index].metadata.papermill.get("start_time")), default=None
@@ -254,9 +252,7 @@ def _judge(
     if failure is not None and hasattr(failure, "ename"):
         tail = [line for line in ANSI.sub("", "\n".join(failure.traceback)).splitlines() if line.strip()][-8:]
         text = f"{failure.ename}: {_one_line(failure.evalue)}"
-        return Outcome(
-            "failed", duration_s, text, _raising_cell(notebook, failure.ename), "\n".join(tail)
-        ), notebook
+        return Outcome("failed", duration_s, text, _raising_cell(notebook, failure.ename), "\n".join(tail)), notebook
     if failure is not None:
         text = _kernel_death(code) if code is not None else f"{type(failure).__name__}: {_one_line(failure)}"
         _note(notebook, running, type(failure).__name__, text)
@@ -295,9 +291,7 @@ def _note(notebook: NotebookNode, index: int | None, name: str, text: str) -> No
         notebook.cells.append(nbformat.v4.new_markdown_cell(f"**{name}**: {text}"))
         return
     cell = notebook.cells[index]
-    cell.outputs.append(
-        nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"])
-    )
+    cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"]))
     cell.metadata.papermill["status"] = "failed"
 
 

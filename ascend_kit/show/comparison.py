@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder, run_parameters
 
 if TYPE_CHECKING:
@@ -17,16 +18,7 @@ if TYPE_CHECKING:
 
 # Parameters that name things or places; they tell nothing about how a run was made.
 NAMES = frozenset(
-    (
-        "experiment",
-        "run",
-        "output_root",
-        "output_model",
-        "output_path",
-        "compare_runs",
-        "if_exists",
-        "if_model_exists",
-    )
+    ("experiment", "run", "output_root", "output_model", "output_path", "compare_runs", "if_exists", "if_model_exists")
 )
 
 
@@ -36,7 +28,10 @@ def differences(folders: Sequence[RunFolder]) -> pandas.DataFrame:
 
     from ascend_kit.evaluate.compare import run_name
 
-    table = pandas.DataFrame({run_name(folder): run_parameters(folder) for folder in folders}, dtype=object)
+    # A run of an older version knows fewer parameters; it was made with what are the defaults now.
+    defaults = Experiment().model_dump()
+    columns = {run_name(folder): {**defaults, **run_parameters(folder)} for folder in folders}
+    table = pandas.DataFrame(columns, dtype=object)
     is_equal = table.map(repr).nunique(axis=1) <= 1
     return table[~is_equal & ~table.index.isin(NAMES)]
 
@@ -54,17 +49,14 @@ def interval_points(table: pandas.DataFrame) -> pandas.DataFrame:
     )
 
 
-def paired_tables(folders: Sequence[RunFolder]) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Accuracy per set and bits per byte of every run against the baseline, paired on common documents."""
+def paired_tables(folders: Sequence[RunFolder], margin_points: float) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Accuracy per set and bits per byte of every run against the baseline, paired on common documents.
+
+    `margin_points`: the loss of accuracy, in points, that still counts as `within margin`.
+    """
     import pandas
 
-    from ascend_kit.evaluate.compare import (
-        CompareError,
-        compare_accuracy,
-        compare_perplexity,
-        pick_baseline,
-        run_name,
-    )
+    from ascend_kit.evaluate.compare import CompareError, compare_accuracy, compare_perplexity, pick_baseline, run_name
 
     baseline = pick_baseline(folders)
     accuracy, perplexity = [], []
@@ -72,7 +64,7 @@ def paired_tables(folders: Sequence[RunFolder]) -> tuple[pandas.DataFrame, panda
         if folder.path == baseline.path:
             continue
         try:
-            accuracy.append(compare_accuracy(baseline, folder))
+            accuracy.append(compare_accuracy(baseline, folder, margin=margin_points / 100))
         except CompareError as error:
             names = {"baseline": run_name(baseline), "candidate": run_name(folder)}
             accuracy.append(pandas.DataFrame([{**names, "set": None, "outcome": f"not comparable: {error}"}]))
@@ -81,7 +73,7 @@ def paired_tables(folders: Sequence[RunFolder]) -> tuple[pandas.DataFrame, panda
     return joined, pandas.DataFrame([row for row in perplexity if row])
 
 
-def verdict_or_reason(folders: Sequence[RunFolder]) -> Verdict:
+def verdict_or_reason(folders: Sequence[RunFolder], margin_points: float) -> Verdict:
     """The verdict; where nothing can be judged yet, one that names what is missing and recommends no run."""
     import pandas
 
@@ -89,7 +81,7 @@ def verdict_or_reason(folders: Sequence[RunFolder]) -> Verdict:
     from ascend_kit.evaluate.tradeoff import Verdict, verdict
 
     try:
-        return verdict(folders)
+        return verdict(folders, margin=margin_points / 100)
     except CompareError as error:
         name = run_name(pick_baseline(folders))
         return Verdict("none", name, f"No verdict: {error}.", pandas.DataFrame())

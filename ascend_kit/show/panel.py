@@ -80,9 +80,7 @@ class ParameterPanel:
         if not message.startswith("fine"):
             return message
         defaults = Experiment().model_dump()
-        changed = {
-            key: value for key, value in self.experiment.model_dump().items() if value != defaults[key]
-        }
+        changed = {key: value for key, value in self.experiment.model_dump().items() if value != defaults[key]}
         write_atomic(Path(path), yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
         return f"written to {path}; run it with: python -m ascend_kit run {path}"
 
@@ -139,8 +137,4 @@ def _choices(key: str) -> list[str]:
 
 def _as_text(value: Any) -> str:
     """The value in one line of YAML, as a person would write it."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-        .removesuffix("...\n")
-        .strip()
-    )
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()

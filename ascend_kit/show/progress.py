@@ -92,13 +92,7 @@ def _count(value: float, text: str) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}:{minutes:02}:{rest:02} h"
-        if hours
-        else f"{minutes}:{rest:02} min"
-        if minutes
-        else f"{rest} s"
-    )
+    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min" if minutes else f"{rest} s"
 
 
 def _remaining(share: float, seconds: float) -> str:

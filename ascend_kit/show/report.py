@@ -241,7 +241,7 @@ section > .prose:first-of-type h2 { margin-top: 4px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--line); white-space: nowrap; background: var(--wash); }
-.cell td, .cell tbody th { max-width: 560px; overflow-wrap: anywhere; }
+.cell td, .cell tbody th { max-width: 560px; overflow-wrap: break-word; }
 .cell th { white-space: nowrap; }
 td.number { text-align: right; }
 table.facts th { font-weight: 600; white-space: nowrap; }

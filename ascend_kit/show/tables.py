@@ -22,8 +22,8 @@ SWEEP = [
 ]
 SCORES = ["kind", "set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "status", "error"]
 PAIRED = [
-    *("baseline", "candidate", "set", "n", "baseline_percent", "candidate_percent", "difference_points"),
-    *("low_points", "high_points", "p_holm", "outcome", "verdict"),
+    *("candidate", "set", "n", "baseline_percent", "candidate_percent", "difference_points"),
+    *("low_points", "high_points", "p_holm", "outcome"),
 ]
 ANSWERS = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
 
@@ -53,10 +53,11 @@ def _is_counter(index: pandas.Index) -> bool:
 def _cell(value: Any) -> str:
     """Numbers to the right, so that digits stand below each other; long text with room to be read."""
     text = cell_text(value)
-    style = ' style="text-align: right"' if isinstance(value, Number) and not isinstance(value, bool) else ""
-    if len(text) > WIDE_TEXT and not style:
-        style = ' style="text-align: left; min-width: 20em"'
-    return f"<td{style}>{escape(text)}</td>"
+    if isinstance(value, Number) and not isinstance(value, bool):
+        style = "text-align: right"
+    else:
+        style = "text-align: left; " + ("min-width: 20em" if len(text) > WIDE_TEXT else "white-space: nowrap")
+    return f'<td style="{style}">{escape(text)}</td>'
 
 
 def facts(values: dict[str, Any], *, title: str = "value") -> Any:
@@ -122,7 +123,7 @@ def answers(table: pandas.DataFrame) -> Any:
 
 
 def paired(table: pandas.DataFrame) -> Any:
-    """Each run against the baseline per set: percent, points and their interval, corrected p-value, verdict."""
+    """Each run against the baseline per set: percent, points and their interval, corrected p-value."""
     return readable(table.reindex(columns=PAIRED) if len(table) else table)
 
 
