@@ -14,14 +14,31 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16",
-              "fp32": "fp32", "float32": "fp32"}
-FRAMEWORKS = {"auto": "auto", "pytorch": "huggingface", "huggingface": "huggingface", "hf": "huggingface",
-              "megatron": "megatron", "mindspeed": "megatron"}
+PRECISIONS = {
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp16": "fp16",
+    "float16": "fp16",
+    "half": "fp16",
+    "fp32": "fp32",
+    "float32": "fp32",
+}
+FRAMEWORKS = {
+    "auto": "auto",
+    "pytorch": "huggingface",
+    "huggingface": "huggingface",
+    "hf": "huggingface",
+    "megatron": "megatron",
+    "mindspeed": "megatron",
+}
 DEVICE_PATTERN = re.compile(r"^(auto|cpu|(cuda|npu)(:\d+)?)$")
 # The article's three switches. TensorRT is NVIDIA's product; on Ascend the word means a captured decode graph.
-ARTICLE_SWITCHES = {"tensorrt": "graph_mode", "graph_mode": "graph_mode", "operator_fusion": "operator_fusion",
-                    "memory_optimize": "memory_optimize"}
+ARTICLE_SWITCHES = {
+    "tensorrt": "graph_mode",
+    "graph_mode": "graph_mode",
+    "operator_fusion": "operator_fusion",
+    "memory_optimize": "memory_optimize",
+}
 EVAL_SETS = ("mmlu", "ceval", "agieval", "wikitext")
 
 
@@ -35,58 +52,117 @@ class Experiment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     # identity
-    experiment: str = Field("demo", description="name of the experiment: results go to <output_root>/<experiment>/")
+    experiment: str = Field(
+        "demo", description="name of the experiment: results go to <output_root>/<experiment>/"
+    )
     run: str = Field("default", description="name of this variant: one folder below the experiment")
     output_root: str = Field("outputs", description="folder that holds all experiments")
     seed: int = Field(0, ge=0, description="seed of workloads and sampling")
     # model and conversion
     model_name: str = Field("demo", description="name shown in tables and used for the converted folder")
     input_model: str = Field("demo", description="checkpoint folder, or `demo` for the built-in model")
-    output_model: str | None = Field(None, description="folder of the converted model; default below output_root")
-    framework: str = Field("auto", description="format of input_model: auto, pytorch (Hugging Face), megatron")
-    tokenizer_path: str | None = Field(None, description="folder of tokenizer and config; default input_model")
+    output_model: str | None = Field(
+        None, description="folder of the converted model; default below output_root"
+    )
+    framework: str = Field(
+        "auto", description="format of input_model: auto, pytorch (Hugging Face), megatron"
+    )
+    tokenizer_path: str | None = Field(
+        None, description="folder of tokenizer and config; default input_model"
+    )
     precision: str = Field("bf16", description="bf16, fp16 or fp32")
-    quantize: Literal["none", "w8a8", "w8a16", "auto"] = Field("none", description="int8 scheme of the linears")
-    quantize_keep: list[str] = Field(["lm_head"], description="names (or parts of names) of linears kept unquantised")
-    use_model: Literal["converted", "source"] = Field("converted", description="which checkpoint the engine runs")
+    quantize: Literal["none", "w8a8", "w8a16", "auto"] = Field(
+        "none", description="int8 scheme of the linears"
+    )
+    quantize_keep: list[str] = Field(
+        ["lm_head"], description="names (or parts of names) of linears kept unquantised"
+    )
+    calibration_file: str | None = Field(
+        None, description="texts for smoothing and quantize: auto; JSON lines with `prompt`, or one text a line"
+    )
+    smooth: float | None = Field(
+        None, ge=0, le=1, description="share of activation outliers moved into W8A8 weights; 0.5 is usual"
+    )
+    clip_search: bool = Field(False, description="smaller int8 scales where that lowers the output error")
+    max_kl: float | None = Field(None, gt=0, description="limit of quantize: auto, nats per token")
+    max_accuracy_loss: float | None = Field(
+        None, gt=0, lt=1, description="limit of quantize: auto, share of next tokens lost on the calibration text"
+    )
+    parity_max_kl: float | None = Field(None, gt=0, description="replaces the limit of the mean KL divergence, nats")
+    parity_min_top1_agreement: float | None = Field(
+        None, ge=0, le=1, description="replaces the limit of equal most probable tokens, share"
+    )
+    parity_max_logit_error: float | None = Field(None, gt=0, description="replaces the limit of the largest logit error")
+    parity_max_perplexity_increase: float | None = Field(
+        None, gt=0, description="replaces the limit of the rise in token perplexity, share"
+    )
+    parity_min_greedy_share: float | None = Field(
+        None, ge=0, le=1, description="replaces the limit of greedy tokens before the first difference, share"
+    )
+    parity_min_length_ratio: float | None = Field(
+        None, ge=0, description="replaces the limit of answer length, result over source"
+    )
+    use_model: Literal["converted", "source"] = Field(
+        "converted", description="which checkpoint the engine runs"
+    )
     if_model_exists: Literal["reuse", "refuse", "overwrite"] = Field(
-        "reuse", description="when output_model exists: reuse it if it was made alike, refuse, or overwrite")
+        "reuse", description="when output_model exists: reuse it if it was made alike, refuse, or overwrite"
+    )
     # device
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, npu, npu:N (ascend = npu)")
     device_id: int = Field(0, ge=0, description="card of a device given without a number")
     cards: int = Field(1, ge=1, le=1024, description="cards used in all")
     tensor_parallel: int = Field(1, ge=1, le=64, description="cards one copy of the model is split over")
-    ray_address: str | None = Field(None, description="None = this machine; auto or host:port joins a Ray cluster")
+    ray_address: str | None = Field(
+        None, description="None = this machine; auto or host:port joins a Ray cluster"
+    )
     # engine
     max_seq_length: int = Field(8192, ge=2, le=1 << 20, description="longest prompt + answer, tokens")
     batch_size: int = Field(16, ge=1, le=4096, description="requests computed together (slots)")
-    block_size: int | None = Field(None, ge=1, le=1024, description="tokens per KV block; None = 128 on npu, 32 else")
-    max_tokens_per_step: int = Field(2048, ge=1, description="token budget of one step (chunked prefill above it)")
+    block_size: int | None = Field(
+        None, ge=1, le=1024, description="tokens per KV block; None = 128 on npu, 32 else"
+    )
+    max_tokens_per_step: int = Field(
+        2048, ge=1, description="token budget of one step (chunked prefill above it)"
+    )
     kv_cache_gib: float | None = Field(None, gt=0, description="KV pool, GiB; None = sized from free memory")
     graph_mode: bool = Field(True, description="captured or compiled decode step")
     operator_fusion: bool = Field(True, description="fused operator table against the plain one")
-    memory_optimize: bool = Field(True, description="KV blocks on demand with prefix reuse against a reservation")
+    memory_optimize: bool = Field(
+        True, description="KV blocks on demand with prefix reuse against a reservation"
+    )
     # batch inference
-    prompts_file: str = Field("demo", description="JSON lines with a `prompt` field, or a text file, one a line")
+    prompts_file: str = Field(
+        "demo", description="JSON lines with a `prompt` field, or a text file, one a line"
+    )
     max_new_tokens: int = Field(1024, ge=1, description="longest answer, tokens")
     temperature: float = Field(0.0, ge=0.0, description="0 = greedy")
     top_k: int | None = Field(None, ge=1, description="sample from the k most probable tokens")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability")
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability"
+    )
     concurrency: int = Field(32, ge=1, description="requests kept in flight")
-    output_path: str | None = Field(None, description="answers as JSON; default generations.json in the run folder")
+    output_path: str | None = Field(
+        None, description="answers as JSON; default generations.json in the run folder"
+    )
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
     # throughput sweep
     sweep_concurrency: list[int] = Field([1, 4, 16], min_length=1, description="requests kept in flight")
     sweep_prompt_len: list[int] = Field([64], min_length=1, description="prompt lengths, tokens")
     sweep_output_len: list[int] = Field([32], min_length=1, description="output lengths, tokens")
     sweep_repeats: int = Field(1, ge=1, description="measurements of each point")
-    sweep_requests_per_point: int | None = Field(None, ge=1, description="default 2 x concurrency, at least 4")
+    sweep_requests_per_point: int | None = Field(
+        None, ge=1, description="default 2 x concurrency, at least 4"
+    )
     sweep_baseline: bool = Field(True, description="also measure transformers' generate")
     ttft_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TTFT")
     tpot_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TPOT")
     # evaluation
-    eval_datasets: list[str] = Field(["mmlu", "ceval", "agieval", "wikitext"], min_length=1,
-                                     description="sets to evaluate: mmlu, ceval, agieval, wikitext")
+    eval_datasets: list[str] = Field(
+        ["mmlu", "ceval", "agieval", "wikitext"],
+        min_length=1,
+        description="sets to evaluate: mmlu, ceval, agieval, wikitext",
+    )
     dataset_path: str = Field("demo", description="folder with local copies of the sets, or `demo`")
     eval_batch_size: int = Field(8, ge=1, description="requests scored together")
     eval_max_seq_length: int = Field(4096, ge=2, description="context limit while evaluating, tokens")
@@ -95,9 +171,13 @@ class Experiment(BaseModel):
     eval_chat_template: bool = Field(False, description="apply the chat template to evaluation prompts")
     # comparison
     compare_runs: list[str] = Field([], description="runs to compare; default: every run of the experiment")
+    accuracy_margin_points: float = Field(
+        1.0, gt=0, le=100, description="accuracy a faster run may lose and still be recommended, points"
+    )
     # an existing run folder
     if_exists: Literal["resume", "refuse", "overwrite"] = Field(
-        "resume", description="when the stage was run before: do what is missing, refuse, or start again")
+        "resume", description="when the stage was run before: do what is missing, refuse, or start again"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -110,7 +190,9 @@ class Experiment(BaseModel):
         if unknown:
             raise ParameterError(_unknown_key(unknown[0], list(cls.model_fields)))
         if isinstance(data.get("eval_datasets"), str):
-            data["eval_datasets"] = [name.strip() for name in data["eval_datasets"].split(",") if name.strip()]
+            data["eval_datasets"] = [
+                name.strip() for name in data["eval_datasets"].split(",") if name.strip()
+            ]
         # Defaults that follow a short max_seq_length, so that lowering one number does not need three.
         longest = data.get("max_seq_length", 8192)
         if isinstance(longest, int) and longest >= 2:
@@ -158,18 +240,32 @@ class Experiment(BaseModel):
     @model_validator(mode="after")
     def _combinations(self) -> Experiment:
         if self.cards % self.tensor_parallel:
-            raise ParameterError(f"tensor_parallel={self.tensor_parallel} does not divide cards={self.cards}; "
-                                 f"allowed: {[n for n in range(1, self.cards + 1) if self.cards % n == 0]}")
+            raise ParameterError(
+                f"tensor_parallel={self.tensor_parallel} does not divide cards={self.cards}; "
+                f"allowed: {[n for n in range(1, self.cards + 1) if self.cards % n == 0]}"
+            )
         if self.max_new_tokens >= self.max_seq_length:
-            raise ParameterError(f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt within "
-                                 f"max_seq_length={self.max_seq_length}; lower one or raise the other")
+            raise ParameterError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt within "
+                f"max_seq_length={self.max_seq_length}; lower one or raise the other"
+            )
+        if self.quantize == "auto" and self.max_kl is None and self.max_accuracy_loss is None:
+            raise ParameterError("quantize: auto needs a limit to stay within: set max_kl or max_accuracy_loss")
+        if (self.quantize == "auto" or self.smooth is not None) and self.calibration_file is None:
+            raise ParameterError(
+                "quantize: auto and smooth need calibration_file: a file of texts like those the model will see"
+            )
         longest = max(self.sweep_prompt_len) + max(self.sweep_output_len)
         if longest > self.max_seq_length:
-            raise ParameterError(f"sweep_prompt_len + sweep_output_len reaches {longest} tokens, above "
-                                 f"max_seq_length={self.max_seq_length}")
+            raise ParameterError(
+                f"sweep_prompt_len + sweep_output_len reaches {longest} tokens, above "
+                f"max_seq_length={self.max_seq_length}"
+            )
         if self.eval_max_seq_length > self.max_seq_length:
-            raise ParameterError(f"eval_max_seq_length={self.eval_max_seq_length} is above "
-                                 f"max_seq_length={self.max_seq_length}")
+            raise ParameterError(
+                f"eval_max_seq_length={self.eval_max_seq_length} is above "
+                f"max_seq_length={self.max_seq_length}"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -212,7 +308,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        raise ParameterError(f"no parameter file at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        raise ParameterError(
+            f"no parameter file at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -245,7 +343,9 @@ def experiment_from_notebook(namespace: dict[str, Any]) -> Experiment:
     """
     values = {name: value for name, value in namespace.items() if _is_parameter(name, value)}
     before = namespace.get("experiment")
-    if isinstance(before, Experiment):  # the cell runs again: the name is taken, and later cells have added theirs
+    if isinstance(
+        before, Experiment
+    ):  # the cell runs again: the name is taken, and later cells have added theirs
         values = {name: value for name, value in values.items() if name in Experiment.model_fields}
         values["experiment"] = before.experiment
     _leave_notebooks_folder()
@@ -280,12 +380,15 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _expand_optimization(values: dict[str, Any]) -> dict[str, Any]:
@@ -308,8 +411,11 @@ def _expand_optimization(values: dict[str, Any]) -> dict[str, Any]:
 def _is_parameter(name: str, value: Any) -> bool:
     # IPython's own names (In, Out, exit, quit, get_ipython) are not plain values or are listed here.
     plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
-    return plain and not name.startswith("_") and name not in ("In", "Out", "PAPERMILL_INPUT_PATH",
-                                                               "PAPERMILL_OUTPUT_PATH")
+    return (
+        plain
+        and not name.startswith("_")
+        and name not in ("In", "Out", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH")
+    )
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -90,8 +90,9 @@ def resolve(
         paths["tokenizer_path"] = str(ensure_model(cache_dir, on_progress))
     if experiment.dataset_path == DEMO_WORD:
         paths["dataset_path"] = str(ensure_data(cache_dir))
-    if experiment.prompts_file == DEMO_WORD:
-        paths["prompts_file"] = str(ensure_data(cache_dir) / "prompts.jsonl")
+    for name in ("prompts_file", "calibration_file"):
+        if getattr(experiment, name) == DEMO_WORD:
+            paths[name] = str(ensure_data(cache_dir) / "prompts.jsonl")
     return experiment.model_copy(update=paths) if paths else experiment
 
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 from ascend_kit.demo.datasets import Question, agieval_query, load_questions
-from ascend_kit.demo.pages import page_text, summary, topics
+from ascend_kit.demo.pages import page_text, summary, to_wikitext, topics
 from ascend_kit.demo.questions_ceval import CEVAL_SUBJECT_NAMES
 
 END_OF_TEXT = "<|endoftext|>"
@@ -23,6 +23,8 @@ CHAT_TEMPLATE = (
 
 # Shares of papers, single questions, pages and short answers among the documents.
 DOCUMENT_SHARES = (16, 15, 14, 55)
+# Pages in the raw WikiText spelling (spaces around punctuation, @-@), which token perplexity is measured on.
+RAW_PAGE_SHARE = 0.4
 # Loss weights: what a score or a reply depends on counts more than the wording of a question.
 ANSWER_WEIGHT, REPLY_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT = 4.0, 2.0, 1.0, 0.1
 
@@ -118,6 +120,8 @@ class Corpus:
 
     def _page(self) -> Document:
         page = page_text(self.rng.choice(self.topics), self.rng)
+        if self.rng.random() < RAW_PAGE_SHARE:
+            page = to_wikitext(page)
         return [(END_OF_TEXT, 0.0), (page, TEXT_WEIGHT), (END_OF_TEXT, TEXT_WEIGHT)]
 
     def _answer(self) -> Document:
