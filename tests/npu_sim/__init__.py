@@ -28,11 +28,7 @@ def start(devices: int = 1) -> Any:
     if "torch_npu" in sys.modules:
         raise Unavailable("torch_npu was imported before the simulation started")
     # The stub answers at once; the host-side task queue would only move its calls to another thread.
-    os.environ |= {
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        "NPU_SIM_DEVICES": str(devices),
-        "TASK_QUEUE_ENABLE": "0",
-    }
+    os.environ |= {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "NPU_SIM_DEVICES": str(devices), "TASK_QUEUE_ENABLE": "0"}
     wheel, stub = ensure()
     sys.path.append(str(wheel))
     from npu_sim.runtime import Runtime
@@ -42,7 +38,7 @@ def start(devices: int = 1) -> Any:
         import torch_npu  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise Unavailable(f"torch_npu does not load over the stub runtime: {error}") from error
-    from npu_sim import kernels  # noqa: F401 - registers the CPU kernels of the npu:: operators
+    from npu_sim import attention, kernels  # noqa: F401 - registers the CPU kernels of the npu:: operators
     from npu_sim.simulator import Simulator, in_every_thread
 
     _simulator = Simulator(runtime)

@@ -80,9 +80,7 @@ class Recording:
         """End a task group. It must hold one launch: an update re-issues exactly one."""
         members, self.open_group = self.open_group or [], None
         if len(members) != 1:
-            raise CaptureError(
-                f"a task group holds {len(members)} launches, an update can replace exactly one"
-            )
+            raise CaptureError(f"a task group holds {len(members)} launches, an update can replace exactly one")
         members[0].group = handle
         self.groups[handle] = members[0]
 
@@ -119,9 +117,7 @@ class Replay:
     def _launch(self, kernel: Kernel) -> None:
         for what, storage in kernel.inputs:
             if storage.expired():
-                raise CaptureError(
-                    f"{kernel.name}: a tensor {what} that the graph reads was freed after capture"
-                )
+                raise CaptureError(f"{kernel.name}: a tensor {what} that the graph reads was freed after capture")
         kernel.run()
 
 

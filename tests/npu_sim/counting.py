@@ -74,30 +74,14 @@ def count_step(
     kernels = sum(counts.kernels.values())
     per_layer = (kernels - sum(shallow.kernels.values())) / (config.num_layers - 1)
     return StepCost(
-        counts.num_launches,
-        per_layer,
-        kernels,
-        counts.num_syncs,
-        counts.uploads,
-        counts.replays,
-        counts.updates,
-        ratio,
+        counts.num_launches, per_layer, kernels, counts.num_syncs, counts.uploads, counts.replays, counts.updates, ratio
     )
 
 
 def _run(
-    sim: Simulator,
-    config: ModelConfig,
-    batch: int,
-    context: int,
-    quantize: str,
-    graph_mode: bool,
-    fused: bool,
+    sim: Simulator, config: ModelConfig, batch: int, context: int, quantize: str, graph_mode: bool, fused: bool
 ) -> tuple[Counts, float]:
-    with (
-        shapes_only(sim),
-        mock.patch.object(loader, "open_checkpoint", lambda _: _checkpoint(config, quantize)),
-    ):
+    with shapes_only(sim), mock.patch.object(loader, "open_checkpoint", lambda _: _checkpoint(config, quantize)):
         core = EngineCore(
             "shapes only",
             config,
@@ -126,9 +110,7 @@ def _run(
         sim.reset()
         lengths = sum(sequence.num_tokens - 1 for sequence in core.sequences.values())
         core.close()
-    needed = costs.weight_bytes(config, "bf16", quantize).per_step + lengths * costs.kv_bytes_per_token(
-        config
-    )
+    needed = costs.weight_bytes(config, "bf16", quantize).per_step + lengths * costs.kv_bytes_per_token(config)
     return counts, counts.bytes / needed
 
 
@@ -150,12 +132,7 @@ def _checkpoint(config: ModelConfig, quantize: str) -> Checkpoint:
         for norm in ("q_norm", "k_norm") if config.qk_norm else ():
             add(f"{prefix}self_attn.{norm}.weight", config.head_dim)
         for linear, (rows, cols) in costs.linear_shapes(config).items():
-            add(
-                f"{prefix}{linear}.weight",
-                rows,
-                cols,
-                dtype=torch.bfloat16 if quantize == "none" else torch.int8,
-            )
+            add(f"{prefix}{linear}.weight", rows, cols, dtype=torch.bfloat16 if quantize == "none" else torch.int8)
             if quantize != "none":
                 schemes[prefix + linear] = quantize
                 add(f"{prefix}{linear}.weight_scale", rows, dtype=torch.float32)

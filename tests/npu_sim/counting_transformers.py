@@ -14,9 +14,7 @@ from npu_sim.counting import StepCost, shapes_only
 from npu_sim.simulator import Counts, Simulator
 
 
-def count_transformers_step(
-    sim: Simulator, config: ModelConfig, *, batch: int = 1, context: int = 1024
-) -> StepCost:
+def count_transformers_step(sim: Simulator, config: ModelConfig, *, batch: int = 1, context: int = 1024) -> StepCost:
     """One bf16 forward of transformers behind a cache of `context` - 1 tokens, and the choice of a token."""
     counts = _forward(sim, config, batch, context)
     shallow = _forward(sim, replace(config, num_layers=1), batch, context)

@@ -19,10 +19,7 @@ _reason: str | None = None
 def pytest_configure(config: pytest.Config) -> None:
     """Start the simulation before anything imports transformers, which would import torch_npu on its own."""
     if _kind(config) == "npu" and not glob.glob("/dev/davinci[0-9]*"):
-        _start(
-            is_controller=bool(getattr(config.option, "numprocesses", 0))
-            and not hasattr(config, "workerinput")
-        )
+        _start(is_controller=bool(getattr(config.option, "numprocesses", 0)) and not hasattr(config, "workerinput"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

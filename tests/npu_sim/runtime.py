@@ -65,9 +65,7 @@ def host_alias(tensor: Tensor) -> Tensor:
     if size == 0 or tensor.numel() == 0:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
     raw = (ctypes.c_char * size).from_address(storage.data_ptr())
-    flat = torch.frombuffer(
-        raw, dtype=torch.uint8, count=size // tensor.element_size() * tensor.element_size()
-    )
+    flat = torch.frombuffer(raw, dtype=torch.uint8, count=size // tensor.element_size() * tensor.element_size())
     return torch.as_strided(flat.view(tensor.dtype), tensor.size(), tensor.stride(), tensor.storage_offset())
 
 

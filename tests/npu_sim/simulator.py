@@ -137,20 +137,11 @@ class Simulator(TorchDispatchMode):
     # Operators.
 
     def _operator(
-        self,
-        func: Any,
-        name: str,
-        args: tuple,
-        kwargs: dict,
-        on_npu: list[Tensor],
-        targets: list[torch.device],
+        self, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor], targets: list[torch.device]
     ) -> Any:
         graphs = self.graphs
         synchronises = traits.is_synchronising(name, args)
-        updated, graphs.updating = (
-            graphs.updating,
-            None,
-        )  # an update re-issues one launch, if it is not refused
+        updated, graphs.updating = (graphs.updating, None)  # an update re-issues one launch, if it is not refused
         if graphs.recording is not None and updated is None:
             self._check_capturable(name, synchronises)
         if name in traits.CHECKS:
@@ -192,9 +183,7 @@ class Simulator(TorchDispatchMode):
 
         return tree_map(lift, out)
 
-    def _allocate(
-        self, func: Any, args: tuple, kwargs: dict, device: torch.device, needs_value: bool = False
-    ) -> Any:
+    def _allocate(self, func: Any, args: tuple, kwargs: dict, device: torch.device, needs_value: bool = False) -> Any:
         """(results with memory and no content, the new ones among them), by the shape functions."""
         if needs_value:
             return 0, []
@@ -229,9 +218,7 @@ class Simulator(TorchDispatchMode):
         recording.add(Kernel(name, self._runner(func, name, args, kwargs, on_npu, fresh), outside))
         return result
 
-    def _reissue(
-        self, kernel: Kernel, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor]
-    ) -> Any:
+    def _reissue(self, kernel: Kernel, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor]) -> Any:
         """Inside an update the launch replaces the recorded one and runs when the replay reaches it."""
         if kernel.name != name:
             raise CaptureError(f"an update re-issues {name}, the task group recorded {kernel.name}")
@@ -279,9 +266,7 @@ class Simulator(TorchDispatchMode):
         to_host = source.device.type == "npu"
         waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
         if self.graphs.recording is not None:
-            raise CaptureError(
-                f"a copy between host and device during graph capture ({capture.describe(source)})"
-            )
+            raise CaptureError(f"a copy between host and device during graph capture ({capture.describe(source)})")
         self.graphs.check_finished(name)
         if to_host:
             # Even without waiting the host has to wait later, before it may look at the result.
@@ -329,9 +314,7 @@ class Simulator(TorchDispatchMode):
 
     def _check_capturable(self, name: str, synchronises: bool) -> None:
         if synchronises:
-            raise CaptureError(
-                f"{name} reads the device from the host, or has a value-dependent shape, during capture"
-            )
+            raise CaptureError(f"{name} reads the device from the host, or has a value-dependent shape, during capture")
         if name in traits.RANDOM:
             raise CaptureError(f"{name}: random operators cannot be captured")
         self._check_stream(name)
@@ -356,9 +339,7 @@ class Simulator(TorchDispatchMode):
     def _format_cast(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
         source, wanted = args[0], args[1]
         if wanted == FRACTAL_NZ and not _internal_formats_allowed():
-            raise RuntimeError(
-                "npu_format_cast to FRACTAL_NZ needs torch.npu.config.allow_internal_format = True"
-            )
+            raise RuntimeError("npu_format_cast to FRACTAL_NZ needs torch.npu.config.allow_internal_format = True")
         if not source.is_contiguous():
             raise RuntimeError(f"npu_format_cast of a strided tensor {tuple(source.shape)} {source.stride()}")
         self.counts.launches["npu::npu_format_cast"] += 1

@@ -63,9 +63,7 @@ def test_views_share_memory_and_values_match_the_cpu():
 
     x[1].add_(10)
 
-    assert (
-        x.t().cpu().tolist() == torch.tensor([[0.0, 1, 2, 3], [14, 15, 16, 17], [8, 9, 10, 11]]).t().tolist()
-    )
+    assert x.t().cpu().tolist() == torch.tensor([[0.0, 1, 2, 3], [14, 15, 16, 17], [8, 9, 10, 11]]).t().tolist()
 
 
 def test_memory_is_accounted_for_and_runs_out():

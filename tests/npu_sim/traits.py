@@ -28,10 +28,7 @@ NATIVE = frozenset(
 )
 # Host-side helpers of graph capture: they return memory of the right size.
 ALLOCATING = frozenset(
-    {
-        "npu::_npu_fused_infer_attention_score_get_max_workspace",
-        "npu::_npu_fused_infer_attention_score_infer_output",
-    }
+    {"npu::_npu_fused_infer_attention_score_get_max_workspace", "npu::_npu_fused_infer_attention_score_infer_output"}
 )
 # The host needs the result's value or size before it can go on.
 SYNCHRONISING = frozenset(
@@ -87,30 +84,20 @@ READS_FRACTAL_NZ = frozenset(
 
 _ROWS_READ = frozenset({"aten::index_select", "aten::embedding", "aten::gather", "aten::index"})
 _ROWS_WRITTEN = frozenset(
-    {
-        "npu::npu_scatter_nd_update_",
-        "aten::index_copy_",
-        "aten::index_put_",
-        "aten::scatter_",
-        "aten::index_copy",
-    }
+    {"npu::npu_scatter_nd_update_", "aten::index_copy_", "aten::index_put_", "aten::scatter_", "aten::index_copy"}
 )
 
 
 def is_synchronising(name: str, args: tuple) -> bool:
     """Also true for indexing with a boolean mask, which has to count its true entries."""
     if name in ("aten::index", "aten::index_put_"):
-        return any(
-            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1] or ()
-        )
+        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1] or ())
     if name == "aten::repeat_interleave":  # with a number of repeats the size is known
         return len(args) == 1 or isinstance(args[1], Tensor)
     return name in SYNCHRONISING
 
 
-def bytes_moved(
-    name: str, args: tuple, kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]
-) -> int:
+def bytes_moved(name: str, args: tuple, kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Bytes a kernel must read and write, each tensor once; gathers and scatters touch rows only."""
     if name.startswith("npu::npu_fused_infer_attention_score"):
         return _attention(args, kwargs, outputs)
