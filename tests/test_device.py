@@ -119,9 +119,7 @@ def test_a_torch_npu_that_cannot_be_imported_is_explained(text, advice, monkeypa
 
 def test_auto_refuses_a_machine_whose_cards_it_cannot_use(monkeypatch):
     monkeypatch.setattr(devices, "has_torch_npu", lambda: False)
-    monkeypatch.setattr(
-        devices.glob, "glob", lambda pattern: ["/dev/davinci0"] if "davinci" in pattern else []
-    )
+    monkeypatch.setattr(devices.glob, "glob", lambda pattern: ["/dev/davinci0"] if "davinci" in pattern else [])
 
     with pytest.raises(DeviceError, match="device: cpu to use the CPU on purpose"):
         select_device("auto")
@@ -183,9 +181,7 @@ def test_run_time_names_lead_to_their_peaks(name, memory, peak):
     assert find_peak(name, memory).name == peak
 
 
-@pytest.mark.parametrize(
-    "name,memory", [("Ascend910B", 64 * GIB), ("Ascend310P3", 24 * GIB), ("AMD EPYC", None)]
-)
+@pytest.mark.parametrize("name,memory", [("Ascend910B", 64 * GIB), ("Ascend310P3", 24 * GIB), ("AMD EPYC", None)])
 def test_unknown_hardware_has_no_peak(name, memory):
     assert find_peak(name, memory) is None
 

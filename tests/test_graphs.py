@@ -28,9 +28,7 @@ class TinyStep:
     def __call__(self, token_ids, positions, meta):
         x = self.ops.gather_rows(self.table, token_ids) + self.ops.gather_rows(self.places, positions)
         q = x.view(-1, HEADS, SIZE)
-        self.ops.store_kv(
-            q[:, :GROUPS].contiguous(), q[:, GROUPS:].contiguous(), *self.cache, meta.slot_mapping
-        )
+        self.ops.store_kv(q[:, :GROUPS].contiguous(), q[:, GROUPS:].contiguous(), *self.cache, meta.slot_mapping)
         mixed = self.ops.paged_attention(q, *self.cache, meta, SIZE**-0.5)
         return self.ops.linear(mixed.flatten(1), self.head)
 
@@ -46,13 +44,7 @@ def decode_inputs(lengths, device="cpu", seed=0):
     slots = [row[(n - 1) // BLOCK] * BLOCK + (n - 1) % BLOCK for row, n in zip(table, lengths, strict=True)]
     ints = lambda values: torch.tensor(values, dtype=torch.int32).to(device)  # noqa: E731
     meta = AttentionMeta(
-        ints(slots),
-        ints(table),
-        list(range(1, len(lengths) + 1)),
-        list(lengths),
-        ints(lengths),
-        BLOCK,
-        is_decode=True,
+        ints(slots), ints(table), list(range(1, len(lengths) + 1)), list(lengths), ints(lengths), BLOCK, is_decode=True
     )
     return tokens.int().to(device), ints(lengths) - 1, meta
 
@@ -87,9 +79,7 @@ def test_captured_steps_equal_plain_ones_whatever_the_batch(update_first, monkey
 
     assert (info["mode"], info["sizes"]) == ("npu_graph", [1, 2, 4])
     assert info["capture_s"] > 0 and info["capture_bytes"] > 0
-    assert {k: runner.info()[k] for k in ("replays", "rows", "padded_rows")} == dict(
-        replays=5, rows=13, padded_rows=2
-    )
+    assert {k: runner.info()[k] for k in ("replays", "rows", "padded_rows")} == dict(replays=5, rows=13, padded_rows=2)
     untouched = [(a.cpu()[1:] == b.cpu()[1:]).all() for a, b in zip(plain.cache, captured.cache, strict=True)]
     assert all(untouched), "dead rows may write to block 0 only"
 

@@ -36,9 +36,7 @@ def answers(engine):
 
 def assert_near(got, expected):
     """Log-probabilities agree while the tokens do; bf16 may choose another of nearly equal probability."""
-    for tokens, wanted, logprobs, wanted_logprobs in zip(
-        got[0], expected[0], got[1], expected[1], strict=True
-    ):
+    for tokens, wanted, logprobs, wanted_logprobs in zip(got[0], expected[0], got[1], expected[1], strict=True):
         pairs = list(zip(tokens, wanted, strict=True))
         same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
         assert logprobs[:same] == pytest.approx(wanted_logprobs[:same], abs=BF16_LOGPROB)
@@ -51,21 +49,14 @@ def assert_near(got, expected):
 def wide_model_dir(tmp_path_factory):
     """Head size 128, as the real models have."""
     folder = tmp_path_factory.mktemp("wide") / "qwen2"
-    return make_model(
-        folder, "qwen2", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=128
-    )
+    return make_model(folder, "qwen2", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=128)
 
 
 @pytest.mark.parametrize("graph_mode", [False, True])
 @pytest.mark.parametrize("size,heads", [(128, 4), (64, 14), (16, 4)])
 def test_bf16_answers_stay_near_float32_on_the_cpu(size, heads, graph_mode, tmp_path, device):
     folder = make_model(
-        tmp_path / "m",
-        "qwen3",
-        hidden_size=128,
-        num_attention_heads=heads,
-        num_key_value_heads=2,
-        head_dim=size,
+        tmp_path / "m", "qwen3", hidden_size=128, num_attention_heads=heads, num_key_value_heads=2, head_dim=size
     )
 
     with engine_on("cpu", folder, precision="fp32", operator_fusion=False) as engine:
@@ -98,9 +89,7 @@ def test_a_head_size_the_kernels_lack_is_refused_at_load_with_a_way_out(tmp_path
 
 
 def test_sampling_on_the_device_gives_the_tokens_of_the_cpu(tiny_qwen3_dir, device):
-    sampling = SamplingParams(
-        max_new_tokens=8, temperature=0.9, top_k=40, top_p=0.95, seed=3, ignore_eos=True
-    )
+    sampling = SamplingParams(max_new_tokens=8, temperature=0.9, top_k=40, top_p=0.95, seed=3, ignore_eos=True)
     results = []
 
     for where in ("cpu", device):

@@ -51,9 +51,7 @@ def make_meta(table, lengths, new, device="cpu"):
     ]
     return AttentionMeta(
         slot_mapping=torch.tensor(slots, dtype=torch.int32).to(device),
-        block_table=torch.tensor([row + [0] * (width - len(row)) for row in table], dtype=torch.int32).to(
-            device
-        ),
+        block_table=torch.tensor([row + [0] * (width - len(row)) for row in table], dtype=torch.int32).to(device),
         cu_seqlens_q=ends,
         context_lens=lengths,
         context_lens_t=torch.tensor(lengths, dtype=torch.int32).to(device),
@@ -223,8 +221,7 @@ def test_every_torch_npu_function_has_the_arguments_we_pass(name, keywords, posi
     fits = [
         s
         for s in schemas
-        if set(keywords) <= {a.name for a in s.arguments}
-        and positional <= sum(not a.kwarg_only for a in s.arguments)
+        if set(keywords) <= {a.name for a in s.arguments} and positional <= sum(not a.kwarg_only for a in s.arguments)
     ]
     assert fits, f"{name}{keywords} fits none of {schemas}"
 
@@ -323,13 +320,9 @@ def test_the_default_cache_mode_and_a_strided_key_are_refused(sim, device):
     merged = torch.zeros(3, 4, 128).to(device)
 
     with pytest.raises(RuntimeError, match="FRACTAL_NZ"):
-        torch_npu.npu_scatter_pa_kv_cache(
-            merged[:, :2].contiguous(), merged[:, 2:].contiguous(), cache, cache, slots
-        )
+        torch_npu.npu_scatter_pa_kv_cache(merged[:, :2].contiguous(), merged[:, 2:].contiguous(), cache, cache, slots)
     with pytest.raises(RuntimeError, match="key must be contiguous"):
-        torch_npu.npu_scatter_pa_kv_cache(
-            merged[:, :2], merged[:, 2:], cache, cache, slots, cache_mode="Norm"
-        )
+        torch_npu.npu_scatter_pa_kv_cache(merged[:, :2], merged[:, 2:], cache, cache, slots, cache_mode="Norm")
 
 
 def test_a_cpu_tensor_among_npu_tensors_is_refused(sim, device):

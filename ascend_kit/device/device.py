@@ -207,9 +207,7 @@ class Device:
 
     def peak_memory_bytes(self) -> int:
         """High-water mark of `memory_in_use_bytes` since the last reset."""
-        return (
-            _host_rss_bytes("VmHWM") if self.kind == "cpu" else self.backend.max_memory_allocated(self.index)
-        )
+        return _host_rss_bytes("VmHWM") if self.kind == "cpu" else self.backend.max_memory_allocated(self.index)
 
     def reset_peak_memory(self) -> None:
         """Start a new high-water mark. On a CPU whose kernel refuses the reset, the old mark stays."""
@@ -293,9 +291,7 @@ def parse_device(name: str, device_id: int = 0) -> tuple[str, int]:
     if device_id < 0:
         raise DeviceError(f"device_id is {device_id}; it counts from 0")
     if suffix and device_id and int(suffix) != device_id:
-        raise DeviceError(
-            f"device {name!r} and device_id {device_id} name two different cards; give one of them"
-        )
+        raise DeviceError(f"device {name!r} and device_id {device_id} name two different cards; give one of them")
     return kind, int(suffix) if suffix else device_id
 
 
@@ -325,8 +321,7 @@ def auto_kind() -> str:
         return "cuda"
     if glob.glob("/dev/nvidia[0-9]*"):
         warnings.warn(
-            f"device auto: torch {torch.__version__} cannot use the NVIDIA card here; running on CPU",
-            stacklevel=3,
+            f"device auto: torch {torch.__version__} cannot use the NVIDIA card here; running on CPU", stacklevel=3
         )
     return "cpu"
 

@@ -92,9 +92,7 @@ def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None
 def explain(error: BaseException) -> str:
     """What to try after a capture failed with `error`, from the error codes seen in the field."""
     text = str(error)
-    return next(
-        (advice for code, advice in _ADVICE.items() if code in text), "set graph_mode: false to go on without"
-    )
+    return next((advice for code, advice in _ADVICE.items() if code in text), "set graph_mode: false to go on without")
 
 
 class _Unreadable(list):
@@ -116,9 +114,7 @@ class StaticInputs:
     throughout: every consumer takes it, and it is what the attention kernel wants.
     """
 
-    def __init__(
-        self, device: Device, size: int, max_blocks: int, block_size: int, mask: Tensor | None
-    ) -> None:
+    def __init__(self, device: Device, size: int, max_blocks: int, block_size: int, mask: Tensor | None) -> None:
         count = size * (4 + max_blocks)
         pin = device.kind != "cpu"
         self.size, self.block_size = size, block_size
@@ -270,18 +266,12 @@ class DecodeGraphs:
     def wait(self) -> None:
         """Return when the latest replay is over; GraphHang when it is not over in time."""
         if self._done is not None:
-            wait_until(
-                self._done.query, self.timeout_s, f"the decode step recorded for {self.device.torch_device}"
-            )
+            wait_until(self._done.query, self.timeout_s, f"the decode step recorded for {self.device.torch_device}")
 
     def info(self) -> dict[str, Any]:
         """What was captured and how often it ran; plain values for a manifest."""
         mode = {"npu": "npu_graph", "cuda": "cuda_graph"}.get(self.device.kind)
-        return {
-            "mode": mode or self._compiled.mode,
-            "sizes": list(self.sizes),
-            **vars(self.counters),
-        }
+        return {"mode": mode or self._compiled.mode, "sizes": list(self.sizes), **vars(self.counters)}
 
     def close(self) -> None:
         """Give the graphs' memory back."""
@@ -303,9 +293,7 @@ class DecodeGraphs:
             self.device.synchronize()
             graph, logits = self._record(inputs, meta, stream)
             captured = _Captured(inputs, graph, logits)
-            self._replay(
-                captured, lengths
-            )  # the first replay loads the graph, and shows whether updates arrive
+            self._replay(captured, lengths)  # the first replay loads the graph, and shows whether updates arrive
         except GraphError:
             raise
         except RuntimeError as error:
@@ -320,9 +308,7 @@ class DecodeGraphs:
             self._pool = backend.graph_pool_handle()
         if self.device.kind == "npu":
             graph = backend.NPUGraph()
-            context = backend.graph(
-                graph, pool=self._pool, stream=stream, auto_dispatch_capture=self.host_lengths
-            )
+            context = backend.graph(graph, pool=self._pool, stream=stream, auto_dispatch_capture=self.host_lengths)
         else:
             graph = backend.CUDAGraph()
             context = backend.graph(graph, pool=self._pool, stream=stream)
@@ -397,9 +383,7 @@ class _CompiledLayers:
     """The step with its decoder layers compiled. One compilation serves all layers, batches and contexts."""
 
     def __init__(self, step_fn: StepFn, layers: Sequence[nn.Module]) -> None:
-        self.backend = (
-            "inductor" if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") else "eager"
-        )
+        self.backend = "inductor" if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") else "eager"
         # Rounding to bf16 between fused operators as the plain step does, or greedy tokens would differ
         # from it.
         options = {"emulate_precision_casts": True} if self.backend == "inductor" else None

@@ -31,9 +31,7 @@ from ascend_kit.device.ops import AttentionMeta, reference
 MERGED_QKV = False
 HOST_LENGTHS = True  # attention takes lengths as host lists: a captured step needs an update at every replay
 
-TND_HEAD_SIZES = (
-    128,
-)  # 64 is documented for equal head counts only, and only in the second version of the kernel
+TND_HEAD_SIZES = (128,)  # 64 is documented for equal head counts only, and only in the second version of the kernel
 ROPE_HEAD_SIZES = (64, 128)
 MASK_SIZE = 2048
 CAUSAL_BOTTOM_RIGHT = 3  # sparse_mode: a chunk sees its whole prefix
@@ -69,9 +67,7 @@ def validate(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtyp
     if num_heads % num_kv_heads:
         problems.append(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
     elif num_heads // num_kv_heads > 64:
-        problems.append(
-            f"{num_heads // num_kv_heads} query heads share a KV head; the attention kernel allows 64"
-        )
+        problems.append(f"{num_heads // num_kv_heads} query heads share a KV head; the attention kernel allows 64")
     if num_heads > 256:
         problems.append(f"{num_heads} query heads; the attention kernel allows 256")
     if dtype in _FLOAT16 and (head_dim % 16 or head_dim > 512):
@@ -135,9 +131,7 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slo
         _npu().npu_scatter_nd_update_(target.view(-1, *target.shape[2:]), indices, rows)
 
 
-def paged_attention(
-    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """As in reference, through the fused kernel."""
     if q_TNH.dtype not in _FLOAT16:
         return reference.paged_attention(q_TNH, k_cache, v_cache, meta, scale)
@@ -153,17 +147,12 @@ def paged_attention(
     return _attend_one_by_one(q_TNH, k_cache, v_cache, meta, scale)
 
 
-def _attend_one_by_one(
-    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
-) -> Tensor:
+def _attend_one_by_one(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """BSH prefill: sequences of unlike lengths would have to be padded, so each gets its own call."""
     rows, start = [], 0
     for index, (end, length) in enumerate(zip(meta.cu_seqlens_q, meta.context_lens, strict=True)):
         options = dict(input_layout="BSH", num_heads=q_TNH.shape[1], actual_seq_lengths=[end - start])
-        q, table = (
-            q_TNH[start:end].flatten(1).unsqueeze(0),
-            meta.block_table[index : index + 1],
-        )  # [1, S, N*H]
+        q, table = (q_TNH[start:end].flatten(1).unsqueeze(0), meta.block_table[index : index + 1])  # [1, S, N*H]
         rows.append(_attend(q, k_cache, v_cache, meta, scale, [length], table, options).squeeze(0))
         start = end
     return torch.cat(rows).view_as(q_TNH)
@@ -230,12 +219,7 @@ def pack_int8(weight: Tensor) -> Tensor:
 
 
 def int8_matmul(
-    xq: Tensor,
-    act_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
+    xq: Tensor, act_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """As in reference. The kernel writes float16 or bfloat16; float32 is computed in plain torch."""
     if out_dtype not in _FLOAT16:
