@@ -52,31 +52,19 @@ class Experiment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     # identity
-    experiment: str = Field(
-        "demo", description="name of the experiment: results go to <output_root>/<experiment>/"
-    )
+    experiment: str = Field("demo", description="name of the experiment: results go to <output_root>/<experiment>/")
     run: str = Field("default", description="name of this variant: one folder below the experiment")
     output_root: str = Field("outputs", description="folder that holds all experiments")
     seed: int = Field(0, ge=0, description="seed of workloads and sampling")
     # model and conversion
     model_name: str = Field("demo", description="name shown in tables and used for the converted folder")
     input_model: str = Field("demo", description="checkpoint folder, or `demo` for the built-in model")
-    output_model: str | None = Field(
-        None, description="folder of the converted model; default below output_root"
-    )
-    framework: str = Field(
-        "auto", description="format of input_model: auto, pytorch (Hugging Face), megatron"
-    )
-    tokenizer_path: str | None = Field(
-        None, description="folder of tokenizer and config; default input_model"
-    )
+    output_model: str | None = Field(None, description="folder of the converted model; default below output_root")
+    framework: str = Field("auto", description="format of input_model: auto, pytorch (Hugging Face), megatron")
+    tokenizer_path: str | None = Field(None, description="folder of tokenizer and config; default input_model")
     precision: str = Field("bf16", description="bf16, fp16 or fp32")
-    quantize: Literal["none", "w8a8", "w8a16", "auto"] = Field(
-        "none", description="int8 scheme of the linears"
-    )
-    quantize_keep: list[str] = Field(
-        ["lm_head"], description="names (or parts of names) of linears kept unquantised"
-    )
+    quantize: Literal["none", "w8a8", "w8a16", "auto"] = Field("none", description="int8 scheme of the linears")
+    quantize_keep: list[str] = Field(["lm_head"], description="names (or parts of names) of linears kept unquantised")
     calibration_file: str | None = Field(
         None, description="texts for smoothing and quantize: auto; JSON lines with `prompt`, or one text a line"
     )
@@ -92,7 +80,9 @@ class Experiment(BaseModel):
     parity_min_top1_agreement: float | None = Field(
         None, ge=0, le=1, description="replaces the limit of equal most probable tokens, share"
     )
-    parity_max_logit_error: float | None = Field(None, gt=0, description="replaces the limit of the largest logit error")
+    parity_max_logit_error: float | None = Field(
+        None, gt=0, description="replaces the limit of the largest logit error"
+    )
     parity_max_perplexity_increase: float | None = Field(
         None, gt=0, description="replaces the limit of the rise in token perplexity, share"
     )
@@ -102,9 +92,7 @@ class Experiment(BaseModel):
     parity_min_length_ratio: float | None = Field(
         None, ge=0, description="replaces the limit of answer length, result over source"
     )
-    use_model: Literal["converted", "source"] = Field(
-        "converted", description="which checkpoint the engine runs"
-    )
+    use_model: Literal["converted", "source"] = Field("converted", description="which checkpoint the engine runs")
     if_model_exists: Literal["reuse", "refuse", "overwrite"] = Field(
         "reuse", description="when output_model exists: reuse it if it was made alike, refuse, or overwrite"
     )
@@ -113,47 +101,31 @@ class Experiment(BaseModel):
     device_id: int = Field(0, ge=0, description="card of a device given without a number")
     cards: int = Field(1, ge=1, le=1024, description="cards used in all")
     tensor_parallel: int = Field(1, ge=1, le=64, description="cards one copy of the model is split over")
-    ray_address: str | None = Field(
-        None, description="None = this machine; auto or host:port joins a Ray cluster"
-    )
+    ray_address: str | None = Field(None, description="None = this machine; auto or host:port joins a Ray cluster")
     # engine
     max_seq_length: int = Field(8192, ge=2, le=1 << 20, description="longest prompt + answer, tokens")
     batch_size: int = Field(16, ge=1, le=4096, description="requests computed together (slots)")
-    block_size: int | None = Field(
-        None, ge=1, le=1024, description="tokens per KV block; None = 128 on npu, 32 else"
-    )
-    max_tokens_per_step: int = Field(
-        2048, ge=1, description="token budget of one step (chunked prefill above it)"
-    )
+    block_size: int | None = Field(None, ge=1, le=1024, description="tokens per KV block; None = 128 on npu, 32 else")
+    max_tokens_per_step: int = Field(2048, ge=1, description="token budget of one step (chunked prefill above it)")
     kv_cache_gib: float | None = Field(None, gt=0, description="KV pool, GiB; None = sized from free memory")
     graph_mode: bool = Field(True, description="captured or compiled decode step")
     operator_fusion: bool = Field(True, description="fused operator table against the plain one")
-    memory_optimize: bool = Field(
-        True, description="KV blocks on demand with prefix reuse against a reservation"
-    )
+    memory_optimize: bool = Field(True, description="KV blocks on demand with prefix reuse against a reservation")
     # batch inference
-    prompts_file: str = Field(
-        "demo", description="JSON lines with a `prompt` field, or a text file, one a line"
-    )
+    prompts_file: str = Field("demo", description="JSON lines with a `prompt` field, or a text file, one a line")
     max_new_tokens: int = Field(1024, ge=1, description="longest answer, tokens")
     temperature: float = Field(0.0, ge=0.0, description="0 = greedy")
     top_k: int | None = Field(None, ge=1, description="sample from the k most probable tokens")
-    top_p: float = Field(
-        1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability"
-    )
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability")
     concurrency: int = Field(32, ge=1, description="requests kept in flight")
-    output_path: str | None = Field(
-        None, description="answers as JSON; default generations.json in the run folder"
-    )
+    output_path: str | None = Field(None, description="answers as JSON; default generations.json in the run folder")
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
     # throughput sweep
     sweep_concurrency: list[int] = Field([1, 4, 16], min_length=1, description="requests kept in flight")
     sweep_prompt_len: list[int] = Field([64], min_length=1, description="prompt lengths, tokens")
     sweep_output_len: list[int] = Field([32], min_length=1, description="output lengths, tokens")
     sweep_repeats: int = Field(1, ge=1, description="measurements of each point")
-    sweep_requests_per_point: int | None = Field(
-        None, ge=1, description="default 2 x concurrency, at least 4"
-    )
+    sweep_requests_per_point: int | None = Field(None, ge=1, description="default 2 x concurrency, at least 4")
     sweep_baseline: bool = Field(True, description="also measure transformers' generate")
     ttft_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TTFT")
     tpot_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TPOT")
@@ -190,9 +162,7 @@ class Experiment(BaseModel):
         if unknown:
             raise ParameterError(_unknown_key(unknown[0], list(cls.model_fields)))
         if isinstance(data.get("eval_datasets"), str):
-            data["eval_datasets"] = [
-                name.strip() for name in data["eval_datasets"].split(",") if name.strip()
-            ]
+            data["eval_datasets"] = [name.strip() for name in data["eval_datasets"].split(",") if name.strip()]
         # Defaults that follow a short max_seq_length, so that lowering one number does not need three.
         longest = data.get("max_seq_length", 8192)
         if isinstance(longest, int) and longest >= 2:
@@ -263,8 +233,7 @@ class Experiment(BaseModel):
             )
         if self.eval_max_seq_length > self.max_seq_length:
             raise ParameterError(
-                f"eval_max_seq_length={self.eval_max_seq_length} is above "
-                f"max_seq_length={self.max_seq_length}"
+                f"eval_max_seq_length={self.eval_max_seq_length} is above max_seq_length={self.max_seq_length}"
             )
         return self
 
@@ -343,9 +312,7 @@ def experiment_from_notebook(namespace: dict[str, Any]) -> Experiment:
     """
     values = {name: value for name, value in namespace.items() if _is_parameter(name, value)}
     before = namespace.get("experiment")
-    if isinstance(
-        before, Experiment
-    ):  # the cell runs again: the name is taken, and later cells have added theirs
+    if isinstance(before, Experiment):  # the cell runs again: the name is taken, and later cells have added theirs
         values = {name: value for name, value in values.items() if name in Experiment.model_fields}
         values["experiment"] = before.experiment
     _leave_notebooks_folder()
@@ -380,9 +347,7 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

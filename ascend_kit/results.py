@@ -128,8 +128,7 @@ class RunFolder:
     def done_keys(self, name: str, keys: Iterable[str]) -> set[tuple]:
         """Values of `keys` in every row whose status is ok: what a resumed stage need not repeat."""
         keys = list(keys)
-        return {tuple(_hashable(row.get(key)) for key in keys) for row in self.rows(name)
-                if row.get("status") == "ok"}
+        return {tuple(_hashable(row.get(key)) for key in keys) for row in self.rows(name) if row.get("status") == "ok"}
 
     def clear(self, *names: str) -> None:
         """Remove tables and JSON files of these names: a stage that starts again."""
@@ -185,8 +184,10 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise RunFolderError(f"{self.path}: stage {self.stage} is being written by another process; wait for it, "
-                                 "or give this run another name with `run`") from None
+            raise RunFolderError(
+                f"{self.path}: stage {self.stage} is being written by another process; wait for it, "
+                "or give this run another name with `run`"
+            ) from None
         self._lock = _held[path] = lock
 
     def _admit(self, experiment: Experiment) -> None:
@@ -194,8 +195,10 @@ class RunFolder:
         if not done.exists():
             return
         if experiment.if_exists == "refuse":
-            raise RunFolderError(f"{self.path} already holds stage {self.stage}; set if_exists to resume or overwrite, "
-                                 "or choose another `run`")
+            raise RunFolderError(
+                f"{self.path} already holds stage {self.stage}; set if_exists to resume or overwrite, "
+                "or choose another `run`"
+            )
         if experiment.if_exists == "overwrite":
             self.clear(*json.loads(done.read_text()).get("tables", []))
             done.unlink()
@@ -205,8 +208,10 @@ class RunFolder:
         changed = [key for key in now if key not in FREE_PARAMETERS and before.get(key) != now[key]]
         if changed:
             text = ", ".join(f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in changed[:4])
-            raise RunFolderError(f"{self.path} holds stage {self.stage} made with other parameters ({text}); choose "
-                                 "another `run`, or set if_exists: overwrite")
+            raise RunFolderError(
+                f"{self.path} holds stage {self.stage} made with other parameters ({text}); choose "
+                "another `run`, or set if_exists: overwrite"
+            )
 
     def begin(self, experiment: Experiment, *tables: str) -> None:
         """Note which tables the stage writes, so that resume and overwrite know what is its own."""
@@ -219,8 +224,14 @@ class RunFolder:
 
     def _write_manifest(self, experiment: Experiment, facts: dict[str, Any]) -> None:
         manifest = self.read_json("manifest") or {
-            "schema_version": SCHEMA_VERSION, "created": _now(), "experiment": experiment.experiment,
-            "run": experiment.run, "seed": experiment.seed, "source": source_state(), "stages": {}}
+            "schema_version": SCHEMA_VERSION,
+            "created": _now(),
+            "experiment": experiment.experiment,
+            "run": experiment.run,
+            "seed": experiment.seed,
+            "source": source_state(),
+            "stages": {},
+        }
         manifest["stages"][self.stage] = {"opened": _now(), **facts}
         self.write_json("manifest", manifest)
 
@@ -235,6 +246,7 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
 
 def source_state() -> dict[str, Any]:
     """Commit and dirty flag of the checkout this package runs from; None where it is no checkout."""
+
     def git(*words: str) -> str | None:
         folder = Path(__file__).resolve().parent
         try:

@@ -86,9 +86,7 @@ def _num_bytes(config: dict) -> int:
     from ascend_kit.checkpoint.schema import expected_shapes
     from ascend_kit.model.config import ModelConfig
 
-    return 2 * sum(
-        torch.Size(shape).numel() for shape in expected_shapes(ModelConfig.from_dict(config)).values()
-    )
+    return 2 * sum(torch.Size(shape).numel() for shape in expected_shapes(ModelConfig.from_dict(config)).values())
 
 
 def time_copy(source: Path, target: Path) -> tuple[float, int]:
@@ -125,21 +123,13 @@ def largest_tensor(source: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="scratch folder with room for three models"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="scratch folder with room for three models")
     parser.add_argument("--model", type=Path, help="checkpoint to convert; default: a synthetic one")
-    parser.add_argument(
-        "--size-gb", type=float, default=4.0, help="size of the synthetic checkpoint, 10^9 bytes"
-    )
+    parser.add_argument("--size-gb", type=float, default=4.0, help="size of the synthetic checkpoint, 10^9 bytes")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--quantize", default="none", choices=["none", "w8a8", "w8a16"])
-    parser.add_argument(
-        "--cold", action="store_true", help="drop the page cache before every measurement (root)"
-    )
+    parser.add_argument("--cold", action="store_true", help="drop the page cache before every measurement (root)")
     arguments = parser.parse_args()
     work = arguments.folder / "convert_speed"
     shutil.rmtree(work, ignore_errors=True)
@@ -162,17 +152,14 @@ def main() -> None:
             flush=True,
         )
     largest = largest_tensor(source)
-    print(
-        f"source {total / 1e9:.2f} GB, largest tensor {largest / 2**20:.0f} MiB, quantize {arguments.quantize}"
-    )
+    print(f"source {total / 1e9:.2f} GB, largest tensor {largest / 2**20:.0f} MiB, quantize {arguments.quantize}")
     print(
         f"median: copy {statistics.median(copies) / 1e6:.0f} MB/s, convert "
         f"{statistics.median(conversions) / 1e6:.0f} MB/s, ratio "
         f"{statistics.median(c / p for c, p in zip(conversions, copies, strict=True)):.2f}"
     )
     print(
-        f"peak memory {max(peaks) / 2**20:.0f} MiB; limit 3 x largest + 500 MB = "
-        f"{(3 * largest + 5e8) / 2**20:.0f} MiB"
+        f"peak memory {max(peaks) / 2**20:.0f} MiB; limit 3 x largest + 500 MB = {(3 * largest + 5e8) / 2**20:.0f} MiB"
     )
     shutil.rmtree(work)
 

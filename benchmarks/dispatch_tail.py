@@ -90,7 +90,7 @@ def fixed_slices(works: list[Work], cards: list[Card]) -> list[float]:
     """Finishing time of each card, s."""
     share = -(-len(works) // len(cards))
     for number, card in enumerate(cards):
-        for place, work in enumerate(works[number * share:(number + 1) * share]):
+        for place, work in enumerate(works[number * share : (number + 1) * share]):
             card.give(place, work)
         while card.ends:
             card.advance()
@@ -126,10 +126,16 @@ def compare(case: str, num_cards: int, options: argparse.Namespace) -> dict[str,
         makespans[name] = statistics.fmean(max(run) for run in runs)
         losses[name] = statistics.fmean(1 - statistics.fmean(run) / max(run) for run in runs)
     return {
-        "case": case, "cards": num_cards, "requests": options.requests, "slots": options.slots,
-        "fixed_s": round(makespans["fixed"], 1), "least_loaded_s": round(makespans["least_loaded"], 1),
-        "fixed_lost": round(losses["fixed"], 3), "least_loaded_lost": round(losses["least_loaded"], 3),
-        "speedup": round(makespans["fixed"] / makespans["least_loaded"], 3)}
+        "case": case,
+        "cards": num_cards,
+        "requests": options.requests,
+        "slots": options.slots,
+        "fixed_s": round(makespans["fixed"], 1),
+        "least_loaded_s": round(makespans["least_loaded"], 1),
+        "fixed_lost": round(losses["fixed"], 3),
+        "least_loaded_lost": round(losses["least_loaded"], 3),
+        "speedup": round(makespans["fixed"] / makespans["least_loaded"], 3),
+    }
 
 
 def main() -> None:

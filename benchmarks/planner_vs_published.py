@@ -69,9 +69,7 @@ def deployment(row: Row) -> Deployment:
 def decode_figures(row: Row) -> tuple[float, float]:
     """`(floor, prediction)` of one decode step at batch 1, ms."""
     group, context = deployment(row), row.prompt_len + row.output_len / 2
-    floor = costs.decode_floor_s(
-        row.model, group.floor(), group.weights.per_step, group.kv_token_bytes, 1, context
-    )
+    floor = costs.decode_floor_s(row.model, group.floor(), group.weights.per_step, group.kv_token_bytes, 1, context)
     return floor * 1e3, group.decode_s(1, context) * 1e3
 
 
@@ -81,11 +79,7 @@ def serving_figures(row: Row) -> tuple[float, float, int]:
     running = min(MAX_IN_FLIGHT, group.max_concurrency(row.prompt_len + row.output_len))
     to_total = (row.prompt_len + row.output_len) / row.output_len
     lengths = (row.prompt_len, row.output_len, running)
-    return (
-        group.ceiling_tokens_per_s(*lengths) * to_total,
-        group.output_tokens_per_s(*lengths) * to_total,
-        running,
-    )
+    return (group.ceiling_tokens_per_s(*lengths) * to_total, group.output_tokens_per_s(*lengths) * to_total, running)
 
 
 def name(row: Row) -> str:
@@ -103,9 +97,7 @@ def main() -> None:
     for row in DECODE:
         floor, predicted = decode_figures(row)
         ratio = predicted / row.published
-        print(
-            f"{name(row):32}{floor:8.2f}{predicted:11.2f}{row.published:11.2f}{ratio:7.2f} {mark(row, notes)}"
-        )
+        print(f"{name(row):32}{floor:8.2f}{predicted:11.2f}{row.published:11.2f}{ratio:7.2f} {mark(row, notes)}")
     print("\nServing at full load, prompt + output tokens per second")
     print(f"{'':32}{'in/out':>10}{'running':>9}{'ceiling':>9}{'predicted':>11}{'published':>11}{'ratio':>7}")
     for row in SERVING:

@@ -99,13 +99,16 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
     replica.Worker = OneThread
     draw = random.Random(0)
     prompts = [[draw.randrange(200) for _ in range(32)] for _ in range(options.requests)]
-    with (AscendInferEngine(options.model, cards=1, ray_address="auto", **settings) as one,
-          AscendInferEngine(options.model, cards=2, **settings) as two):
+    with (
+        AscendInferEngine(options.model, cards=1, ray_address="auto", **settings) as one,
+        AscendInferEngine(options.model, cards=2, **settings) as two,
+    ):
         for engine in (one, two):
             pin(engine)
             throughput(engine, prompts[:16], 4)
-        pairs = [(measured(one, prompts, options.new), measured(two, prompts, options.new))
-                 for _ in range(options.repeats)]
+        pairs = [
+            (measured(one, prompts, options.new), measured(two, prompts, options.new)) for _ in range(options.repeats)
+        ]
     ratio = statistics.median(double / single for (single, _), (double, _) in pairs)
     # Per share of a core: what the ratio would be if every replica had its core to itself.
     alone = statistics.median(double / b / (single / a) for (single, a), (double, b) in pairs)
@@ -114,8 +117,10 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
         "one_core_share": [round(one[1], 2) for one, _ in pairs],
         "two_tokens_per_s": [round(two[0], 1) for _, two in pairs],
         "two_core_share": [round(two[1], 2) for _, two in pairs],
-        "ratio_median": round(ratio, 3), "efficiency": round(ratio / 2, 3),
-        "ratio_per_core_share": round(alone, 3)}
+        "ratio_median": round(ratio, 3),
+        "efficiency": round(ratio / 2, 3),
+        "ratio_per_core_share": round(alone, 3),
+    }
 
 
 def ray_cost(options: argparse.Namespace) -> dict[str, Any]:
@@ -131,8 +136,10 @@ def ray_cost(options: argparse.Namespace) -> dict[str, Any]:
             engine.generate(prompts, SamplingParams(max_new_tokens=1))
             count = len(prompts) / 1e3
             costs.append(((time.perf_counter() - start) / count, (time.process_time() - cpu) / count))
-    return {"ms_per_request": [round(wall, 3) for wall, _ in costs],
-            "driver_cpu_ms_per_request": [round(cpu, 3) for _, cpu in costs]}
+    return {
+        "ms_per_request": [round(wall, 3) for wall, _ in costs],
+        "driver_cpu_ms_per_request": [round(cpu, 3) for _, cpu in costs],
+    }
 
 
 def main() -> None:

@@ -8,15 +8,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
 pytest_plugins = ("npu_sim.plugin",)
 
-TINY = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, eos_token_id=256, pad_token_id=257,
-            bos_token_id=None)
+TINY = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+    eos_token_id=256,
+    pad_token_id=257,
+    bos_token_id=None,
+)
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -40,7 +50,8 @@ def make_model(folder: Path, family: str, seed: int = 0, **changes: object) -> P
     config_type, model_type = {
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}[family]
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    }[family]
     torch.manual_seed(seed)
     model = model_type(config_type(**{**TINY, **changes})).eval()
     for name, parameter in model.named_parameters():

@@ -163,11 +163,7 @@ def ascend_server(**changes) -> FakeHost:
     versions = {"python": "3.11.9", "torch": "2.12.0", "torch_npu": "2.12.0.post2", "cann": "9.1.0"}
     state = {
         "files": files,
-        "env": {
-            "ASCEND_HOME_PATH": ROOT,
-            "OMP_NUM_THREADS": "8",
-            "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
-        },
+        "env": {"ASCEND_HOME_PATH": ROOT, "OMP_NUM_THREADS": "8", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"},
         "packages": {"torch": "2.12.0", "torch_npu": "2.12.0.post2", "ascend-kit": "0.1.0"},
         "cpus": 192,
         "commands": {

@@ -27,20 +27,14 @@ def write_sets(root: Path, *, documents: int = 6, shots: int = 5, seed: int = 0)
     """All four sets below `root` as <set>/<subject>/<split>.parquet; `documents` per subject."""
     rnd = random.Random(seed)
     for subject in MMLU_SUBJECTS:
-        write_table(
-            root / "mmlu" / subject / "test.parquet", [mmlu_row(rnd, subject) for _ in range(documents)]
-        )
+        write_table(root / "mmlu" / subject / "test.parquet", [mmlu_row(rnd, subject) for _ in range(documents)])
         write_table(root / "mmlu" / subject / "dev.parquet", [mmlu_row(rnd, subject) for _ in range(shots)])
     for subject in CEVAL_SUBJECTS:
         write_table(root / "ceval" / subject / "val.parquet", [ceval_row(rnd, n) for n in range(documents)])
         write_table(root / "ceval" / subject / "dev.parquet", [ceval_row(rnd, n) for n in range(shots)])
     for subject in AGIEVAL_SUBJECTS:
-        write_table(
-            root / "agieval" / subject / "test.parquet", [agieval_row(rnd, subject) for _ in range(documents)]
-        )
-    write_table(
-        root / "wikitext" / WIKITEXT_CONFIG / "test.parquet", [{"page": page(rnd)} for _ in range(documents)]
-    )
+        write_table(root / "agieval" / subject / "test.parquet", [agieval_row(rnd, subject) for _ in range(documents)])
+    write_table(root / "wikitext" / WIKITEXT_CONFIG / "test.parquet", [{"page": page(rnd)} for _ in range(documents)])
     return root
 
 
@@ -64,18 +58,12 @@ def agieval_row(rnd: random.Random, subject: str) -> dict[str, Any]:
         return {"query": f"Q: {sentence(rnd, 5)}\nA: The answer is", "answer": str(rnd.randrange(10))}
     choices = [f"({letter}){sentence(rnd, rnd.randrange(1, 4))}" for letter in "ABCDE"[: rnd.choice((4, 5))]]
     gold = sorted(rnd.sample(range(len(choices)), 2 if subject == "jec-qa-kd" else 1))
-    return {
-        "query": f"Q: {sentence(rnd, 6)} Answer Choices: {' '.join(choices)}\nA:",
-        "choices": choices,
-        "gold": gold,
-    }
+    return {"query": f"Q: {sentence(rnd, 6)} Answer Choices: {' '.join(choices)}\nA:", "choices": choices, "gold": gold}
 
 
 def page(rnd: random.Random) -> str:
     title = sentence(rnd, 1).strip(".")
-    paragraphs = [
-        f" {sentence(rnd, rnd.randrange(5, 25))[:-1]} , {sentence(rnd, 4)[:-1]} . \n" for _ in range(3)
-    ]
+    paragraphs = [f" {sentence(rnd, rnd.randrange(5, 25))[:-1]} , {sentence(rnd, 4)[:-1]} . \n" for _ in range(3)]
     return f" = {title} = \n \n" + " \n".join(paragraphs)
 
 

@@ -121,12 +121,8 @@ def save_megatron(
             folder = root / "iter_0000001" / (f"mp_rank_{rank:02d}" + (f"_{p:03d}" if pp > 1 else ""))
             folder.mkdir(parents=True)
             content: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": 1, "rng_state": [{"seed": 1}]}
-            content |= (
-                {"model": models[0]} if len(models) == 1 else {f"model{v}": m for v, m in enumerate(models)}
-            )
-            save_with_arguments(
-                folder / "model_optim_rng.pt", content, config, tp, pp, stages, vocab, args_changes
-            )
+            content |= {"model": models[0]} if len(models) == 1 else {f"model{v}": m for v, m in enumerate(models)}
+            save_with_arguments(folder / "model_optim_rng.pt", content, config, tp, pp, stages, vocab, args_changes)
     (root / "latest_checkpointed_iteration.txt").write_text("1")
     return root
 
@@ -165,10 +161,7 @@ def save_with_arguments(
     )
     for name, value in (changes or {}).items():
         setattr(arguments, name, value)
-    sys.modules["megatron_for_test"], sys.modules[module.__name__] = (
-        types.ModuleType("megatron_for_test"),
-        module,
-    )
+    sys.modules["megatron_for_test"], sys.modules[module.__name__] = (types.ModuleType("megatron_for_test"), module)
     try:
         torch.save({**content, "args": arguments}, path)
     finally:

@@ -63,8 +63,14 @@ def test_parameters_and_results_do_not_import_torch():
 
 
 def test_torch_npu_is_named_only_on_the_device_floor():
-    outside = [path for path in MODULES if room_of(path) != "device"
-               and any(isinstance(node, (ast.Import, ast.ImportFrom)) and "torch_npu" in ast.dump(node)
-                       for node in ast.walk(ast.parse(path.read_text())))]
+    outside = [
+        path
+        for path in MODULES
+        if room_of(path) != "device"
+        and any(
+            isinstance(node, (ast.Import, ast.ImportFrom)) and "torch_npu" in ast.dump(node)
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+    ]
 
     assert not outside

@@ -80,9 +80,7 @@ def test_every_prompt_is_answered_in_file_order_as_generate_would(experiment, en
     steps = []
 
     with RunFolder.open(experiment, "03_generate") as folder:
-        result = run_batch(
-            engine, experiment, folder, on_progress=lambda done, total, text: steps.append(done)
-        )
+        result = run_batch(engine, experiment, folder, on_progress=lambda done, total, text: steps.append(done))
 
     answers = json.loads(result.path.read_text(encoding="utf-8"))
     assert [answer["prompt"] for answer in answers] == PROMPTS

@@ -97,8 +97,16 @@ def test_reservation_takes_the_whole_length_at_once():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["start", "append", "release"]), st.integers(0, 7),
-                          st.lists(st.integers(0, 1), min_size=1, max_size=9)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["start", "append", "release"]),
+            st.integers(0, 7),
+            st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        ),
+        max_size=40,
+    )
+)
 def test_books_balance_after_any_operations(operations):
     manager, live = BlockManager(8, 2), []
     for kind, number, tokens in operations:
@@ -116,7 +124,7 @@ def test_books_balance_after_any_operations(operations):
             if manager.grow(s, s.num_tokens):
                 manager.register(s, s.num_tokens)
             else:
-                del s.token_ids[-len(tokens):]
+                del s.token_ids[-len(tokens) :]
         elif live:
             manager.release(live.pop(number % len(live)))
 

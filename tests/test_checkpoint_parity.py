@@ -17,9 +17,7 @@ PROMPTS = [list(range(40, 60)), [7, 3, 200, 11], list(range(100, 130))]
 OFF = ParityLimits(None, None, None, None, None, None)
 
 
-def table_model(
-    name: str, probabilities: list[list[float]], texts: dict[bool, list[list[int]]] | None = None
-):
+def table_model(name: str, probabilities: list[list[float]], texts: dict[bool, list[list[int]]] | None = None):
     """A model that answers every position with the same rows, and with fixed texts (greedy or sampled)."""
 
     def logits(prompts: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:

@@ -197,9 +197,7 @@ def test_negative_shape_in_a_header_is_refused(single: Path):
         open_checkpoint(single)
 
 
-@pytest.mark.parametrize(
-    "garbage", [b"\xff" * 8 + b"x" * 50, (20).to_bytes(8, "little") + b"not json at all....."]
-)
+@pytest.mark.parametrize("garbage", [b"\xff" * 8 + b"x" * 50, (20).to_bytes(8, "little") + b"not json at all....."])
 def test_file_that_is_not_safetensors_is_refused(single: Path, garbage: bytes):
     (single / "model.safetensors").write_bytes(garbage)
 
@@ -279,9 +277,7 @@ def test_slice_outside_the_tensor_is_refused(single: Path):
 def test_reading_a_slice_of_a_large_file_reads_only_that_slice(tmp_path: Path):
     # A sparse 8 GB file: reading all of it would take seconds and the memory of the whole machine.
     folder, rows = folder_with(tmp_path / "sparse"), 1 << 20
-    header = json.dumps(
-        {"w": {"dtype": "BF16", "shape": [rows, 4096], "data_offsets": [0, rows * 8192]}}
-    ).encode()
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [rows, 4096], "data_offsets": [0, rows * 8192]}}).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + rows * 8192)
@@ -301,9 +297,7 @@ def int8_linear(rows: int = 6, columns: int = 10) -> tuple[torch.Tensor, torch.T
     return codes, torch.rand(rows, generator=generator) + 0.5
 
 
-def compressed_config(
-    inputs: dict | None, *, kind: str = "int-quantized", weights: dict | None = None
-) -> dict:
+def compressed_config(inputs: dict | None, *, kind: str = "int-quantized", weights: dict | None = None) -> dict:
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", **(weights or {})}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
@@ -415,9 +409,7 @@ def test_msmodelslim_static_w8a8_gives_back_scale_and_bias(tmp_path: Path, as_in
     bias = torch.linspace(-3, 3, 6)
     input_scale, input_offset = torch.tensor([0.02]), torch.tensor([-11.0])
     deq_scale = scale * input_scale
-    quant_bias = torch.round(bias / deq_scale - input_offset * codes.sum(1, dtype=torch.int32)).to(
-        torch.int32
-    )
+    quant_bias = torch.round(bias / deq_scale - input_offset * codes.sum(1, dtype=torch.int32)).to(torch.int32)
     stored = (deq_scale.view(torch.int32).to(torch.int64) & 0xFFFFFFFF) if as_int64 else deq_scale
     folder = folder_with(tmp_path / "m")
     save_file(

@@ -140,9 +140,7 @@ def test_statistics_are_those_of_forward_hooks_on_transformers(tiny_qwen3_dir: P
 
     for name, x in seen.items():
         assert torch.allclose(found.largest[f"model.layers.1.{name}"], x.abs().amax(0), rtol=1e-4, atol=1e-5)
-        assert torch.allclose(
-            found.mean_square[f"model.layers.1.{name}"], x.square().mean(0), rtol=1e-3, atol=1e-5
-        )
+        assert torch.allclose(found.mean_square[f"model.layers.1.{name}"], x.square().mean(0), rtol=1e-3, atol=1e-5)
 
 
 def test_smoothing_factors_are_powers_of_two_that_shrink_outliers():
@@ -170,13 +168,8 @@ def test_smoothing_changes_the_weights_but_not_the_function(outlier_dir: Path):
         "mlp.up_proj.weight",
         "mlp.down_proj.weight",
     }
-    before, after = (
-        run_layerwise(model, texts),
-        run_layerwise(open_layerwise(outlier_dir, changes=changes), texts),
-    )
-    assert torch.allclose(
-        before, after, atol=1e-5 * before.abs().max().item()
-    )  # float32 sums in another order
+    before, after = (run_layerwise(model, texts), run_layerwise(open_layerwise(outlier_dir, changes=changes), texts))
+    assert torch.allclose(before, after, atol=1e-5 * before.abs().max().item())  # float32 sums in another order
 
 
 def test_smoothing_lowers_the_divergence_of_a_model_with_outliers(outlier_dir: Path):
@@ -190,9 +183,7 @@ def test_smoothing_lowers_the_divergence_of_a_model_with_outliers(outlier_dir: P
     assert smoothed.kl < 0.3 * plain.kl
 
 
-def test_smoothed_bf16_conversion_stores_the_same_function(
-    outlier_dir: Path, tmp_path: Path, calibration_file: Path
-):
+def test_smoothed_bf16_conversion_stores_the_same_function(outlier_dir: Path, tmp_path: Path, calibration_file: Path):
     # The whole way through files: powers of two leave every bf16 mantissa as it was, so folding costs
     # nothing.
     plain = convert(outlier_dir, tmp_path / "plain", quantize="w8a16").folder
@@ -219,9 +210,7 @@ def test_variant_divergence_equals_a_direct_computation(tiny_qwen3_dir: Path):
     module = changed.get_submodule(linear)
     module.weight.data = dequantize_weight(*quantize_weight(module.weight.data))
     with torch.no_grad():
-        left, right = (
-            m(torch.tensor(texts)).logits[0, :-1].double().log_softmax(-1) for m in (source, changed)
-        )
+        left, right = (m(torch.tensor(texts)).logits[0, :-1].double().log_softmax(-1) for m in (source, changed))
     expected = (left.exp() * (left - right)).sum(-1)
 
     found = compare_variants(open_layerwise(tiny_qwen3_dir), texts, {"v": {linear: "w8a16"}})["v"]
@@ -232,9 +221,7 @@ def test_variant_divergence_equals_a_direct_computation(tiny_qwen3_dir: Path):
 
 
 def test_variant_equal_to_the_source_diverges_by_nothing(tiny_qwen3_dir: Path):
-    found = compare_variants(open_layerwise(tiny_qwen3_dir), token_lists(tiny_qwen3_dir), {"same": {}})[
-        "same"
-    ]
+    found = compare_variants(open_layerwise(tiny_qwen3_dir), token_lists(tiny_qwen3_dir), {"same": {}})["same"]
 
     assert found.kl == 0 and found.top1_agreement == 1 and found.accuracy_loss == 0
 
@@ -243,9 +230,7 @@ def test_sensitivity_has_a_row_per_linear_and_finds_the_spoilt_one(outlier_dir: 
     rows = measure_sensitivity(open_layerwise(outlier_dir), token_lists(outlier_dir))
 
     assert len(rows) == 14 and {row["layer"] for row in rows} == {0, 1}
-    by_part = {
-        part: sum(row["kl"] for row in rows if row["part"] == part) for part in ("gate_proj", "down_proj")
-    }
+    by_part = {part: sum(row["kl"] for row in rows if row["part"] == part) for part in ("gate_proj", "down_proj")}
     assert by_part["gate_proj"] > by_part["down_proj"]  # its input has the outliers
 
 
@@ -275,9 +260,7 @@ def test_decode_bytes_count_every_weight_once(tiny_qwen3_dir: Path):
     assert saved == 64 * 128 - 4 * 64  # one byte less per weight, four more per scale
 
 
-def test_auto_conversion_writes_the_mix_and_its_table(
-    outlier_dir: Path, tmp_path: Path, calibration_file: Path
-):
+def test_auto_conversion_writes_the_mix_and_its_table(outlier_dir: Path, tmp_path: Path, calibration_file: Path):
     stages: list[str] = []
 
     result = convert(
@@ -322,9 +305,7 @@ def test_mixed_result_loads_in_transformers(outlier_dir: Path, tmp_path: Path):
     with torch.no_grad():
         model(torch.arange(8)[None])
     for linear in checkpoint.quantization.schemes:
-        expected = dequantize_weight(
-            checkpoint.read(f"{linear}.weight"), checkpoint.read(f"{linear}.weight_scale")
-        )
+        expected = dequantize_weight(checkpoint.read(f"{linear}.weight"), checkpoint.read(f"{linear}.weight_scale"))
         assert torch.allclose(model.get_submodule(linear).weight, expected, atol=1e-6)
 
 
@@ -341,8 +322,6 @@ def test_mixed_result_loads_in_transformers(outlier_dir: Path, tmp_path: Path):
         ({"quantize": "w8a8", "smooth": 0.5, "calibration_file": "/no/file"}, "calibration_file: no file at"),
     ],
 )
-def test_contradicting_int8_options_are_refused(
-    tiny_qwen3_dir: Path, tmp_path: Path, arguments: dict, complaint: str
-):
+def test_contradicting_int8_options_are_refused(tiny_qwen3_dir: Path, tmp_path: Path, arguments: dict, complaint: str):
     with pytest.raises(ValueError, match=complaint):
         convert(tiny_qwen3_dir, tmp_path / "result", **arguments)

@@ -23,9 +23,7 @@ def test_run_returns_0_and_honours_set_run_and_only(project, capsys):
     write_notebook(project / "notebooks", "01_first")
     write_notebook(project / "notebooks", "02_second", "1 / 0")
 
-    status = main(
-        ["run", "fake.yaml", "--notebooks", "notebooks", "--set", "seed=9", "--run", "other", "--only", "01"]
-    )
+    status = main(["run", "fake.yaml", "--notebooks", "notebooks", "--set", "seed=9", "--run", "other", "--only", "01"])
 
     assert status == 0
     result = json.loads((run_folder(project).parent / "other" / "01_first.json").read_text())
@@ -62,9 +60,7 @@ def test_failed_notebook_gives_1_and_says_where(project, capsys):
     ],
 )
 def test_wrong_request_gives_2_and_one_line(project, capsys, words, message):
-    write_notebook(
-        project / "notebooks", "01_first", parameters='prompts_file: str = "demo"\nexperiment: str = "fake"'
-    )
+    write_notebook(project / "notebooks", "01_first", parameters='prompts_file: str = "demo"\nexperiment: str = "fake"')
     notebooks = ["--notebooks", "notebooks"] if words[0] == "run" else []
 
     status = main([*words, *notebooks])
@@ -107,9 +103,7 @@ def test_a_wrong_key_is_reported_within_seconds_and_without_torch(project):
     assert time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["run", "--help"], ["convert", "--help"], ["doctor", "--help"]]
-)
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["convert", "--help"], ["doctor", "--help"]])
 def test_help_exits_with_0(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words)

@@ -101,9 +101,11 @@ def test_sampling_stops_and_logprobs_do_not_depend_on_the_replica(two_cards, tin
     expected = one_card(tiny_qwen3_dir, prompts, sampling)
 
     assert [(o.token_ids, o.text, o.finish_reason) for o in outputs] == [
-        (o.token_ids, o.text, o.finish_reason) for o in expected]
+        (o.token_ids, o.text, o.finish_reason) for o in expected
+    ]
     assert [row.logprob for row in outputs[0].logprobs] == pytest.approx(
-        [row.logprob for row in expected[0].logprobs], abs=1e-4)
+        [row.logprob for row in expected[0].logprobs], abs=1e-4
+    )
 
 
 def test_scores_streams_and_arrays_work_as_on_one_card(two_cards, tiny_qwen3_dir):

@@ -60,13 +60,22 @@ def wide_model_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_two_npus_give_the_tokens_of_one_with_fused_operators_and_graphs(simulated_workers, wide_model_dir,
-                                                                         tensor_parallel):
+def test_two_npus_give_the_tokens_of_one_with_fused_operators_and_graphs(
+    simulated_workers, wide_model_dir, tensor_parallel
+):
     draw = random.Random(1)
     prompts = [[draw.randrange(255) for _ in range(length)] for length in (3, 40, 17, 140, 5)]
     sampling = SamplingParams(max_new_tokens=6)
-    settings = dict(precision="fp32", device="npu", max_seq_length=512, batch_size=4, block_size=128,
-                    kv_cache_gib=0.02, graph_mode=True, operator_fusion=True)
+    settings = dict(
+        precision="fp32",
+        device="npu",
+        max_seq_length=512,
+        batch_size=4,
+        block_size=128,
+        kv_cache_gib=0.02,
+        graph_mode=True,
+        operator_fusion=True,
+    )
     with AscendInferEngine(wide_model_dir, **settings) as engine:
         expected = [output.token_ids for output in engine.generate(prompts, sampling)]
 

@@ -65,7 +65,7 @@ def listening_addresses(pids):
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
                 raw = bytes.fromhex(fields[1].split(":")[0])
-                words = b"".join(raw[i:i + 4][::-1] for i in range(0, len(raw), 4))
+                words = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
                 found.add(socket.inet_ntop(family, words))
     return found
 
@@ -81,8 +81,14 @@ def wait_for(condition, what, limit_s=LIMIT_S):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir):
     folders, shared = Path(tempfile.gettempdir()), set(os.listdir("/dev/shm"))
-    driver = subprocess.Popen([sys.executable, HERE / "cluster_script.py", str(tiny_qwen3_dir)], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), start_new_session=True)
+    driver = subprocess.Popen(
+        [sys.executable, HERE / "cluster_script.py", str(tiny_qwen3_dir)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        start_new_session=True,
+    )
     try:
         line = driver.stdout.readline()
         assert line == "running\n", driver.stderr.read()
@@ -96,8 +102,11 @@ def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir):
         driver.kill()
 
     assert len(family) >= 4 and addresses and addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-    wait_for(lambda: all((stat_of(pid) or (0, None))[1] != start for pid, start in family.items()),
-             f"still there: {[pid for pid in family if stat_of(pid)]}", 30)
+    wait_for(
+        lambda: all((stat_of(pid) or (0, None))[1] != start for pid, start in family.items()),
+        f"still there: {[pid for pid in family if stat_of(pid)]}",
+        30,
+    )
     assert set(os.listdir("/dev/shm")) <= shared
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors and not list(folders.glob(f"ascend-ray-{driver.pid}-*"))
@@ -129,11 +138,24 @@ def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, ti
         commands = [(["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *script], {})]
     else:  # mpirun itself is not needed: what it gives its processes are variables
         job = uuid.uuid4().hex
-        commands = [(script, {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": str(size),
-                              "OMPI_COMM_WORLD_LOCAL_RANK": str(rank), "PMIX_NAMESPACE": job})
-                    for rank in range(size)]
-    running = [subprocess.Popen([sys.executable, *map(str, command)], env=environment(**extra),
-                                stderr=subprocess.PIPE, text=True) for command, extra in commands]
+        commands = [
+            (
+                script,
+                {
+                    "OMPI_COMM_WORLD_RANK": str(rank),
+                    "OMPI_COMM_WORLD_SIZE": str(size),
+                    "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+                    "PMIX_NAMESPACE": job,
+                },
+            )
+            for rank in range(size)
+        ]
+    running = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], env=environment(**extra), stderr=subprocess.PIPE, text=True
+        )
+        for command, extra in commands
+    ]
     errors = [process.communicate(timeout=LIMIT_S)[1] for process in running]
 
     assert [process.returncode for process in running] == [0] * len(running), errors

@@ -39,10 +39,7 @@ def test_counts_of_a_small_example() -> None:
     assert counts == PairedCounts(both_right=2, only_baseline=1, only_candidate=2, both_wrong=1)
     assert (counts.n, counts.discordant) == (6, 3)
     assert counts.difference == pytest.approx(1 / 6)
-    assert (counts.baseline_accuracy, counts.candidate_accuracy) == (
-        pytest.approx(3 / 6),
-        pytest.approx(4 / 6),
-    )
+    assert (counts.baseline_accuracy, counts.candidate_accuracy) == (pytest.approx(3 / 6), pytest.approx(4 / 6))
 
 
 def test_mcnemar_by_hand() -> None:
@@ -57,9 +54,7 @@ def test_mcnemar_by_hand() -> None:
 def test_the_exact_test_equals_scipys_binomial_test(successes: int, trials: int) -> None:
     stats = pytest.importorskip("scipy.stats")
 
-    assert binomial_two_sided(successes, trials) == pytest.approx(
-        stats.binomtest(successes, trials).pvalue, rel=1e-9
-    )
+    assert binomial_two_sided(successes, trials) == pytest.approx(stats.binomtest(successes, trials).pvalue, rel=1e-9)
 
 
 def test_the_interval_by_hand() -> None:
@@ -113,10 +108,7 @@ def test_the_accuracy_interval_equals_scipys(right: int, n: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     expected = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
 
-    assert wilson_interval(right, n) == (
-        pytest.approx(expected.low, abs=1e-9),
-        pytest.approx(expected.high, abs=1e-9),
-    )
+    assert wilson_interval(right, n) == (pytest.approx(expected.low, abs=1e-9), pytest.approx(expected.high, abs=1e-9))
 
 
 def test_holm_by_hand() -> None:
@@ -136,10 +128,7 @@ def test_bootstrap_of_a_ratio_agrees_with_the_normal_interval() -> None:
     residuals = [b - a - change * size for a, b, size in zip(base, other, sizes, strict=True)]
     half = 1.96 * math.sqrt(sum(r * r for r in residuals)) / sum(sizes)
     assert change == pytest.approx(sum(other) / sum(sizes) - 1)
-    assert (low, high) == (
-        pytest.approx(change - half, abs=half / 5),
-        pytest.approx(change + half, abs=half / 5),
-    )
+    assert (low, high) == (pytest.approx(change - half, abs=half / 5), pytest.approx(change + half, abs=half / 5))
     assert bootstrap_ratio_difference(base, other, sizes) == (change, low, high)  # seeded
 
 
@@ -153,9 +142,7 @@ def test_other_values_than_right_and_wrong_are_refused() -> None:
 # --- run folders --------------------------------------------------------------------------------------------
 
 
-def make_run(
-    root: Path, name: str, correct: dict[str, list[int]], *, rates: list[float] = (), **changes
-) -> RunFolder:
+def make_run(root: Path, name: str, correct: dict[str, list[int]], *, rates: list[float] = (), **changes) -> RunFolder:
     """A run folder with documents (set -> right or wrong) and one sweep point, one row per rate."""
     experiment = build_experiment({"experiment": "e", "run": name, "output_root": str(root), **changes})
     with RunFolder.open(experiment, "05_evaluate") as folder:
@@ -329,10 +316,7 @@ def test_the_table_has_intervals_on_both_axes(tmp_path: Path) -> None:
     table = accuracy_throughput(runs).set_index("run")
 
     assert table.loc["e/a", "output_tokens_per_s"] == pytest.approx(105.0)
-    assert table.loc["e/a", ["output_tokens_per_s_low", "output_tokens_per_s_high"]].tolist() == [
-        100.0,
-        110.0,
-    ]
+    assert table.loc["e/a", ["output_tokens_per_s_low", "output_tokens_per_s_high"]].tolist() == [100.0, 110.0]
     assert table.loc["e/a", "rate_interval"] == "range of 3 repeats"
     assert table.loc["e/a", "accuracy_percent"] == pytest.approx(100 * 60 / 90)
     assert table.loc["e/b", "accuracy_percent"] == pytest.approx(100 * 57 / 90)
@@ -401,9 +385,7 @@ def test_the_verdict_takes_the_fastest_run_within_the_margin(tmp_path: Path) -> 
     assert (found.best, found.baseline) == ("e/good", "e/base")
     assert table.loc["e/good", "speedup"] == pytest.approx(149.5 / 100.5)
     assert table["qualifies"].to_dict() == {"e/bad": False, "e/base": True, "e/good": True, "e/slow": True}
-    assert found.text.startswith(
-        "Use e/good: 149.5 output tokens/s, 1.49 times e/base; no loss above 1 points"
-    )
+    assert found.text.startswith("Use e/good: 149.5 output tokens/s, 1.49 times e/base; no loss above 1 points")
     assert "e/bad is 2.99 times as fast as the baseline but does not qualify: less accurate" in found.text
     assert found.cautions == []
 
@@ -422,9 +404,7 @@ def test_too_few_documents_keep_the_baseline_and_say_what_is_missing(tmp_path: P
 
 def test_one_set_that_collapses_disqualifies_although_the_mean_holds(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", {"mmlu": answers(20000), "ceval": answers(100)}, rates=[100.0])
-    other = make_run(
-        tmp_path, "other", {"mmlu": answers(20000), "ceval": answers(100, wrong=40)}, rates=[150.0]
-    )
+    other = make_run(tmp_path, "other", {"mmlu": answers(20000), "ceval": answers(100, wrong=40)}, rates=[150.0])
 
     found = verdict([base, other], baseline=base)
 
@@ -487,9 +467,7 @@ def test_runs_are_found_by_name_experiment_or_path(tmp_path: Path) -> None:
     values = {"experiment": "e", "output_root": str(tmp_path)}
 
     every = load_runs(build_experiment(values))
-    some = load_runs(
-        build_experiment({**values, "compare_runs": ["second", "e/first", str(tmp_path / "e/first")]})
-    )
+    some = load_runs(build_experiment({**values, "compare_runs": ["second", "e/first", str(tmp_path / "e/first")]}))
 
     assert [run_name(folder) for folder in every] == ["e/first", "e/second"]
     assert [run_name(folder) for folder in some] == ["e/second", "e/first", "e/first"]

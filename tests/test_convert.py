@@ -111,13 +111,7 @@ def test_result_has_tokenizer_settings_and_a_manifest_that_verifies(tiny_qwen3_d
     result = convert(source, tmp_path / "result")
 
     names = {path.name for path in result.folder.iterdir()}
-    assert {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "config.json",
-        MANIFEST_NAME,
-    } <= names
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", MANIFEST_NAME} <= names
     assert "modeling_custom.py" not in names
     config = json.loads((result.folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["model_type"] == "qwen3"
@@ -144,9 +138,7 @@ def test_tokenizer_path_replaces_the_tokenizer_files_only(tiny_qwen3_dir: Path, 
 def test_progress_counts_bytes_up_to_the_total(tiny_qwen3_dir: Path, tmp_path: Path):
     calls: list[tuple[int, int]] = []
 
-    convert(
-        tiny_qwen3_dir, tmp_path / "result", on_progress=lambda done, total, _: calls.append((done, total))
-    )
+    convert(tiny_qwen3_dir, tmp_path / "result", on_progress=lambda done, total, _: calls.append((done, total)))
 
     done = [call[0] for call in calls]
     assert done == sorted(done) and done[-1] == calls[0][1] == calls[-1][1] > 0
@@ -157,9 +149,7 @@ def test_progress_counts_bytes_up_to_the_total(tiny_qwen3_dir: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-def test_int8_result_is_within_half_a_step_and_keeps_the_rest(
-    tiny_model_dir: Path, tmp_path: Path, scheme: str
-):
+def test_int8_result_is_within_half_a_step_and_keeps_the_rest(tiny_model_dir: Path, tmp_path: Path, scheme: str):
     source = read_all(tiny_model_dir)
 
     folder = convert(tiny_model_dir, tmp_path / scheme, quantize=scheme).folder
@@ -176,27 +166,19 @@ def test_int8_result_is_within_half_a_step_and_keeps_the_rest(
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-def test_transformers_loads_the_int8_result_and_computes_the_same(
-    tiny_model_dir: Path, tmp_path: Path, scheme: str
-):
+def test_transformers_loads_the_int8_result_and_computes_the_same(tiny_model_dir: Path, tmp_path: Path, scheme: str):
     pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
     from transformers import AutoModelForCausalLM
 
     folder = convert(
-        tiny_model_dir,
-        tmp_path / scheme,
-        precision="fp32",
-        quantize=scheme,
-        quantize_keep=["lm_head", "down_proj"],
+        tiny_model_dir, tmp_path / scheme, precision="fp32", quantize=scheme, quantize_keep=["lm_head", "down_proj"]
     ).folder
 
     checkpoint = open_checkpoint(folder)
     ours = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     for linear, kind in checkpoint.quantization.schemes.items():
         assert kind == scheme and not linear.endswith("down_proj")
-        weight = dequantize_weight(
-            checkpoint.read(f"{linear}.weight"), checkpoint.read(f"{linear}.weight_scale")
-        )
+        weight = dequantize_weight(checkpoint.read(f"{linear}.weight"), checkpoint.read(f"{linear}.weight_scale"))
         ours.get_submodule(linear).weight.data = weight
         if scheme == "w8a8":
             ours.get_submodule(linear).register_forward_pre_hook(_round_inputs)
@@ -204,9 +186,7 @@ def test_transformers_loads_the_int8_result_and_computes_the_same(
     ids = torch.arange(40)[None]
     with torch.no_grad():
         expected, found = ours(ids).logits, theirs(ids).logits
-    assert torch.allclose(
-        found, expected, atol=1e-3 * expected.abs().max().item()
-    )  # ties in activation rounding
+    assert torch.allclose(found, expected, atol=1e-3 * expected.abs().max().item())  # ties in activation rounding
 
 
 def _round_inputs(_, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -227,9 +207,7 @@ def test_int8_result_converts_back_to_float_and_again_to_the_same_codes(tiny_qwe
         read_all(first)["model.layers.0.mlp.up_proj.weight"],
         read_all(first)["model.layers.0.mlp.up_proj.weight_scale"],
     )
-    assert torch.equal(
-        read_all(floating)["model.layers.0.mlp.up_proj.weight"], dequantize_weight(codes, scale)
-    )
+    assert torch.equal(read_all(floating)["model.layers.0.mlp.up_proj.weight"], dequantize_weight(codes, scale))
     assert "quantization_config" not in json.loads((floating / "config.json").read_text())
 
 
@@ -257,9 +235,7 @@ def test_odd_shapes_stay_aligned_for_readers_that_view_bytes_in_place(tmp_path: 
     ("keep", "complaint"),
     [(["dwon_proj"], "did you mean 'down_proj'"), (["q_proj"], "keeps only part of model.layers.0.qkv")],
 )
-def test_impossible_keep_list_is_refused(
-    tiny_qwen3_dir: Path, tmp_path: Path, keep: list[str], complaint: str
-):
+def test_impossible_keep_list_is_refused(tiny_qwen3_dir: Path, tmp_path: Path, keep: list[str], complaint: str):
     with pytest.raises(ValueError, match=complaint):
         convert(tiny_qwen3_dir, tmp_path / "result", quantize="w8a8", quantize_keep=keep)
 
@@ -270,11 +246,9 @@ def test_keep_list_takes_full_names_parts_and_expressions(tiny_qwen3_dir: Path, 
     folder = convert(tiny_qwen3_dir, tmp_path / "result", quantize="w8a8", quantize_keep=keep).folder
 
     left = set(open_checkpoint(folder).quantization.schemes)
-    assert left == {
-        "model.layers.0.mlp.gate_proj",
-        "model.layers.0.mlp.up_proj",
-        "model.layers.1.self_attn.o_proj",
-    } | {f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qkv"}
+    assert left == {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"} | {
+        f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qkv"
+    }
     ignored = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
     assert "model.layers.1.mlp.gate_proj" in ignored and "lm_head" in ignored
 
@@ -325,18 +299,14 @@ def test_overwrite_replaces_our_own_result_and_nothing_else(tiny_qwen3_dir: Path
 
     result = convert(tiny_qwen3_dir, tmp_path / "result", precision="fp16", if_exists="overwrite")
 
-    assert (
-        result.manifest["settings"]["precision"] == "fp16" and verify(result.folder, full=True).status == "ok"
-    )
+    assert result.manifest["settings"]["precision"] == "fp16" and verify(result.folder, full=True).status == "ok"
     with pytest.raises(CheckpointError, match="not made by convert"):
         convert(tiny_qwen3_dir, foreign, if_exists="overwrite")
     assert (foreign / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("if_exists", ["refuse", "reuse", "overwrite"])
-def test_destination_that_is_the_source_is_always_refused(
-    tiny_qwen3_dir: Path, tmp_path: Path, if_exists: str
-):
+def test_destination_that_is_the_source_is_always_refused(tiny_qwen3_dir: Path, tmp_path: Path, if_exists: str):
     source = shutil.copytree(tiny_qwen3_dir, tmp_path / "source")
     (tmp_path / "link").symlink_to(source)
     before = read_all(source)
@@ -370,9 +340,7 @@ def test_missing_source_is_named(tmp_path: Path):
         convert(tmp_path / "nothing", tmp_path / "result")
 
 
-def test_refusal_before_publishing_keeps_the_destination_absent_and_the_shards(
-    tiny_qwen3_dir: Path, tmp_path: Path
-):
+def test_refusal_before_publishing_keeps_the_destination_absent_and_the_shards(tiny_qwen3_dir: Path, tmp_path: Path):
     def refuse(folder: Path) -> None:
         assert verify(folder, full=True).status == "ok"
         raise RuntimeError("parity is red")

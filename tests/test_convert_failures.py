@@ -73,9 +73,7 @@ KILL_LOOP = """
 """
 
 
-def test_destination_is_absent_or_complete_whenever_the_process_is_killed(
-    tiny_qwen3_dir: Path, tmp_path: Path
-):
+def test_destination_is_absent_or_complete_whenever_the_process_is_killed(tiny_qwen3_dir: Path, tmp_path: Path):
     done = run_script(KILL_LOOP, tiny_qwen3_dir, tmp_path / "result")
 
     assert "True" in done.stdout  # at least one child was killed before it had finished
@@ -102,9 +100,7 @@ def killed(tiny_qwen3_dir: Path, tmp_path: Path) -> Path:
     return tmp_path / "result"
 
 
-def test_rerun_after_a_kill_keeps_the_finished_shard_and_ends_equal(
-    tiny_qwen3_dir: Path, tmp_path: Path, killed: Path
-):
+def test_rerun_after_a_kill_keeps_the_finished_shard_and_ends_equal(tiny_qwen3_dir: Path, tmp_path: Path, killed: Path):
     finished = next(partial(killed).glob("model-00001-of-*.safetensors"))
     stamp = finished.stat().st_mtime_ns
 
@@ -135,9 +131,7 @@ def test_leftovers_of_another_conversion_are_not_mixed_in(
 ):
     source = copy_of(tiny_qwen3_dir, tmp_path / "source") if change == "source" else tiny_qwen3_dir
 
-    result = convert(
-        source, killed, max_shard_bytes=SHARD_BYTES, precision="fp16" if change == "settings" else "bf16"
-    )
+    result = convert(source, killed, max_shard_bytes=SHARD_BYTES, precision="fp16" if change == "settings" else "bf16")
 
     assert result.resumed_shards == () and verify(killed, full=True).status == "ok"
 
@@ -152,9 +146,7 @@ def test_kill_between_the_two_renames_of_an_overwrite_is_healed(tiny_qwen3_dir: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result"]
 
 
-def test_second_conversion_to_the_same_place_is_refused_while_the_first_runs(
-    tiny_qwen3_dir: Path, tmp_path: Path
-):
+def test_second_conversion_to_the_same_place_is_refused_while_the_first_runs(tiny_qwen3_dir: Path, tmp_path: Path):
     complaints = []
 
     def meanwhile(*_: object) -> None:
@@ -187,11 +179,7 @@ def test_file_size_limit_ends_in_an_error_that_names_the_file(tiny_qwen3_dir: Pa
         tmp_path / "result",
     )
 
-    assert (
-        "cannot write" in done.stdout
-        and "model.safetensors" in done.stdout
-        and "File too large" in done.stdout
-    )
+    assert "cannot write" in done.stdout and "model.safetensors" in done.stdout and "File too large" in done.stdout
     assert not (tmp_path / "result").exists()
     assert not list(partial(tmp_path / "result").glob("*.safetensors*"))
 
@@ -201,9 +189,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of one megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
@@ -255,9 +241,7 @@ def test_nan_and_infinity_are_named_with_tensor_file_and_row(
     source, name = copy_of(tiny_qwen3_dir, tmp_path / "source"), "model.layers.1.mlp.up_proj.weight"
     change_weights(source, lambda weights: weights[name].__setitem__((17, 3), value))
 
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors: tensor model\.layers\.1\.mlp\.up_proj.*row 17"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor model\.layers\.1\.mlp\.up_proj.*row 17"):
         convert(source, tmp_path / "result", quantize=quantize)
     assert not (tmp_path / "result").exists()
 
@@ -266,9 +250,7 @@ def test_value_beyond_fp16_is_named_with_the_way_out(tiny_qwen3_dir: Path, tmp_p
     source = copy_of(tiny_qwen3_dir, tmp_path / "source")
     change_weights(source, lambda weights: weights["model.norm.weight"].__setitem__(0, 1e5))
 
-    with pytest.raises(
-        CheckpointError, match=r"model\.norm\.weight reaches 1e\+05.*choose precision bf16 or fp32"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight reaches 1e\+05.*choose precision bf16 or fp32"):
         convert(source, tmp_path / "result", precision="fp16")
     assert convert(source, tmp_path / "result", precision="bf16").bytes_written
 
@@ -284,21 +266,15 @@ def test_missing_tensor_is_named_with_the_closest_one(tiny_qwen3_dir: Path, tmp_
     source, name = copy_of(tiny_qwen3_dir, tmp_path / "source"), "model.layers.1.self_attn.k_norm.weight"
     change_weights(source, lambda weights: weights.pop(name))
 
-    with pytest.raises(
-        CheckpointError, match=r"tensor model\.layers\.1\.self_attn\.k_norm\.weight is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.self_attn\.k_norm\.weight is missing"):
         convert(source, tmp_path / "result")
 
 
 def test_extra_tensor_is_named(tiny_qwen3_dir: Path, tmp_path: Path):
     source = copy_of(tiny_qwen3_dir, tmp_path / "source")
-    change_weights(
-        source, lambda weights: weights.update({"model.layers.2.mlp.up_proj.weight": torch.ones(128, 64)})
-    )
+    change_weights(source, lambda weights: weights.update({"model.layers.2.mlp.up_proj.weight": torch.ones(128, 64)}))
 
-    with pytest.raises(
-        CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight does not belong.*2 layers"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight does not belong.*2 layers"):
         convert(source, tmp_path / "result")
 
 

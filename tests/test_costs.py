@@ -124,9 +124,7 @@ def test_throughput_ceiling_is_above_what_any_step_by_step_schedule_reaches():
     assert 4 * 8 / (4 * prefill + decode) < bound
 
 
-@pytest.mark.parametrize(
-    ("precision", "quantize", "word"), [("int4", "none", "bf16"), ("bf16", "auto", "w8a16")]
-)
+@pytest.mark.parametrize(("precision", "quantize", "word"), [("int4", "none", "bf16"), ("bf16", "auto", "w8a16")])
 def test_unknown_precision_or_scheme_is_refused_with_what_is_allowed(precision, quantize, word):
     with pytest.raises(ValueError, match=word):
         costs.weight_bytes(TINY, precision, quantize)

@@ -203,12 +203,7 @@ def test_a3_server_wants_the_kernels_of_its_own_chip():
         ({"torch": "2.13.0", "torch_npu": "2.13.0"}, "9.2.0", "torch_npu and CANN", "warn"),  # expected
         ({"torch": "2.13.0", "torch_npu": "2.13.0"}, "9.0.0", "torch_npu and CANN", "fail"),
         ({"torch": "2.8.0", "torch_npu": "2.8.0"}, "8.3.RC1", "torch_npu and CANN", "ok"),
-        (
-            {"torch": "2.4.0", "torch_npu": "2.4.0"},
-            "8.1.RC1",
-            "torch_npu and CANN",
-            "warn",
-        ),  # not in the table
+        ({"torch": "2.4.0", "torch_npu": "2.4.0"}, "8.1.RC1", "torch_npu and CANN", "warn"),  # not in the table
     ],
 )
 def test_version_triple(packages, cann, check, status):
@@ -254,9 +249,7 @@ def test_python_without_a_wheel_of_torch_npu_213_fails():
 
 
 def test_device_is_left_alone_when_asked():
-    findings = run_checks(
-        ascend_server(commands={"python -m ascend_kit.device.doctor.probe": None}), use_device=False
-    )
+    findings = run_checks(ascend_server(commands={"python -m ascend_kit.device.doctor.probe": None}), use_device=False)
 
     assert find(findings, "Import", "all").status == "n/a"
     assert trouble(findings) == []
@@ -284,9 +277,7 @@ def test_crash_with_a_known_code_is_explained():
 def test_wrong_numbers_on_the_device_fail_the_machine():
     wrong = stage_output(OpCheck("smoke", "paged_attention", "bf16", "fail", 0.7, 0.016))
 
-    found = find(
-        run_checks(ascend_server(commands={STAGE + "smoke": wrong})), "First operators", "paged_attention"
-    )
+    found = find(run_checks(ascend_server(commands={STAGE + "smoke": wrong})), "First operators", "paged_attention")
 
     assert found.status == "fail" and "error 7.0e-01" in found.evidence
 
@@ -325,9 +316,7 @@ def test_self_test_runs_every_stage_and_reports_a_dead_one():
 def test_self_test_without_a_working_import_ends_at_once():
     host = ascend_server(
         commands={
-            "python -m ascend_kit.device.doctor.probe": CommandResult(
-                1, stderr="undefined symbol: GroupTopkParam"
-            )
+            "python -m ascend_kit.device.doctor.probe": CommandResult(1, stderr="undefined symbol: GroupTopkParam")
         }
     )
 
@@ -399,9 +388,7 @@ def test_command_says_which_log_cannot_be_read(capsys, tmp_path):
 def test_importing_the_doctor_does_not_import_torch():
     code = "import sys, ascend_kit.device.doctor; print('torch' in sys.modules)"
 
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
 # --------------------------------------------------------------------------------------------- the real host

@@ -61,10 +61,7 @@ def test_patterns_compile_and_match_no_empty_text():
 def test_wrapper_comes_after_the_cause_whatever_the_order_in_the_log():
     log = "ERR02200 DIST call hccl api failed.\nsome lines\nEI0006: Getting socket times out.\n"
 
-    assert [item.key for item in explain(log)] == [
-        "connection timeout (EI0006)",
-        "distributed wrapper (ERR02200)",
-    ]
+    assert [item.key for item in explain(log)] == ["connection timeout (EI0006)", "distributed wrapper (ERR02200)"]
 
 
 def test_earliest_cause_comes_first_with_its_line():
@@ -77,9 +74,7 @@ def test_earliest_cause_comes_first_with_its_line():
     assert first.matched == "rank 3: NPU out of memory. Tried to allocate"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "all went well", "error code is 12070081", "processed 561002345 tokens"]
-)
+@pytest.mark.parametrize("text", ["", "all went well", "error code is 12070081", "processed 561002345 tokens"])
 def test_text_without_a_known_error_gives_nothing(text):
     assert explain(text) == []
     assert "No known error" in render_explanations(explain(text))

@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 from doctor_hosts import sample
 
-from ascend_kit.device.doctor.npu_smi import (
-    Chip,
-    SmiProcess,
-    parse_info,
-    parse_key_values,
-    parse_topo,
-    parse_usages,
-)
+from ascend_kit.device.doctor.npu_smi import Chip, SmiProcess, parse_info, parse_key_values, parse_topo, parse_usages
 
 
 def test_table_of_a_910b_machine_gives_every_card_with_its_memory():
@@ -68,11 +61,7 @@ def test_wider_table_with_a_container_pid_column_is_read():
 
 
 def test_card_without_numbers_gives_none_and_not_zero():
-    text = (
-        sample("info_910b")
-        .replace("93.4        41 ", "NA          -  ")
-        .replace("3384 / 65536", "-    / -    ")
-    )
+    text = sample("info_910b").replace("93.4        41 ", "NA          -  ").replace("3384 / 65536", "-    / -    ")
 
     chip = parse_info(text).chips[3]
 
@@ -106,9 +95,7 @@ def test_usages_are_read_by_key_for_one_chip_and_for_two():
 
 
 def test_edge_chip_that_prints_memory_instead_of_hbm_is_understood():
-    (chip,) = parse_usages(
-        "NPU ID : 0\nMemory Capacity(MB) : 44280\nMemory Usage Rate(%) : 3\nnonsense line\n"
-    )
+    (chip,) = parse_usages("NPU ID : 0\nMemory Capacity(MB) : 44280\nMemory Usage Rate(%) : 3\nnonsense line\n")
 
     assert (chip["hbm_capacity_mb"], chip["hbm_usage_percent"], chip["aicore_percent"]) == (44280, 3, None)
 

@@ -89,20 +89,12 @@ def test_attention_mistakes_of_a_kernel_fail(mistake, dtype):
         if mistake == "scale forgotten":
             scale = 1.0
         elif mistake == "mask missing":  # every new token sees the keys after it
-            rows = [
-                end - start for start, end in zip([0, *meta.cu_seqlens_q], meta.cu_seqlens_q, strict=False)
-            ]
+            rows = [end - start for start, end in zip([0, *meta.cu_seqlens_q], meta.cu_seqlens_q, strict=False)]
             lens = [n for n, count in zip(meta.context_lens, rows, strict=True) for _ in range(count)]
             table = meta.block_table.repeat_interleave(torch.tensor(rows), 0)
-            meta = replace(
-                meta, context_lens=lens, block_table=table, cu_seqlens_q=list(range(1, len(lens) + 1))
-            )
+            meta = replace(meta, context_lens=lens, block_table=table, cu_seqlens_q=list(range(1, len(lens) + 1)))
         elif mistake == "cumulative lengths":
-            sums = (
-                torch.tensor(meta.context_lens)
-                .cumsum(0)
-                .clamp(max=meta.block_table.shape[1] * meta.block_size)
-            )
+            sums = torch.tensor(meta.context_lens).cumsum(0).clamp(max=meta.block_table.shape[1] * meta.block_size)
             meta = replace(meta, context_lens=sums.tolist())
         elif mistake == "one key too few":
             meta = replace(meta, context_lens=[max(1, length - 1) for length in meta.context_lens])
@@ -135,11 +127,7 @@ def _one_scale_for_all(x):
         ("_check_gather", "gather_rows", lambda table, ids: table[ids.clamp(max=998)]),
         ("_check_int8", "int8_weight_matmul", lambda x, w, s, b: reference.linear(x, w.to(x.dtype), b)),
         ("_check_int8", "quantize_per_token", _one_scale_for_all),
-        (
-            "_check_int8",
-            "int8_matmul",
-            lambda q, a, w, s, b, out: reference.int8_matmul(q, a, w, s, None, out),
-        ),
+        ("_check_int8", "int8_matmul", lambda q, a, w, s, b, out: reference.int8_matmul(q, a, w, s, None, out)),
     ],
     ids=[
         "norm without rms",

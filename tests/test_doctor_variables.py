@@ -9,11 +9,7 @@ from ascend_kit.device.doctor import Finding
 from ascend_kit.device.doctor.host import CommandResult
 from ascend_kit.device.doctor.machine import check_machine, check_tuning, check_workbench
 from ascend_kit.device.doctor.network import check_network
-from ascend_kit.device.doctor.variables import (
-    check_variables,
-    effective_exec_timeout_s,
-    visible_devices,
-)
+from ascend_kit.device.doctor.variables import check_variables, effective_exec_timeout_s, visible_devices
 
 
 def by_check(findings: list[Finding]) -> dict[str, Finding]:
@@ -108,9 +104,7 @@ def test_aiv_with_deterministic_mode_is_said_to_be_ignored():
     assert found.status == "warn" and "ignored" in found.remedy
 
 
-@pytest.mark.parametrize(
-    ("value", "status"), [("200", "ok"), ("2048", "warn"), ("0", "fail"), ("200MB", "fail")]
-)
+@pytest.mark.parametrize(("value", "status"), [("200", "ok"), ("2048", "warn"), ("0", "fail"), ("200MB", "fail")])
 def test_collective_buffer_counts_twice(value, status):
     found = variables(HCCL_BUFFSIZE=value)["collective buffer"]
 
@@ -173,11 +167,7 @@ def test_swapping_of_a_laptop_is_not_its_business():
 
 def test_container_limits_count_as_the_machine():
     host = laptop(
-        files={
-            **laptop().files,
-            "/sys/fs/cgroup/cpu.max": "150000 100000\n",
-            "/sys/fs/cgroup/memory.max": str(2**30),
-        }
+        files={**laptop().files, "/sys/fs/cgroup/cpu.max": "150000 100000\n", "/sys/fs/cgroup/memory.max": str(2**30)}
     )
 
     found = by_check(check_machine(host, []).findings)
@@ -232,12 +222,9 @@ NETWORK_ENV = {
 
 
 def cluster(cards: int = 2, outputs: dict[tuple[int, str], str] | None = None, **env):
-    answers = {(card, option): text for card in range(cards) for option, text in HEALTHY.items()} | (
-        outputs or {}
-    )
+    answers = {(card, option): text for card in range(cards) for option, text in HEALTHY.items()} | (outputs or {})
     commands = {
-        f"/usr/bin/hccn_tool -i {card} {option}": CommandResult(0, text)
-        for (card, option), text in answers.items()
+        f"/usr/bin/hccn_tool -i {card} {option}": CommandResult(0, text) for (card, option), text in answers.items()
     }
     commands |= {"hccn_tool": CommandResult(0), "ip -o -4 addr": CommandResult(0, ADDRESSES)}
     files = {
@@ -310,9 +297,7 @@ def test_port_range_that_others_may_take_is_a_warning():
 
 
 def test_default_connect_timeout_is_a_warning_between_machines():
-    assert (
-        by_check(check_network(cluster(HCCL_CONNECT_TIMEOUT=None), [0]))["connect timeout"].status == "warn"
-    )
+    assert by_check(check_network(cluster(HCCL_CONNECT_TIMEOUT=None), [0]))["connect timeout"].status == "warn"
 
 
 def test_container_without_hccn_files_says_what_to_mount():
@@ -326,6 +311,4 @@ def test_container_without_hccn_files_says_what_to_mount():
 def test_a3_cards_are_pinged_over_hccs():
     host = cluster(outputs={(0, "-hccs_ping -g address 198.51.100.9"): "This pkt ping success"})
 
-    assert (
-        by_check(check_network(host, [0], ["198.51.100.9"], is_a3=True))["ping 198.51.100.9"].status == "ok"
-    )
+    assert by_check(check_network(host, [0], ["198.51.100.9"], is_a3=True))["ping 198.51.100.9"].status == "ok"

@@ -16,8 +16,7 @@ SWITCHES = [(False, False, False), (False, True, True), (True, True, True)]
 
 
 def make_engine(folder, device="cpu", **changes):
-    settings = dict(precision="fp32", device=device, max_seq_length=512, batch_size=8, block_size=16,
-                    kv_cache_gib=0.05)
+    settings = dict(precision="fp32", device=device, max_seq_length=512, batch_size=8, block_size=16, kv_cache_gib=0.05)
     return AscendInferEngine(folder, **{**settings, **changes})
 
 
@@ -35,18 +34,25 @@ def hf(tiny_model_dir):
 
 def hf_greedy(model, prompt, new=NEW):
     with torch.inference_mode():
-        ids = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                             max_new_tokens=new, do_sample=False, pad_token_id=257)
-    return ids[0, len(prompt):].tolist()
+        ids = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=257,
+        )
+    return ids[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("graph_mode,operator_fusion,memory_optimize", SWITCHES)
-def test_greedy_tokens_equal_transformers_for_mixed_lengths(tiny_model_dir, hf, graph_mode, operator_fusion,
-                                                            memory_optimize, device):
+def test_greedy_tokens_equal_transformers_for_mixed_lengths(
+    tiny_model_dir, hf, graph_mode, operator_fusion, memory_optimize, device
+):
     prompts = prompts_of([1, 7, 40, 100, 16, 33])
 
-    with make_engine(tiny_model_dir, device, graph_mode=graph_mode, operator_fusion=operator_fusion,
-                     memory_optimize=memory_optimize) as engine:
+    with make_engine(
+        tiny_model_dir, device, graph_mode=graph_mode, operator_fusion=operator_fusion, memory_optimize=memory_optimize
+    ) as engine:
         outputs = engine.generate(prompts, SamplingParams(max_new_tokens=NEW))
 
     assert [o.token_ids for o in outputs] == [hf_greedy(hf, p) for p in prompts]
@@ -126,7 +132,7 @@ def test_scores_equal_transformers(tiny_model_dir, hf, device):
     for (context, continuation), score in zip(pairs, scores, strict=True):
         with torch.inference_mode():
             logits = hf(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
-        rows = logits[len(context) - 1:-1]
+        rows = logits[len(context) - 1 : -1]
         expected = rows.gather(-1, torch.tensor(continuation).unsqueeze(-1)).sum().item()
         assert score.logprob == pytest.approx(expected, abs=1e-4)
         assert score.is_greedy == (rows.argmax(-1).tolist() == continuation)
@@ -161,8 +167,10 @@ def test_logprobs_are_those_of_the_chosen_tokens(tiny_qwen3_dir):
         score = engine.score([(prompt, output.token_ids)])[0]
 
     assert sum(item.logprob for item in output.logprobs) == pytest.approx(score.logprob, abs=1e-4)
-    assert all(len(item.top) == 3 and item.top[0][0] == token
-               for item, token in zip(output.logprobs, output.token_ids, strict=True))
+    assert all(
+        len(item.top) == 3 and item.top[0][0] == token
+        for item, token in zip(output.logprobs, output.token_ids, strict=True)
+    )
 
 
 def test_a_stop_string_cuts_the_text_and_ends_the_request(tiny_qwen3_dir):
@@ -173,7 +181,7 @@ def test_a_stop_string_cuts_the_text_and_ends_the_request(tiny_qwen3_dir):
         cut = engine.generate([prompt], SamplingParams(max_new_tokens=20, ignore_eos=True, stop=(letter,)))[0]
 
     assert cut.finish_reason == "stop"
-    assert cut.text == free.text[:free.text.index(letter)]
+    assert cut.text == free.text[: free.text.index(letter)]
 
 
 def test_stop_token_ids_and_min_new_tokens_are_honoured(tiny_qwen3_dir):
@@ -181,8 +189,9 @@ def test_stop_token_ids_and_min_new_tokens_are_honoured(tiny_qwen3_dir):
     with make_engine(tiny_qwen3_dir) as engine:
         free = engine.generate([prompt], SamplingParams(max_new_tokens=8, ignore_eos=True))[0].token_ids
         stopped = engine.generate([prompt], SamplingParams(max_new_tokens=8, stop_token_ids=(free[0],)))[0]
-        longer = engine.generate([prompt], SamplingParams(max_new_tokens=8, stop_token_ids=(free[0],),
-                                                          min_new_tokens=4))[0]
+        longer = engine.generate(
+            [prompt], SamplingParams(max_new_tokens=8, stop_token_ids=(free[0],), min_new_tokens=4)
+        )[0]
 
     assert stopped.token_ids == free[:1] and stopped.finish_reason == "stop"
     assert len(longer.token_ids) >= 4 and free[0] not in longer.token_ids[:4]
@@ -222,8 +231,8 @@ def test_infer_takes_padded_arrays_and_returns_only_new_tokens(tiny_qwen3_dir, s
         outputs = engine.generate(prompts, SamplingParams(max_new_tokens=6))
 
     for row, output in zip(result, outputs, strict=True):
-        assert row[:len(output.token_ids)].tolist() == output.token_ids
-        assert (row[len(output.token_ids):] == 257).all()
+        assert row[: len(output.token_ids)].tolist() == output.token_ids
+        assert (row[len(output.token_ids) :] == 257).all()
 
 
 def test_bad_requests_end_with_their_reason_and_the_others_go_on(tiny_qwen3_dir):
@@ -262,8 +271,9 @@ def test_a_stop_string_is_only_looked_for_after_min_new_tokens(tiny_qwen3_dir):
     with make_engine(tiny_qwen3_dir) as engine:
         free = engine.generate([prompt], SamplingParams(max_new_tokens=12, ignore_eos=True))[0]
         letter = next(c for c in free.text[:3] if c != "\ufffd")
-        late = engine.generate([prompt], SamplingParams(max_new_tokens=12, ignore_eos=True, stop=(letter,),
-                                                        min_new_tokens=12))[0]
+        late = engine.generate(
+            [prompt], SamplingParams(max_new_tokens=12, ignore_eos=True, stop=(letter,), min_new_tokens=12)
+        )[0]
 
     assert len(late.token_ids) == 12
 
@@ -281,9 +291,14 @@ def test_half_a_character_is_never_shown(tiny_qwen3_dir):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-@pytest.mark.parametrize("changes,word", [
-    ({"precision": "int3"}, "precision"), ({"max_seq_length": 5000}, "max_position_embeddings"),
-    ({"kv_cache_gib": 1e-9}, "kv_cache_gib")])
+@pytest.mark.parametrize(
+    "changes,word",
+    [
+        ({"precision": "int3"}, "precision"),
+        ({"max_seq_length": 5000}, "max_position_embeddings"),
+        ({"kv_cache_gib": 1e-9}, "kv_cache_gib"),
+    ],
+)
 def test_impossible_settings_are_refused_by_name(tiny_qwen3_dir, changes, word):
     with pytest.raises(ValueError, match=word):
         make_engine(tiny_qwen3_dir, **changes).load_model()

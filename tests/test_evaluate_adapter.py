@@ -64,9 +64,7 @@ def adapter(engine, **options):
 
 def assert_same_scores(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]) -> None:
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    assert [logprob for logprob, _ in ours] == pytest.approx(
-        [logprob for logprob, _ in theirs], abs=TOLERANCE
-    )
+    assert [logprob for logprob, _ in ours] == pytest.approx([logprob for logprob, _ in theirs], abs=TOLERANCE)
 
 
 def test_log_probabilities_equal_hflm(engine, hflm) -> None:
@@ -127,9 +125,7 @@ def test_an_empty_context_becomes_the_prefix_token(engine) -> None:
 
 
 @pytest.mark.parametrize("max_length", [7, 32, 512])
-def test_rolling_log_probability_equals_hflm_for_one_and_many_windows(
-    engine, hflm, monkeypatch, max_length
-) -> None:
+def test_rolling_log_probability_equals_hflm_for_one_and_many_windows(engine, hflm, monkeypatch, max_length) -> None:
     texts = [("A page about rivers and lamps. " * 3,), ("x",), ("",), ("天地人水火" * 5,)]
     monkeypatch.setattr(hflm, "_max_length", max_length)
     lm = adapter(engine, max_length=max_length, batch_size=2)
@@ -191,9 +187,7 @@ def test_chat_template_is_rendered_as_in_hflm(engine, hflm, add_generation_promp
 def test_partial_results_are_handed_over_as_they_come(engine) -> None:
     lm = adapter(engine, batch_size=2)
     kept: list[tuple] = []
-    lm.set_cache_hook(
-        SimpleNamespace(add_partial=lambda kind, arguments, result: kept.append((kind, arguments)))
-    )
+    lm.set_cache_hook(SimpleNamespace(add_partial=lambda kind, arguments, result: kept.append((kind, arguments))))
     scored = engine.score
     calls = iter([scored, scored])
 

@@ -57,8 +57,7 @@ def test_the_packaged_tasks_are_the_ones_of_the_real_sets() -> None:
     groups = packaged_groups("mmlu/default")
     assert (
         len(groups["mmlu"][0]) == 57
-        and sum(len(groups[f"mmlu_{part}"][0]) for part in ("stem", "other", "social_sciences", "humanities"))
-        == 57
+        and sum(len(groups[f"mmlu_{part}"][0]) for part in ("stem", "other", "social_sciences", "humanities")) == 57
     )
     assert packaged_groups("ceval")["ceval-valid"][1] == ("acc", "acc_norm")
     assert len(packaged_groups("agieval")["agieval"][0]) == 21
@@ -78,8 +77,7 @@ def test_every_set_is_found_with_its_shots_and_metrics(sets: Path) -> None:
         "wikitext",
     }
     assert [
-        tasks[name].num_fewshot
-        for name in ("mmlu_business_ethics", "ceval-valid_law", "agieval_aqua_rat", "wikitext")
+        tasks[name].num_fewshot for name in ("mmlu_business_ethics", "ceval-valid_law", "agieval_aqua_rat", "wikitext")
     ] == [5, 5, 0, 0]
     assert tasks["agieval_gaokao_mathcloze"].output_type == "generate_until"
     assert tasks["ceval-valid_law"].metrics == ("acc", "acc_norm")
@@ -99,9 +97,7 @@ def test_groups_hold_the_tasks_that_are_present(sets: Path) -> None:
     assert groups["mmlu"].tasks == ("mmlu_abstract_algebra", "mmlu_business_ethics")
     assert groups["mmlu_stem"].tasks == ("mmlu_abstract_algebra",) and "mmlu_humanities" not in groups
     assert (len(groups["mmlu"].tasks), groups["mmlu"].num_packaged) == (2, 57)
-    assert set(groups["agieval"].tasks) - set(groups["agieval_multiple_choice"].tasks) == {
-        "agieval_gaokao_mathcloze"
-    }
+    assert set(groups["agieval"].tasks) - set(groups["agieval_multiple_choice"].tasks) == {"agieval_gaokao_mathcloze"}
     assert groups["agieval_multiple_choice"].num_packaged == 19
     assert groups["agieval_cn"].tasks == ("agieval_gaokao_mathcloze", "agieval_jec_qa_kd")
 
@@ -126,9 +122,7 @@ def test_zero_shots_need_no_split_of_shots(sets: Path, tmp_path: Path) -> None:
     loaded = load_tasks(tasks, tmp_path / "yaml", [task.task for task in tasks])
 
     assert len(loaded["tasks"]) == 4
-    with pytest.raises(
-        DataError, match=r"mmlu_abstract_algebra: no dev split in .*abstract_algebra.*found: test"
-    ):
+    with pytest.raises(DataError, match=r"mmlu_abstract_algebra: no dev split in .*abstract_algebra.*found: test"):
         find_tasks(sets, ["mmlu"])
 
 
@@ -244,8 +238,7 @@ def test_shards_of_one_split_are_read_together(tmp_path: Path) -> None:
     rnd = random.Random(3)
     for shard in range(2):
         write_table(
-            tmp_path / "wikitext" / WIKITEXT_CONFIG / f"test-0000{shard}-of-00002.parquet",
-            [{"page": page(rnd)}] * 4,
+            tmp_path / "wikitext" / WIKITEXT_CONFIG / f"test-0000{shard}-of-00002.parquet", [{"page": page(rnd)}] * 4
         )
 
     (task,) = find_tasks(tmp_path, ["wikitext"])
@@ -259,9 +252,7 @@ def test_the_datasets_librarys_own_cache_folder_works(sets: Path, tmp_path: Path
     go_offline()
     source = datasets.load_dataset(
         "parquet",
-        data_files={
-            split: str(sets / "mmlu" / "abstract_algebra" / f"{split}.parquet") for split in ("test", "dev")
-        },
+        data_files={split: str(sets / "mmlu" / "abstract_algebra" / f"{split}.parquet") for split in ("test", "dev")},
         cache_dir=str(tmp_path / "cache"),
     )
     folder = tmp_path / "hf" / "cais___mmlu" / "abstract_algebra" / "0.0.0" / "c30699e8356da336"
@@ -294,25 +285,19 @@ def test_a_missing_set_names_the_path_and_what_lies_there(sets: Path) -> None:
 
 
 def test_a_dataset_path_that_is_no_folder_says_what_it_must_hold(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"nowhere' is not a folder; it must hold mmlu/ \(a copy of cais/mmlu\)"
-    ):
+    with pytest.raises(DataError, match=r"nowhere' is not a folder; it must hold mmlu/ \(a copy of cais/mmlu\)"):
         find_tasks(tmp_path / "nowhere", ["mmlu"])
 
 
 def test_an_empty_set_folder_names_expected_files(tmp_path: Path) -> None:
     (tmp_path / "mmlu").mkdir()
 
-    with pytest.raises(
-        DataError, match=r"expected <subject>/<split>.parquet with subjects such as abstract-algebra"
-    ):
+    with pytest.raises(DataError, match=r"expected <subject>/<split>.parquet with subjects such as abstract-algebra"):
         find_tasks(tmp_path, ["mmlu"])
 
 
 def test_a_missing_column_lists_expected_and_found(sets: Path) -> None:
-    write_table(
-        sets / "ceval" / "law" / "val.parquet", [{"question": "q", "A": "a", "B": "b", "answer": "A"}]
-    )
+    write_table(sets / "ceval" / "law" / "val.parquet", [{"question": "q", "A": "a", "B": "b", "answer": "A"}])
 
     with pytest.raises(DataError) as caught:
         find_tasks(sets, ["ceval"])
@@ -331,9 +316,7 @@ def test_a_column_of_another_kind_is_a_fault(sets: Path) -> None:
 
 
 def test_a_file_that_is_no_parquet_and_an_empty_one_are_faults(sets: Path) -> None:
-    (sets / "mmlu" / "business_ethics" / "test.parquet").write_bytes(
-        b"version https://git-lfs.github.com/spec/v1\n"
-    )
+    (sets / "mmlu" / "business_ethics" / "test.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     empty = pa.table({"page": pa.array([], pa.string())})
     pa.parquet.write_table(empty, sets / "wikitext" / WIKITEXT_CONFIG / "test.parquet")
 
@@ -346,9 +329,7 @@ def test_a_file_that_is_no_parquet_and_an_empty_one_are_faults(sets: Path) -> No
 def test_too_few_shots_name_the_parameter(tmp_path: Path) -> None:
     write_sets(tmp_path, shots=3)
 
-    with pytest.raises(
-        DataError, match=r"5 shots asked, but .*dev.parquet has 3 rows; set eval_fewshot to 3 or less"
-    ):
+    with pytest.raises(DataError, match=r"5 shots asked, but .*dev.parquet has 3 rows; set eval_fewshot to 3 or less"):
         find_tasks(tmp_path, ["mmlu"])
 
 

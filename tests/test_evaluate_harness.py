@@ -73,18 +73,14 @@ def finished(engine, data: Path, tmp_path_factory: pytest.TempPathFactory):
     return SimpleNamespace(result=result, folder=folder, experiment=experiment, progress=progress)
 
 
-def hflm_results(
-    model_dir: Path, data: Path, folder: Path, *, chat: bool = False, limit: int | None = None
-) -> dict:
+def hflm_results(model_dir: Path, data: Path, folder: Path, *, chat: bool = False, limit: int | None = None) -> dict:
     """lm-eval's own evaluation of its own model on the same files."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     go_offline()
-    model = HFLM(
-        pretrained=str(model_dir), device="cpu", dtype="float32", batch_size=4, max_length=MAX_LENGTH
-    )
+    model = HFLM(pretrained=str(model_dir), device="cpu", dtype="float32", batch_size=4, max_length=MAX_LENGTH)
     model.tokenizer.chat_template = CHAT
     tasks = find_tasks(data, SETS)
     manager = TaskManager(include_path=str(write_task_folder(tasks, folder)), include_defaults=False)
@@ -172,13 +168,7 @@ def test_rows_state_unit_shots_conditions_and_count(finished) -> None:
     tasks = finished.result.tasks.set_index(["task", "metric"])
 
     row = tasks.loc[("ceval-valid_law", "acc")]
-    assert (row["unit"], row["num_fewshot"], row["n"], row["status"], row["set"]) == (
-        "fraction",
-        5,
-        5,
-        "ok",
-        "ceval",
-    )
+    assert (row["unit"], row["num_fewshot"], row["n"], row["status"], row["set"]) == ("fraction", 5, 5, "ok", "ceval")
     assert row["conditions"].startswith("5-shot, plain prompt, all documents, context 2048 tokens, data ")
     assert tasks.loc[("wikitext", "bits_per_byte"), "unit"] == "bits/byte"
     assert finished.result.ok and not finished.result.failed
@@ -192,9 +182,7 @@ def test_the_group_without_generative_tasks_is_the_mean_of_its_documents(finishe
     groups = finished.result.groups.set_index(["task", "metric"])
 
     assert groups.loc[("agieval_multiple_choice", "acc"), "value"] == pytest.approx(choice["acc"].mean())
-    assert groups.loc[("agieval_multiple_choice", "acc_norm"), "value"] == pytest.approx(
-        choice["acc_norm"].mean()
-    )
+    assert groups.loc[("agieval_multiple_choice", "acc_norm"), "value"] == pytest.approx(choice["acc_norm"].mean())
     assert groups.loc[("agieval_multiple_choice", "acc"), "n"] == 10
     assert groups.loc[("agieval", "acc"), "n"] == 15
 
@@ -240,8 +228,7 @@ def test_token_perplexity_equals_a_plain_loop_over_windows(finished, tiny_qwen3_
     assert found.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert (found.num_windows, found.num_tokens) == (len(losses), len(losses) * (window - 1))
     assert found.stderr == pytest.approx(
-        found.value * torch.tensor(losses, dtype=torch.float64).std().item() / math.sqrt(len(losses)),
-        rel=1e-4,
+        found.value * torch.tensor(losses, dtype=torch.float64).std().item() / math.sqrt(len(losses)), rel=1e-4
     )
     row = finished.result.tasks.set_index("metric").loc["token_perplexity"]
     assert (row["context_len"], row["stride"], row["first_token"]) == (2048, 2048, "not scored")
@@ -400,9 +387,7 @@ def test_data_faults_come_before_any_work(engine, data, tmp_path) -> None:
 # --- cautions and published scores --------------------------------------------------------------------------
 
 
-def choices(
-    accuracy: float, n: int = 200, prediction: int | None = None, tied: bool = False
-) -> pandas.DataFrame:
+def choices(accuracy: float, n: int = 200, prediction: int | None = None, tied: bool = False) -> pandas.DataFrame:
     right = round(accuracy * n)
     logprobs = [-1.0, -1.0, -2.0, -3.0] if tied else [-1.0, -1.5, -2.0, -3.0]
     return pandas.DataFrame(
@@ -443,9 +428,7 @@ def test_cut_generative_answers_are_named(finished) -> None:
     (flag,) = [flag for flag in finished.result.flags if "agieval_gaokao_mathcloze" in flag]
 
     answers = finished.result.documents["finish_reason"].dropna()
-    assert (
-        f"{(answers == 'length').sum()} of 5 answers were cut" in flag and "agieval_multiple_choice" in flag
-    )
+    assert f"{(answers == 'length').sum()} of 5 answers were cut" in flag and "agieval_multiple_choice" in flag
 
 
 def test_partial_copies_and_ignored_shots_are_named(engine, data, tmp_path) -> None:
@@ -542,7 +525,5 @@ def test_groups_weigh_tasks_by_their_documents(engine, tmp_path) -> None:
     group = result.groups.set_index(["task", "metric"]).loc[("ceval-valid", "acc")]
 
     assert group["n"] == 12
-    assert group["value"] == pytest.approx(
-        (3 * tasks["ceval-valid_law"] + 9 * tasks["ceval-valid_physician"]) / 12
-    )
+    assert group["value"] == pytest.approx((3 * tasks["ceval-valid_law"] + 9 * tasks["ceval-valid_physician"]) / 12)
     assert [g.group for g in groups_of(find_tasks(data, ["ceval"]))] == ["ceval-valid"]

@@ -18,13 +18,7 @@ from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.megatron import open_megatron
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 
-SHAPE = {
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "vocab_size": 304,
-}
+SHAPE = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 304}
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
@@ -54,9 +48,7 @@ def assert_converts_back(root: Path, source: Path, destination: Path) -> None:
 @pytest.mark.parametrize("te_norms", [False, True])
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_every_parallel_layout_converts_to_the_source(
-    source: Path, tmp_path: Path, tp: int, pp: int, te_norms: bool
-):
+def test_every_parallel_layout_converts_to_the_source(source: Path, tmp_path: Path, tp: int, pp: int, te_norms: bool):
     weights, config = weights_and_config(source)
     root = save_megatron(tmp_path / "mcore", weights, config, tp=tp, pp=pp, te_norms=te_norms)
 
@@ -73,9 +65,7 @@ def test_every_parallel_layout_converts_to_the_source(
     ],
     ids=["uneven stages", "virtual pipeline", "no-op layer at the end", "no-op layers inside"],
 )
-def test_uneven_virtual_and_noop_pipelines_convert_to_the_source(
-    source: Path, tmp_path: Path, pp: int, stages: list
-):
+def test_uneven_virtual_and_noop_pipelines_convert_to_the_source(source: Path, tmp_path: Path, pp: int, stages: list):
     weights, config = weights_and_config(source)
     root = save_megatron(tmp_path / "mcore", weights, config, tp=2, pp=pp, stages=stages)
 
@@ -131,9 +121,7 @@ def test_distributed_formats_are_refused_with_the_way_out(source: Path, tmp_path
     iteration.mkdir(parents=True)
     (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").write_text("7")
     if marker == "torch_dist":
-        (iteration / "metadata.json").write_text(
-            '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
-        )
+        (iteration / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     else:
         (iteration / "__0_0.distcp").write_bytes(b"x")
         (iteration / ".metadata").write_bytes(b"x")
@@ -196,11 +184,7 @@ def _plain_pickle():
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            return (
-                super().find_class(module, name)
-                if not module.startswith("megatron_for_test")
-                else (lambda *_: None)
-            )
+            return super().find_class(module, name) if not module.startswith("megatron_for_test") else (lambda *_: None)
 
     return types.SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=pickle.load, loads=pickle.loads)
 
@@ -226,9 +210,7 @@ def test_tensor_missing_on_one_rank_is_named(source: Path, tmp_path: Path):
         lambda state: state.pop("decoder.layers.2.mlp.linear_fc2.weight"),
     )
 
-    with pytest.raises(
-        CheckpointError, match=r"decoder\.layers\.2\.mlp\.linear_fc2\.weight is missing on some"
-    ):
+    with pytest.raises(CheckpointError, match=r"decoder\.layers\.2\.mlp\.linear_fc2\.weight is missing on some"):
         convert(root, tmp_path / "result", tokenizer_path=source)
 
 

@@ -20,19 +20,31 @@ def caches(blocks=12, dtype=torch.float32):
 def meta(table, lengths, new):
     ends = torch.tensor(new).cumsum(0).tolist()
     width = max(map(len, table))
-    slots = [row[p // BLOCK] * BLOCK + p % BLOCK for row, length, count in zip(table, lengths, new, strict=True)
-             for p in range(length - count, length)]
+    slots = [
+        row[p // BLOCK] * BLOCK + p % BLOCK
+        for row, length, count in zip(table, lengths, new, strict=True)
+        for p in range(length - count, length)
+    ]
     return AttentionMeta(
         slot_mapping=torch.tensor(slots, dtype=torch.int32),
         block_table=torch.tensor([row + [0] * (width - len(row)) for row in table], dtype=torch.int32),
-        cu_seqlens_q=ends, context_lens=lengths, context_lens_t=torch.tensor(lengths, dtype=torch.int32),
-        block_size=BLOCK, is_decode=all(count == 1 for count in new))
+        cu_seqlens_q=ends,
+        context_lens=lengths,
+        context_lens_t=torch.tensor(lengths, dtype=torch.int32),
+        block_size=BLOCK,
+        is_decode=all(count == 1 for count in new),
+    )
 
 
 TABLES = [
-    pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu"),
-    pytest.param(cpu_native, id="cpu_native",
-                 marks=pytest.mark.skipif(native.library() is None, reason=f"CPU kernels are {native.status()}"))]
+    pytest.param(reference, id="reference"),
+    pytest.param(cpu, id="cpu"),
+    pytest.param(
+        cpu_native,
+        id="cpu_native",
+        marks=pytest.mark.skipif(native.library() is None, reason=f"CPU kernels are {native.status()}"),
+    ),
+]
 STEPS = {
     "decode": meta([[3], [1, 2], [4, 5, 6]], [5, 16, 17], [1, 1, 1]),
     "prefill": meta([[3], [1, 2]], [7, 16], [7, 16]),
@@ -45,8 +57,9 @@ STEPS = {
 def test_every_table_has_the_same_names_and_parameters(table):
     assert isinstance(table.MERGED_QKV, bool)
     for name in OPS:
-        assert (list(inspect.signature(getattr(table, name)).parameters)
-                == list(inspect.signature(getattr(reference, name)).parameters)), name
+        assert list(inspect.signature(getattr(table, name)).parameters) == list(
+            inspect.signature(getattr(reference, name)).parameters
+        ), name
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -59,13 +72,18 @@ def test_attention_equals_sdpa_over_the_gathered_cache(table, step):
 
     start = 0
     for row, (end, length) in enumerate(zip(step.cu_seqlens_q, step.context_lens, strict=True)):
-        blocks = step.block_table[row, :math.ceil(length / BLOCK)].long()
+        blocks = step.block_table[row, : math.ceil(length / BLOCK)].long()
         keys, values = (c[blocks].reshape(-1, GROUPS, SIZE)[:length].transpose(0, 1) for c in (k_cache, v_cache))
         hidden = torch.zeros(end - start, length).masked_fill(
-            torch.arange(length) > torch.arange(length - (end - start), length).unsqueeze(1), -math.inf)
+            torch.arange(length) > torch.arange(length - (end - start), length).unsqueeze(1), -math.inf
+        )
         expected = torch.nn.functional.scaled_dot_product_attention(
-            q[start:end].transpose(0, 1), keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0),
-            attn_mask=hidden, scale=0.25).transpose(0, 1)
+            q[start:end].transpose(0, 1),
+            keys.repeat_interleave(2, 0),
+            values.repeat_interleave(2, 0),
+            attn_mask=hidden,
+            scale=0.25,
+        ).transpose(0, 1)
         torch.testing.assert_close(got[start:end], expected, atol=1e-5, rtol=1e-5)
         start = end
 
@@ -104,7 +122,9 @@ def test_rotary_turns_each_pair_by_its_angle(table):
 
     turned, _ = table.rotary(q.clone(), k.clone(), cos, sin)
 
-    pairs = torch.complex(q[..., :SIZE // 2], q[..., SIZE // 2:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    pairs = (
+        torch.complex(q[..., : SIZE // 2], q[..., SIZE // 2 :]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    )
     torch.testing.assert_close(turned, torch.cat((pairs.real, pairs.imag), -1))
 
 
@@ -133,8 +153,9 @@ def test_int8_codes_are_within_half_a_step_and_zero_rows_stay_zero(table):
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_int8_matmul_is_exact_in_its_integers(table, rows):
     generator = torch.Generator().manual_seed(0)
-    codes, weight = (torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
-                     for shape in ((rows, 64), (48, 64)))
+    codes, weight = (
+        torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8) for shape in ((rows, 64), (48, 64))
+    )
     act_scale, weight_scale, bias = torch.rand(rows) + 0.1, torch.rand(48) + 0.1, torch.randn(48)
 
     got = table.int8_matmul(codes, act_scale, table.pack_int8(weight), weight_scale, bias, torch.float32)
@@ -144,7 +165,9 @@ def test_int8_matmul_is_exact_in_its_integers(table, rows):
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("rows,dtype", [(1, torch.float32), (7, torch.float32), (7, torch.bfloat16), (40, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "rows,dtype", [(1, torch.float32), (7, torch.float32), (7, torch.bfloat16), (40, torch.bfloat16)]
+)
 def test_linears_of_any_row_count_follow_their_formula(table, rows, dtype):
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 100), (37, 100), (37,)))
     codes, scale = torch.randint(-127, 128, (37, 100), dtype=torch.int8), torch.rand(37) / 100
@@ -156,19 +179,24 @@ def test_linears_of_any_row_count_follow_their_formula(table, rows, dtype):
     tolerance = dict(rtol=1e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain.float(), x.float() @ weight.float().t() + bias.float(), **tolerance)
     torch.testing.assert_close(
-        mixed.float(), x.float() @ (codes.float() * scale[:, None]).t() + bias.float(), **tolerance)
+        mixed.float(), x.float() @ (codes.float() * scale[:, None]).t() + bias.float(), **tolerance
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.skipif(native.library() is None, reason=f"CPU kernels are {native.status()}")
 def test_the_kernels_round_as_the_reference_does(dtype):
     x, residual, weight = (torch.randn(5, 64).to(dtype) for _ in range(3))
-    q, k, angle = torch.randn(5, HEADS, SIZE).to(dtype), torch.randn(5, GROUPS, SIZE).to(dtype), torch.rand(5, SIZE)
+    q, k, angle = (torch.randn(5, HEADS, SIZE).to(dtype), torch.randn(5, GROUPS, SIZE).to(dtype), torch.rand(5, SIZE))
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     close = dict(rtol=8e-3, atol=1e-6) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)  # one bf16 step
 
-    for name, arguments in {"rms_norm": (x, weight[0], 1e-6), "add_rms_norm": (x, residual, weight[0], 1e-6),
-                            "swiglu": (x,), "rotary": (q, k, cos, sin)}.items():
+    for name, arguments in {
+        "rms_norm": (x, weight[0], 1e-6),
+        "add_rms_norm": (x, residual, weight[0], 1e-6),
+        "swiglu": (x,),
+        "rotary": (q, k, cos, sin),
+    }.items():
         copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         torch.testing.assert_close(getattr(cpu_native, name)(*copies), getattr(reference, name)(*arguments), **close)
 

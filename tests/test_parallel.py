@@ -33,8 +33,13 @@ def test_the_engine_refuses_counts_that_do_not_divide_before_anything_starts(tin
         AscendInferEngine(tiny_qwen3_dir, cards=3, tensor_parallel=2, max_seq_length=64)
 
 
-@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-                                   ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ],
+)
 def test_ranks_of_a_launcher_are_read(names):
     env = dict(zip(names, ("5", "8", "1"), strict=True))
 

@@ -39,11 +39,7 @@ def test_the_articles_file_is_valid_as_it_is(article):
     experiment = load_experiment(article)
 
     assert (experiment.model_name, experiment.precision, experiment.batch_size) == ("qwen3-8b", "bf16", 16)
-    assert (experiment.graph_mode, experiment.operator_fusion, experiment.memory_optimize) == (
-        True,
-        True,
-        False,
-    )
+    assert (experiment.graph_mode, experiment.operator_fusion, experiment.memory_optimize) == (True, True, False)
     assert experiment.experiment == "infer_optimize_config"
 
 
@@ -84,13 +80,12 @@ def test_a_bad_value_is_one_error_naming_key_value_and_way_out(article, override
 
 
 def test_a_missing_file_names_its_neighbour(article):
-    with pytest.raises(ParameterError, match="did you mean .*infer_optimize_config.yaml"):
+    with pytest.raises(ParameterError, match=r"did you mean .*infer_optimize_config\.yaml"):
         load_experiment(article.with_name("infer_optimise_config.yaml"))
 
 
 @pytest.mark.parametrize(
-    "text,word",
-    [("a: [1", "not valid YAML"), ("- 1\n- 2", "name: value"), ("seed: 1\nseed: 2", "stands twice")],
+    "text,word", [("a: [1", "not valid YAML"), ("- 1\n- 2", "name: value"), ("seed: 1\nseed: 2", "stands twice")]
 )
 def test_broken_yaml_is_refused(tmp_path, text, word):
     path = tmp_path / "x.yaml"
@@ -113,11 +108,7 @@ def test_an_assignment_without_equals_is_refused():
 
 def test_numpy_and_path_values_are_taken_as_plain_ones():
     experiment = build_experiment(
-        {
-            "batch_size": np.int64(4),
-            "input_model": Path("models") / "x",
-            "sweep_concurrency": (1, np.int32(2)),
-        }
+        {"batch_size": np.int64(4), "input_model": Path("models") / "x", "sweep_concurrency": (1, np.int32(2))}
     )
 
     assert experiment.batch_size == 4 and experiment.input_model == "models/x"
@@ -159,9 +150,7 @@ def test_every_parameter_says_what_it_is_for():
     assert all(field.description for field in Experiment.model_fields.values())
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "params").glob("*.yaml")), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "params").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_file_is_valid(path):
     experiment = load_experiment(path)
 

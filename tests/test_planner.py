@@ -77,9 +77,7 @@ def test_idle_replicas_add_nothing_for_a_single_request():
 def test_uneven_load_counts_each_replica_with_what_it_serves():
     group = Deployment(QWEN3_8B, CARD)
 
-    three_on_two = next(
-        p for p in plan(QWEN3_8B, CARD, Workload(512, 256, 3), card_counts=(2,)) if p.replicas == 2
-    )
+    three_on_two = next(p for p in plan(QWEN3_8B, CARD, Workload(512, 256, 3), card_counts=(2,)) if p.replicas == 2)
 
     both = group.output_tokens_per_s(512, 256, 2) + group.output_tokens_per_s(512, 256, 1)
     assert three_on_two.output_tokens_per_s == pytest.approx(both)

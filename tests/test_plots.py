@@ -19,14 +19,7 @@ def sweep_rows(lengths=((64, 32),), repeats=2, variants=({},), concurrency=(1, 4
     engines = [("ascend_kit", 1.0, v) for v in variants] + [("transformers", 0.35, {})]
     for number, (backend, speed, variant) in enumerate(engines):
         for (prompt, output), c, repeat in itertools.product(lengths, concurrency, range(repeats)):
-            rate = (
-                speed
-                * 900
-                * c
-                / (c + 6)
-                * rng.normal(1, 0.06)
-                * (1 + 0.3 * number * (backend == "ascend_kit"))
-            )
+            rate = speed * 900 * c / (c + 6) * rng.normal(1, 0.06) * (1 + 0.3 * number * (backend == "ascend_kit"))
             tpot = 1e3 * c / rate
             rows.append(
                 {
@@ -97,27 +90,14 @@ def tradeoff_table():
     )
 
 
-PARTS = {
-    "q_proj": 1,
-    "k_proj": 0.8,
-    "v_proj": 2,
-    "o_proj": 1.5,
-    "gate_proj": 3,
-    "up_proj": 3,
-    "down_proj": 12,
-}
+PARTS = {"q_proj": 1, "k_proj": 0.8, "v_proj": 2, "o_proj": 1.5, "gate_proj": 3, "up_proj": 3, "down_proj": 12}
 
 
 def sensitivity_table(layers=12):
     rng = np.random.default_rng(1)
     return pandas.DataFrame(
         [
-            {
-                "linear": f"model.layers.{i}.x.{part}",
-                "layer": i,
-                "part": part,
-                "kl": f * 1e-5 * rng.lognormal(0, 0.5),
-            }
+            {"linear": f"model.layers.{i}.x.{part}", "layer": i, "part": part, "kl": f * 1e-5 * rng.lognormal(0, 0.5)}
             for i in range(layers)
             for part, f in PARTS.items()
         ]
@@ -126,12 +106,7 @@ def sensitivity_table(layers=12):
 
 def chosen_schemes(layers=12):
     kinds = {"down_proj": None, "v_proj": "w8a16"}
-    return {
-        f"model.layers.{i}.x.{p}": kinds.get(p, "w8a8")
-        for i in range(layers)
-        for p in PARTS
-        if p != "down_proj"
-    }
+    return {f"model.layers.{i}.x.{p}": kinds.get(p, "w8a8") for i in range(layers) for p in PARTS if p != "down_proj"}
 
 
 def mix_table():
@@ -223,9 +198,7 @@ def test_every_repeat_is_a_point_and_the_line_is_their_median():
     own = rows[rows["backend"] == "ascend_kit"]
     (axes,) = figure.axes
     line = next(line for line in axes.lines if line.get_label() == "ascend_kit")
-    points = next(
-        line for line in axes.lines if line.get_marker() == "o" and line.get_color() == line_colour(axes)
-    )
+    points = next(line for line in axes.lines if line.get_marker() == "o" and line.get_color() == line_colour(axes))
     assert line.get_ydata() == pytest.approx(own.groupby("concurrency")["output_tokens_per_s"].median())
     assert sorted(points.get_ydata()) == pytest.approx(sorted(own["output_tokens_per_s"]))
 
@@ -276,11 +249,7 @@ def test_configuration_has_one_colour_in_every_figure():
 def test_label_names_only_the_switches_that_differ():
     rows = sweep_rows(variants=({"graph_mode": True}, {"graph_mode": False}))
 
-    assert set(plots.config_labels(rows)) == {
-        "ascend_kit, graph_mode",
-        "ascend_kit, no graph_mode",
-        "transformers",
-    }
+    assert set(plots.config_labels(rows)) == {"ascend_kit, graph_mode", "ascend_kit, no graph_mode", "transformers"}
 
 
 def test_speedup_divides_by_the_baseline_of_the_same_point():

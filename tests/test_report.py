@@ -35,9 +35,7 @@ def run_folder(tmp_path):
                 "# A question\n\nProse with <b>markup</b>.\n\n## Part\n\n| a | b |\n|---|---|\n| 1 | 2 |"
             ),
             new_code_cell("x = 1", outputs=[stream(HOSTILE), display(image_png=PNG, text_plain="figure")]),
-            new_code_cell(
-                "table", outputs=[display(text_html=f"<table><tr><td>{HOSTILE}</td></tr></table>")]
-            ),
+            new_code_cell("table", outputs=[display(text_html=f"<table><tr><td>{HOSTILE}</td></tr></table>")]),
             new_code_cell("long", outputs=[stream("line\n" * 100)]),
         ]
     )
@@ -48,10 +46,7 @@ def run_folder(tmp_path):
                 "1 / 0",
                 outputs=[
                     new_output(
-                        "error",
-                        ename="ZeroDivisionError",
-                        evalue=HOSTILE,
-                        traceback=["\x1b[31mTraceback\x1b[0m"],
+                        "error", ename="ZeroDivisionError", evalue=HOSTILE, traceback=["\x1b[31mTraceback\x1b[0m"]
                     )
                 ],
             ),
@@ -67,12 +62,7 @@ def run_folder(tmp_path):
     (folder / "run.json").write_text(json.dumps({"state": "failed", "notebooks": states}))
     (folder / "01_good.json").write_text(json.dumps({"findings": [f"fast {HOSTILE}"]}))
     (folder / "params.yaml").write_text(f"model_name: '{HOSTILE}'\n")
-    device = {
-        "kind": "npu",
-        "name": "Ascend910B3",
-        "total_memory_bytes": 64 * 2**30,
-        "versions": {"cann": "8.5"},
-    }
+    device = {"kind": "npu", "name": "Ascend910B3", "total_memory_bytes": 64 * 2**30, "versions": {"cann": "8.5"}}
     (folder / "manifest.json").write_text(json.dumps({"seed": 7, "stages": {"01_good": {"device": device}}}))
     return folder
 
@@ -155,9 +145,7 @@ def test_markdown_escapes_raw_html_and_harmful_links():
 
 
 def test_interactive_output_leaves_a_note():
-    item = new_output(
-        "display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Box()"}
-    )
+    item = new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Box()"})
 
     assert "JupyterLab" in output(item)
 

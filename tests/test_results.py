@@ -50,9 +50,11 @@ def test_the_manifest_and_parameters_are_written_on_opening(tmp_path):
 
 
 def test_a_second_process_is_refused_while_the_first_holds_the_stage(tmp_path):
-    code = ("from ascend_kit.params import build_experiment; from ascend_kit.results import *\n"
-            f"try: RunFolder.open(build_experiment(dict(output_root={str(tmp_path)!r}, experiment='e', run='r')), 's')\n"
-            "except RunFolderError as e: print('refused', e)")
+    code = (
+        "from ascend_kit.params import build_experiment; from ascend_kit.results import *\n"
+        f"try: RunFolder.open(build_experiment(dict(output_root={str(tmp_path)!r}, experiment='e', run='r')), 's')\n"
+        "except RunFolderError as e: print('refused', e)"
+    )
     with RunFolder.open(experiment(tmp_path), "s"):
         held = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     free = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

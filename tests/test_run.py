@@ -15,9 +15,7 @@ from ascend_kit.params import ParameterError
 from ascend_kit.run import RunError, read_states, run_experiment
 from ascend_kit.run.checks import parameter_defaults
 
-PARAMETERS = (
-    'experiment: str = "fake"\nrun: str = "default"\noutput_root: str = "outputs"\nseed: int = 0  # seed'
-)
+PARAMETERS = 'experiment: str = "fake"\nrun: str = "default"\noutput_root: str = "outputs"\nseed: int = 0  # seed'
 FINISH = (
     "import json, pathlib\nfolder = pathlib.Path(output_root, experiment, run)\n"
     "(folder / '{name}.json').write_text(json.dumps({{'seed': seed, 'findings': ['seed is %d' % seed]}}))"
@@ -63,9 +61,7 @@ def test_run_executes_in_order_and_leaves_copies_results_states_and_report(proje
     assert json.loads((run_folder(project) / "01_first.json").read_text())["seed"] == 7
     copy = nbformat.read(run_folder(project) / "01_first.ipynb", as_version=4)
     assert all(cell.execution_count for cell in copy.cells if cell.cell_type == "code")
-    assert f"      {sys.executable}" in lines, (
-        "the kernel must be this interpreter, and its output must be heard"
-    )
+    assert f"      {sys.executable}" in lines, "the kernel must be this interpreter, and its output must be heard"
     assert "seed is 7" in report.report.read_text()
     assert not list(run_folder(project).glob(".*.partial*"))
 
@@ -229,9 +225,7 @@ def test_resume_with_other_parameters_of_a_finished_notebook_is_refused(project)
     run_experiment("fake.yaml", notebooks="notebooks", echo=lambda line: None)
 
     with pytest.raises(RunError, match=r"seed: 7 -> 8"):
-        run_experiment(
-            "fake.yaml", notebooks="notebooks", resume=True, overrides={"seed": 8}, echo=lambda line: None
-        )
+        run_experiment("fake.yaml", notebooks="notebooks", resume=True, overrides={"seed": 8}, echo=lambda line: None)
 
 
 def test_only_takes_prefixes_and_names_the_closest_for_a_wrong_one(project):
@@ -240,9 +234,7 @@ def test_only_takes_prefixes_and_names_the_closest_for_a_wrong_one(project):
 
     report = run_experiment("fake.yaml", notebooks="notebooks", only=["02"], echo=lambda line: None)
     with pytest.raises(RunError, match="did you mean '01_first'"):
-        run_experiment(
-            "fake.yaml", notebooks="notebooks", only=["01_frist"], resume=True, echo=lambda line: None
-        )
+        run_experiment("fake.yaml", notebooks="notebooks", only=["01_frist"], resume=True, echo=lambda line: None)
 
     assert [state.name for state in report.notebooks] == ["02_second"]
 

@@ -11,8 +11,16 @@ LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 0.5])
 
 
 def draws(count=4000, logits=LOGITS, **params):
-    sequences = [Sequence([0], SamplingParams(temperature=1.0, seed=seed, **params) if "temperature" not in params
-                          else SamplingParams(seed=seed, **params), arrival_s=0.0) for seed in range(count)]
+    sequences = [
+        Sequence(
+            [0],
+            SamplingParams(temperature=1.0, seed=seed, **params)
+            if "temperature" not in params
+            else SamplingParams(seed=seed, **params),
+            arrival_s=0.0,
+        )
+        for seed in range(count)
+    ]
     return sample(logits.repeat(count, 1), sequences, ())
 
 
@@ -55,8 +63,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 
 
 def test_greedy_and_sampled_rows_share_a_step():
-    sequences = [Sequence([0], SamplingParams(), arrival_s=0.0),
-                 Sequence([0], SamplingParams(temperature=1.0, seed=3), arrival_s=0.0)]
+    sequences = [
+        Sequence([0], SamplingParams(), arrival_s=0.0),
+        Sequence([0], SamplingParams(temperature=1.0, seed=3), arrival_s=0.0),
+    ]
 
     both = sample(LOGITS.repeat(2, 1), sequences, ())
     alone = sample(LOGITS.repeat(1, 1), sequences[1:], ())

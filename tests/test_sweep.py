@@ -95,9 +95,7 @@ def experiment_for(tmp_path, **changes):
 def plain_weights(monkeypatch):
     """The stand-in engine has no checkpoint to read its scheme from."""
     real = backends.quantize_scheme
-    monkeypatch.setattr(
-        backends, "quantize_scheme", lambda folder: "none" if folder is None else real(folder)
-    )
+    monkeypatch.setattr(backends, "quantize_scheme", lambda folder: "none" if folder is None else real(folder))
 
 
 @contextlib.contextmanager
@@ -116,11 +114,7 @@ def test_sweep_writes_one_row_per_point_with_units_and_raw_requests(tmp_path):
     assert set(rows["status"]) == {"ok"}
     assert list(rows["repeat"]) == [0] * 4 + [1] * 4  # repeats outermost
     assert (rows["num_requests"] == 4).all() and (rows["output_tokens"] == 16).all()
-    assert (
-        rows[["ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms", "e2e_p90_ms", "output_tokens_per_s"]]
-        .notna()
-        .all(None)
-    )
+    assert rows[["ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms", "e2e_p90_ms", "output_tokens_per_s"]].notna().all(None)
     assert (rows["peak_memory_bytes"] == 12345).all() and (rows["weight_bytes"] == 4000).all()
     assert (rows["decode_floor_ms"] > 0).all() and (rows["ceiling_tokens_per_s"] > 0).all()
     joined = rows.merge(requests, on="point_id")
@@ -191,9 +185,7 @@ def test_resume_measures_only_what_is_missing_or_failed(tmp_path):
         sweep.run_sweep(StandInEngine(break_on=[8]), experiment, folder, ceilings=CEILINGS)
     engine, seen = StandInEngine(), []
     with opened(experiment) as folder:
-        rows = sweep.run_sweep(
-            engine, experiment, folder, ceilings=CEILINGS, on_progress=lambda *a: seen.append(a)
-        )
+        rows = sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS, on_progress=lambda *a: seen.append(a))
 
     assert {len(prompt) for prompt in engine.prompts} == {8}
     assert (rows["status"] == "ok").sum() == 4
@@ -216,10 +208,7 @@ def test_another_variant_is_not_taken_for_done(tmp_path):
 def test_impossible_lengths_are_refused_before_any_work(tmp_path):
     experiment, engine = experiment_for(tmp_path), StandInEngine()
     engine.max_seq_length = 18
-    with (
-        opened(experiment) as folder,
-        pytest.raises(SweepError, match=r"18: 16 \+ 4 = 20; lower sweep_prompt_len"),
-    ):
+    with opened(experiment) as folder, pytest.raises(SweepError, match=r"18: 16 \+ 4 = 20; lower sweep_prompt_len"):
         sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
 
     assert engine.prompts == []
@@ -331,9 +320,7 @@ class StandInVllm:
                 is_finished = count[0] == count[1]
                 outputs.append(
                     SimpleNamespace(
-                        request_id=request_id,
-                        finished=is_finished,
-                        outputs=[SimpleNamespace(token_ids=[7] * count[0])],
+                        request_id=request_id, finished=is_finished, outputs=[SimpleNamespace(token_ids=[7] * count[0])]
                     )
                 )
                 if is_finished:
@@ -364,9 +351,7 @@ def test_vllm_backend_says_how_to_get_vllm_where_it_is_missing(tmp_path, tiny_qw
 def test_transformers_baseline_reports_real_times_for_every_token_of_ragged_requests(tiny_qwen3_dir):
     from ascend_kit.device.device import select_device
 
-    backend = TransformersBackend(
-        tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=256
-    )
+    backend = TransformersBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=256)
     requests = [
         *make_requests(2, 12, 3, vocab_size=256, seed=1),
         *[r.__class__(r.index + 2, r.prompt_token_ids, r.num_output_tokens)

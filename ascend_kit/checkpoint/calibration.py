@@ -22,11 +22,7 @@ from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import ScaleChange
 
 MAX_TEXTS, MAX_TOKENS_PER_TEXT = 32, 256
-SMOOTHED_UNITS = (
-    "qkv",
-    "gate_up",
-    "down_proj",
-)  # o_proj's input is made by attention, which has nothing to fold into
+SMOOTHED_UNITS = ("qkv", "gate_up", "down_proj")  # o_proj's input is made by attention, which has nothing to fold into
 TEXT_KEYS = ("prompt", "text", "content")
 
 
@@ -64,9 +60,7 @@ def _text_of(line: str, path: Path, number: int) -> str:
         raise CheckpointError(f"calibration_file {path}, line {number} is not JSON: {error}") from error
     value = row if isinstance(row, str) else next((row[key] for key in TEXT_KEYS if key in row), None)
     if not isinstance(value, str):
-        raise CheckpointError(
-            f"calibration_file {path}, line {number} has none of the fields {', '.join(TEXT_KEYS)}"
-        )
+        raise CheckpointError(f"calibration_file {path}, line {number} has none of the fields {', '.join(TEXT_KEYS)}")
     return value
 
 
@@ -147,9 +141,7 @@ def plan_smoothing(
     return changes, after
 
 
-def _unit_factors(
-    model: LayerwiseModel, statistics: InputStatistics, linears: list[str], strength: float
-) -> Tensor:
+def _unit_factors(model: LayerwiseModel, statistics: InputStatistics, linears: list[str], strength: float) -> Tensor:
     columns = [model.weight(f"{linear}.weight").abs().amax(0).cpu() for linear in linears]
     return smoothing_factors(statistics.largest[linears[0]], torch.stack(columns).amax(0), strength)
 
@@ -158,7 +150,5 @@ def _note_unit(prefix: str, unit: str, linears: list[str], factors: Tensor, pend
     """Add a unit's factors to `pending`: tensor name -> [divide rows by, multiply columns by]."""
     for linear in linears:
         pending.setdefault(f"{linear}.weight", [None, None])[1] = factors
-    source = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm", "down_proj": "mlp.up_proj"}[
-        unit
-    ]
+    source = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm", "down_proj": "mlp.up_proj"}[unit]
     pending.setdefault(f"{prefix}{source}.weight", [None, None])[0] = factors

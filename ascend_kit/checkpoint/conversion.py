@@ -58,9 +58,7 @@ class ConversionResult:
             return f"{self.folder} ({self.scheme}): taken over as it was, made alike earlier"
         rate = f", {self.mb_per_s:.0f} MB/s" if self.mb_per_s else ""
         kept = f", {len(self.resumed_shards)} shards kept from an earlier run" if self.resumed_shards else ""
-        return (
-            f"{self.folder} ({self.scheme}): {self.bytes_written} bytes in {self.seconds:.1f} s{rate}{kept}"
-        )
+        return f"{self.folder} ({self.scheme}): {self.bytes_written} bytes in {self.seconds:.1f} s{rate}{kept}"
 
     @property
     def scheme(self) -> str:
@@ -142,9 +140,7 @@ class Conversion:
             "settings": self.settings,
             "recipe": self.recipe.digest(),
             "shards": [shard.describe() for shard in self.shards],
-            "source": [
-                [str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.files
-            ],
+            "source": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.files],
         }
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
@@ -205,11 +201,7 @@ class Conversion:
         names = sorted(present - {MANIFEST_NAME})
         files = [describe_file(partial.path / name, self._hash(partial, name)) for name in names]
         manifest = new_manifest(
-            source={
-                "folder": str(self.checkpoint.folder),
-                "framework": self.checkpoint.framework,
-                "files": sources,
-            },
+            source={"folder": str(self.checkpoint.folder), "framework": self.checkpoint.framework, "files": sources},
             settings=self.settings,
             files=files,
             quantization=summarise(self.recipe.schemes, self.model) | self._describe_mix(),
@@ -242,9 +234,7 @@ def small_files(folder: Path, tokenizer_path: Path | None) -> list[Path]:
     if tokenizer_path is not None:
         if not tokenizer_path.is_dir():
             raise CheckpointError(f"tokenizer_path: no folder at {tokenizer_path}")
-        found |= {
-            name: tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()
-        }
+        found |= {name: tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()}
     return list(found.values())
 
 

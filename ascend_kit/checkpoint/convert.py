@@ -78,9 +78,7 @@ def convert(
     Raises CheckpointError or ValueError; a destination is complete or does not exist.
     """
     if isinstance(input_model, Experiment):
-        return convert(
-            **experiment_arguments(input_model), on_progress=on_progress, before_publish=before_publish
-        )
+        return convert(**experiment_arguments(input_model), on_progress=on_progress, before_publish=before_publish)
     if output_model is None:
         raise ValueError("output_model is missing: the folder to write")
     _check_choices(

@@ -47,9 +47,7 @@ def existing_result(
     return manifest
 
 
-def _check_same(
-    destination: Path, manifest: dict[str, Any], checkpoint: Checkpoint, settings: dict[str, Any]
-) -> None:
+def _check_same(destination: Path, manifest: dict[str, Any], checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     way_out = "use if_exists=overwrite (if_model_exists in a parameter file) or another output_model"
     for key in sorted(settings.keys() | manifest["settings"].keys()):
         was, now = manifest["settings"].get(key), settings.get(key)
@@ -62,8 +60,7 @@ def _check_same(
             raise CheckpointError(f"{destination} was made from another version of {path}; {way_out}")
     if entries:
         raise CheckpointError(
-            f"{destination} was made from more files than {checkpoint.folder} has now: "
-            f"{', '.join(entries)}; {way_out}"
+            f"{destination} was made from more files than {checkpoint.folder} has now: {', '.join(entries)}; {way_out}"
         )
 
 
@@ -77,8 +74,4 @@ def _is_same_file(path: Path, entry: dict[str, Any]) -> bool:
 
 def source_name(checkpoint: Checkpoint, path: Path) -> str:
     """A source file's name in the manifest, relative to the checkpoint when it lies inside."""
-    return (
-        path.relative_to(checkpoint.folder).as_posix()
-        if path.is_relative_to(checkpoint.folder)
-        else path.name
-    )
+    return path.relative_to(checkpoint.folder).as_posix() if path.is_relative_to(checkpoint.folder) else path.name

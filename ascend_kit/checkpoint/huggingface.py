@@ -115,9 +115,7 @@ def _find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
     for suffix, single in ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin")):
         indexes = sorted(folder.glob(f"*{suffix}.index.json"))
         if len(indexes) > 1:
-            raise CheckpointError(
-                f"{folder} has several indexes: {[path.name for path in indexes]}; keep one"
-            )
+            raise CheckpointError(f"{folder} has several indexes: {[path.name for path in indexes]}; keep one")
         if indexes:
             index = read_json(indexes[0], "the index").get("weight_map")
             if not isinstance(index, dict) or not index:
@@ -134,8 +132,7 @@ def _find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
             "model.safetensors.index.json, which says which tensor is in which file"
         )
     raise CheckpointError(
-        f"{folder} holds no weights: expected model.safetensors, a *.safetensors.index.json or "
-        "pytorch_model.bin"
+        f"{folder} holds no weights: expected model.safetensors, a *.safetensors.index.json or pytorch_model.bin"
     )
 
 
@@ -144,9 +141,7 @@ def _existing(folder: Path, name: str, index: Path) -> Path:
     if Path(name).name != name:
         raise CheckpointError(f"{index} names the file {name!r}; only plain file names are followed")
     if not path.is_file():
-        raise CheckpointError(
-            f"{path} is missing, though {index.name} names it: the download or copy is incomplete"
-        )
+        raise CheckpointError(f"{path} is missing, though {index.name} names it: the download or copy is incomplete")
     return path
 
 
@@ -167,9 +162,7 @@ def _open_weights(path: Path) -> dict[str, TensorSource]:
 def _check_index(folder: Path, index: dict[str, str], sources: dict[str, TensorSource]) -> None:
     for name, file_name in index.items():
         if name not in sources or Path(sources[name].origin).name != file_name:
-            raise CheckpointError(
-                f"{folder / file_name} does not hold tensor {name}, though the index says so"
-            )
+            raise CheckpointError(f"{folder / file_name} does not hold tensor {name}, though the index says so")
     for name, source in sources.items():
         if name not in index:
             raise CheckpointError(f"{source.origin} holds tensor {name}, which the index does not know")

@@ -51,13 +51,9 @@ class Int8Options:
                 raise ValueError(f"{name}={value}: a limit is not negative")
         limited = self.max_kl is not None or self.max_accuracy_loss is not None
         if self.quantize == "auto" and not limited:
-            raise ValueError(
-                "quantize=auto needs a limit: max_kl (nats per token) or max_accuracy_loss (share)"
-            )
+            raise ValueError("quantize=auto needs a limit: max_kl (nats per token) or max_accuracy_loss (share)")
         if self.quantize != "auto" and limited:
-            raise ValueError(
-                f"max_kl and max_accuracy_loss choose a mix; they need quantize=auto, not {self.quantize}"
-            )
+            raise ValueError(f"max_kl and max_accuracy_loss choose a mix; they need quantize=auto, not {self.quantize}")
         if self.quantize == "none" and (self.smooth is not None or self.clip_search):
             raise ValueError("smooth and clip_search change int8 weights; set quantize, or leave them off")
         if (self.quantize == "auto" or self.smooth is not None) and self.calibration_file is None:
@@ -69,9 +65,7 @@ class Int8Options:
     def settings(self) -> dict[str, Any]:
         """What the manifest keeps; the calibration file by its contents."""
         path = self.calibration_file
-        digest = (
-            hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
-        )
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
         return {
             "quantize": self.quantize,
             "quantize_keep": sorted(self.keep),
@@ -105,20 +99,12 @@ def plan_int8(
     texts = _texts(tokenizer_folder, options)
     if texts and "lm_head" in schemes and options.quantize == "auto":
         raise ValueError("quantize=auto does not quantise lm_head; keep it in quantize_keep")
-    if (
-        texts
-        and checkpoint.quantization.schemes
-        and (options.smooth is not None or options.quantize == "auto")
-    ):
-        raise CheckpointError(
-            f"{checkpoint.folder} is int8 already; smooth and quantize=auto need the float model"
-        )
+    if texts and checkpoint.quantization.schemes and (options.smooth is not None or options.quantize == "auto"):
+        raise CheckpointError(f"{checkpoint.folder} is int8 already; smooth and quantize=auto need the float model")
     statistics = InputStatistics()
     if texts and (options.smooth is not None or options.clip_search):
         report = (
-            (lambda done, total: on_progress(done, total, "layers of the calibration run"))
-            if on_progress
-            else None
+            (lambda done, total: on_progress(done, total, "layers of the calibration run")) if on_progress else None
         )
         statistics = collect_statistics(LayerwiseModel(checkpoint, model, device=device), texts, report)
     changes = {}

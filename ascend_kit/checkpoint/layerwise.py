@@ -102,9 +102,7 @@ class LayerwiseModel:
         names = [name for name in self.checkpoint.tensor_names() if name.startswith(prefix)]
         return {name: self.weight(name) for name in names if not name.endswith("_scale")}
 
-    def build_layer(
-        self, number: int, weights: Mapping[str, Tensor], make: LinearMaker = plain_linear
-    ) -> DecoderLayer:
+    def build_layer(self, number: int, weights: Mapping[str, Tensor], make: LinearMaker = plain_linear) -> DecoderLayer:
         """The engine's decoder layer, each linear made by `make`."""
         prefix, config = f"model.layers.{number}.", self.config
 
@@ -130,10 +128,7 @@ class LayerwiseModel:
         def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
             if info.scheme(name) == "none":
                 return plain_linear(name, weight, bias)
-            codes, scale = (
-                self.checkpoint.read(f"{name}.weight"),
-                self.checkpoint.read(f"{name}.weight_scale"),
-            )
+            codes, scale = (self.checkpoint.read(f"{name}.weight"), self.checkpoint.read(f"{name}.weight_scale"))
             return EmulatedInt8(codes.to(self.device), scale.to(self.device), bias, info.scheme(name))
 
         return self.build_layer(number, weights, make)

@@ -73,12 +73,7 @@ def header_hash(path: Path) -> str:
 def describe_file(path: Path, full_hash: str | None = None) -> dict[str, Any]:
     """The manifest's entry for a file: name, size, modification time, quick hash and, if given, full hash."""
     stat = os.stat(path)
-    entry = {
-        "name": path.name,
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "header_hash": header_hash(path),
-    }
+    entry = {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_hash": header_hash(path)}
     return entry | ({"hash": full_hash} if full_hash else {})
 
 
@@ -156,12 +151,8 @@ def _check_entry(path: Path, entry: dict[str, Any], full: bool) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {again}")
     if path.stat().st_size != entry["size"]:
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: {again}"
-        )
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: {again}")
     if header_hash(path) != entry["header_hash"]:
         raise CheckpointError(f"{path} has another header than its manifest says: {again}")
     if full and hash_file(path) != entry["hash"]:
-        raise CheckpointError(
-            f"{path} does not have the hash in its manifest: its contents are damaged or changed"
-        )
+        raise CheckpointError(f"{path} does not have the hash in its manifest: its contents are damaged or changed")

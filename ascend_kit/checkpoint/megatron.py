@@ -144,9 +144,7 @@ def open_megatron(folder: str | Path, tokenizer_path: str | Path | None) -> Chec
         chunks.append([_chunks(path, content) for path, content in zip(stage, loaded, strict=True)])
         files += stage
     sources = _Merger(iteration, model).merge(chunks)
-    return Checkpoint(
-        folder, sources, config, files=files, framework="megatron", config_folder=Path(tokenizer_path)
-    )
+    return Checkpoint(folder, sources, config, files=files, framework="megatron", config_folder=Path(tokenizer_path))
 
 
 def _distributed_file(folder: Path) -> Path | None:
@@ -233,9 +231,7 @@ def _chunks(path: Path, content: dict[str, Any]) -> list[dict[str, TensorSource]
     return chunks
 
 
-def _check_arguments(
-    path: Path, content: dict[str, Any], model: ModelConfig, tp_size: int, stages: int
-) -> None:
+def _check_arguments(path: Path, content: dict[str, Any], model: ModelConfig, tp_size: int, stages: int) -> None:
     """Compare the saved training arguments, as far as there are any, with config.json and the folder."""
     args = vars(content["args"]) if "args" in content and hasattr(content["args"], "__dict__") else {}
     if args.get("schedules_method") == "dualpipev":
@@ -312,9 +308,7 @@ class _Merger:
 
     def _add(self, name: str, source: TensorSource) -> None:
         if name in self.result:
-            raise CheckpointError(
-                f"{source.origin}: {name} is stored twice (also in {self.result[name].origin})"
-            )
+            raise CheckpointError(f"{source.origin}: {name} is stored twice (also in {self.result[name].origin})")
         self.result[name] = source
 
     def _add_outer_tensor(self, name: str, parts: list[TensorSource]) -> None:

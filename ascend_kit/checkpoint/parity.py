@@ -58,9 +58,7 @@ class ParityLimits:
     max_logit_error: float | None = 2.0  # largest, in standard deviations of the source's logits
     max_perplexity_increase: float | None = 0.05  # result / source - 1, on the same tokens
     min_greedy_share: float | None = 0.3  # equal greedy tokens before the first difference / tokens written
-    min_length_ratio: float | None = (
-        0.9  # output tokens of result / source on sampled prompts (MLPerf's 90 %)
-    )
+    min_length_ratio: float | None = 0.9  # output tokens of result / source on sampled prompts (MLPerf's 90 %)
 
 
 # By what was done to the weights. fp32 -> bf16 keeps 8 bits of mantissa; int8 rounds to 1/254 of a row's
@@ -95,8 +93,7 @@ class ParityReport:
                 continue
             if not (measured <= value if bound == "max" else measured >= value):
                 found.append(
-                    f"{figure} is {measured:.4g}, allowed is {'at most' if bound == 'max' else 'at least'} "
-                    f"{value:.4g}"
+                    f"{figure} is {measured:.4g}, allowed is {'at most' if bound == 'max' else 'at least'} {value:.4g}"
                 )
         return found
 
@@ -114,8 +111,7 @@ class ParityReport:
         """One row per figure: value, limit and whether it holds."""
         missed = {text.split(" ", 1)[0] for text in self.failures}
         limits = {
-            name.partition("_")[2]: (name.partition("_")[0], value)
-            for name, value in asdict(self.limits).items()
+            name.partition("_")[2]: (name.partition("_")[0], value) for name, value in asdict(self.limits).items()
         }
         rows = []
         for figure, value in self.summary.items():
@@ -143,9 +139,7 @@ def compare(
     """Measure `result` against `source` on token ids of prompts (at least two tokens each)."""
     short = [index for index, prompt in enumerate(prompts) if len(prompt) < 2]
     if short or not prompts:
-        raise ValueError(
-            f"parity needs prompts of at least two tokens; too short: {short or 'there are none'}"
-        )
+        raise ValueError(f"parity needs prompts of at least two tokens; too short: {short or 'there are none'}")
     rows = [
         _compare_logits(prompt, left, right)
         for prompt, left, right in zip(prompts, source.logits(prompts), result.logits(prompts), strict=True)
@@ -161,9 +155,7 @@ def compare(
             first = index * num_samples
             for side, outputs in zip(("source", "result"), sampled, strict=True):
                 row[f"{side}_sampled_tokens"] = sum(map(len, outputs[first : first + num_samples]))
-    return ParityReport(
-        source.name, result.name, tuple(rows), _summary(rows, generated), limits or ParityLimits()
-    )
+    return ParityReport(source.name, result.name, tuple(rows), _summary(rows, generated), limits or ParityLimits())
 
 
 def _compare_logits(prompt: TokenIds, left: Tensor, right: Tensor) -> dict[str, Any]:
@@ -172,11 +164,7 @@ def _compare_logits(prompt: TokenIds, left: Tensor, right: Tensor) -> dict[str, 
             f"logits of {len(prompt)} tokens have shapes {tuple(left.shape)} and {tuple(right.shape)}; "
             "source and result must share a vocabulary"
         )
-    left, right, targets = (
-        left[:-1].float(),
-        right[:-1].float(),
-        torch.tensor(list(prompt[1:]), device=left.device),
-    )
+    left, right, targets = (left[:-1].float(), right[:-1].float(), torch.tensor(list(prompt[1:]), device=left.device))
     lp, lq = left.log_softmax(-1), right.log_softmax(-1)
     kl = kl_divergence(lp, lq)
     best = lp.topk(2, dim=-1)
@@ -193,9 +181,7 @@ def _compare_logits(prompt: TokenIds, left: Tensor, right: Tensor) -> dict[str, 
 
 def _compare_texts(left: TokenIds, right: TokenIds) -> dict[str, Any]:
     """Tokens before the first difference; a text that stops earlier differs where the other goes on."""
-    equal = next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-    )
+    equal = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
     return {
         "greedy_tokens": max(len(left), len(right)),
         "greedy_equal_tokens": equal,
@@ -210,9 +196,7 @@ def _summary(rows: list[dict[str, Any]], generated: bool) -> dict[str, float | i
     def mean(name: str) -> float:
         return sum(row[name] * row["tokens"] for row in rows) / tokens
 
-    source_nll, result_nll = (
-        sum(row[f"{side}_nll"] for row in rows) / tokens for side in ("source", "result")
-    )
+    source_nll, result_nll = (sum(row[f"{side}_nll"] for row in rows) / tokens for side in ("source", "result"))
     summary: dict[str, float | int | None] = {
         "prompts": len(rows),
         "tokens": tokens,
@@ -236,9 +220,7 @@ def _summary(rows: list[dict[str, Any]], generated: bool) -> dict[str, float | i
     return summary
 
 
-def files_model(
-    checkpoint: Checkpoint, name: str = "files", device: torch.device | str = "cpu"
-) -> ParityModel:
+def files_model(checkpoint: Checkpoint, name: str = "files", device: torch.device | str = "cpu") -> ParityModel:
     """A checkpoint in float32, straight from its files and one layer in memory at a time.
 
     Int8 linears compute what their scheme means: rounded weights, for w8a8 also activations rounded per

@@ -29,13 +29,7 @@ from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, che
 
 SCHEMES = ("none", "w8a8", "w8a16")
 MSMODELSLIM_FILE = "quant_model_description.json"
-MSMODELSLIM_SCHEMES = {
-    "W8A8": "w8a8",
-    "W8A8_DYNAMIC": "w8a8",
-    "W8A8_MIX": "w8a8",
-    "W8A16": "w8a16",
-    "FLOAT": "none",
-}
+MSMODELSLIM_SCHEMES = {"W8A8": "w8a8", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W8A16": "w8a16", "FLOAT": "none"}
 
 
 @dataclass(frozen=True)
@@ -130,11 +124,7 @@ class RecoveredScale:
     def dequantization(self, start: int, stop: int) -> torch.Tensor:
         """deq_scale as float32; int64 storage carries the float's bit pattern in its low half."""
         raw = self.deq_scale.read_slice(0, start, stop).reshape(-1)
-        return (
-            (raw & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
-            if raw.dtype == torch.int64
-            else raw.float()
-        )
+        return (raw & 0xFFFFFFFF).to(torch.int32).view(torch.float32) if raw.dtype == torch.int64 else raw.float()
 
 
 class RecoveredBias:
@@ -146,11 +136,7 @@ class RecoveredBias:
     dtype = torch.float32
 
     def __init__(
-        self,
-        quant_bias: TensorSource,
-        input_offset: TensorSource,
-        weight: TensorSource,
-        scale: RecoveredScale,
+        self, quant_bias: TensorSource, input_offset: TensorSource, weight: TensorSource, scale: RecoveredScale
     ) -> None:
         self.quant_bias, self.input_offset, self.weight, self.scale = quant_bias, input_offset, weight, scale
         self.shape, self.origin = (quant_bias.shape[0],), quant_bias.origin
@@ -221,25 +207,18 @@ def _group_scheme(folder: Path, name: str, group: dict[str, Any]) -> str:
 def _scheme_of_linear(folder: Path, linear: str, groups: list[tuple[str, list[str]]]) -> str:
     # A target naming the module wins over one naming the class, as in compressed-tensors itself.
     for scheme, targets in groups:
-        if any(
-            target == linear or (target.startswith("re:") and re.match(target[3:], linear))
-            for target in targets
-        ):
+        if any(target == linear or (target.startswith("re:") and re.match(target[3:], linear)) for target in targets):
             return scheme
     for scheme, targets in groups:
         if "Linear" in targets:
             return scheme
-    raise CheckpointError(
-        f"{folder}: {linear}.weight_scale is stored, but no quantization group targets {linear}"
-    )
+    raise CheckpointError(f"{folder}: {linear}.weight_scale is stored, but no quantization group targets {linear}")
 
 
 def _present_linear(folder: Path, linear: str, result: dict[str, TensorSource]) -> None:
     for extra in ("weight_zero_point", "weight_g_idx", "input_scale"):
         if f"{linear}.{extra}" in result:
-            raise CheckpointError(
-                f"{folder}: {linear}.{extra} is stored; only symmetric per-channel int8 is read"
-            )
+            raise CheckpointError(f"{folder}: {linear}.{extra} is stored; only symmetric per-channel int8 is read")
     if f"{linear}.weight_packed" in result:
         shape = result.pop(f"{linear}.weight_shape").read().tolist()
         result[f"{linear}.weight"] = PackedInt8(result.pop(f"{linear}.weight_packed"), (shape[0], shape[1]))
@@ -274,9 +253,7 @@ def _present_msmodelslim(
         if not name.endswith(".weight") or name not in sources or kind == "FLOAT":
             continue
         if kind not in MSMODELSLIM_SCHEMES:
-            raise CheckpointError(
-                f"{path}: {name} is stored as {kind}; readable: {', '.join(MSMODELSLIM_SCHEMES)}"
-            )
+            raise CheckpointError(f"{path}: {name} is stored as {kind}; readable: {', '.join(MSMODELSLIM_SCHEMES)}")
         linear = name.removesuffix(".weight")
         schemes[linear] = MSMODELSLIM_SCHEMES[kind]
         _present_msmodelslim_linear(path, linear, result)
@@ -292,9 +269,7 @@ def _present_msmodelslim_linear(path: Path, linear: str, result: dict[str, Tenso
             "Quantise again with w_sym=True"
         )
     scale, deq = result.get(f"{linear}.weight_scale"), result.pop(f"{linear}.deq_scale", None)
-    folded = {
-        key: result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")
-    }
+    folded = {key: result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")}
     if deq is None and scale is not None:
         result[f"{linear}.weight_scale"] = ScaleColumn(scale)
         return

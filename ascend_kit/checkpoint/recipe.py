@@ -123,9 +123,7 @@ def quantization_config(model: ModelConfig, schemes: Mapping[str, str]) -> dict[
     kinds = sorted(set(schemes.values()))
     groups = {}
     for number, kind in enumerate(kinds):
-        targets = (
-            ["Linear"] if len(kinds) == 1 else [name for name, scheme in schemes.items() if scheme == kind]
-        )
+        targets = ["Linear"] if len(kinds) == 1 else [name for name, scheme in schemes.items() if scheme == kind]
         groups[f"group_{number}"] = {
             "targets": targets,
             "weights": _int8("channel", dynamic=False),

@@ -45,10 +45,7 @@ def _layer_shapes(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]
         if config.attention_bias:
             shapes[f"self_attn.{part}_proj.bias"] = (rows,)
     if config.qk_norm:
-        shapes |= {
-            "self_attn.q_norm.weight": (config.head_dim,),
-            "self_attn.k_norm.weight": (config.head_dim,),
-        }
+        shapes |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
     shapes["self_attn.o_proj.weight"] = (hidden, query)
     if config.output_bias:
         shapes["self_attn.o_proj.bias"] = (hidden,)
@@ -73,9 +70,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     allowed_extra |= {f"{linear}.bias" for linear in checkpoint.quantization.schemes}
     for name, shape in expected.items():
         if name not in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint.folder}: tensor {name} is missing" + _closest(name, checkpoint)
-            )
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing" + _closest(name, checkpoint))
         found = checkpoint.shape(name)
         if found != shape:
             raise CheckpointError(

@@ -82,19 +82,13 @@ def compare_variants(
     """Divergence of each variant (name -> schemes of its linears) from the float model."""
     packed = PackedTexts(texts, model)
     start = model.embed(packed.token_ids)
-    hidden: dict[str | None, Tensor] = {
-        None: start
-    }  # None is the source; a variant joins where it first differs
+    hidden: dict[str | None, Tensor] = {None: start}  # None is the source; a variant joins where it first differs
     for number in range(model.config.num_layers):
         weights = model.layer_weights(number)
         plain = model.build_layer(number, weights)
         before = hidden[None]
         for name, schemes in variants.items():
-            here = {
-                linear: kind
-                for linear, kind in schemes.items()
-                if linear.startswith(f"model.layers.{number}.")
-            }
+            here = {linear: kind for linear, kind in schemes.items() if linear.startswith(f"model.layers.{number}.")}
             if here or name in hidden:
                 layer = model.build_layer(number, weights, model.int8_linear(here)) if here else plain
                 hidden[name] = packed.forward(layer, hidden.get(name, before))
@@ -111,10 +105,7 @@ def _divergences(
     rows_t, tokens_t = torch.tensor(rows, device=model.device), torch.tensor(tokens, device=model.device)
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in [None, *names]}
     for first in range(0, len(rows), POSITIONS_AT_ONCE):
-        chosen, wanted = (
-            rows_t[first : first + POSITIONS_AT_ONCE],
-            tokens_t[first : first + POSITIONS_AT_ONCE],
-        )
+        chosen, wanted = (rows_t[first : first + POSITIONS_AT_ONCE], tokens_t[first : first + POSITIONS_AT_ONCE])
         source = model.logits(hidden[None][chosen]).log_softmax(-1)
         for name in [None, *names]:
             state = hidden.get(name, hidden[None])
@@ -234,17 +225,13 @@ def _is_within(found: Divergence, max_kl: float | None, max_accuracy_loss: float
     )
 
 
-def _mixes(
-    config: ModelConfig, kept: set[str], kl_of_linear: Mapping[str, float]
-) -> dict[str, dict[str, str]]:
+def _mixes(config: ModelConfig, kept: set[str], kl_of_linear: Mapping[str, float]) -> dict[str, dict[str, str]]:
     """Candidate name -> schemes. `float` is always among them, so a limit can always be met."""
     units = [unit for unit in unit_names(config) if not set(unit_members(unit)) & kept]
     members = {unit: unit_members(unit) for unit in units}
 
     def pain(unit: str) -> float:
-        return sum(kl_of_linear[m] for m in members[unit]) / sum(
-            num_weights(config, m) for m in members[unit]
-        )
+        return sum(kl_of_linear[m] for m in members[unit]) / sum(num_weights(config, m) for m in members[unit])
 
     ordered = sorted(units, key=pain, reverse=True)
     mixes: dict[str, dict[str, str]] = {"float": {}}

@@ -113,9 +113,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 class RawTensor:
     """A contiguous tensor at a byte offset of a file."""
 
-    def __init__(
-        self, file: ReadFile, name: str, dtype: torch.dtype, shape: Sequence[int], offset: int
-    ) -> None:
+    def __init__(self, file: ReadFile, name: str, dtype: torch.dtype, shape: Sequence[int], offset: int) -> None:
         self.file, self.name, self.dtype, self.offset = file, name, dtype, offset
         self.shape = tuple(int(n) for n in shape)
         self.nbytes = math.prod(self.shape) * dtype.itemsize
@@ -153,9 +151,7 @@ class RawTensor:
                 f"{self.offset + self.nbytes}, the file at {self.file.size}"
             )
         start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        with mmap.mmap(
-            self.file.fd, self.offset + self.nbytes - start, access=mmap.ACCESS_READ, offset=start
-        ) as area:
+        with mmap.mmap(self.file.fd, self.offset + self.nbytes - start, access=mmap.ACCESS_READ, offset=start) as area:
             rows = math.prod(self.shape[:dim])
             source = np.frombuffer(area, np.uint8, self.nbytes, self.offset - start).reshape(rows, -1)
             np.copyto(np.frombuffer(as_bytes(result), np.uint8).reshape(rows, -1), source[:, first:last])
@@ -180,9 +176,7 @@ class MemoryTensor:
 def check_slice(name: str, shape: tuple[int, ...], dim: int, start: int, stop: int) -> None:
     """ValueError unless [start, stop) lies inside dimension `dim` of `shape`."""
     if not 0 <= dim < len(shape) or not 0 <= start <= stop <= shape[dim]:
-        raise ValueError(
-            f"slice [{start}:{stop}] of dimension {dim} is outside tensor {name} with shape {shape}"
-        )
+        raise ValueError(f"slice [{start}:{stop}] of dimension {dim} is outside tensor {name} with shape {shape}")
 
 
 class SafetensorsFile:
@@ -199,14 +193,10 @@ class SafetensorsFile:
     def _read_header(self) -> bytes:
         path, size = self.file.path, self.file.size
         if size < 8:
-            raise CheckpointError(
-                f"{path} is truncated: {size} bytes, a safetensors file has a header of at least 8"
-            )
+            raise CheckpointError(f"{path} is truncated: {size} bytes, a safetensors file has a header of at least 8")
         length = int.from_bytes(self.file.read_bytes(0, 8, "the header length"), "little")
         if length > MAX_HEADER_BYTES or length < 2:
-            raise CheckpointError(
-                f"{path} is not a safetensors file: its header would be {length} bytes long"
-            )
+            raise CheckpointError(f"{path} is not a safetensors file: its header would be {length} bytes long")
         if 8 + length > size:
             raise CheckpointError(f"{path} is truncated: header of {length} bytes in a file of {size}")
         return self.file.read_bytes(0, 8 + length, "the header")
@@ -238,8 +228,7 @@ class SafetensorsFile:
             header = json.loads(text)
             self.metadata = header.pop("__metadata__", {}) or {}
             entries = [
-                (name, item["dtype"], list(item["shape"]), *item["data_offsets"])
-                for name, item in header.items()
+                (name, item["dtype"], list(item["shape"]), *item["data_offsets"]) for name, item in header.items()
             ]
             entries.sort(key=lambda entry: (entry[3], entry[4]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

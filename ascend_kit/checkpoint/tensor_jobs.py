@@ -89,9 +89,7 @@ class ScaleChange:
 class CastJob(TensorJob):
     """A tensor in another float dtype, after an optional change such as folding smoothing factors in."""
 
-    def __init__(
-        self, name: str, source: TensorSource, dtype: torch.dtype, change: ScaleChange | None = None
-    ):
+    def __init__(self, name: str, source: TensorSource, dtype: torch.dtype, change: ScaleChange | None = None):
         self.source, self.dtype, self.change = source, dtype, change
         self.outputs = (OutputTensor(name, dtype, source.shape),)
 
@@ -144,12 +142,7 @@ class QuantizeJob(TensorJob):
     """
 
     def __init__(
-        self,
-        linear: str,
-        source: TensorSource,
-        scheme: str,
-        quantizer: Quantizer,
-        change: ScaleChange | None = None,
+        self, linear: str, source: TensorSource, scheme: str, quantizer: Quantizer, change: ScaleChange | None = None
     ):
         self.linear, self.source, self.scheme = linear, source, scheme
         self.quantizer, self.change = quantizer, change

@@ -133,18 +133,14 @@ def read_torch_file(path: Path, *, unknown: str = "refuse") -> Any:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a readable torch file: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"{path} is not a readable torch file: {type(error).__name__}: {error}") from error
 
 
 def _check_archive(path: Path, members: dict[str, zipfile.ZipInfo], archive: zipfile.ZipFile) -> None:
     if "data.pkl" not in members:
         raise CheckpointError(f"{path} is a zip archive without data.pkl: not written by torch.save")
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-        raise CheckpointError(
-            f"{path} was saved on a big-endian machine; save it again on a little-endian one"
-        )
+        raise CheckpointError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
 
 
 class _StorageTable:
@@ -159,21 +155,14 @@ class _StorageTable:
             raise CheckpointError(f"{self.path}: storage {key} is missing or compressed")
         if info.file_size < num_elements * dtype.itemsize:
             raise CheckpointError(
-                f"{self.path}: storage {key} holds {info.file_size} bytes, "
-                f"{num_elements * dtype.itemsize} are needed"
+                f"{self.path}: storage {key} holds {info.file_size} bytes, {num_elements * dtype.itemsize} are needed"
             )
-        local = LOCAL_HEADER.unpack(
-            self.file.read_bytes(info.header_offset, LOCAL_HEADER.size, f"storage {key}")
-        )
-        return LazyStorage(
-            dtype, info.header_offset + LOCAL_HEADER.size + local[-2] + local[-1], num_elements
-        )
+        local = LOCAL_HEADER.unpack(self.file.read_bytes(info.header_offset, LOCAL_HEADER.size, f"storage {key}"))
+        return LazyStorage(dtype, info.header_offset + LOCAL_HEADER.size + local[-2] + local[-1], num_elements)
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(
-        self, stream: Any, path: Path, file: ReadFile, storages: _StorageTable, unknown: str
-    ) -> None:
+    def __init__(self, stream: Any, path: Path, file: ReadFile, storages: _StorageTable, unknown: str) -> None:
         super().__init__(stream)
         self.path, self.file, self.storages, self.unknown = path, file, storages, unknown
         self.stand_ins: dict[str, type] = {}
@@ -195,9 +184,7 @@ class _Unpickler(pickle.Unpickler):
             )
         qualified = f"{module}.{name}"
         if qualified not in self.stand_ins:
-            self.stand_ins[qualified] = type(
-                name.rpartition(".")[2], (StandIn,), {"qualified_name": qualified}
-            )
+            self.stand_ins[qualified] = type(name.rpartition(".")[2], (StandIn,), {"qualified_name": qualified})
         return self.stand_ins[qualified]
 
     def _known(self, module: str, name: str) -> Any:
@@ -220,21 +207,13 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         return PLAIN_BUILTINS.get(name) if module in ("builtins", "__builtin__") else None
 
-    def _rebuild_tensor(
-        self, storage: LazyStorage, offset: int, size: Any, stride: Any, *_: Any
-    ) -> RawTensor:
+    def _rebuild_tensor(self, storage: LazyStorage, offset: int, size: Any, stride: Any, *_: Any) -> RawTensor:
         start = storage.offset + offset * storage.dtype.itemsize
         tensor = RawTensor(self.file, f"at byte {start}", storage.dtype, size, start)
         stride = tuple(int(s) for s in stride)
-        span = (
-            0
-            if 0 in tensor.shape
-            else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True))
-        )
+        span = 0 if 0 in tensor.shape else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True))
         if min(stride, default=0) < 0 or offset < 0 or offset + span > storage.num_elements:
-            raise CheckpointError(
-                f"{self.path}: a tensor of shape {tensor.shape} reaches outside its storage"
-            )
+            raise CheckpointError(f"{self.path}: a tensor of shape {tensor.shape} reaches outside its storage")
         return tensor if _is_contiguous(tensor.shape, stride) else StridedTensor(tensor, stride)
 
 
@@ -272,8 +251,4 @@ def _read_legacy(path: Path, unknown: str) -> Any:
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
-    return {
-        key: MemoryTensor(value, str(path))
-        for key, value in loaded.items()
-        if isinstance(value, torch.Tensor)
-    }
+    return {key: MemoryTensor(value, str(path)) for key, value in loaded.items() if isinstance(value, torch.Tensor)}

@@ -67,11 +67,7 @@ def plan_shards(jobs: list[TensorJob], max_bytes: int) -> list[Shard]:
             shards.append(Shard([]))
         shards[-1].jobs.append(job)
     for number, shard in enumerate(shards, start=1):
-        shard.name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
+        shard.name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     return shards
 
 

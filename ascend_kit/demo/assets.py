@@ -84,8 +84,10 @@ def resolve(
         paths["input_model"] = str(ensure_model(cache_dir, on_progress))
         if experiment.model_name != DEMO_WORD:
             paths["model_name"] = f"{STAND_IN}{experiment.model_name}"
-            print(f"input_model is not given: the built-in demo model stands in for {experiment.model_name}; every "
-                  "number below describes the demo model")
+            print(
+                f"input_model is not given: the built-in demo model stands in for {experiment.model_name}; every "
+                "number below describes the demo model"
+            )
     if experiment.tokenizer_path == DEMO_WORD:
         paths["tokenizer_path"] = str(ensure_model(cache_dir, on_progress))
     if experiment.dataset_path == DEMO_WORD:

@@ -85,19 +85,18 @@ def _element(name, symbol, number, state, use) -> Topic:
     return Topic(
         name,
         facts=(
-            (f"{name} is a chemical element with the symbol {symbol}.",
-             f"{name} is an element whose symbol is {symbol}."),
+            (
+                f"{name} is a chemical element with the symbol {symbol}.",
+                f"{name} is an element whose symbol is {symbol}.",
+            ),
             (f"Its atomic number is {number}.", f"The atomic number of {name} is {number}."),
             (f"At room temperature it is a {state}.", f"It is a {state} at room temperature."),
         ),
         section="Use",
-        section_facts=(
-            (f"{name} is used for {use}.", f"One use of {name} is {use}."),
-        ),
+        section_facts=((f"{name} is used for {use}.", f"One use of {name} is {use}."),),
         questions=(
             (f"What is the symbol of {name.lower()}?", f"The symbol of {name.lower()} is {symbol}."),
-            (f"What is the atomic number of {name.lower()}?",
-             f"The atomic number of {name.lower()} is {number}."),
+            (f"What is the atomic number of {name.lower()}?", f"The atomic number of {name.lower()} is {number}."),
         ),
     )
 
@@ -111,9 +110,7 @@ def _animal(name, kind, food, home, young) -> Topic:
             (f"The {name} lives in or near the {home}.", f"Its home is the {home}."),
         ),
         section="Young",
-        section_facts=(
-            (f"A young {name} is called {_article(young)}.", f"Its young is called {_article(young)}."),
-        ),
+        section_facts=((f"A young {name} is called {_article(young)}.", f"Its young is called {_article(young)}."),),
         questions=(
             (f"What does a {name} eat?", f"A {name} feeds on {food}."),
             (f"What is a young {name} called?", f"A young {name} is called {_article(young)}."),
@@ -130,9 +127,7 @@ def _planet(name, place, kind, moons, known) -> Topic:
             (f"{name} has {moons}.", f"Around it there are {moons}."),
         ),
         section="Features",
-        section_facts=(
-            (f"{name} is known for {known}.", f"Astronomers know {name} for {known}."),
-        ),
+        section_facts=((f"{name} is known for {known}.", f"Astronomers know {name} for {known}."),),
         questions=(
             (f"Which place from the Sun has {name}?", f"{name} is the {place} planet from the Sun."),
             (f"How many moons has {name}?", f"{name} has {moons}."),

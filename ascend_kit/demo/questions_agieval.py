@@ -120,5 +120,5 @@ What is the square root of 144? | 12
 What is 5 factorial? | 120
 What is 3 cubed? | 27
 What is half of 90? | 45
-""",
+"""
 }

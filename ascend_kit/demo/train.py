@@ -63,11 +63,7 @@ def train_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def train_model(
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    steps: int = STEPS,
-    seed: int = 0,
-    on_progress: Progress | None = None,
+    tokenizer: "PreTrainedTokenizerFast", *, steps: int = STEPS, seed: int = 0, on_progress: Progress | None = None
 ) -> "Qwen3ForCausalLM":
     """Train from scratch for `steps` updates of BATCH x LENGTH tokens; the caller's random state is kept."""
     import torch
@@ -145,9 +141,7 @@ def _batches(tokenizer: "PreTrainedTokenizerFast", seed: int) -> Iterator[tuple[
         yield torch.tensor(ids), torch.tensor(weights), torch.tensor(documents)
 
 
-def _rows(
-    tokenizer: "PreTrainedTokenizerFast", seed: int
-) -> Iterator[tuple[list[int], list[float], list[int]]]:
+def _rows(tokenizer: "PreTrainedTokenizerFast", seed: int) -> Iterator[tuple[list[int], list[float], list[int]]]:
     """Rows of LENGTH + 1 tokens: whole documents behind each other, the last one cut."""
     documents = Corpus(seed).documents()
     encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))

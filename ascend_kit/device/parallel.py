@@ -77,7 +77,7 @@ class StepChannel:
         """Called by rank 0; int32 [n] on the host."""
         count, room = message.numel(), self.first.numel() - 1
         self.first[0] = count
-        self.first[1:1 + min(count, room)] = message[:room]
+        self.first[1 : 1 + min(count, room)] = message[:room]
         self._broadcast(self.first)
         if count > room:
             self._broadcast(message[room:].contiguous())
@@ -87,7 +87,7 @@ class StepChannel:
         self._broadcast(self.first)
         count, room = int(self.first[0]), self.first.numel() - 1
         if count <= room:
-            return self.first[1:1 + count] if count else None
+            return self.first[1 : 1 + count] if count else None
         rest = torch.empty(count - room, dtype=torch.int32)
         self._broadcast(rest)
         return torch.cat((self.first[1:], rest))

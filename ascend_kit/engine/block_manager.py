@@ -113,8 +113,10 @@ class BlockManager:
                 owners[block] += 1
         owned = sum(count > 0 for count in owners)
         if owners != self.references or owned + self.num_free != self.total:
-            raise RuntimeError(f"KV block books do not balance: {len(self.free)} free + {len(self.idle)} idle + "
-                               f"{owned} owned, {self.total} in all")
+            raise RuntimeError(
+                f"KV block books do not balance: {len(self.free)} free + {len(self.idle)} idle + "
+                f"{owned} owned, {self.total} in all"
+            )
 
     def _take(self) -> int:
         if self.free:
@@ -135,4 +137,4 @@ class BlockManager:
 
     def _tokens(self, sequence: Sequence, number: int) -> tuple[int, ...]:
         start = number * self.block_size
-        return tuple(sequence.token_ids[start:start + self.block_size])
+        return tuple(sequence.token_ids[start : start + self.block_size])

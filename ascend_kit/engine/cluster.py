@@ -102,15 +102,20 @@ class ClusterCore:
         facts, settings = self.replicas[0].facts, self.plan.settings
         self.block_size = facts[0]["block_size"]
         smallest = min(one.facts[0]["num_blocks"] for one in self.replicas)
-        self.blocks = BlockManager(smallest, self.block_size, on_demand=settings["memory_optimize"],
-                                   max_seq_length=settings["max_seq_length"])
+        self.blocks = BlockManager(
+            smallest, self.block_size, on_demand=settings["memory_optimize"], max_seq_length=settings["max_seq_length"]
+        )
         self.device = ClusterDevice(**vars(facts[0]["device"]), core=self)
-        self.dispatcher = Dispatcher(slots=settings["batch_size"], tokens_per_step=settings["max_tokens_per_step"],
-                                     block_size=self.block_size)
+        self.dispatcher = Dispatcher(
+            slots=settings["batch_size"], tokens_per_step=settings["max_tokens_per_step"], block_size=self.block_size
+        )
         self._welcome()
         if len({place.host for place in self.replicas[0].places}) > 1:
-            warnings.warn("tensor_parallel spans machines: two all-reduces a layer over their network are slow; "
-                          "use tensor_parallel within a machine and replicas across", stacklevel=4)
+            warnings.warn(
+                "tensor_parallel spans machines: two all-reduces a layer over their network are slow; "
+                "use tensor_parallel within a machine and replicas across",
+                stacklevel=4,
+            )
 
     def close(self) -> None:
         """End all replicas, and Ray if it was started here."""
@@ -133,7 +138,7 @@ class ClusterCore:
         ticket = next(self._numbers)
         self.sequences[sequence.id], self._tickets[sequence.id] = sequence, ticket
         self._waiting[ticket] = sequence
-        self.dispatcher.submit(ticket, sequence.token_ids[:sequence.num_prompt_tokens])
+        self.dispatcher.submit(ticket, sequence.token_ids[: sequence.num_prompt_tokens])
 
     def step(self, should_stop: StopCheck) -> list[Sequence]:
         """Apply what replicas have reported; the sequences that got a token or ended.
@@ -189,16 +194,25 @@ class ClusterCore:
             counts = report.counts if report else {}
             loaded = sum(facts["memory_bytes"] for facts in one.facts)
             known = self.dispatcher.places.get(one.number) if one.state == READY else None
-            rows.append({
-                "replica": one.number, "state": one.state, "restarts": one.restarts, "cards": ranks,
-                "hosts": sorted({place.address for place in one.places}), "pids": [p.pid for p in one.places],
-                "in_flight": len(known.jobs) if known else 0, "load": known.load if known else 0.0,
-                "finished": one.num_finished, "output_tokens": counts.get("output_tokens", 0),
-                "steps": counts.get("steps", 0), "kv_blocks_free": counts.get("kv_blocks_free"),
-                # Rank 0 reports as it goes; the other ranks hold the same share of the model.
-                "memory_bytes": report.memory_bytes * ranks if report else loaded,
-                "peak_memory_bytes": report.peak_memory_bytes * ranks if report else loaded,
-            })
+            rows.append(
+                {
+                    "replica": one.number,
+                    "state": one.state,
+                    "restarts": one.restarts,
+                    "cards": ranks,
+                    "hosts": sorted({place.address for place in one.places}),
+                    "pids": [p.pid for p in one.places],
+                    "in_flight": len(known.jobs) if known else 0,
+                    "load": known.load if known else 0.0,
+                    "finished": one.num_finished,
+                    "output_tokens": counts.get("output_tokens", 0),
+                    "steps": counts.get("steps", 0),
+                    "kv_blocks_free": counts.get("kv_blocks_free"),
+                    # Rank 0 reports as it goes; the other ranks hold the same share of the model.
+                    "memory_bytes": report.memory_bytes * ranks if report else loaded,
+                    "peak_memory_bytes": report.peak_memory_bytes * ranks if report else loaded,
+                }
+            )
         return rows
 
     # --- replicas ---------------------------------------------------------------------------------------------
@@ -217,8 +231,10 @@ class ClusterCore:
                 else:
                     one.state = ABANDONED
         if self.sequences and all(one.state == ABANDONED for one in self.replicas):
-            raise ReplicasLost(f"all {len(self.replicas)} replicas are lost and none could be started again; "
-                               f"{len(self.sequences)} requests are unfinished. The last error: {self._last_error}")
+            raise ReplicasLost(
+                f"all {len(self.replicas)} replicas are lost and none could be started again; "
+                f"{len(self.sequences)} requests are unfinished. The last error: {self._last_error}"
+            )
 
     def _welcome(self) -> None:
         for one in self.replicas:
@@ -255,8 +271,10 @@ class ClusterCore:
 
     def _blame(self, job: Job) -> None:
         sequence = self._waiting[job.ticket]
-        sequence.error = (f"the request ended {job.strikes} replicas that ran it alone or nearly so; it is not tried "
-                          f"again. The last error: {self._last_error}")
+        sequence.error = (
+            f"the request ended {job.strikes} replicas that ran it alone or nearly so; it is not tried "
+            f"again. The last error: {self._last_error}"
+        )
         self._close(sequence, "error", time.perf_counter())
         self._ended.append(sequence)
 
@@ -266,9 +284,15 @@ class ClusterCore:
         for number, job in self.dispatcher.assign():
             sequence, wire = self._waiting[job.ticket], next(self._numbers)
             self._wires[wire], self._placed[job.ticket] = job.ticket, (wire, number)
-            self.replicas[number].orders.append(Order(
-                wire, sequence.token_ids[:sequence.num_prompt_tokens], sequence.output_ids, sequence.sampling,
-                sequence.targets))
+            self.replicas[number].orders.append(
+                Order(
+                    wire,
+                    sequence.token_ids[: sequence.num_prompt_tokens],
+                    sequence.output_ids,
+                    sequence.sampling,
+                    sequence.targets,
+                )
+            )
         for one in self.replicas:
             if one.state != READY:
                 continue
@@ -308,8 +332,13 @@ class ClusterCore:
         """Queue a report's tokens in rounds of one token a request."""
         longest = max((max(1, len(news.tokens)) for news in report.progress), default=0)
         for number in range(longest):
-            self._rounds.append([_Round(news.ticket, number, news, one.clock_offset_s) for news in report.progress
-                                 if number < max(1, len(news.tokens))])
+            self._rounds.append(
+                [
+                    _Round(news.ticket, number, news, one.clock_offset_s)
+                    for news in report.progress
+                    if number < max(1, len(news.tokens))
+                ]
+            )
 
     def _apply(self, item: _Round, should_stop: StopCheck) -> Sequence | None:
         """Bring our copy of a request up to date; None when it is no longer wanted from that replica."""
@@ -323,7 +352,7 @@ class ClusterCore:
             token = news.tokens[item.number]
             sequence.token_ids.append(token)
             sequence.timeline.token_times_s.append(news.times_s[item.number] - item.clock_offset_s)
-            sequence.logprobs += news.logprobs[item.number:item.number + 1]
+            sequence.logprobs += news.logprobs[item.number : item.number + 1]
             should_stop(sequence, token)  # keeps the text; the replica has come to the same answer
         is_last = item.number >= len(news.tokens) - 1
         if is_last and news.finish_reason is not None:

@@ -30,42 +30,61 @@ StopCheck = Callable[[Sequence, int], str | None]
 class EngineCore:
     """Weights, KV cache and scheduler of one model on one rank."""
 
-    def __init__(self, model_path: str, config: ModelConfig, device: Device, *, precision: str, max_seq_length: int,
-                 batch_size: int, graph_mode: bool, operator_fusion: bool, memory_optimize: bool,
-                 block_size: int | None, max_tokens_per_step: int, kv_cache_gib: float | None,
-                 parallel: TensorParallel | None = None, ranks_on_host: int = 1):
+    def __init__(
+        self,
+        model_path: str,
+        config: ModelConfig,
+        device: Device,
+        *,
+        precision: str,
+        max_seq_length: int,
+        batch_size: int,
+        graph_mode: bool,
+        operator_fusion: bool,
+        memory_optimize: bool,
+        block_size: int | None,
+        max_tokens_per_step: int,
+        kv_cache_gib: float | None,
+        parallel: TensorParallel | None = None,
+        ranks_on_host: int = 1,
+    ):
         self.config, self.device = config, device
         dtype = DTYPES[precision]
         ops = select_ops(device.kind, operator_fusion)
         self.block_size = block_size or device.default_block_size
-        self.decoder = load_decoder(model_path, config, dtype=dtype, device=device, ops=ops,
-                                    max_positions=max_seq_length, parallel=parallel)
+        self.decoder = load_decoder(
+            model_path, config, dtype=dtype, device=device, ops=ops, max_positions=max_seq_length, parallel=parallel
+        )
         device.assert_on_device(self.decoder)
-        self.block_bytes = (2 * config.num_layers * self.decoder.num_kv_heads * config.head_dim * self.block_size
-                            * dtype.itemsize)
+        self.block_bytes = (
+            2 * config.num_layers * self.decoder.num_kv_heads * config.head_dim * self.block_size * dtype.itemsize
+        )
         num_blocks = self._pool_size(max_seq_length, batch_size, kv_cache_gib, ranks_on_host)
         if parallel is not None:  # one plan for all ranks: block numbers must exist everywhere
             num_blocks = parallel.smallest(num_blocks)
-        self.blocks = BlockManager(num_blocks, self.block_size, on_demand=memory_optimize,
-                                   max_seq_length=max_seq_length)
+        self.blocks = BlockManager(
+            num_blocks, self.block_size, on_demand=memory_optimize, max_seq_length=max_seq_length
+        )
         self.scheduler = Scheduler(self.blocks, max_sequences=batch_size, max_tokens_per_step=max_tokens_per_step)
-        self.runner = ModelRunner(self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size,
-                                  dtype=dtype)
+        self.runner = ModelRunner(
+            self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size, dtype=dtype
+        )
         if graph_mode:
             self.runner.enable_graphs(batch_size, max_seq_length)
         self.sequences: dict[int, Sequence] = {}
         self.counts = {"steps": 0, "prompt_tokens": 0, "cached_prompt_tokens": 0, "output_tokens": 0}
 
-    def _pool_size(self, max_seq_length: int, batch_size: int, kv_cache_gib: float | None,
-                   ranks_on_host: int) -> int:
+    def _pool_size(self, max_seq_length: int, batch_size: int, kv_cache_gib: float | None, ranks_on_host: int) -> int:
         """Blocks in the pool: what all slots can use at most, within the memory given or found free; plus block 0."""
         useful = batch_size * -(-max_seq_length // self.block_size)
         share = KV_SHARE[self.device.kind] / (ranks_on_host if self.device.kind == "cpu" else 1)
         room = kv_cache_gib * GIB if kv_cache_gib else share * self.device.free_memory_bytes()
         affordable = int(room // self.block_bytes)
         if affordable < 1:
-            raise ValueError(f"kv_cache_gib={kv_cache_gib} does not hold one block of {self.block_size} tokens "
-                             f"({self.block_bytes / GIB:.4f} GiB); raise it or lower block_size")
+            raise ValueError(
+                f"kv_cache_gib={kv_cache_gib} does not hold one block of {self.block_size} tokens "
+                f"({self.block_bytes / GIB:.4f} GiB); raise it or lower block_size"
+            )
         return min(useful, affordable) + 1
 
     @property
@@ -156,12 +175,16 @@ def why_refused(sequence: Sequence, vocab_size: int, blocks: BlockManager, max_s
         return f"token id {bad!r} is outside the vocabulary: allowed 0 to {vocab_size - 1}"
     room = 0 if sequence.is_scoring else 1
     if len(ids) + room > limit:
-        return (f"the prompt has {len(ids)} tokens, max_seq_length={limit} allows {limit - room}; shorten it or "
-                "raise max_seq_length")
+        return (
+            f"the prompt has {len(ids)} tokens, max_seq_length={limit} allows {limit - room}; shorten it or "
+            "raise max_seq_length"
+        )
     total = len(ids) if sequence.is_scoring else min(len(ids) + sequence.sampling.max_new_tokens, limit)
     if not blocks.fits_ever(total):
         need = blocks.blocks_for(total if blocks.on_demand else max_seq_length)
-        return (f"the request needs {need} KV blocks of {self.block_size} tokens, the pool has "
-                f"{blocks.total}; raise kv_cache_gib, or lower max_new_tokens"
-                + ("" if blocks.on_demand else " or set memory_optimize: true"))
+        return (
+            f"the request needs {need} KV blocks of {blocks.block_size} tokens, the pool has "
+            f"{blocks.total}; raise kv_cache_gib, or lower max_new_tokens"
+            + ("" if blocks.on_demand else " or set memory_optimize: true")
+        )
     return None

@@ -25,24 +25,24 @@ class Detokenizer:
         """The text that became complete with this token; empty while a character is unfinished."""
         self.ids.append(token_id)
         start = max(0, self.shown - self.CONTEXT)
-        before = self._decode(self.ids[start:self.shown])
+        before = self._decode(self.ids[start : self.shown])
         now = self._decode(self.ids[start:])
         if now.endswith("\ufffd"):
             return ""
-        return self._show(now[len(before):])
+        return self._show(now[len(before) :])
 
     def finish(self) -> str:
         """The rest of the text, replacement characters included when the answer ends inside a character."""
         start = max(0, self.shown - self.CONTEXT)
-        before = self._decode(self.ids[start:self.shown])
-        return self._show(self._decode(self.ids[start:])[len(before):])
+        before = self._decode(self.ids[start : self.shown])
+        return self._show(self._decode(self.ids[start:])[len(before) :])
 
     def find_stop(self, piece: str) -> bool:
         """Cut the text at the first stop string that the latest piece completed; True when there was one."""
         window = max(0, len(self.text) - len(piece) - max(map(len, self.stop), default=0))
         found = [at for at in (self.text.find(word, window) for word in self.stop) if at >= 0]
         if found:
-            self.text, self.is_cut = self.text[:min(found)], True
+            self.text, self.is_cut = self.text[: min(found)], True
         return bool(found)
 
     def _show(self, piece: str) -> str:

@@ -179,7 +179,7 @@ class Dispatcher:
         """A key per full leading block that stands for all tokens up to its end."""
         keys, key = [], 0
         for start in range(0, min(len(prompt), PREFIX_BLOCKS * self.block_size) - self.block_size + 1, self.block_size):
-            key = hash((key, tuple(prompt[start:start + self.block_size])))
+            key = hash((key, tuple(prompt[start : start + self.block_size])))
             keys.append(key)
         return keys
 

@@ -53,18 +53,36 @@ class AscendInferEngine:
     `memory_optimize` takes KV blocks on demand and shares equal prefixes.
     """
 
-    def __init__(self, model_path: str | Path, *, tokenizer_path: str | Path | None = None, precision: str = "bf16",
-                 device: str = "auto", device_id: int = 0, max_seq_length: int = 8192, batch_size: int = 16,
-                 graph_mode: bool = False, operator_fusion: bool = True, memory_optimize: bool = True,
-                 block_size: int | None = None, max_tokens_per_step: int = 2048, kv_cache_gib: float | None = None,
-                 seed: int = 0, cards: int = 1, tensor_parallel: int = 1, ray_address: str | None = None):
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        tokenizer_path: str | Path | None = None,
+        precision: str = "bf16",
+        device: str = "auto",
+        device_id: int = 0,
+        max_seq_length: int = 8192,
+        batch_size: int = 16,
+        graph_mode: bool = False,
+        operator_fusion: bool = True,
+        memory_optimize: bool = True,
+        block_size: int | None = None,
+        max_tokens_per_step: int = 2048,
+        kv_cache_gib: float | None = None,
+        seed: int = 0,
+        cards: int = 1,
+        tensor_parallel: int = 1,
+        ray_address: str | None = None,
+    ):
         if precision.lower() not in PRECISIONS:
             raise ValueError(f"precision={precision!r}; allowed: {', '.join(PRECISIONS)}")
         self.model_path, self.tokenizer_path = str(model_path), str(tokenizer_path or model_path)
         self.config = ModelConfig.from_folder(model_path)
         if max_seq_length > self.config.max_position_embeddings:
-            raise ValueError(f"max_seq_length={max_seq_length} is above the model's max_position_embeddings="
-                             f"{self.config.max_position_embeddings}")
+            raise ValueError(
+                f"max_seq_length={max_seq_length} is above the model's max_position_embeddings="
+                f"{self.config.max_position_embeddings}"
+            )
         self.precision, self.max_seq_length, self.batch_size = PRECISIONS[precision.lower()], max_seq_length, batch_size
         self.seed = seed
         self._ranks = environment_ranks()
@@ -72,8 +90,13 @@ class AscendInferEngine:
         self.ray_address = ray_address
         self._device_name, self._device_id = device, device_id
         self._settings = {
-            "graph_mode": graph_mode, "operator_fusion": operator_fusion, "memory_optimize": memory_optimize,
-            "block_size": block_size, "max_tokens_per_step": max_tokens_per_step, "kv_cache_gib": kv_cache_gib}
+            "graph_mode": graph_mode,
+            "operator_fusion": operator_fusion,
+            "memory_optimize": memory_optimize,
+            "block_size": block_size,
+            "max_tokens_per_step": max_tokens_per_step,
+            "kv_cache_gib": kv_cache_gib,
+        }
         self.core: EngineCore | None = None  # or a core with the same methods that drives other processes
         self.device: Device | None = None
         self.tokenizer: Any = None
@@ -87,11 +110,26 @@ class AscendInferEngine:
         if model_path is None:
             converted = experiment.use_model == "converted"
             model_path = experiment.converted_folder if converted else experiment.input_model
-        names = ("precision", "device", "device_id", "max_seq_length", "batch_size", "graph_mode", "operator_fusion",
-                 "memory_optimize", "block_size", "max_tokens_per_step", "kv_cache_gib", "seed", "cards",
-                 "tensor_parallel", "ray_address")
-        return cls(model_path, tokenizer_path=experiment.tokenizer_path,
-                   **{name: getattr(experiment, name) for name in names})
+        names = (
+            "precision",
+            "device",
+            "device_id",
+            "max_seq_length",
+            "batch_size",
+            "graph_mode",
+            "operator_fusion",
+            "memory_optimize",
+            "block_size",
+            "max_tokens_per_step",
+            "kv_cache_gib",
+            "seed",
+            "cards",
+            "tensor_parallel",
+            "ray_address",
+        )
+        return cls(
+            model_path, tokenizer_path=experiment.tokenizer_path, **{name: getattr(experiment, name) for name in names}
+        )
 
     # --- life -------------------------------------------------------------------------------------------------
 
@@ -108,14 +146,25 @@ class AscendInferEngine:
 
     def _open_core(self) -> Any:
         """One card in this process, the ranks this process was started with, or replicas on Ray."""
-        settings = {"precision": self.precision, "max_seq_length": self.max_seq_length,
-                    "batch_size": self.batch_size, **self._settings}
+        settings = {
+            "precision": self.precision,
+            "max_seq_length": self.max_seq_length,
+            "batch_size": self.batch_size,
+            **self._settings,
+        }
         if self._ranks is None and self.cards == 1 and self.ray_address is None:
             device = select_device(self._device_name, self._device_id)
             device.seed(self.seed)
             return EngineCore(self.model_path, self.config, device, **settings)
-        plan = ReplicaPlan(self.model_path, self.tokenizer_path, self._device_name, self.seed, settings,
-                           replicas=self.cards // self.tensor_parallel, tensor_parallel=self.tensor_parallel)
+        plan = ReplicaPlan(
+            self.model_path,
+            self.tokenizer_path,
+            self._device_name,
+            self.seed,
+            settings,
+            replicas=self.cards // self.tensor_parallel,
+            tensor_parallel=self.tensor_parallel,
+        )
         if self._ranks is not None:
             from ascend_kit.engine.rank_core import RankCore
 
@@ -157,12 +206,17 @@ class AscendInferEngine:
     def has_unfinished(self) -> bool:
         return bool(self._refused) or self._loaded().has_unfinished
 
-    def add_request(self, prompt: Prompt, sampling: SamplingParams | None = None,
-                    arrival_s: float | None = None) -> int:
+    def add_request(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, arrival_s: float | None = None
+    ) -> int:
         """Queue one request; its number. A request that cannot run comes back from `step` with an error."""
         core, sampling = self._loaded(), sampling or SamplingParams()
-        sequence = Sequence(self._encode(prompt), sampling, index=self._num_requests,
-                            arrival_s=time.perf_counter() if arrival_s is None else arrival_s)
+        sequence = Sequence(
+            self._encode(prompt),
+            sampling,
+            index=self._num_requests,
+            arrival_s=time.perf_counter() if arrival_s is None else arrival_s,
+        )
         self._num_requests += 1
         refusal = core.refusal(sequence, self.max_seq_length)
         if refusal is not None:
@@ -187,9 +241,13 @@ class AscendInferEngine:
 
     # --- many requests ----------------------------------------------------------------------------------------
 
-    def generate(self, prompts: list[str] | list[list[int]],
-                 sampling: SamplingParams | list[SamplingParams] | None = None, *,
-                 on_progress: Progress | None = None) -> list[RequestOutput]:
+    def generate(
+        self,
+        prompts: list[str] | list[list[int]],
+        sampling: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> list[RequestOutput]:
         """Answer every prompt; outputs in input order. A prompt that cannot run ends with an error, alone."""
         order = self._add_all(prompts, sampling)
         done: dict[int, RequestOutput] = {}
@@ -206,8 +264,11 @@ class AscendInferEngine:
                 self.cancel(request)
         return [self._renumbered(done[request], place) for place, request in enumerate(order)]
 
-    def stream(self, prompts: Prompt | list[str] | list[list[int]],
-               sampling: SamplingParams | list[SamplingParams] | None = None) -> Iterator[StreamEvent]:
+    def stream(
+        self,
+        prompts: Prompt | list[str] | list[list[int]],
+        sampling: SamplingParams | list[SamplingParams] | None = None,
+    ) -> Iterator[StreamEvent]:
         """Tokens as they are made. Text is held back while it could still be part of a stop string."""
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         order = self._add_all([prompts] if single else prompts, sampling, streaming=True)
@@ -257,8 +318,9 @@ class AscendInferEngine:
             raise PairsFailed(errors, scores)
         return scores
 
-    def infer(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None,
-              max_new_tokens: int = 128) -> np.ndarray:
+    def infer(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, max_new_tokens: int = 128
+    ) -> np.ndarray:
         """Array in, array out: greedy answers [B, longest answer] int64 for prompts [B, T] padded on either side.
 
         Only new tokens are returned, filled up with the pad id (or the end id when there is none).
@@ -274,7 +336,7 @@ class AscendInferEngine:
             raise ValueError(f"row {failed[0].index}: {failed[0].error}")
         result = np.full((len(outputs), max(len(o.token_ids) for o in outputs)), self._pad_id(), dtype=np.int64)
         for row, output in zip(result, outputs, strict=True):
-            row[:len(output.token_ids)] = output.token_ids
+            row[: len(output.token_ids)] = output.token_ids
         return result
 
     # --- inside -----------------------------------------------------------------------------------------------
@@ -287,8 +349,9 @@ class AscendInferEngine:
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _add_all(self, prompts: list, sampling: SamplingParams | list[SamplingParams] | None,
-                 streaming: bool = False) -> list[int]:
+    def _add_all(
+        self, prompts: list, sampling: SamplingParams | list[SamplingParams] | None, streaming: bool = False
+    ) -> list[int]:
         if isinstance(sampling, list) and len(sampling) != len(prompts):
             raise ValueError(f"{len(sampling)} sampling settings for {len(prompts)} prompts; give one, or one each")
         settings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
@@ -311,11 +374,17 @@ class AscendInferEngine:
                 detokenizer.find_stop(detokenizer.finish())
             text = detokenizer.text
         return RequestOutput(
-            index=sequence.id, prompt_token_ids=sequence.token_ids[:sequence.num_prompt_tokens],
-            token_ids=sequence.output_ids, text=text, finish_reason=sequence.finish_reason, error=sequence.error,
+            index=sequence.id,
+            prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
+            token_ids=sequence.output_ids,
+            text=text,
+            finish_reason=sequence.finish_reason,
+            error=sequence.error,
             logprobs=sequence.logprobs if sequence.sampling.logprobs is not None else None,
-            timeline=sequence.timeline, num_cached_tokens=sequence.num_cached_tokens,
-            num_preemptions=sequence.num_preemptions)
+            timeline=sequence.timeline,
+            num_cached_tokens=sequence.num_cached_tokens,
+            num_preemptions=sequence.num_preemptions,
+        )
 
     def _take_refused(self) -> list[RequestOutput]:
         refused, self._refused = self._refused, []
@@ -329,8 +398,8 @@ class AscendInferEngine:
             # A stop string may still be completed by the next token: hold its longest possible start back.
             held = max((len(word) - 1 for word in sequence.sampling.stop), default=0)
             text, number = self._stop.text_so_far(sequence), place[sequence.id]
-            text = text[:max(0, len(text) - held)]
-        piece, sent[sequence.id] = text[sent[sequence.id]:], max(len(text), sent[sequence.id])
+            text = text[: max(0, len(text) - held)]
+        piece, sent[sequence.id] = text[sent[sequence.id] :], max(len(text), sent[sequence.id])
         return StreamEvent(number, sequence.token_ids[-1], piece, sequence.finish_reason)
 
     def _score_sequences(self, pairs: list[tuple[Prompt, Prompt]]) -> list[Sequence]:
@@ -338,16 +407,20 @@ class AscendInferEngine:
         for number, (context, continuation) in enumerate(pairs):
             context_ids, ids = self._encode(context), self._encode(continuation)
             if not context_ids or not ids:
-                raise ValueError(f"pair {number}: context and continuation need at least one token each, got "
-                                 f"{len(context_ids)} and {len(ids)}")
+                raise ValueError(
+                    f"pair {number}: context and continuation need at least one token each, got "
+                    f"{len(context_ids)} and {len(ids)}"
+                )
             bad = next((t for t in ids if not 0 <= t < self.config.vocab_size), None)
             if bad is not None:
                 raise ValueError(f"pair {number}: token id {bad} is outside 0 to {self.config.vocab_size - 1}")
             groups.setdefault(tuple(context_ids + ids[:-1]), []).append(ScoreTarget(number, tuple(ids)))
         now = time.perf_counter()
         # Sorted, so that inputs with a long common prefix run next to each other and share its blocks.
-        return [Sequence(ids, SamplingParams(), arrival_s=now, index=-1 - number, targets=groups[ids])
-                for number, ids in enumerate(sorted(groups))]
+        return [
+            Sequence(ids, SamplingParams(), arrival_s=now, index=-1 - number, targets=groups[ids])
+            for number, ids in enumerate(sorted(groups))
+        ]
 
     def _pad_id(self) -> int:
         for value in (self.tokenizer.pad_token_id, self.config.pad_token_id, *self.config.eos_token_ids):
@@ -364,21 +437,31 @@ class AscendInferEngine:
 def _checked_cards(cards: int, tensor_parallel: int, ranks: Ranks | None, config: ModelConfig) -> tuple[int, int]:
     """Both numbers when they can work; ranks of the environment stand for the cards when none were asked for."""
     if ranks is not None and cards not in (1, ranks.size):
-        raise ValueError(f"cards={cards}, but this process was started as one of {ranks.size} ranks; leave cards out, "
-                         f"or start {cards} ranks")
+        raise ValueError(
+            f"cards={cards}, but this process was started as one of {ranks.size} ranks; leave cards out, "
+            f"or start {cards} ranks"
+        )
     cards = ranks.size if ranks is not None else cards
     if cards < 1 or tensor_parallel < 1 or cards % tensor_parallel:
         allowed = [n for n in range(1, cards + 1) if cards % n == 0]
         raise ValueError(f"tensor_parallel={tensor_parallel} does not divide cards={cards}; allowed: {allowed}")
-    check_division(tensor_parallel, {
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "intermediate_size": config.intermediate_size, "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size})
+    check_division(
+        tensor_parallel,
+        {
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "intermediate_size": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+        },
+    )
     return cards, tensor_parallel
 
 
 def _scores(sequence: Sequence) -> dict[int, Score | None]:
     if sequence.error is not None:
         return dict.fromkeys(target.pair for target in sequence.targets)
-    return {target.pair: Score(sum(logprob for logprob, _ in rows), all(greedy for _, greedy in rows))
-            for target, rows in zip(sequence.targets, sequence.target_scores, strict=True)}
+    return {
+        target.pair: Score(sum(logprob for logprob, _ in rows), all(greedy for _, greedy in rows))
+        for target, rows in zip(sequence.targets, sequence.target_scores, strict=True)
+    }

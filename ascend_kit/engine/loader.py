@@ -29,24 +29,40 @@ from ascend_kit.model.layers import (
 COLUMN, ROW = 0, 1  # which dimension of [out, in] is split over ranks
 
 
-def load_decoder(folder: str | Path, config: ModelConfig, *, dtype: torch.dtype, device: Device, ops: ModuleType,
-                 max_positions: int, parallel: TensorParallel | None = None) -> Decoder:
+def load_decoder(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: Device,
+    ops: ModuleType,
+    max_positions: int,
+    parallel: TensorParallel | None = None,
+) -> Decoder:
     """Read this rank's part of a Hugging Face checkpoint into a decoder.
 
     ValueError names the limit when a head count, group count or width does not divide over the ranks, or when the
     op table cannot run the model's shapes.
     """
     parallel = parallel or TensorParallel()
-    problems = ops.validate(config.num_heads // parallel.size, max(1, config.num_kv_heads // parallel.size),
-                            config.head_dim, dtype)
+    problems = ops.validate(
+        config.num_heads // parallel.size, max(1, config.num_kv_heads // parallel.size), config.head_dim, dtype
+    )
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
     return _Loader(open_checkpoint(folder), config, dtype, device, ops, parallel).decoder(max_positions)
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: Device,
-                 ops: ModuleType, parallel: TensorParallel):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: Device,
+        ops: ModuleType,
+        parallel: TensorParallel,
+    ):
         self.checkpoint, self.config, self.dtype = checkpoint, config, dtype
         self.target, self.ops, self.parallel = device.torch_device, ops, parallel
         heads = parallel.span(config.num_heads, "num_attention_heads")
@@ -57,12 +73,16 @@ class _Loader:
 
     def decoder(self, max_positions: int) -> Decoder:
         config = self.config
-        embedding = Embedding(self._float("model.embed_tokens.weight",
-                                          1, self.parallel.span(config.hidden_size, "hidden_size")), self.ops, self.parallel)
+        embedding = Embedding(
+            self._float("model.embed_tokens.weight", 1, self.parallel.span(config.hidden_size, "hidden_size")),
+            self.ops,
+            self.parallel,
+        )
         layers = [self._layer(f"model.layers.{number}") for number in range(config.num_layers)]
         rotary = Rotary(config, max_positions, self.dtype, self.target, self.ops)
-        return Decoder(config, embedding, layers, self._norm("model.norm"), self._head(embedding), rotary,
-                       self.parallel).eval()
+        return Decoder(
+            config, embedding, layers, self._norm("model.norm"), self._head(embedding), rotary, self.parallel
+        ).eval()
 
     def _layer(self, name: str) -> DecoderLayer:
         attention = f"{name}.self_attn"
@@ -76,13 +96,17 @@ class _Loader:
         return DecoderLayer(
             self._norm(f"{name}.input_layernorm"),
             Attention(self.config, qkv, out, *norms, self.ops, self.parallel),
-            self._norm(f"{name}.post_attention_layernorm"), MLP(gate_up, down, self.ops, self.parallel))
+            self._norm(f"{name}.post_attention_layernorm"),
+            MLP(gate_up, down, self.ops, self.parallel),
+        )
 
     def _qkv(self, parts: list[tuple[str, tuple[int, int]]]) -> list[nn.Module]:
         """One product; or q beside k and v stacked, for kernels that want contiguous results; or three."""
         if self.ops.MERGED_QKV and self._same_scheme(parts):
             return [self._columns(parts)]
-        if not self.ops.MERGED_QKV and not any(self.checkpoint.quantization.scheme(name) != "none" for name, _ in parts):
+        if not self.ops.MERGED_QKV and not any(
+            self.checkpoint.quantization.scheme(name) != "none" for name, _ in parts
+        ):
             pair = [(self._float(f"{name}.weight", COLUMN, span), self._bias(name, span)) for name, span in parts[1:]]
             return [self._columns(parts[:1]), StackedLinear(*map(list, zip(*pair, strict=True)))]
         return [self._columns([part]) for part in parts]

@@ -40,14 +40,21 @@ class RankCore:
         self.device.seed(plan.seed)
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
-            dist.init_process_group(BACKENDS[kind], store=_store(ranks), rank=ranks.rank, world_size=ranks.size,
-                                    timeout=NEVER)
+            dist.init_process_group(
+                BACKENDS[kind], store=_store(ranks), rank=ranks.rank, world_size=ranks.size, timeout=NEVER
+            )
         self._counter = dist.distributed_c10d._get_default_store()
         self._epoch = self._agree_on_epoch()
         parallel = self._parallel(plan.tensor_parallel)
         on_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks.size)))
-        self.core = EngineCore(plan.model_path, ModelConfig.from_folder(plan.model_path), self.device,
-                               **plan.settings, parallel=parallel, ranks_on_host=on_host)
+        self.core = EngineCore(
+            plan.model_path,
+            ModelConfig.from_folder(plan.model_path),
+            self.device,
+            **plan.settings,
+            parallel=parallel,
+            ranks_on_host=on_host,
+        )
         self.is_leader = parallel is None or parallel.rank == 0
         self.sequences: dict[int, Sequence] = {}
         self._order: list[Sequence] = []  # every sequence ever added; its place is its number on all ranks
@@ -148,10 +155,17 @@ class RankCore:
         self.sequences.pop(sequence.id, None)
         line = sequence.timeline
         self._finished[sequence.id] = {
-            "output_ids": sequence.output_ids, "logprobs": sequence.logprobs, "error": sequence.error,
-            "finish_reason": sequence.finish_reason, "target_scores": sequence.target_scores,
-            "num_cached_tokens": sequence.num_cached_tokens, "num_preemptions": sequence.num_preemptions,
-            "scheduled_s": line.scheduled_s, "token_times_s": line.token_times_s, "finished_s": line.finished_s}
+            "output_ids": sequence.output_ids,
+            "logprobs": sequence.logprobs,
+            "error": sequence.error,
+            "finish_reason": sequence.finish_reason,
+            "target_scores": sequence.target_scores,
+            "num_cached_tokens": sequence.num_cached_tokens,
+            "num_preemptions": sequence.num_preemptions,
+            "scheduled_s": line.scheduled_s,
+            "token_times_s": line.token_times_s,
+            "finished_s": line.finished_s,
+        }
 
     def _exchange(self, should_stop: StopCheck) -> list[Sequence]:
         """Give every rank what the others have finished; the sequences that ended elsewhere."""
@@ -159,8 +173,11 @@ class RankCore:
         self._dist.all_gather_object(parts, self._finished)
         self._finished = {}
         arrived = {number: result for part in parts for number, result in part.items()}
-        return [self._adopt(self.sequences.pop(number), result, should_stop)
-                for number, result in arrived.items() if number in self.sequences]
+        return [
+            self._adopt(self.sequences.pop(number), result, should_stop)
+            for number, result in arrived.items()
+            if number in self.sequences
+        ]
 
     @staticmethod
     def _adopt(sequence: Sequence, result: dict[str, Any], should_stop: StopCheck) -> Sequence:
@@ -182,11 +199,14 @@ def _store(ranks: Ranks) -> Any:
     if "MASTER_ADDR" in os.environ:
         port = int(os.environ.get("MASTER_PORT", "29500"))
         from_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves the store itself
-        return TCPStore(os.environ["MASTER_ADDR"], port, ranks.size, is_master=ranks.rank == 0 and not from_agent,
-                        timeout=limit)
+        return TCPStore(
+            os.environ["MASTER_ADDR"], port, ranks.size, is_master=ranks.rank == 0 and not from_agent, timeout=limit
+        )
     if os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", str(ranks.size)) != str(ranks.size):
-        raise ValueError("ranks on several machines need an address to meet at: "
-                         "mpirun -x MASTER_ADDR=<address of rank 0> -x MASTER_PORT=29500 ...")
+        raise ValueError(
+            "ranks on several machines need an address to meet at: "
+            "mpirun -x MASTER_ADDR=<address of rank 0> -x MASTER_PORT=29500 ..."
+        )
     job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("PMI_JOBID") or f"parent-{os.getppid()}"
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{os.getuid()}-{socket.gethostname()}-{job}")
     store = FileStore(str(Path(tempfile.gettempdir()) / f"ascend-ranks-{name}"), ranks.size)

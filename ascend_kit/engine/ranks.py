@@ -36,8 +36,9 @@ def environment_ranks(env: Mapping[str, str] | None = None) -> Ranks | None:
             rank, size = int(env[names[0]]), int(env[names[1]])
             local = int(env.get(names[2], rank))
         except ValueError:
-            raise ValueError(f"the ranks of {launcher} are not whole numbers: {shown}; "
-                             "unset them to run alone") from None
+            raise ValueError(
+                f"the ranks of {launcher} are not whole numbers: {shown}; unset them to run alone"
+            ) from None
         if not (0 <= rank < size and 0 <= local < size):
             raise ValueError(f"the ranks of {launcher} do not fit together: {shown}; unset them to run alone")
         if size > 1:

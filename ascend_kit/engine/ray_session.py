@@ -40,8 +40,9 @@ def import_ray() -> Any:
         try:
             import ray
         except ImportError as error:
-            raise RuntimeError("several cards need Ray, which is not installed: pip install ascend-kit[cluster] "
-                               f"({error})") from None
+            raise RuntimeError(
+                f"several cards need Ray, which is not installed: pip install ascend-kit[cluster] ({error})"
+            ) from None
     # Ray reads the type of an Ascend card through the `acl` module and logs a traceback when there is none.
     logging.getLogger("ray._private.accelerators.npu").setLevel(logging.CRITICAL)
     return ray
@@ -77,8 +78,11 @@ class RaySession:
 
     def machines(self) -> list[tuple[str, int]]:
         """(address, cards) of each machine that is alive."""
-        return [(node["NodeManagerAddress"], int(node["Resources"].get(self.resource, 0)))
-                for node in self.ray.nodes() if node["Alive"]]
+        return [
+            (node["NodeManagerAddress"], int(node["Resources"].get(self.resource, 0)))
+            for node in self.ray.nodes()
+            if node["Alive"]
+        ]
 
     def create(self, cls: type, count: int) -> tuple[list[Any], Any]:
         """`count` actors of `cls` with a card each, on one machine where one is large enough; and what reserves
@@ -122,7 +126,11 @@ class RaySession:
         try:
             if before is not None:  # Ray may have been imported before the variable was set
                 constants.ENABLE_RAY_CLUSTER = False
-            with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}), _fewer_processes(self.ray), _no_echo(self.ray):
+            with (
+                _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}),
+                _fewer_processes(self.ray),
+                _no_echo(self.ray),
+            ):
                 self._init_local(amounts)
         except BaseException:
             self.close()
@@ -135,9 +143,16 @@ class RaySession:
         """Ray gives its own processes 30 s to answer; a busy host may need a second try."""
         for attempt in range(START_ATTEMPTS):
             try:
-                self.ray.init(address="local", **amounts, include_dashboard=False, log_to_driver=False,
-                              logging_level=logging.ERROR, object_store_memory=OBJECT_STORE_BYTES,
-                              _node_ip_address="127.0.0.1", _temp_dir=str(self._folder))
+                self.ray.init(
+                    address="local",
+                    **amounts,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(self._folder),
+                )
                 return
             except Exception as error:
                 self.ray.shutdown()
@@ -151,10 +166,11 @@ class RaySession:
             return {}
         given = [card for card in os.environ.get(variable, "").split(",") if card]
         numbers = given or [str(number) for number in range(first_card + cards)]
-        chosen = numbers[first_card:first_card + cards]
+        chosen = numbers[first_card : first_card + cards]
         if len(chosen) < cards:
-            raise ValueError(f"cards={cards} from device_id={first_card} on, but {variable}={','.join(given)} shows "
-                             f"{len(given)}")
+            raise ValueError(
+                f"cards={cards} from device_id={first_card} on, but {variable}={','.join(given)} shows {len(given)}"
+            )
         return {variable: ",".join(chosen)} if given or first_card else {}
 
     def _join(self, address: str) -> None:
@@ -164,15 +180,18 @@ class RaySession:
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ConnectionError(
                     f"no Ray cluster at ray_address={address!r}: {error}. Start one with `ray start --head`, check the "
-                    "address with `ray status`, or leave ray_address out to use this machine") from error
+                    "address with `ray status`, or leave ray_address out to use this machine"
+                ) from error
 
     def _check_room(self, cards: int) -> None:
         total = self.total_cards()
         if total < cards:
             found = ", ".join(f"{address}: {count}" for address, count in self.machines())
             self.close()
-            raise ValueError(f"cards={cards}, but Ray knows {total} of resource {self.resource} ({found}); lower "
-                             f"cards, or start machines with `ray start --resources='{{\"{self.resource}\": N}}'`")
+            raise ValueError(
+                f"cards={cards}, but Ray knows {total} of resource {self.resource} ({found}); lower "
+                f"cards, or start machines with `ray start --resources='{{\"{self.resource}\": N}}'`"
+            )
 
 
 @contextlib.contextmanager

@@ -43,8 +43,9 @@ class Replica:
         """Bring the processes up and the model in, without waiting."""
         self._reset()
         self.state, self.error = STARTING, None
-        threading.Thread(target=self._bring_up, args=(ranks_on_host, everyone or [self]), daemon=True,
-                         name=f"replica-{self.number}").start()
+        threading.Thread(
+            target=self._bring_up, args=(ranks_on_host, everyone or [self]), daemon=True, name=f"replica-{self.number}"
+        ).start()
 
     def kill(self) -> None:
         """End the processes at once."""
@@ -123,8 +124,9 @@ class Replica:
             if self.state == ABANDONED:
                 raise RuntimeError("the engine was closed")
             if not done and deadline is not None and time.perf_counter() > deadline:
-                raise TimeoutError(f"replica {self.number} found no free {self.session.resource} within "
-                                   f"{limit_s:.0f} s")
+                raise TimeoutError(
+                    f"replica {self.number} found no free {self.session.resource} within {limit_s:.0f} s"
+                )
         return ray.get(refs)
 
     def _clock_offset(self, host: str) -> float:

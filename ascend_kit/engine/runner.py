@@ -24,8 +24,9 @@ SCORED_ROWS = 256  # rows whose logits exist at once while scoring: 256 x 152k x
 class ModelRunner:
     """One model with its KV cache on one device."""
 
-    def __init__(self, decoder: Decoder, device: Device, ops: ModuleType, *, num_blocks: int, block_size: int,
-                 dtype: torch.dtype):
+    def __init__(
+        self, decoder: Decoder, device: Device, ops: ModuleType, *, num_blocks: int, block_size: int, dtype: torch.dtype
+    ):
         self.decoder, self.device, self.ops = decoder, device, ops
         self.block_size = block_size
         self.caches = decoder.new_caches(num_blocks, block_size, dtype, device.torch_device)
@@ -40,10 +41,16 @@ class ModelRunner:
         An NPU or CUDA device records them here, at load, where the time is reported and no request waits for it.
         """
         self.graphs = DecodeGraphs(
-            self.device, self._decode_step, max_batch=max_sequences, block_size=self.block_size,
-            max_blocks=-(-max_seq_length // self.block_size), mask=self.mask, host_lengths=self.ops.HOST_LENGTHS,
+            self.device,
+            self._decode_step,
+            max_batch=max_sequences,
+            block_size=self.block_size,
+            max_blocks=-(-max_seq_length // self.block_size),
+            mask=self.mask,
+            host_lengths=self.ops.HOST_LENGTHS,
             layers=list(self.decoder.layers),
-            records=getattr(self.ops, "RECORDS", False) and self.decoder.parallel.size == 1)
+            records=getattr(self.ops, "RECORDS", False) and self.decoder.parallel.size == 1,
+        )
         if self.device.kind != "cpu":
             self.graphs.capture()
 
@@ -54,9 +61,12 @@ class ModelRunner:
         sampled = [chunk for chunk in plan.chunks if chunk.reaches_end and not chunk.sequence.is_scoring]
         wanted = _scored_rows(plan.chunks, starts)
         inputs = StepInputs.from_chunks(
-            plan.chunks, self.block_size, scored=sorted({row for row, *_ in wanted}),
+            plan.chunks,
+            self.block_size,
+            scored=sorted({row for row, *_ in wanted}),
             sampled=[starts[id(chunk)] + chunk.count - 1 for chunk in sampled],
-            in_graph=self.graphs is not None and plan.is_decode)
+            in_graph=self.graphs is not None and plan.is_decode,
+        )
         if self.channel is not None:
             self.channel.send(inputs.to_message())
         logits = self._forward(inputs, wanted)
@@ -79,7 +89,7 @@ class ModelRunner:
         token_ids, positions, meta = inputs.tensors(self.device.torch_device, self.block_size, self.mask)
         hidden = self.decoder(token_ids, positions, meta, self.caches)
         for part in range(0, len(inputs.scored), SCORED_ROWS):
-            rows = inputs.scored[part:part + SCORED_ROWS]
+            rows = inputs.scored[part : part + SCORED_ROWS]
             logits = self.decoder.logits(hidden.index_select(0, self._ints(rows, torch.int64)))
             if wanted is not None:
                 self._score(logits.float(), rows, wanted)

@@ -30,8 +30,9 @@ def sample(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[int, ...]) 
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
     if not rows:
         return greedy
-    chosen = _draw(logits if len(rows) == len(sequences) else logits[_index(rows, logits)],
-                   [sequences[row] for row in rows])
+    chosen = _draw(
+        logits if len(rows) == len(sequences) else logits[_index(rows, logits)], [sequences[row] for row in rows]
+    )
     return chosen if len(rows) == len(sequences) else greedy.index_copy(0, _index(rows, logits), chosen)
 
 
@@ -53,7 +54,8 @@ def record_logprobs(logits: Tensor, tokens: Tensor, sequences: list[Sequence]) -
     most = max(sequences[row].sampling.logprobs for row in rows)
     chosen, ids, values = token_logprobs(logits[index], tokens[index], most)
     for place, (row, logprob, top_ids, top) in enumerate(
-            zip(rows, chosen.tolist(), ids.tolist(), values.tolist(), strict=True)):
+        zip(rows, chosen.tolist(), ids.tolist(), values.tolist(), strict=True)
+    ):
         count = sequences[rows[place]].sampling.logprobs
         sequences[row].logprobs.append(TokenLogprobs(logprob, list(zip(top_ids[:count], top[:count], strict=True))))
 
@@ -63,10 +65,21 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     params = [sequence.sampling for sequence in sequences]
     vocabulary = logits.shape[-1]
     # One host-to-device copy for all per-row numbers.
-    numbers = upload(torch.tensor(
-        [[p.temperature, p.top_p, min(p.top_k or vocabulary, vocabulary),
-          uniform(p.seed or 0, s.num_output_tokens)] for p, s in zip(params, sequences, strict=True)],
-        dtype=torch.float32), logits.device)
+    numbers = upload(
+        torch.tensor(
+            [
+                [
+                    p.temperature,
+                    p.top_p,
+                    min(p.top_k or vocabulary, vocabulary),
+                    uniform(p.seed or 0, s.num_output_tokens),
+                ]
+                for p, s in zip(params, sequences, strict=True)
+            ],
+            dtype=torch.float32,
+        ),
+        logits.device,
+    )
     temperature, top_p, top_k, draw = numbers.unsqueeze(-1).unbind(1)
     values, ids = (logits.float() / temperature).sort(-1, descending=True)
     probabilities = values.softmax(-1)
@@ -82,9 +95,12 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
 
 
 def _forbid_early_end(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[int, ...]) -> Tensor:
-    pairs = [(row, token) for row, s in enumerate(sequences)
-             if s.num_output_tokens < s.sampling.min_new_tokens
-             for token in (*eos_ids, *s.sampling.stop_token_ids)]
+    pairs = [
+        (row, token)
+        for row, s in enumerate(sequences)
+        if s.num_output_tokens < s.sampling.min_new_tokens
+        for token in (*eos_ids, *s.sampling.stop_token_ids)
+    ]
     if not pairs:
         return logits
     rows, tokens = zip(*pairs, strict=True)

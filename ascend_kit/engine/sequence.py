@@ -31,8 +31,12 @@ class SamplingParams:
             ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or above"),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None or at least 1"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_new_tokens", self.min_new_tokens, 0 <= self.min_new_tokens <= self.max_new_tokens,
-             f"0 to max_new_tokens={self.max_new_tokens}"),
+            (
+                "min_new_tokens",
+                self.min_new_tokens,
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"0 to max_new_tokens={self.max_new_tokens}",
+            ),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 100, "None or 0 to 100"),
             ("stop", self.stop, all(self.stop), "strings that are not empty"),
         ]
@@ -94,8 +98,15 @@ _ids = itertools.count()
 class Sequence:
     """A request inside the engine: its tokens, how many of them have keys and values, and its blocks."""
 
-    def __init__(self, prompt_ids: Seq[int], sampling: SamplingParams, *, arrival_s: float, index: int | None = None,
-                 targets: Seq[ScoreTarget] = ()):
+    def __init__(
+        self,
+        prompt_ids: Seq[int],
+        sampling: SamplingParams,
+        *,
+        arrival_s: float,
+        index: int | None = None,
+        targets: Seq[ScoreTarget] = (),
+    ):
         self.id = next(_ids) if index is None else index
         self.sampling = sampling
         self.token_ids = list(prompt_ids)
@@ -118,7 +129,7 @@ class Sequence:
 
     @property
     def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens:]
+        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:

@@ -30,8 +30,9 @@ class StepInputs:
     in_graph: bool  # whether a captured decode step runs it
 
     @classmethod
-    def from_chunks(cls, chunks: list[Chunk], block_size: int, *, scored: list[int], sampled: list[int],
-                    in_graph: bool) -> StepInputs:
+    def from_chunks(
+        cls, chunks: list[Chunk], block_size: int, *, scored: list[int], sampled: list[int], in_graph: bool
+    ) -> StepInputs:
         """Lay out the chunks of a plan in their order."""
         token_ids: list[int] = []
         positions: list[int] = []
@@ -39,7 +40,7 @@ class StepInputs:
         ends: list[int] = []
         for chunk in chunks:
             blocks, span = chunk.sequence.blocks, range(chunk.start, chunk.end)
-            token_ids += chunk.sequence.token_ids[chunk.start:chunk.end]
+            token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
             positions += span
             slots += [blocks[p // block_size] * block_size + p % block_size for p in span]
             ends.append(len(token_ids))
@@ -49,23 +50,31 @@ class StepInputs:
         buffer = torch.tensor([*token_ids, *positions, *slots, *lengths, *table], dtype=torch.int32)
         return cls(buffer, ends, lengths, scored, sampled, in_graph)
 
-    def tensors(self, device: torch.device, block_size: int,
-                mask: Tensor | None) -> tuple[Tensor, Tensor, AttentionMeta]:
+    def tensors(
+        self, device: torch.device, block_size: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, AttentionMeta]:
         """Token ids [T], positions [T] and where everything lies in the cache, on `device`."""
         tokens, sequences = self.ends[-1], len(self.ends)
         sizes = [tokens, tokens, tokens, sequences, self.buffer.numel() - 3 * tokens - sequences]
         ids, positions, slots, lengths, table = upload(self.buffer, device).split(sizes)
         meta = AttentionMeta(
-            slot_mapping=slots, block_table=table.view(sequences, -1), cu_seqlens_q=self.ends,
-            context_lens=self.lengths, context_lens_t=lengths, block_size=block_size,
-            is_decode=tokens == sequences, mask=mask)
+            slot_mapping=slots,
+            block_table=table.view(sequences, -1),
+            cu_seqlens_q=self.ends,
+            context_lens=self.lengths,
+            context_lens_t=lengths,
+            block_size=block_size,
+            is_decode=tokens == sequences,
+            mask=mask,
+        )
         return ids, positions, meta
 
     def to_message(self) -> Tensor:
         """Everything as one int32 tensor."""
         header = [len(self.ends), len(self.scored), len(self.sampled), int(self.in_graph), self.buffer.numel()]
-        return torch.cat((torch.tensor([*header, *self.ends, *self.scored, *self.sampled], dtype=torch.int32),
-                          self.buffer))
+        return torch.cat(
+            (torch.tensor([*header, *self.ends, *self.scored, *self.sampled], dtype=torch.int32), self.buffer)
+        )
 
     @classmethod
     def from_message(cls, message: Tensor) -> StepInputs:
@@ -73,7 +82,7 @@ class StepInputs:
         sequences, scored, sampled, in_graph, size = message[:HEADER].tolist()
         ends, scored_rows, sampled_rows, buffer = message[HEADER:].split([sequences, scored, sampled, size])
         tokens = int(ends[-1])
-        lengths = buffer[3 * tokens:3 * tokens + sequences].tolist()
+        lengths = buffer[3 * tokens : 3 * tokens + sequences].tolist()
         return cls(buffer, ends.tolist(), lengths, scored_rows.tolist(), sampled_rows.tolist(), bool(in_graph))
 
 

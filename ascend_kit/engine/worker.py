@@ -128,13 +128,20 @@ class Worker:
         if plan.tensor_parallel > 1:
             join_group(device.kind, role.rank, plan.tensor_parallel, self._join_store(role, plan.tensor_parallel))
             parallel = TensorParallel(role.rank, plan.tensor_parallel)
-        self.core = EngineCore(plan.model_path, config, device, **plan.settings, parallel=parallel,
-                               ranks_on_host=role.ranks_on_host)
+        self.core = EngineCore(
+            plan.model_path, config, device, **plan.settings, parallel=parallel, ranks_on_host=role.ranks_on_host
+        )
         self._remove_meeting_folder()
-        self._stop = StopRules(lambda: _tokenizer(plan.tokenizer_path), config.eos_token_ids,
-                               plan.settings["max_seq_length"])
-        return {"device": device, "stats": self.core.stats(), "num_blocks": self.core.blocks.num_blocks,
-                "block_size": self.core.block_size, "memory_bytes": device.memory_in_use_bytes()}
+        self._stop = StopRules(
+            lambda: _tokenizer(plan.tokenizer_path), config.eos_token_ids, plan.settings["max_seq_length"]
+        )
+        return {
+            "device": device,
+            "stats": self.core.stats(),
+            "num_blocks": self.core.blocks.num_blocks,
+            "block_size": self.core.block_size,
+            "memory_bytes": device.memory_in_use_bytes(),
+        }
 
     def _join_store(self, role: Role, size: int) -> Any:
         from torch.distributed import FileStore, TCPStore
@@ -184,8 +191,9 @@ class Worker:
             self.core.close()
 
     def _add(self, order: Order) -> None:
-        sequence = Sequence(order.prompt_ids, order.sampling, arrival_s=time.perf_counter(), index=order.ticket,
-                            targets=order.targets)
+        sequence = Sequence(
+            order.prompt_ids, order.sampling, arrival_s=time.perf_counter(), index=order.ticket, targets=order.targets
+        )
         sequence.token_ids += order.output_ids
         self._sent[order.ticket] = len(order.output_ids)
         self.core.add(sequence)
@@ -204,10 +212,16 @@ class Worker:
         seen = self._sent[sequence.id]
         tokens = sequence.output_ids[seen:]
         news = Progress(
-            sequence.id, tokens, sequence.timeline.token_times_s[-len(tokens):] if tokens else [],
-            sequence.finish_reason, sequence.timeline.scheduled_s, sequence.num_cached_tokens,
-            sequence.num_preemptions, sequence.logprobs[-len(tokens):] if tokens else [],
-            sequence.target_scores if sequence.is_finished else [])
+            sequence.id,
+            tokens,
+            sequence.timeline.token_times_s[-len(tokens) :] if tokens else [],
+            sequence.finish_reason,
+            sequence.timeline.scheduled_s,
+            sequence.num_cached_tokens,
+            sequence.num_preemptions,
+            sequence.logprobs[-len(tokens) :] if tokens else [],
+            sequence.target_scores if sequence.is_finished else [],
+        )
         self._sent[sequence.id] = seen + len(tokens)
         if sequence.is_finished:
             self._forget(sequence.id)
@@ -216,8 +230,9 @@ class Worker:
     def _report(self, progress: list[Progress]) -> Report:
         core, device = self.core, self.core.device
         counts = {**core.counts, "preemptions": core.scheduler.num_preemptions, "kv_blocks_free": core.blocks.num_free}
-        return Report(progress, counts, device.memory_in_use_bytes(), device.peak_memory_bytes(),
-                      core.stats()["graphs"])
+        return Report(
+            progress, counts, device.memory_in_use_bytes(), device.peak_memory_bytes(), core.stats()["graphs"]
+        )
 
 
 def _tokenizer(path: str) -> Any:

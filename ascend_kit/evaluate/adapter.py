@@ -47,10 +47,7 @@ class EngineLM(TemplateLM):
         self.finish_reasons: dict[str, str] = {}  # prompt -> why its generation ended
         self._max_length = min(max_length or engine.max_seq_length, engine.max_seq_length)
         self.on_requests = on_requests or (lambda count: None)
-        self._context: tuple[str, list[int]] = (
-            "",
-            [],
-        )  # the last context and its ids: its choices follow each other
+        self._context: tuple[str, list[int]] = ("", [])  # the last context and its ids: its choices follow each other
 
     @property
     def max_length(self) -> int:
@@ -77,9 +74,7 @@ class EngineLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as one prompt; a template without a system role gets the conversation without
         it.
         """
@@ -197,9 +192,7 @@ class EngineLM(TemplateLM):
         for start in range(0, len(requests), GENERATE_TOGETHER):
             part = [request.args for request in requests[start : start + GENERATE_TOGETHER]]
             jobs = [self._generation_job(context, settings) for context, settings, *_ in part]
-            outputs = self.engine.generate(
-                [prompt for prompt, _, _ in jobs], [sampling for _, sampling, _ in jobs]
-            )
+            outputs = self.engine.generate([prompt for prompt, _, _ in jobs], [sampling for _, sampling, _ in jobs])
             for (context, settings, *_), (_, _, until), output in zip(part, jobs, outputs, strict=True):
                 if output.finish_reason not in ("stop", "length"):
                     raise RuntimeError(f"generation ended with {output.finish_reason}: {output.error}")

@@ -44,8 +44,7 @@ def load_runs(experiment: Experiment) -> list[RunFolder]:
             root = Path(experiment.output_root) / experiment.experiment
             raise CompareError(f"no run below {root}: run 04_throughput or 05_evaluate first")
         return known
-    return [_find_run(name, experiment, [folder.path.name for folder in known])
-            for name in experiment.compare_runs]
+    return [_find_run(name, experiment, [folder.path.name for folder in known]) for name in experiment.compare_runs]
 
 
 def _find_run(name: str, experiment: Experiment, known: list[str]) -> RunFolder:
@@ -60,6 +59,7 @@ def _find_run(name: str, experiment: Experiment, known: list[str]) -> RunFolder:
 
 def pick_baseline(folders: Sequence[RunFolder]) -> RunFolder:
     """The plainest run: not quantised, the source checkpoint, fewest switches on; the first of equals."""
+
     def tricks(folder: RunFolder) -> tuple:
         values = measured_parameters(folder)
         switches = ("graph_mode", "operator_fusion", "memory_optimize")
@@ -90,8 +90,9 @@ def run_name(folder: RunFolder) -> str:
 # --- paired accuracy ----------------------------------------------------------------------------------------
 
 
-def compare_accuracy(baseline: RunFolder, candidate: RunFolder, *, metric: str = "acc",
-                     margin: float = DEFAULT_MARGIN) -> pandas.DataFrame:
+def compare_accuracy(
+    baseline: RunFolder, candidate: RunFolder, *, metric: str = "acc", margin: float = DEFAULT_MARGIN
+) -> pandas.DataFrame:
     """One row per set and one for all documents, paired on (task, doc_id, doc_hash).
 
     Percent and points; `p_value` is McNemar's exact test, `p_holm` corrected over the sets; the interval
@@ -104,13 +105,19 @@ def compare_accuracy(baseline: RunFolder, candidate: RunFolder, *, metric: str =
     pairs = _pair(baseline, candidate, metric)
     sets = list(dict.fromkeys(pairs["set"]))
     parts = {name: pairs[pairs["set"] == name] for name in sets} | {ALL_SETS: pairs}
-    counts = {name: paired_counts(list(part["baseline"]), list(part["candidate"]))
-              for name, part in parts.items()}
+    counts = {name: paired_counts(list(part["baseline"]), list(part["candidate"])) for name, part in parts.items()}
     adjusted = [*holm([counts[name].p_value for name in sets]), counts[ALL_SETS].p_value]
     names = {"baseline": run_name(baseline), "candidate": run_name(candidate)}
-    rows = [{**names, "set": name, "metric": metric, **_paired_row(counts[name], p_holm, margin),
-             "other_prompts": int((~part["same_prompt"]).sum())}
-            for (name, part), p_holm in zip(parts.items(), adjusted, strict=True)]
+    rows = [
+        {
+            **names,
+            "set": name,
+            "metric": metric,
+            **_paired_row(counts[name], p_holm, margin),
+            "other_prompts": int((~part["same_prompt"]).sum()),
+        }
+        for (name, part), p_holm in zip(parts.items(), adjusted, strict=True)
+    ]
     return pandas.DataFrame(rows)
 
 
@@ -125,24 +132,30 @@ def compare_perplexity(baseline: RunFolder, candidate: RunFolder) -> dict[str, A
     bits = {side: -pages[side].astype(float) / math.log(2) for side in ("baseline", "candidate")}
     size = pages["bytes"].astype(float)
     change, low, high = bootstrap_ratio_difference(bits["baseline"], bits["candidate"], size)
-    return {"baseline": run_name(baseline), "candidate": run_name(candidate), "n": len(pages),
-            "baseline_bits_per_byte": bits["baseline"].sum() / size.sum(),
-            "candidate_bits_per_byte": bits["candidate"].sum() / size.sum(),
-            "difference_bits_per_byte": change, "low_bits_per_byte": low, "high_bits_per_byte": high,
-            "outcome": "worse" if low > 0 else "better" if high < 0 else "no difference seen"}
+    return {
+        "baseline": run_name(baseline),
+        "candidate": run_name(candidate),
+        "n": len(pages),
+        "baseline_bits_per_byte": bits["baseline"].sum() / size.sum(),
+        "candidate_bits_per_byte": bits["candidate"].sum() / size.sum(),
+        "difference_bits_per_byte": change,
+        "low_bits_per_byte": low,
+        "high_bits_per_byte": high,
+        "outcome": "worse" if low > 0 else "better" if high < 0 else "no difference seen",
+    }
 
 
 def _pair(baseline: RunFolder, candidate: RunFolder, metric: str) -> pandas.DataFrame:
     pairs = _merge(baseline, candidate, metric)
     if pairs.empty:
         counts = {run_name(folder): len(load_documents(folder)) for folder in (baseline, candidate)}
-        raise CompareError(f"no common document with {metric!r} (documents: {counts}); evaluate both runs on "
-                           "the same data sets")
+        raise CompareError(
+            f"no common document with {metric!r} (documents: {counts}); evaluate both runs on the same data sets"
+        )
     return pairs
 
 
-def _merge(baseline: RunFolder, candidate: RunFolder, value: str,
-           also: Sequence[str] = ()) -> pandas.DataFrame:
+def _merge(baseline: RunFolder, candidate: RunFolder, value: str, also: Sequence[str] = ()) -> pandas.DataFrame:
     """Documents of both runs that have `value`, as columns baseline and candidate."""
     import pandas
 
@@ -161,22 +174,36 @@ def _merge(baseline: RunFolder, candidate: RunFolder, value: str,
 def _paired_row(counts: PairedCounts, p_holm: float, margin: float) -> dict[str, Any]:
     low, high = counts.interval(CONFIDENCE)
     outcome = "within margin" if low > -margin else "worse" if high < 0 else "undecided"
-    row = {"n": counts.n, "baseline_percent": 100 * counts.baseline_accuracy,
-           "candidate_percent": 100 * counts.candidate_accuracy, "difference_points": 100 * counts.difference,
-           "low_points": 100 * low, "high_points": 100 * high, "p_value": counts.p_value, "p_holm": p_holm,
-           "only_baseline": counts.only_baseline, "only_candidate": counts.only_candidate,
-           "min_detectable_points": 100 * counts.min_detectable(), "margin_points": 100 * margin,
-           "documents_needed": counts.documents_needed(margin), "outcome": outcome}
+    row = {
+        "n": counts.n,
+        "baseline_percent": 100 * counts.baseline_accuracy,
+        "candidate_percent": 100 * counts.candidate_accuracy,
+        "difference_points": 100 * counts.difference,
+        "low_points": 100 * low,
+        "high_points": 100 * high,
+        "p_value": counts.p_value,
+        "p_holm": p_holm,
+        "only_baseline": counts.only_baseline,
+        "only_candidate": counts.only_candidate,
+        "min_detectable_points": 100 * counts.min_detectable(),
+        "margin_points": 100 * margin,
+        "documents_needed": counts.documents_needed(margin),
+        "outcome": outcome,
+    }
     return {**row, "verdict": _accuracy_text(row)}
 
 
 def _accuracy_text(row: dict[str, Any]) -> str:
-    shown = (f"{row['difference_points']:+.2f} points, 95 % interval {row['low_points']:+.2f} to "
-             f"{row['high_points']:+.2f}, n = {row['n']}")
+    shown = (
+        f"{row['difference_points']:+.2f} points, 95 % interval {row['low_points']:+.2f} to "
+        f"{row['high_points']:+.2f}, n = {row['n']}"
+    )
     if row["outcome"] == "within margin":
         return f"no loss above {row['margin_points']:g} points ({shown})"
     if row["outcome"] == "worse":
         return f"less accurate ({shown}, p = {row['p_value']:.2g})"
-    return (f"undecided ({shown}): a loss of {-row['low_points']:.1f} points cannot be excluded; "
-            f"differences below {row['min_detectable_points']:.1f} points go unseen here, about "
-            f"{row['documents_needed']} documents would settle it")
+    return (
+        f"undecided ({shown}): a loss of {-row['low_points']:.1f} points cannot be excluded; "
+        f"differences below {row['min_detectable_points']:.1f} points go unseen here, about "
+        f"{row['documents_needed']} documents would settle it"
+    )

@@ -58,12 +58,16 @@ class SetSpec:
 
 SETS = {
     "mmlu": SetSpec("mmlu", "mmlu/default", ("mmlu", "cais-mmlu"), MMLU_COLUMNS, "cais/mmlu", 5, False),
-    "ceval": SetSpec("ceval", "ceval", ("ceval", "ceval-exam", "c-eval"), CEVAL_COLUMNS, "ceval/ceval-exam",
-                     5, False),
+    "ceval": SetSpec("ceval", "ceval", ("ceval", "ceval-exam", "c-eval"), CEVAL_COLUMNS, "ceval/ceval-exam", 5, False),
     # lm-eval 0.4.13 cannot build a shot from AGIEval's columns ("Answer is not a string!"): always 0.
     "agieval": SetSpec("agieval", "agieval", ("agieval",), AGIEVAL_COLUMNS, "hails/agieval-<name>"),
-    "wikitext": SetSpec("wikitext", "wikitext", ("wikitext", "wikitext-document-level"), {"page": "string"},
-                        "EleutherAI/wikitext_document_level"),
+    "wikitext": SetSpec(
+        "wikitext",
+        "wikitext",
+        ("wikitext", "wikitext-document-level"),
+        {"page": "string"},
+        "EleutherAI/wikitext_document_level",
+    ),
 }
 
 
@@ -104,8 +108,7 @@ def go_offline() -> None:
     datasets.disable_progress_bars()  # one bar per split and subject would bury the evaluation's own
 
 
-def find_tasks(dataset_path: str | Path, sets: Iterable[str], *,
-               num_fewshot: int | None = None) -> list[LocalTask]:
+def find_tasks(dataset_path: str | Path, sets: Iterable[str], *, num_fewshot: int | None = None) -> list[LocalTask]:
     """Every task of `sets` whose data lies below `dataset_path`, checked file by file.
 
     `num_fewshot` replaces the usual number of shots of MMLU and C-Eval (5); the other sets stay at 0.
@@ -113,8 +116,10 @@ def find_tasks(dataset_path: str | Path, sets: Iterable[str], *,
     """
     root, sets = Path(dataset_path).expanduser(), list(dict.fromkeys(sets))
     if not root.is_dir():
-        raise DataError(f"dataset_path {str(root)!r} is not a folder; it must hold "
-                        + ", ".join(_wanted_folder(SETS[name]) for name in sets))
+        raise DataError(
+            f"dataset_path {str(root)!r} is not a folder; it must hold "
+            + ", ".join(_wanted_folder(SETS[name]) for name in sets)
+        )
     tasks: list[LocalTask] = []
     faults: list[str] = []
     for name in sets:
@@ -158,10 +163,11 @@ def write_task_folder(tasks: Iterable[LocalTask], folder: str | Path) -> Path:
     for task in tasks:
         _write_yaml(folder / f"{task.task}.yaml", _task_config(task, folder / "cache"))
     for group in groups_of(tasks):
-        metrics = [{"metric": metric, "aggregation": "mean", "weight_by_size": True}
-                   for metric in group.metrics]
-        _write_yaml(folder / f"_group_{group.group}.yaml",
-                    {"group": group.group, "task": list(group.tasks), "aggregate_metric_list": metrics})
+        metrics = [{"metric": metric, "aggregation": "mean", "weight_by_size": True} for metric in group.metrics]
+        _write_yaml(
+            folder / f"_group_{group.group}.yaml",
+            {"group": group.group, "task": list(group.tasks), "aggregate_metric_list": metrics},
+        )
     return folder
 
 
@@ -206,8 +212,10 @@ def packaged_groups(task_folder: str) -> dict[str, tuple[tuple[str, ...], tuple[
             return [leaf for member in groups[name]["task"] for leaf in leaves(member)]
         return tags.get(name, [name])
 
-    return {name: (tuple(leaves(name)), tuple(item["metric"] for item in config["aggregate_metric_list"]))
-            for name, config in groups.items()}
+    return {
+        name: (tuple(leaves(name)), tuple(item["metric"] for item in config["aggregate_metric_list"]))
+        for name, config in groups.items()
+    }
 
 
 def _read_task(path: Path) -> dict[str, Any]:
@@ -224,8 +232,13 @@ def _subject(config: dict[str, Any]) -> str:
 def _task_config(task: LocalTask, cache: Path) -> dict[str, Any]:
     builder = next(iter(task.files.values()))[0].suffix[1:]
     paths = {split: [str(path) for path in files] for split, files in task.files.items()}
-    config = {"include": str(task.packaged_yaml), "task": task.task, "dataset_path": builder,
-              "dataset_name": None, "dataset_kwargs": {"data_files": paths, "cache_dir": str(cache)}}
+    config = {
+        "include": str(task.packaged_yaml),
+        "task": task.task,
+        "dataset_path": builder,
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": paths, "cache_dir": str(cache)},
+    }
     # lm-eval opens the splits of shots even when it takes none, and lists all of WikiText's training text.
     if not task.num_fewshot:
         config["fewshot_split"] = None
@@ -241,8 +254,7 @@ def _write_yaml(path: Path, config: dict[str, Any]) -> None:
 # --- the tasks on this disk ---------------------------------------------------------------------------------
 
 
-def _find_set(root: Path, spec: SetSpec, num_fewshot: int | None, tasks: list[LocalTask],
-              faults: list[str]) -> None:
+def _find_set(root: Path, spec: SetSpec, num_fewshot: int | None, tasks: list[LocalTask], faults: list[str]) -> None:
     folders = set_folders(root, spec.accepts, first_name=spec.name)
     if spec.name != "agieval":
         folders = folders[:1]  # one copy is read; only AGIEval lies in several folders
@@ -255,8 +267,10 @@ def _find_set(root: Path, spec: SetSpec, num_fewshot: int | None, tasks: list[Lo
     if not files:
         some = ", ".join(sorted(_subject(config) for _, config in packaged.values())[:3])
         where = ", ".join(str(path) for _, path in folders)
-        faults.append(f"{spec.name}: no data file of a known subject in {where}; expected "
-                      f"<subject>/<split>.parquet with subjects such as {some}")
+        faults.append(
+            f"{spec.name}: no data file of a known subject in {where}; expected "
+            f"<subject>/<split>.parquet with subjects such as {some}"
+        )
     shots = spec.shots if num_fewshot is None or spec.shots_are_fixed else num_fewshot
     for task, (path, config) in packaged.items():
         splits = files.get(_subject(config))
@@ -267,27 +281,39 @@ def _find_set(root: Path, spec: SetSpec, num_fewshot: int | None, tasks: list[Lo
                 faults.append(f"{task}: {error}")
 
 
-def _local_task(spec: SetSpec, task: str, path: Path, config: dict[str, Any], splits: SplitFiles,
-                shots: int) -> LocalTask:
+def _local_task(
+    spec: SetSpec, task: str, path: Path, config: dict[str, Any], splits: SplitFiles, shots: int
+) -> LocalTask:
     columns = AGIEVAL_CLOZE_COLUMNS if config["output_type"] == "generate_until" else spec.columns
     eval_split = config.get("test_split") or config["validation_split"]
     shots_split = config["fewshot_split"] if shots else None
     files = {split: _split_files(splits, split) for split in (eval_split, shots_split) if split}
     rows = {split: sum(check_file(file, columns) for file in paths) for split, paths in files.items()}
     if shots_split and rows[shots_split] < shots:
-        raise DataError(f"{shots} shots asked, but {files[shots_split][0]} has {rows[shots_split]} rows; set "
-                        f"eval_fewshot to {rows[shots_split]} or less")
+        raise DataError(
+            f"{shots} shots asked, but {files[shots_split][0]} has {rows[shots_split]} rows; set "
+            f"eval_fewshot to {rows[shots_split]} or less"
+        )
     return LocalTask(
-        task=task, set_name=spec.name, packaged_yaml=path, files=files, num_documents=rows[eval_split],
-        num_fewshot=shots, output_type=config["output_type"], data_hash=hash_files(files),
-        metrics=tuple(item["metric"] for item in config["metric_list"]))
+        task=task,
+        set_name=spec.name,
+        packaged_yaml=path,
+        files=files,
+        num_documents=rows[eval_split],
+        num_fewshot=shots,
+        output_type=config["output_type"],
+        data_hash=hash_files(files),
+        metrics=tuple(item["metric"] for item in config["metric_list"]),
+    )
 
 
 def _split_files(splits: SplitFiles, split: str) -> tuple[Path, ...]:
     if split not in splits:
         near = next(iter(splits.values()))[0].parent
-        raise DataError(f"no {split} split in {near} (found: {', '.join(sorted(splits))}; expected "
-                        f"{split}.parquet or {split}-00000-of-00001.parquet)")
+        raise DataError(
+            f"no {split} split in {near} (found: {', '.join(sorted(splits))}; expected "
+            f"{split}.parquet or {split}-00000-of-00001.parquet)"
+        )
     return splits[split]
 
 

@@ -74,8 +74,7 @@ def check_file(path: Path, columns: dict[str, str]) -> int:
     wrong = [name for name, kind in columns.items() if found.get(name) != kind]
     if wrong:
         missing = _describe({name: columns[name] for name in wrong})
-        raise DataError(f"{path} lacks {missing}; expected columns {_describe(columns)}; found "
-                        f"{_describe(found)}")
+        raise DataError(f"{path} lacks {missing}; expected columns {_describe(columns)}; found {_describe(found)}")
     if not num_rows:
         raise DataError(f"{path} has no rows")
     return num_rows

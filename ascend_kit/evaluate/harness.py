@@ -29,8 +29,9 @@ FEWSHOT_SEED = 1234  # lm-eval's default; the sets here take the first shots any
 SCORE_KEY = ("task", "metric", "conditions")
 
 
-def evaluate(engine: Any, experiment: Experiment, folder: RunFolder, *,
-             on_progress: Progress | None = None) -> EvaluationResult:
+def evaluate(
+    engine: Any, experiment: Experiment, folder: RunFolder, *, on_progress: Progress | None = None
+) -> EvaluationResult:
     """Evaluate a loaded engine on `experiment.eval_datasets` and write everything to `folder`.
 
     Data faults raise DataError before anything is scored. Failing tasks do not raise here, so that the rest
@@ -47,8 +48,9 @@ def evaluate(engine: Any, experiment: Experiment, folder: RunFolder, *,
 class _Session:
     """One call of `evaluate`: what all its tasks share."""
 
-    def __init__(self, engine: Any, experiment: Experiment, folder: RunFolder, tasks: list[LocalTask],
-                 on_progress: Progress) -> None:
+    def __init__(
+        self, engine: Any, experiment: Experiment, folder: RunFolder, tasks: list[LocalTask], on_progress: Progress
+    ) -> None:
         self.engine, self.experiment, self.folder, self.tasks = engine, experiment, folder, tasks
         self.on_progress = on_progress
         self.uses_chat = experiment.eval_chat_template
@@ -63,8 +65,12 @@ class _Session:
         from ascend_kit.evaluate.adapter import EngineLM
 
         done = self.folder.done_keys("scores", SCORE_KEY)
-        lm = EngineLM(self.engine, max_length=self.max_length, batch_size=self.experiment.eval_batch_size,
-                      chat_template_args=judge.chat_template_args(self.engine.tokenizer))
+        lm = EngineLM(
+            self.engine,
+            max_length=self.max_length,
+            batch_size=self.experiment.eval_batch_size,
+            chat_template_args=judge.chat_template_args(self.engine.tokenizer),
+        )
         with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
             write_task_folder(self.tasks, scratch)
             manager = TaskManager(include_path=scratch, include_defaults=False)
@@ -79,23 +85,44 @@ class _Session:
 
     def conditions(self, task: LocalTask) -> str:
         """Everything besides the model that changes a score; a row made otherwise is not reused."""
-        return ", ".join((f"{task.num_fewshot}-shot", "chat template" if self.uses_chat else "plain prompt",
-                          f"first {self.limit} documents" if self.limit else "all documents",
-                          f"context {self.max_length} tokens", f"data {task.data_hash}"))
+        return ", ".join(
+            (
+                f"{task.num_fewshot}-shot",
+                "chat template" if self.uses_chat else "plain prompt",
+                f"first {self.limit} documents" if self.limit else "all documents",
+                f"context {self.max_length} tokens",
+                f"data {task.data_hash}",
+            )
+        )
 
     def _size(self, task: LocalTask) -> int:
         return min(task.num_documents, self.limit or task.num_documents)
 
     def _record(self, lm: Any, task: LocalTask, manager: Any) -> None:
         """Run one task and append its rows: documents first, so that a score row means they are all there."""
-        head = {"task": task.task, "set": task.set_name, "kind": "task", "num_fewshot": task.num_fewshot,
-                "conditions": self.conditions(task)}
+        head = {
+            "task": task.task,
+            "set": task.set_name,
+            "kind": "task",
+            "num_fewshot": task.num_fewshot,
+            "conditions": self.conditions(task),
+        }
         start = time.perf_counter()
         try:
             score_rows, document_rows = self._run(lm, task, manager)
         except Exception as error:  # any failure of a task is a result; the next task may work
-            self.folder.append("scores", {**head, "metric": None, "value": None, "stderr": None, "n": 0,
-                                          "status": "failed", "error": f"{type(error).__name__}: {error}"})
+            self.folder.append(
+                "scores",
+                {
+                    **head,
+                    "metric": None,
+                    "value": None,
+                    "stderr": None,
+                    "n": 0,
+                    "status": "failed",
+                    "error": f"{type(error).__name__}: {error}",
+                },
+            )
             return
         wall_s = time.perf_counter() - start
         facts = {"task": task.task, "set": task.set_name}
@@ -111,25 +138,40 @@ class _Session:
             configured.set_config("num_fewshot", task.num_fewshot)
             configured.set_fewshot_seed(FEWSHOT_SEED)
             found = evaluator.evaluate(
-                lm=lm, task_dict={"tasks": {task.task: configured}}, limit=self.limit,
-                apply_chat_template=self.uses_chat, fewshot_as_multiturn=self.uses_chat)
-        documents = [scores.document_row(task, sample, lm.finish_reasons)
-                     for sample in found["samples"][task.task]]
+                lm=lm,
+                task_dict={"tasks": {task.task: configured}},
+                limit=self.limit,
+                apply_chat_template=self.uses_chat,
+                fewshot_as_multiturn=self.uses_chat,
+            )
+        documents = [scores.document_row(task, sample, lm.finish_reasons) for sample in found["samples"][task.task]]
         rows = [scores.score_row(found["results"][task.task], metric, documents) for metric in task.metrics]
         if task.set_name == "wikitext":
-            rows.append(self._token_perplexity(configured.eval_docs["page"][:self._size(task)]))
+            rows.append(self._token_perplexity(configured.eval_docs["page"][: self._size(task)]))
         return rows, documents
 
     def _advance(self, task: LocalTask, documents: int) -> None:
         self.on_progress(self.num_finished + documents, self.total, task.task)
 
     def _token_perplexity(self, pages: list[str]) -> dict[str, Any]:
-        found = token_perplexity(self.engine, pages, context_len=min(PAPER_CONTEXT_LEN, self.max_length),
-                                 batch_size=self.experiment.eval_batch_size)
-        return {"metric": "token_perplexity", "value": found.value, "stderr": found.stderr, "n": len(pages),
-                "unit": scores.UNITS["token_perplexity"], "num_tokens": found.num_tokens,
-                "context_len": found.context_len, "stride": found.stride, "first_token": found.first_token,
-                "text": found.text}
+        found = token_perplexity(
+            self.engine,
+            pages,
+            context_len=min(PAPER_CONTEXT_LEN, self.max_length),
+            batch_size=self.experiment.eval_batch_size,
+        )
+        return {
+            "metric": "token_perplexity",
+            "value": found.value,
+            "stderr": found.stderr,
+            "n": len(pages),
+            "unit": scores.UNITS["token_perplexity"],
+            "num_tokens": found.num_tokens,
+            "context_len": found.context_len,
+            "stride": found.stride,
+            "first_token": found.first_token,
+            "text": found.text,
+        }
 
     def _finish(self, num_truncated: int) -> None:
         table = scores.load_scores(self.folder)
@@ -138,14 +180,23 @@ class _Session:
             for row in scores.group_rows(group, table, conditions):
                 self.folder.append("scores", row)
         table, documents = scores.load_scores(self.folder), scores.load_documents(self.folder)
-        self.folder.write_json("evaluation", {
-            "flags": judge.flags(self.experiment, self.engine, self.tasks, table, documents, num_truncated),
-            "published": judge.published(self.experiment, self.engine, table),
-            "conditions": {
-                "chat_template": self.uses_chat, "eval_limit": self.limit, "max_length": self.max_length,
-                "dataset_path": self.experiment.dataset_path, "device": self.engine.device.name,
-                "precision": self.experiment.precision, "harness": _harness_version(),
-                "num_fewshot": {task.set_name: task.num_fewshot for task in self.tasks}}})
+        self.folder.write_json(
+            "evaluation",
+            {
+                "flags": judge.flags(self.experiment, self.engine, self.tasks, table, documents, num_truncated),
+                "published": judge.published(self.experiment, self.engine, table),
+                "conditions": {
+                    "chat_template": self.uses_chat,
+                    "eval_limit": self.limit,
+                    "max_length": self.max_length,
+                    "dataset_path": self.experiment.dataset_path,
+                    "device": self.engine.device.name,
+                    "precision": self.experiment.precision,
+                    "harness": _harness_version(),
+                    "num_fewshot": {task.set_name: task.num_fewshot for task in self.tasks},
+                },
+            },
+        )
 
 
 class _Counter:

@@ -113,8 +113,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap_ratio_difference(
-    baseline: Sequence[float], candidate: Sequence[float], sizes: Sequence[float], *,
-    confidence: float = 0.95, repeats: int = 4000, seed: int = 0,
+    baseline: Sequence[float],
+    candidate: Sequence[float],
+    sizes: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    repeats: int = 4000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """(difference, low, high) of sum(totals) / sum(sizes), candidate minus baseline, documents drawn in
     pairs.

@@ -49,15 +49,11 @@ def token_perplexity(
     Raises ValueError for a text of fewer than two tokens or a window the engine cannot hold.
     """
     if not 2 <= context_len <= engine.max_seq_length:
-        raise ValueError(
-            f"context_len={context_len} must lie between 2 and max_seq_length={engine.max_seq_length}"
-        )
+        raise ValueError(f"context_len={context_len} must lie between 2 and max_seq_length={engine.max_seq_length}")
     ids = list(engine.tokenizer.encode(PAGE_SEPARATOR.join(pages)))
     if len(ids) < 2:
         raise ValueError(f"perplexity needs at least two tokens, the text has {len(ids)}")
-    windows = [
-        ids[start : start + context_len] for start in range(0, len(ids) - context_len + 1, context_len)
-    ] or [ids]
+    windows = [ids[start : start + context_len] for start in range(0, len(ids) - context_len + 1, context_len)] or [ids]
     nll = []
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]

@@ -15,8 +15,14 @@ from ascend_kit.results import RunFolder
 if TYPE_CHECKING:
     import pandas
 
-UNITS = {"acc": "fraction", "acc_norm": "fraction", "word_perplexity": "per word",
-         "byte_perplexity": "per byte", "bits_per_byte": "bits/byte", "token_perplexity": "per token"}
+UNITS = {
+    "acc": "fraction",
+    "acc_norm": "fraction",
+    "word_perplexity": "per word",
+    "byte_perplexity": "per byte",
+    "bits_per_byte": "bits/byte",
+    "token_perplexity": "per token",
+}
 LOWER_IS_BETTER = frozenset(UNITS) - {"acc", "acc_norm"}
 
 
@@ -69,8 +75,11 @@ def load_evaluation(folder: RunFolder) -> EvaluationResult:
     return EvaluationResult(
         tasks=table[table["kind"] == "task"].reset_index(drop=True),
         groups=table[table["kind"] == "group"].reset_index(drop=True),
-        documents=load_documents(folder), flags=summary.get("flags", []),
-        published=pandas.DataFrame(summary.get("published", [])), conditions=summary.get("conditions", {}))
+        documents=load_documents(folder),
+        flags=summary.get("flags", []),
+        published=pandas.DataFrame(summary.get("published", [])),
+        conditions=summary.get("conditions", {}),
+    )
 
 
 def load_scores(folder: RunFolder) -> pandas.DataFrame:
@@ -113,8 +122,13 @@ def score_row(results: dict[str, Any], metric: str, documents: list[dict[str, An
     value, stderr = float(results[f"{metric},none"]), results.get(f"{metric}_stderr,none")
     if metric in LOWER_IS_BETTER:
         stderr = _perplexity_stderr(metric, value, documents)
-    return {"metric": metric, "value": value, "unit": UNITS[metric], "n": len(documents),
-            "stderr": float(stderr) if isinstance(stderr, (int, float)) else None}
+    return {
+        "metric": metric,
+        "value": value,
+        "unit": UNITS[metric],
+        "n": len(documents),
+        "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
+    }
 
 
 def document_row(task: LocalTask, sample: dict[str, Any], finish_reasons: dict[str, str]) -> dict[str, Any]:
@@ -126,11 +140,18 @@ def document_row(task: LocalTask, sample: dict[str, Any], finish_reasons: dict[s
         return row | {"logprob": logprob, "words": words, "bytes": sample["byte_perplexity"][1]}
     if task.output_type == "multiple_choice":
         logprobs = [logprob for logprob, _ in responses]
-        row |= {"target": sample["target"], "prediction": max(range(len(logprobs)), key=logprobs.__getitem__),
-                "choice_logprobs": logprobs, "choice_is_greedy": [greedy for _, greedy in responses]}
+        row |= {
+            "target": sample["target"],
+            "prediction": max(range(len(logprobs)), key=logprobs.__getitem__),
+            "choice_logprobs": logprobs,
+            "choice_is_greedy": [greedy for _, greedy in responses],
+        }
     else:
-        row |= {"target": sample["target"], "answer": responses[0],
-                "finish_reason": finish_reasons.get(sample["arguments"][0][0])}
+        row |= {
+            "target": sample["target"],
+            "answer": responses[0],
+            "finish_reason": finish_reasons.get(sample["arguments"][0][0]),
+        }
     return row | {metric: float(sample[metric]) for metric in task.metrics}
 
 
@@ -143,11 +164,19 @@ def group_rows(group: GroupSpec, table: pandas.DataFrame, conditions: dict[str, 
     members = table[table["task"].isin(group.tasks) & (table["status"] == "ok")]
     members = members[members["conditions"] == members["task"].map(conditions)]
     shared = sorted({text.rpartition(", data")[0] for text in members["conditions"]})
-    head = {"task": group.group, "set": group.set_name, "kind": "group", "num_tasks": len(group.tasks),
-            "num_packaged_tasks": group.num_packaged, "conditions": " / ".join(shared),
-            "num_fewshot": int(members["num_fewshot"].iloc[0]) if len(members) else None}
-    return [{**head, **_group_value(metric, members[members["metric"] == metric], len(group.tasks))}
-            for metric in group.metrics]
+    head = {
+        "task": group.group,
+        "set": group.set_name,
+        "kind": "group",
+        "num_tasks": len(group.tasks),
+        "num_packaged_tasks": group.num_packaged,
+        "conditions": " / ".join(shared),
+        "num_fewshot": int(members["num_fewshot"].iloc[0]) if len(members) else None,
+    }
+    return [
+        {**head, **_group_value(metric, members[members["metric"] == metric], len(group.tasks))}
+        for metric in group.metrics
+    ]
 
 
 def _group_value(metric: str, rows: pandas.DataFrame, num_tasks: int) -> dict[str, Any]:
@@ -159,8 +188,11 @@ def _group_value(metric: str, rows: pandas.DataFrame, num_tasks: int) -> dict[st
     if missing:
         return {**row, "status": "failed", "error": f"{missing} of {num_tasks} tasks failed"}
     stderrs = rows["stderr"].astype(float)
-    return {**row, "value": float(aggregate_subtask_metrics(list(rows["value"].astype(float)), sizes)),
-            "stderr": None if stderrs.isna().any() else float(pooled_sample_stderr(list(stderrs), sizes))}
+    return {
+        **row,
+        "value": float(aggregate_subtask_metrics(list(rows["value"].astype(float)), sizes)),
+        "stderr": None if stderrs.isna().any() else float(pooled_sample_stderr(list(stderrs), sizes)),
+    }
 
 
 def _supersedes(row: dict[str, Any], earlier: dict[str, Any]) -> bool:

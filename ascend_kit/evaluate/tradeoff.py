@@ -36,8 +36,9 @@ RATE = "output_tokens_per_s"
 NUM_WINDOWS, T_9 = 10, 2.262  # t quantile, 97.5 %, nine degrees of freedom
 
 
-def accuracy_throughput(folders: Sequence[RunFolder], *, metric: str = "acc",
-                        point: tuple[int, int, int] | None = None) -> pandas.DataFrame:
+def accuracy_throughput(
+    folders: Sequence[RunFolder], *, metric: str = "acc", point: tuple[int, int, int] | None = None
+) -> pandas.DataFrame:
     """One row per run: accuracy on the documents all runs answered, throughput at a point all runs measured.
 
     `point` is (concurrency, prompt_len, output_len), by default the heaviest common one. Accuracy carries a
@@ -54,8 +55,18 @@ def accuracy_throughput(folders: Sequence[RunFolder], *, metric: str = "acc",
     rows = []
     for folder in folders:
         name, values = run_name(folder), measured_parameters(folder)
-        shown = {key: values[key] for key in ("precision", "quantize", "graph_mode", "operator_fusion",
-                                              "memory_optimize", "cards", "tensor_parallel")}
+        shown = {
+            key: values[key]
+            for key in (
+                "precision",
+                "quantize",
+                "graph_mode",
+                "operator_fusion",
+                "memory_optimize",
+                "cards",
+                "tensor_parallel",
+            )
+        }
         rows.append({"run": name, **accuracy.get(name, {}), **_rate_at(folder, rates[name], point), **shown})
     empty = dict.fromkeys(("accuracy_percent", "accuracy_low_percent", "accuracy_high_percent", "n", RATE))
     return pandas.DataFrame([{**empty, **row} for row in rows])
@@ -76,8 +87,12 @@ def _common_accuracy(folders: list[RunFolder], metric: str) -> dict[str, dict[st
     for name, table in tables.items():
         values = table[table.index.isin(common)]
         low, high = wilson_interval(float(values.sum()), len(values))
-        result[name] = {"accuracy_percent": 100 * float(values.mean()), "accuracy_low_percent": 100 * low,
-                        "accuracy_high_percent": 100 * high, "n": len(values)}
+        result[name] = {
+            "accuracy_percent": 100 * float(values.mean()),
+            "accuracy_low_percent": 100 * low,
+            "accuracy_high_percent": 100 * high,
+            "n": len(values),
+        }
     return result
 
 
@@ -94,8 +109,10 @@ def _heaviest_common_point(tables: list[pandas.DataFrame]) -> tuple[int, int, in
     points = [set(table[POINT].itertuples(index=False, name=None)) for table in tables]
     common = set.intersection(*points)
     if not common:
-        raise CompareError("the runs have no common sweep point (concurrency, prompt_len, output_len): "
-                           + "; ".join(str(sorted(some)) for some in points))
+        raise CompareError(
+            "the runs have no common sweep point (concurrency, prompt_len, output_len): "
+            + "; ".join(str(sorted(some)) for some in points)
+        )
     return max(common, key=lambda item: (item[0], item[1] + item[2]))
 
 
@@ -111,8 +128,14 @@ def _rate_at(folder: RunFolder, rows: pandas.DataFrame, point: tuple[int, int, i
     else:
         low, high, kind = _within_run(folder, here.iloc[0])
     tpot = float(here["tpot_p50_ms"].astype(float).mean())
-    return {RATE: statistics.fmean(rates), f"{RATE}_low": low, f"{RATE}_high": high, "rate_interval": kind,
-            **dict(zip(POINT, point, strict=True)), "tpot_p50_ms": tpot}
+    return {
+        RATE: statistics.fmean(rates),
+        f"{RATE}_low": low,
+        f"{RATE}_high": high,
+        "rate_interval": kind,
+        **dict(zip(POINT, point, strict=True)),
+        "tpot_p50_ms": tpot,
+    }
 
 
 def _within_run(folder: RunFolder, row: pandas.Series) -> tuple[float | None, float | None, str]:
@@ -148,9 +171,14 @@ class Verdict:
     cautions: list[str] = field(default_factory=list)
 
 
-def verdict(folders: Sequence[RunFolder], *, baseline: RunFolder | None = None,
-            margin: float = DEFAULT_MARGIN, metric: str = "acc",
-            point: tuple[int, int, int] | None = None) -> Verdict:
+def verdict(
+    folders: Sequence[RunFolder],
+    *,
+    baseline: RunFolder | None = None,
+    margin: float = DEFAULT_MARGIN,
+    metric: str = "acc",
+    point: tuple[int, int, int] | None = None,
+) -> Verdict:
     """The fastest run whose accuracy is shown to be at most `margin` (a fraction) below the baseline's.
 
     A run qualifies when the 95 % interval of its paired difference over all documents lies above -margin and
@@ -165,65 +193,91 @@ def verdict(folders: Sequence[RunFolder], *, baseline: RunFolder | None = None,
     for column, stage in (("accuracy_percent", "05_evaluate"), (RATE, "04_throughput")):
         if pandas.isna(start[column]):
             raise CompareError(f"baseline run {start['run']} has no {column}: run {stage} for it")
-    rows = [_judge(folder, baseline, table.loc[run_name(folder)], float(start[RATE]), metric, margin)
-            for folder in folders]
+    rows = [
+        _judge(folder, baseline, table.loc[run_name(folder)], float(start[RATE]), metric, margin) for folder in folders
+    ]
     able = [row for row in rows if row["qualifies"] and not pandas.isna(row[RATE])]
     best = max(able, key=lambda row: row[RATE])
     text = [_best_text(best, start["run"], margin)]
     text += [_faster_text(row) for row in rows if not row["qualifies"] and row["speedup"] > best["speedup"]]
-    return Verdict(best["run"], start["run"], "\n".join(text), pandas.DataFrame(rows),
-                   _cautions(folders, baseline, table, best))
+    return Verdict(
+        best["run"], start["run"], "\n".join(text), pandas.DataFrame(rows), _cautions(folders, baseline, table, best)
+    )
 
 
-def _judge(folder: RunFolder, baseline: RunFolder, row: pandas.Series, start_rate: float, metric: str,
-           margin: float) -> dict[str, Any]:
+def _judge(
+    folder: RunFolder, baseline: RunFolder, row: pandas.Series, start_rate: float, metric: str, margin: float
+) -> dict[str, Any]:
     import pandas
 
     speedup = None if pandas.isna(row[RATE]) else float(row[RATE]) / start_rate
-    head = {"run": row["run"], RATE: row[RATE], "speedup": speedup or math.nan,
-            "accuracy_percent": row["accuracy_percent"]}
+    head = {
+        "run": row["run"],
+        RATE: row[RATE],
+        "speedup": speedup or math.nan,
+        "accuracy_percent": row["accuracy_percent"],
+    }
     if run_name(folder) == run_name(baseline):
-        return {**head, "difference_points": 0.0, "outcome": "baseline", "qualifies": True,
-                "verdict": "baseline"}
+        return {**head, "difference_points": 0.0, "outcome": "baseline", "qualifies": True, "verdict": "baseline"}
     if pandas.isna(row["accuracy_percent"]):
         return {**head, "outcome": "not evaluated", "qualifies": False, "verdict": "not evaluated"}
     paired = compare_accuracy(baseline, folder, metric=metric, margin=margin).set_index("set")
     overall, sets = paired.loc[ALL_SETS], paired.drop(index=ALL_SETS)
     lost = sets[(sets["p_holm"] < 1 - CONFIDENCE) & (sets["difference_points"] < -100 * margin)]
     text = overall["verdict"] + "".join(f"; {name}: {row['verdict']}" for name, row in lost.iterrows())
-    columns = ["n", "difference_points", "low_points", "high_points", "p_value", "min_detectable_points",
-               "documents_needed", "outcome"]
-    return {**head, **overall[columns].to_dict(), "verdict": text,
-            "qualifies": overall["outcome"] == "within margin" and lost.empty}
+    columns = [
+        "n",
+        "difference_points",
+        "low_points",
+        "high_points",
+        "p_value",
+        "min_detectable_points",
+        "documents_needed",
+        "outcome",
+    ]
+    return {
+        **head,
+        **overall[columns].to_dict(),
+        "verdict": text,
+        "qualifies": overall["outcome"] == "within margin" and lost.empty,
+    }
 
 
 def _best_text(best: dict[str, Any], baseline: str, margin: float) -> str:
     if best["run"] == baseline:
-        return (f"Use {baseline} (the baseline, {best[RATE]:.1f} output tokens/s): no faster run is shown to "
-                f"lose at most {100 * margin:g} points.")
-    return (f"Use {best['run']}: {best[RATE]:.1f} output tokens/s, {best['speedup']:.2f} times {baseline}; "
-            f"{best['verdict']}.")
+        return (
+            f"Use {baseline} (the baseline, {best[RATE]:.1f} output tokens/s): no faster run is shown to "
+            f"lose at most {100 * margin:g} points."
+        )
+    return (
+        f"Use {best['run']}: {best[RATE]:.1f} output tokens/s, {best['speedup']:.2f} times {baseline}; "
+        f"{best['verdict']}."
+    )
 
 
 def _faster_text(row: dict[str, Any]) -> str:
-    return (f"{row['run']} is {row['speedup']:.2f} times as fast as the baseline but does not qualify: "
-            f"{row['verdict']}.")
+    return f"{row['run']} is {row['speedup']:.2f} times as fast as the baseline but does not qualify: {row['verdict']}."
 
 
-def _cautions(folders: Sequence[RunFolder], baseline: RunFolder, table: pandas.DataFrame,
-              best: dict[str, Any]) -> list[str]:
+def _cautions(
+    folders: Sequence[RunFolder], baseline: RunFolder, table: pandas.DataFrame, best: dict[str, Any]
+) -> list[str]:
     found = []
     if best["run"] != run_name(baseline):
         low = table.loc[best["run"]].get(f"{RATE}_low")
         high = table.loc[run_name(baseline)].get(f"{RATE}_high")
         if low is None or high is None or not low > high:
-            found.append("the throughput intervals of the chosen run and the baseline overlap or are missing"
-                         "; raise sweep_repeats before trusting the speed-up")
+            found.append(
+                "the throughput intervals of the chosen run and the baseline overlap or are missing"
+                "; raise sweep_repeats before trusting the speed-up"
+            )
     for folder in folders:
         share = answer_length_ratio(baseline, folder)
         if share is not None and share < SHORTEST_ANSWERS:
-            found.append(f"{run_name(folder)} writes answers of {100 * share:.0f} % of the "
-                         "baseline's length (MLPerf asks for 90 %): it may be stopping early")
+            found.append(
+                f"{run_name(folder)} writes answers of {100 * share:.0f} % of the "
+                "baseline's length (MLPerf asks for 90 %): it may be stopping early"
+            )
     return found
 
 

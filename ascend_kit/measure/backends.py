@@ -103,9 +103,7 @@ class EngineBackend:
         from ascend_kit.engine.sequence import SamplingParams
 
         sampling = SamplingParams(max_new_tokens=request.num_output_tokens, ignore_eos=True)
-        return self.engine.add_request(
-            list(request.prompt_token_ids), sampling, arrival_s=time.perf_counter()
-        )
+        return self.engine.add_request(list(request.prompt_token_ids), sampling, arrival_s=time.perf_counter())
 
     def _cancel(self, in_flight: dict[int, Request]) -> None:
         """After a failure: leave the engine empty for the next point, whatever state it is in."""
@@ -128,9 +126,7 @@ class TransformersBackend:
     num_devices = replicas = 1
     launches_per_layer = 55  # counted for eager Qwen3 in transformers 5
 
-    def __init__(
-        self, model_path: str | Path, *, device: Device, precision: str = "bf16", max_seq_length: int = 8192
-    ):
+    def __init__(self, model_path: str | Path, *, device: Device, precision: str = "bf16", max_seq_length: int = 8192):
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -159,9 +155,7 @@ class TransformersBackend:
         return {"precision": self.precision, "quantize": "none", **dict.fromkeys(SWITCHES, False)}
 
     def weight_bytes(self) -> int:
-        storages = {
-            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self._model.parameters()
-        }
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self._model.parameters()}
         return sum(storages.values())
 
     def close(self) -> None:
@@ -178,10 +172,7 @@ class TransformersBackend:
         clock = _token_clock()
         with torch.inference_mode():
             out = self._model.generate(
-                ids,
-                attention_mask=mask,
-                streamer=clock,
-                max_new_tokens=max(r.num_output_tokens for r in batch),
+                ids, attention_mask=mask, streamer=clock, max_new_tokens=max(r.num_output_tokens for r in batch)
             )
         made = out.shape[1] - ids.shape[1]
         return [_record(r, arrival, clock.times_s[: min(r.num_output_tokens, made)]) for r in batch]
@@ -211,9 +202,7 @@ class VllmBackend:
     replicas = 1
     launches_per_layer = None
 
-    def __init__(
-        self, model_path: str | Path, *, device: Device, experiment: Experiment, **options: Any
-    ) -> None:
+    def __init__(self, model_path: str | Path, *, device: Device, experiment: Experiment, **options: Any) -> None:
         try:
             import vllm
         except ImportError as error:

@@ -76,11 +76,7 @@ def _prompt(path: Path, number: int, entry: Any) -> str:
 
 
 def run_batch(
-    engine: AscendInferEngine,
-    experiment: Experiment,
-    folder: RunFolder,
-    *,
-    on_progress: Progress | None = None,
+    engine: AscendInferEngine, experiment: Experiment, folder: RunFolder, *, on_progress: Progress | None = None
 ) -> BatchResult:
     """Answer every prompt of `prompts_file` that has no answer yet, `concurrency` requests in flight.
 
@@ -136,9 +132,7 @@ def _serve(
             while waiting and len(in_flight) < experiment.concurrency:
                 index, prompt = waiting.popleft()
                 request = engine.add_request(
-                    _encode(engine, experiment, prompt),
-                    _sampling(experiment, index),
-                    arrival_s=time.perf_counter(),
+                    _encode(engine, experiment, prompt), _sampling(experiment, index), arrival_s=time.perf_counter()
                 )
                 in_flight[request] = (index, prompt)
             for output in engine.step():

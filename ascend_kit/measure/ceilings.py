@@ -79,9 +79,7 @@ def matrix_rate(device: Device, dtype: str, repeats: int = _REPEATS) -> list[flo
         samples = [2.0 * size**3 / s for s in seconds]
         if best is None or statistics.median(samples) > statistics.median(best):
             best = samples
-        if (
-            8 * statistics.median(seconds) * (repeats + 1) > _BUDGET_S
-        ):  # the next size costs eight times this one
+        if 8 * statistics.median(seconds) * (repeats + 1) > _BUDGET_S:  # the next size costs eight times this one
             break
     return best
 

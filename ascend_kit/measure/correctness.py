@@ -16,12 +16,7 @@ if TYPE_CHECKING:
     from ascend_kit.engine.sequence import RequestOutput
     from ascend_kit.params import Experiment
 
-PROMPTS = (
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "def add(a, b):\n    return",
-    "北京是中国的",
-)
+PROMPTS = ("The capital of France is", "Water boils at a temperature of", "def add(a, b):\n    return", "北京是中国的")
 # Two tokens whose log-probabilities lie closer than this (nats) may change places: rounding decides. float32
 # differs in the order of sums only; bf16 has 8 and fp16 11 bits of mantissa, few for logits of a few tens.
 CLOSE_CALL = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.25}
@@ -80,9 +75,7 @@ def _answers(engine: AscendInferEngine, num_tokens: int) -> list[RequestOutput]:
     outputs = engine.generate(list(PROMPTS), sampling)
     failed = [output for output in outputs if output.finish_reason == "error"]
     if failed:
-        raise WrongAnswerError(
-            f"the check prompt {PROMPTS[failed[0].index]!r} was refused: {failed[0].error}"
-        )
+        raise WrongAnswerError(f"the check prompt {PROMPTS[failed[0].index]!r} was refused: {failed[0].error}")
     return outputs
 
 
@@ -93,11 +86,7 @@ def _margin(top: list[tuple[int, float]]) -> float:
 
 
 def _compare(
-    prompt: str,
-    expected: tuple[int, ...],
-    margins: tuple[float, ...],
-    output: RequestOutput,
-    tolerance: float,
+    prompt: str, expected: tuple[int, ...], margins: tuple[float, ...], output: RequestOutput, tolerance: float
 ) -> dict[str, object]:
     row = {"prompt": prompt, "tokens": len(expected), "equal_tokens": len(expected), "text": output.text}
     for place, (want, got, margin) in enumerate(zip(expected, output.token_ids, margins, strict=True)):
@@ -109,9 +98,5 @@ def _compare(
                 f"nats (rounding explains {tolerance}). Do not trust this setting: try graph_mode: false, "
                 "then operator_fusion: false, and run `python -m ascend_kit doctor --self-test`"
             )
-        return {
-            **row,
-            "equal_tokens": place,
-            "note": f"close call at token {place}: margin {margin:.3f} nats",
-        }
+        return {**row, "equal_tokens": place, "note": f"close call at token {place}: margin {margin:.3f} nats"}
     return {**row, "note": "equal"}

@@ -51,11 +51,7 @@ class Limit:
 
 def linear_shapes(config: ModelShape) -> dict[str, tuple[int, int]]:
     """`(out, in)` of every matrix product of one layer, by the names of the Hugging Face checkpoint."""
-    q, kv, hidden = (
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-        config.hidden_size,
-    )
+    q, kv, hidden = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size)
     return {
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
@@ -181,8 +177,7 @@ def decode_floor_s(
 ) -> float | None:
     """Least time of one decode step; None when a ceiling is unknown."""
     return limit.floor_s(
-        decode_flops(config, batch, context_len),
-        decode_bytes(step_weights, kv_token_bytes, batch, context_len),
+        decode_flops(config, batch, context_len), decode_bytes(step_weights, kv_token_bytes, batch, context_len)
     )
 
 

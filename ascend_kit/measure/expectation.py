@@ -35,8 +35,7 @@ class Point:
 
     def __str__(self) -> str:
         return (
-            f"concurrency {self.concurrency}, prompt {self.prompt_len}, output {self.output_len}, "
-            f"repeat {self.repeat}"
+            f"concurrency {self.concurrency}, prompt {self.prompt_len}, output {self.output_len}, repeat {self.repeat}"
         )
 
 
@@ -57,9 +56,7 @@ def sweep_points(experiment: Experiment) -> list[Point]:
 
 def check_points(points: Sequence[Point], max_seq_length: int) -> None:
     """Raise SweepError naming every pair of lengths that exceeds `max_seq_length`, before any work."""
-    bad = sorted(
-        {(p.prompt_len, p.output_len) for p in points if p.prompt_len + p.output_len > max_seq_length}
-    )
+    bad = sorted({(p.prompt_len, p.output_len) for p in points if p.prompt_len + p.output_len > max_seq_length})
     if bad:
         text = ", ".join(f"{prompt} + {output} = {prompt + output}" for prompt, output in bad)
         raise SweepError(
@@ -198,9 +195,7 @@ def load_ceilings(backend: Backend, folder: RunFolder) -> dict[str, Any]:
         return known
     stored = backend.weight_bytes()
     small = stored if stored < _CACHE_BYTES else None
-    found = measure_ceilings(
-        backend.device, dtypes=sorted({"bf16", "fp32", "int8", precision}), buffer_bytes=small
-    )
+    found = measure_ceilings(backend.device, dtypes=sorted({"bf16", "fp32", "int8", precision}), buffer_bytes=small)
     folder.write_json("ceilings", found)
     return found
 

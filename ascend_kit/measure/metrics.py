@@ -194,16 +194,12 @@ def prefix_hit_rate(records: Iterable[RequestRecord]) -> float | None:
     return sum(record.num_cached_tokens for record in records) / prompt_tokens
 
 
-def mfu(
-    model_flops: float, seconds: float, peak_flops_per_s: float | None, num_devices: int = 1
-) -> float | None:
+def mfu(model_flops: float, seconds: float, peak_flops_per_s: float | None, num_devices: int = 1) -> float | None:
     """Model FLOPs utilisation, 0..1; None when the peak is unknown or no time passed."""
     return _utilisation(model_flops, seconds, peak_flops_per_s, num_devices)
 
 
-def mbu(
-    bytes_read: float, seconds: float, peak_bytes_per_s: float | None, num_devices: int = 1
-) -> float | None:
+def mbu(bytes_read: float, seconds: float, peak_bytes_per_s: float | None, num_devices: int = 1) -> float | None:
     """Memory bandwidth utilisation of decode (weights as stored + KV), 0..1; None when the peak is
     unknown.
     """

@@ -28,17 +28,9 @@ class Outlook:
 def outlook(experiment: Experiment, device: Device, ceilings: dict[str, Any]) -> Outlook:
     """Sizes and floors of the experiment's model with measured `ceilings`, for its heaviest sweep point."""
     model = ModelConfig.from_folder(experiment.tokenizer_path or experiment.input_model)
-    card = Card.from_ceilings(
-        ceilings, memory_bytes=device.total_memory_bytes, precision=experiment.precision
-    )
-    scheme = (
-        "w8a8" if experiment.quantize == "auto" else experiment.quantize
-    )  # auto: at best everything in int8
-    settings = {
-        "precision": experiment.precision,
-        "quantize": scheme,
-        "keep": tuple(experiment.quantize_keep),
-    }
+    card = Card.from_ceilings(ceilings, memory_bytes=device.total_memory_bytes, precision=experiment.precision)
+    scheme = "w8a8" if experiment.quantize == "auto" else experiment.quantize  # auto: at best everything in int8
+    settings = {"precision": experiment.precision, "quantize": scheme, "keep": tuple(experiment.quantize_keep)}
     workload = Workload(
         max(experiment.sweep_prompt_len),
         max(experiment.sweep_output_len),
@@ -50,9 +42,7 @@ def outlook(experiment: Experiment, device: Device, ceilings: dict[str, Any]) ->
     return Outlook(_facts(experiment, Deployment(model, card, **settings), workload, plans), plans)
 
 
-def _facts(
-    experiment: Experiment, one: Deployment, workload: Workload, plans: pandas.DataFrame
-) -> dict[str, Any]:
+def _facts(experiment: Experiment, one: Deployment, workload: Workload, plans: pandas.DataFrame) -> dict[str, Any]:
     longest = experiment.max_seq_length
     return {
         "weights, GiB": one.weights.stored / GIB,
@@ -62,7 +52,5 @@ def _facts(
         "memory of the device, GiB": one.card.memory_bytes / GIB,
         "requests of the longest length that fit": one.max_concurrency(longest),
         "reading memory, GB/s": one.card.bytes_per_s / 1e9,
-        f"least time of a decode step at concurrency {workload.concurrency}, ms": plans[
-            "decode_floor_ms"
-        ].min(),
+        f"least time of a decode step at concurrency {workload.concurrency}, ms": plans["decode_floor_ms"].min(),
     }

@@ -73,9 +73,7 @@ class ParityCheck:
         return {"figures": self.report.table(), "rows": rows, "failures": self.report.failures}
 
 
-def engine_generate(
-    folder: Path, tokenizer: Path, precision: str, experiment: Experiment
-) -> GenerateFunction:
+def engine_generate(folder: Path, tokenizer: Path, precision: str, experiment: Experiment) -> GenerateFunction:
     """A generate function that loads the engine for each call, so that only one model is in memory at a
     time.
     """
@@ -87,9 +85,7 @@ def engine_generate(
         sampling = [
             SamplingParams(max_new_tokens=max_new_tokens)
             if seed is None
-            else SamplingParams(
-                max_new_tokens=max_new_tokens, temperature=SAMPLE_TEMPERATURE, seed=seed + index
-            )
+            else SamplingParams(max_new_tokens=max_new_tokens, temperature=SAMPLE_TEMPERATURE, seed=seed + index)
             for index in range(len(prompts))
         ]
         longest = max(map(len, prompts)) + max_new_tokens + 1

@@ -99,9 +99,7 @@ class Card:
 
     def sustained_limit(self, quantize: str = "none") -> Limit:
         """The ceilings times their sustained shares, for predictions."""
-        return Limit(
-            self._matrix_rate(quantize) * self.compute_share, self.bytes_per_s * self.bandwidth_share
-        )
+        return Limit(self._matrix_rate(quantize) * self.compute_share, self.bytes_per_s * self.bandwidth_share)
 
     def _matrix_rate(self, quantize: str) -> float:
         # Weight-only int8 is widened before the product, so only w8a8 gains matrix rate.
@@ -314,9 +312,7 @@ def _one_plan(group: Deployment, replicas: int, workload: Workload) -> Plan:
     problem = group.check()
     most = 0 if problem else group.max_concurrency(total_len)
     busiest = _busiest(group, replicas, most, workload)
-    running = (
-        busiest * replicas if workload.concurrency is None else min(workload.concurrency, busiest * replicas)
-    )
+    running = busiest * replicas if workload.concurrency is None else min(workload.concurrency, busiest * replicas)
     base = Plan(
         cards=group.tp_size * replicas,
         tensor_parallel=group.tp_size,
@@ -356,17 +352,13 @@ def _predict(base: Plan, group: Deployment, busiest: int, workload: Workload) ->
     shares = _shares(base.concurrency, base.replicas)
     return dataclasses.replace(
         base,
-        decode_floor_ms=costs.decode_floor_s(
-            group.config, floor, weights, group.kv_token_bytes, busiest, context
-        )
+        decode_floor_ms=costs.decode_floor_s(group.config, floor, weights, group.kv_token_bytes, busiest, context)
         * 1e3,
         prefill_floor_ms=costs.prefill_floor_s(group.config, floor, weights, prompt_len) * 1e3,
         tpot_ms=tpot_ms,
         ttft_ms=ttft_ms,
         output_tokens_per_s=sum(n * group.output_tokens_per_s(prompt_len, output_len, c) for c, n in shares),
-        ceiling_tokens_per_s=sum(
-            n * group.ceiling_tokens_per_s(prompt_len, output_len, c) for c, n in shares
-        ),
+        ceiling_tokens_per_s=sum(n * group.ceiling_tokens_per_s(prompt_len, output_len, c) for c, n in shares),
         reason=_broken_limit(ttft_ms, tpot_ms, workload),
     )
 
@@ -378,10 +370,7 @@ def _shares(concurrency: int, replicas: int) -> list[tuple[int, int]]:
 
 
 def _broken_limit(ttft_ms: float, tpot_ms: float, workload: Workload) -> str | None:
-    for name, value, limit in (
-        ("TTFT", ttft_ms, workload.ttft_limit_ms),
-        ("TPOT", tpot_ms, workload.tpot_limit_ms),
-    ):
+    for name, value, limit in (("TTFT", ttft_ms, workload.ttft_limit_ms), ("TPOT", tpot_ms, workload.tpot_limit_ms)):
         if limit is not None and value > limit:
             return f"predicted {name} {value:.1f} ms is above the limit of {limit:g} ms"
     return None

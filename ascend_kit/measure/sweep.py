@@ -110,9 +110,7 @@ def failed_points(rows: pandas.DataFrame) -> pandas.DataFrame:
 class _Sweep:
     """The parts of a sweep that stay the same from point to point."""
 
-    def __init__(
-        self, backend: Backend, experiment: Experiment, folder: RunFolder, ceilings: dict[str, Any]
-    ) -> None:
+    def __init__(self, backend: Backend, experiment: Experiment, folder: RunFolder, ceilings: dict[str, Any]) -> None:
         self.backend, self.experiment, self.folder = backend, experiment, folder
         self.limits = Limits(experiment.ttft_limit_ms, experiment.tpot_limit_ms)
         self.variant = backend.variant()
@@ -156,9 +154,7 @@ class _Sweep:
         device.synchronize()
         device.reset_peak_memory()
         records = self.backend.run(requests, point.concurrency)
-        for (
-            record
-        ) in records:  # before the row: a row without its raw samples would be worse than the reverse
+        for record in records:  # before the row: a row without its raw samples would be worse than the reverse
             self.folder.append("requests", {**ids, **record.to_row()})
         check_complete(requests, records)
         summary = metrics.summarize(records, limits=self.limits)

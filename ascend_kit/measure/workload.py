@@ -61,9 +61,7 @@ def make_requests(
         prompt_lens, output_lens = _cut(prompt_lens, output_lens, max_total_len)
     allowed = np.array(sorted(set(range(vocab_size)) - set(avoid_ids)))
     if len(allowed) < 2:
-        raise ValueError(
-            f"vocab_size {vocab_size} leaves {len(allowed)} usable token ids; at least 2 are needed"
-        )
+        raise ValueError(f"vocab_size {vocab_size} leaves {len(allowed)} usable token ids; at least 2 are needed")
     shared = rng.choice(allowed, shared_prefix_len)
     prompts = _distinct_prompts(rng, allowed, shared, prompt_lens)
     return [
@@ -73,11 +71,7 @@ def make_requests(
 
 
 def _check(num_requests: int, prompt_len: int, output_len: int, spread: str, shared_prefix_len: int) -> None:
-    for name, value in (
-        ("num_requests", num_requests),
-        ("prompt_len", prompt_len),
-        ("output_len", output_len),
-    ):
+    for name, value in (("num_requests", num_requests), ("prompt_len", prompt_len), ("output_len", output_len)):
         if value < 1:
             raise ValueError(f"{name} is {value}; at least 1 is needed")
     if spread not in SPREADS:
@@ -96,9 +90,7 @@ def _lengths(rng: np.random.Generator, count: int, mean: int, spread: str) -> np
     return np.maximum(1, draws.round().astype(int))
 
 
-def _cut(
-    prompt_lens: np.ndarray, output_lens: np.ndarray, max_total_len: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _cut(prompt_lens: np.ndarray, output_lens: np.ndarray, max_total_len: int) -> tuple[np.ndarray, np.ndarray]:
     output_lens = np.clip(output_lens, 1, max(1, max_total_len - 1))
     return np.clip(prompt_lens, 1, max_total_len - output_lens), output_lens
 
@@ -119,9 +111,7 @@ def _distinct_prompts(
                 break
             first = rng.choice(allowed)
         else:
-            raise ValueError(
-                f"cannot make {len(lengths)} distinct prompts of {length} tokens from {len(allowed)} ids"
-            )
+            raise ValueError(f"cannot make {len(lengths)} distinct prompts of {length} tokens from {len(allowed)} ids")
         seen.add(prompt.tobytes())
         prompts.append(prompt)
     return prompts

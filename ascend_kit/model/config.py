@@ -53,8 +53,9 @@ class ModelConfig:
         """From the mapping of a config.json. `eos` overrides its end-of-sequence ids."""
         family = FAMILIES.get(raw.get("model_type", ""))
         if family is None:
-            raise ValueError(f"{where}: model_type {raw.get('model_type')!r} is not supported; "
-                             f"allowed: {', '.join(FAMILIES)}")
+            raise ValueError(
+                f"{where}: model_type {raw.get('model_type')!r} is not supported; allowed: {', '.join(FAMILIES)}"
+            )
         missing = [key for key in SHAPE_KEYS if not isinstance(raw.get(key), int)]
         if missing:
             raise ValueError(f"{where}: {', '.join(missing)} missing or not a whole number")
@@ -85,8 +86,10 @@ class ModelConfig:
             quantization=raw.get("quantization_config"),
         )
         if config.num_heads % config.num_kv_heads:
-            raise ValueError(f"{where}: num_attention_heads={config.num_heads} is not a multiple of "
-                             f"num_key_value_heads={config.num_kv_heads}")
+            raise ValueError(
+                f"{where}: num_attention_heads={config.num_heads} is not a multiple of "
+                f"num_key_value_heads={config.num_kv_heads}"
+            )
         return config
 
 

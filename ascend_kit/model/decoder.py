@@ -27,8 +27,16 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """The whole model on one rank. It knows token ids and KV slots, no text and no requests."""
 
-    def __init__(self, config: ModelConfig, embedding: Embedding, layers: list[DecoderLayer], norm: RMSNorm,
-                 head: nn.Module, rotary: Rotary, parallel: TensorParallel):
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        layers: list[DecoderLayer],
+        norm: RMSNorm,
+        head: nn.Module,
+        rotary: Rotary,
+        parallel: TensorParallel,
+    ):
         super().__init__()
         self.config, self.parallel = config, parallel
         self.embedding, self.layers, self.norm, self.head = embedding, nn.ModuleList(layers), norm, head
@@ -55,9 +63,10 @@ class Decoder(nn.Module):
         tensors = {p.data_ptr(): p for p in self.parameters()}
         return sum(p.numel() * p.element_size() for p in tensors.values())
 
-    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype,
-                   device: torch.device) -> list[KVCache]:
+    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
         """One pair of zeroed caches a layer, each [blocks, S, K, H]."""
         shape = (num_blocks, block_size, self.num_kv_heads, self.config.head_dim)
-        return [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-                for _ in self.layers]
+        return [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in self.layers
+        ]

@@ -100,8 +100,9 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Cosine and sine of every position, full head width (the half vector twice), [max_positions, H]."""
 
-    def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device,
-                 ops: ModuleType):
+    def __init__(
+        self, config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device, ops: ModuleType
+    ):
         super().__init__()
         self.ops = ops
         frequencies = _inverse_frequencies(config)
@@ -118,8 +119,16 @@ class Rotary(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the paged KV cache, with this rank's heads."""
 
-    def __init__(self, config: ModelConfig, qkv: nn.ModuleList, out: nn.Module, q_norm: RMSNorm | None,
-                 k_norm: RMSNorm | None, ops: ModuleType, parallel: TensorParallel):
+    def __init__(
+        self,
+        config: ModelConfig,
+        qkv: nn.ModuleList,
+        out: nn.Module,
+        q_norm: RMSNorm | None,
+        k_norm: RMSNorm | None,
+        ops: ModuleType,
+        parallel: TensorParallel,
+    ):
         super().__init__()
         self.qkv, self.out, self.q_norm, self.k_norm = qkv, out, q_norm, k_norm
         self.ops, self.parallel = ops, parallel
@@ -169,8 +178,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, meta: AttentionMeta,
-                cache: KVCache) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, meta: AttentionMeta, cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
         if residual is None:
             residual, x = x, self.input_norm(x)
         else:

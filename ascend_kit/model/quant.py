@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
-CLIP_CANDIDATES = tuple(
-    1.0 - 0.02 * step for step in range(11)
-)  # 1.00 down to 0.80 of the row's largest value
+CLIP_CANDIDATES = tuple(1.0 - 0.02 * step for step in range(11))  # 1.00 down to 0.80 of the row's largest value
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,7 @@ class QuantError:
     max_error_steps: float  # largest error of an element in steps of its row's scale; 0.5 is rounding alone
 
 
-def weight_scale(
-    weight: Tensor, clip_ratio: Tensor | float = 1.0, grid: torch.dtype = torch.float32
-) -> Tensor:
+def weight_scale(weight: Tensor, clip_ratio: Tensor | float = 1.0, grid: torch.dtype = torch.float32) -> Tensor:
     """float32 [out]: largest absolute value of each row times `clip_ratio` / 127; 1.0 for a row of zeros.
 
     With a narrow `grid` every scale is rounded up to a number of that dtype. Readers that keep scales in
@@ -70,9 +66,7 @@ def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     return (codes.float() * scale.float().reshape(-1, 1)).to(dtype)
 
 
-def search_clip(
-    weight: Tensor, input_square: Tensor | None = None, grid: torch.dtype = torch.float32
-) -> Tensor:
+def search_clip(weight: Tensor, input_square: Tensor | None = None, grid: torch.dtype = torch.float32) -> Tensor:
     """float32 [out] scale with the smallest squared output error over a few clip ratios, row by row.
 
     `input_square` [in] is the mean square of each input feature on calibration text; without it every feature
@@ -92,9 +86,7 @@ def search_clip(
 
 
 def _row_error(weight: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
-    difference = (
-        torch.round(weight / scale[:, None]).clamp_(-INT8_MAX, INT8_MAX).mul_(scale[:, None]).sub_(weight)
-    )
+    difference = torch.round(weight / scale[:, None]).clamp_(-INT8_MAX, INT8_MAX).mul_(scale[:, None]).sub_(weight)
     return difference.square_() @ importance
 
 

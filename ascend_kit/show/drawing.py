@@ -78,9 +78,7 @@ def make_panels(rows: pandas.DataFrame) -> tuple[Figure, list[tuple[Axes, pandas
     rows["_colour"] = rows["_label"].map(config_colours(rows["_label"]))
     groups = list(rows.groupby(LENGTHS, sort=True))
     columns = min(3, len(groups))
-    figure, grid = make_grid(
-        math.ceil(len(groups) / columns), columns, height=3.6, width=5.2 if columns > 1 else 7
-    )
+    figure, grid = make_grid(math.ceil(len(groups) / columns), columns, height=3.6, width=5.2 if columns > 1 else 7)
     for axes in list(grid.flat)[len(groups) :]:
         axes.remove()
     panels = []
@@ -95,13 +93,7 @@ def lengths_text(lengths: Sequence[int]) -> str:
 
 
 def series(
-    axes: Axes,
-    rows: pandas.DataFrame,
-    column: str,
-    *,
-    style: str = "-",
-    points: bool = True,
-    named: bool = True,
+    axes: Axes, rows: pandas.DataFrame, column: str, *, style: str = "-", points: bool = True, named: bool = True
 ) -> None:
     """A line through the median of the repeats per configuration, and the repeats themselves as points."""
     if "_label" not in rows:
@@ -141,9 +133,7 @@ def log2_axis(axes: Axes, values: pandas.Series) -> None:
     axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
 
 
-def value_axis(
-    axes: Axes, text: str, *, which: str = "y", log: bool | None = None, zero: bool = True
-) -> None:
+def value_axis(axes: Axes, text: str, *, which: str = "y", log: bool | None = None, zero: bool = True) -> None:
     """Label and plain-number ticks; logarithmic when asked, or by itself when the data span a factor of
     25.
     """
@@ -181,9 +171,7 @@ def finish(figure: Figure, title: str, legend: bool = True) -> Figure:
     """Title, and one legend below all panels, where it can hide nothing."""
     figure.suptitle(title, fontsize=FONT + 2)
     found = [axes.get_legend_handles_labels() for axes in figure.axes]
-    entries = {
-        label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)
-    }
+    entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     if legend and entries:
         columns = _legend_columns(list(entries), figure.get_figwidth())
         figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=FONT - 1,

@@ -123,9 +123,7 @@ def speedup(rows: pandas.DataFrame, baseline: str = "transformers") -> Figure:
     for axes, part in panels:
         base = part[part["backend"] == baseline].groupby("concurrency")["output_tokens_per_s"].median()
         for place, name in enumerate(names):
-            _ratio_bars(
-                axes, part[labels.loc[part.index] == name], base, name, colours[name], place, len(names)
-            )
+            _ratio_bars(axes, part[labels.loc[part.index] == name], base, name, colours[name], place, len(names))
         axes.axhline(1, color=BASELINES.get(baseline, "#444444"), linestyle="--", label=baseline)
         axes.set_xticks(range(len(base)), [str(c) for c in base.index])
         axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
@@ -247,10 +245,7 @@ def sensitivity(rows: pandas.DataFrame, schemes: Mapping[str, str] | None = None
         axes.plot(part["layer"], part["kl"], "-", color=colour, label=name, linewidth=1.2)
         kinds = part["linear"].map(lambda linear: "w8a8" if schemes is None else schemes.get(linear, "float"))
         for kind, marks in part.groupby(kinds):
-            look = {
-                "marker": "s" if kind == "w8a16" else "o",
-                "fillstyle": "none" if kind == "float" else "full",
-            }
+            look = {"marker": "s" if kind == "w8a16" else "o", "fillstyle": "none" if kind == "float" else "full"}
             axes.plot(marks["layer"], marks["kl"], linestyle="", color=colour, markersize=6, **look)
     for kind, look in _SCHEME_MARKS if schemes is not None else ():
         axes.plot([], [], linestyle="", color="#444444", label=f"chosen: {kind}", **look)
@@ -268,9 +263,7 @@ def mixes(candidates: pandas.DataFrame, chosen: str | None = None, max_kl: float
     if candidates.empty:
         return nothing("no mix was measured")
     figure, ((axes,),) = make_grid(1, 1, height=4.6, width=9)
-    table = candidates.assign(
-        kl=candidates["kl"].clip(lower=candidates.loc[candidates["kl"] > 0, "kl"].min())
-    )
+    table = candidates.assign(kl=candidates["kl"].clip(lower=candidates.loc[candidates["kl"] > 0, "kl"].min()))
     for kind, look in _SCHEME_MARKS:
         part = table[table["candidate"].map(_mix_kind) == kind]
         if len(part):
@@ -280,11 +273,9 @@ def mixes(candidates: pandas.DataFrame, chosen: str | None = None, max_kl: float
                 linestyle="",
                 color=PALETTE[0],
                 markersize=8,
-                label={
-                    "w8a8": "all int8",
-                    "float": "sensitive ones in float",
-                    "w8a16": "sensitive ones in w8a16",
-                }[kind],
+                label={"w8a8": "all int8", "float": "sensitive ones in float", "w8a16": "sensitive ones in w8a16"}[
+                    kind
+                ],
                 **look,
             )
     best = table[table["candidate"] == chosen]
@@ -306,11 +297,7 @@ def mixes(candidates: pandas.DataFrame, chosen: str | None = None, max_kl: float
     return finish(figure, "Mixes of schemes")
 
 
-_SCHEME_MARKS = (
-    ("w8a8", {"marker": "o"}),
-    ("w8a16", {"marker": "s"}),
-    ("float", {"marker": "o", "fillstyle": "none"}),
-)
+_SCHEME_MARKS = (("w8a8", {"marker": "o"}), ("w8a16", {"marker": "s"}), ("float", {"marker": "o", "fillstyle": "none"}))
 
 
 def _mix_kind(candidate: str) -> str:

@@ -33,7 +33,8 @@ class Progress:
 
     def __init__(self, label: str, *, browser: bool | None = None) -> None:
         self.label = label
-        self._bar = _Bar(label) if (in_browser() if browser is None else browser) else None
+        self._browser = in_browser() if browser is None else browser
+        self._bar: _Bar | None = None  # made by the first call: work that was done before shows no bar
         self._start = self._last_line_s = time.monotonic()
         self._last_share = self._share = 0.0
 
@@ -45,7 +46,8 @@ class Progress:
         seconds = time.monotonic() - self._start
         time_text = _clock(seconds) + _remaining(share, seconds)
         line = f"{_count(done, text)}/{_count(total, text)} ({share:.0%}), {time_text}"
-        if self._bar is not None:
+        if self._browser:
+            self._bar = self._bar or _Bar(self.label)
             self._bar.update(share, f"{line}  {text}")
         elif self._is_due(share):
             self._last_share, self._last_line_s = share, time.monotonic()

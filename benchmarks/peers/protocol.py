@@ -183,12 +183,13 @@ def _measure(job: Job, engine: Engine, workloads: Workloads, name: str) -> dict[
 
 def _generate(engine: Engine, workloads: Workloads, name: str, pass_name: str, vocab_size: int) -> dict[str, Any]:
     requests = workloads.requests(name, pass_name)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     answers = engine.generate(requests)
-    wall_s = time.perf_counter() - start
+    wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     check_answers(requests, answers, vocab_size)
     return {
         "wall_s": wall_s,
+        "cpu_s": cpu_s,
         "prompt_tokens": sum(len(request.prompt) for request in requests),
         "output_tokens": sum(len(answer.token_ids) for answer in answers),
         "token_times_s": [[round(t - start, 6) for t in answer.token_times_s] for answer in answers],
@@ -198,12 +199,12 @@ def _generate(engine: Engine, workloads: Workloads, name: str, pass_name: str, v
 
 def _score(engine: Engine, workloads: Workloads, name: str, pass_name: str, vocab_size: int) -> dict[str, Any]:
     scoring = workloads.scoring(name, pass_name)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     scores = engine.score(scoring)
-    wall_s = time.perf_counter() - start
+    wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     if scores is not None and len(scores) != len(scoring.targets):
         raise RuntimeError(f"{len(scores)} scores came back for {len(scoring.targets)} requests")
-    return {"wall_s": wall_s, "num_requests": len(scoring.targets), "scores": scores}
+    return {"wall_s": wall_s, "cpu_s": cpu_s, "num_requests": len(scoring.targets), "scores": scores}
 
 
 def check_answers(requests: list[Request], answers: list[Answer], vocab_size: int) -> None:
@@ -243,4 +244,4 @@ def peak_bytes() -> int | None:
 def _short(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         return row["error"]
-    return ", ".join(f"{sample['wall_s']:.2f} s" for sample in row["samples"])
+    return ", ".join(f"{sample['wall_s']:.2f} s ({sample['cpu_s']:.2f} s of CPU)" for sample in row["samples"])

@@ -72,16 +72,7 @@ def test_all_six_notebooks_leave_their_rows_figures_and_findings(run):
     assert {"acc", "bits_per_byte", "token_perplexity"} <= set(scores["metric"])
     assert pandas.DataFrame(folder.read_json("doctor"))["status"].isin(["ok", "warn", "fail", "n/a"]).all()
     figures = {path.stem for path in (folder.path / "figures").glob("*.png")}
-    assert figures >= {
-        "plans",
-        "requests",
-        "throughput",
-        "latency",
-        "tradeoff",
-        "speedup",
-        "memory",
-        "comparison",
-    }
+    assert figures >= {"plans", "requests", "throughput", "latency", "tradeoff", "speedup", "memory", "comparison"}
 
 
 @pytest.mark.slow
@@ -93,9 +84,7 @@ def test_executed_copies_hold_their_figures_and_the_report_runs_no_prompt(run):
         kinds = {kind for output in outputs for kind in output.get("data", {})}
         assert "image/png" in kinds or name == "02_convert"
         assert "application/vnd.jupyter.widget-view+json" not in kinds
-        assert not [
-            output for output in outputs if output.output_type == "stream" and output.name == "stderr"
-        ]
+        assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
     page = run.report.read_text(encoding="utf-8")
     assert "<script" not in page and "second &lt;script&gt;" in page
 

@@ -8,13 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ascend_kit.params import (
-    Experiment,
-    build_experiment,
-    experiment_from_notebook,
-    load_experiment,
-    read_yaml,
-)
+from ascend_kit.params import Experiment, build_experiment, experiment_from_notebook, load_experiment, read_yaml
 from ascend_kit.run.checks import find_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,14 +42,7 @@ each_file = pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: pa
 def test_the_six_notebooks_are_there_in_order():
     names = [notebook.name for notebook in NOTEBOOKS]
 
-    assert names == [
-        "01_environment",
-        "02_convert",
-        "03_generate",
-        "04_throughput",
-        "05_evaluate",
-        "06_compare",
-    ]
+    assert names == ["01_environment", "02_convert", "03_generate", "04_throughput", "05_evaluate", "06_compare"]
 
 
 @each_notebook
@@ -66,9 +53,7 @@ def test_notebook_is_committed_without_outputs_and_run_metadata(notebook):
     assert document["metadata"]["language_info"]["name"] == "python"
     assert "papermill" not in document["metadata"]
     for cell in document["cells"]:
-        assert re.fullmatch(r"[a-z0-9-]+", cell["id"]), (
-            "ids are names, so that an insertion touches no other cell"
-        )
+        assert re.fullmatch(r"[a-z0-9-]+", cell["id"]), "ids are names, so that an insertion touches no other cell"
         assert set(cell["metadata"]) <= {"tags"}
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
@@ -87,16 +72,7 @@ def test_notebook_is_thin(notebook):
 
 @each_notebook
 def test_notebook_defines_nothing_and_asks_for_no_device(notebook):
-    banned = (
-        ast.FunctionDef,
-        ast.AsyncFunctionDef,
-        ast.ClassDef,
-        ast.Lambda,
-        ast.For,
-        ast.While,
-        ast.If,
-        ast.Try,
-    )
+    banned = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While, ast.If, ast.Try)
     for cell in work_cells(notebook):
         found = [type(node).__name__ for node in ast.walk(ast.parse(cell.source)) if isinstance(node, banned)]
         assert found == [], cell.source

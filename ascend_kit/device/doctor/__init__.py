@@ -117,8 +117,7 @@ def _explain(source: str, as_json: bool) -> int:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(errors="replace")
     except OSError as error:
         print(
-            f"cannot read {source}: {error.strerror}; give a log file, or - and the text on the standard "
-            "input",
+            f"cannot read {source}: {error.strerror}; give a log file, or - and the text on the standard input",
             file=sys.stderr,
         )
         return 1

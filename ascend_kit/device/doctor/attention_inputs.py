@@ -34,9 +34,7 @@ def attention_cases(block: int) -> tuple[AttentionCase, ...]:
     ragged = (1, 2, block - 1, block, block + 1, 2 * block, 3 * block + 7)
     return (
         AttentionCase("prefill", ((5, 5), (block + 2, block + 2), (2 * block + 1, 2 * block + 1))),
-        AttentionCase(
-            "chunked prefill with prefix", ((72, block + 72), (1, block + 1), (block, 3 * block), (17, 40))
-        ),
+        AttentionCase("chunked prefill with prefix", ((72, block + 72), (1, block + 1), (block, 3 * block), (17, 40))),
         AttentionCase("decode, lengths across block limits", tuple((1, length) for length in ragged)),
         AttentionCase("decode with dead rows", tuple((1, length) for length in ragged[2:5]), num_dead=2),
         AttentionCase("decode, 64 requests", tuple((1, 1 + 37 * row % (4 * block)) for row in range(64))),
@@ -79,9 +77,7 @@ def make_inputs(
     for row, ((new, length), count) in enumerate(zip(live, counts, strict=True)):
         own, ids = ids[:count], ids[count:]
         table[row, :count] = torch.tensor(own, dtype=torch.int32)
-        slots += [
-            own[position // block] * block + position % block for position in range(length - new, length)
-        ]
+        slots += [own[position // block] * block + position % block for position in range(length - new, length)]
     slots += range(case.num_dead)  # block 0 is nobody's; each dead row has a slot of its own there
     news = [new for new, _ in live] + [1] * case.num_dead
     lengths = [length for _, length in live] + [1] * case.num_dead

@@ -61,9 +61,7 @@ def run_checks(
     done(check_variables(host, found.num_cards) if is_ascend else _not_here("Environment variables"))
     done(machine.check_tuning(host, is_ascend).findings)
     npu_ids = sorted({chip.npu for chip in found.smi.chips}) if found.smi else []
-    done(
-        check_network(host, npu_ids, peers, found.is_a3) if is_ascend or peers else _not_here(NETWORK_SECTION)
-    )
+    done(check_network(host, npu_ids, peers, found.is_a3) if is_ascend or peers else _not_here(NETWORK_SECTION))
     done(machine.check_workbench(host).findings)
     return findings
 
@@ -96,9 +94,7 @@ def _vendor_sections(host: Host, found: hardware.Installation, is_ascend: bool):
     yield section
 
 
-def _device_sections(
-    host: Host, found: hardware.Installation, device: str, is_ascend: bool, use_device: bool
-):
+def _device_sections(host: Host, found: hardware.Installation, device: str, is_ascend: bool, use_device: bool):
     """Import, devices, first operators, two ranks, graph: each needs the one before it."""
     wanted = "npu" if is_ascend and device == "auto" else device
     names = ("Import", "Devices", "First operators", "Two ranks", "Graph")

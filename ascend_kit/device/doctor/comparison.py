@@ -27,9 +27,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     if found.shape != wanted.shape:
         return float("inf")
     difference = (found.detach().cpu().float() - wanted.float()).abs().max().item()
-    return (
-        float("inf") if math.isnan(difference) else difference / max(wanted.float().abs().max().item(), 1e-30)
-    )
+    return float("inf") if math.isnan(difference) else difference / max(wanted.float().abs().max().item(), 1e-30)
 
 
 class Comparer:
@@ -56,9 +54,7 @@ class Comparer:
         try:
             error = measure()
             self.device.synchronize()
-        except (
-            Exception
-        ) as failure:  # any refusal of a kernel is a result of this test, to be shown with the others
+        except Exception as failure:  # any refusal of a kernel is a result of this test, to be shown with the others
             known = explain(str(failure))
             text = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
             detail = f"{text} [{known[0].key}: {known[0].meaning}]" if known else text

@@ -25,9 +25,7 @@ class Finding:
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
-            raise ValueError(
-                f"status {self.status!r} of {self.check!r}: must be one of {', '.join(STATUSES)}"
-            )
+            raise ValueError(f"status {self.status!r} of {self.check!r}: must be one of {', '.join(STATUSES)}")
 
 
 class Section:

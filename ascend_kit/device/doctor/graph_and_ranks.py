@@ -28,9 +28,7 @@ def run_graph(device: Device) -> Iterator[OpCheck]:
     """
     comparer = Comparer(device, select_ops(device.kind, fused=True), "graph")
     dtype, block = torch.bfloat16, device.default_block_size
-    first = make_inputs(
-        AttentionCase("", ((1, block - 1), (1, block + 1), (1, 7))), GRAPH_HEADS, block, dtype
-    )
+    first = make_inputs(AttentionCase("", ((1, block - 1), (1, block + 1), (1, 7))), GRAPH_HEADS, block, dtype)
     longer = make_inputs(AttentionCase("", ((1, block), (1, block + 2), (1, 8))), GRAPH_HEADS, block, dtype)
     graphs: list[DecodeGraphs] = []
     allowed = bound(dtype, 4)
@@ -41,9 +39,7 @@ def run_graph(device: Device) -> Iterator[OpCheck]:
 
     yield comparer.check("capture and replay", "decode, 3 requests and a dead row", allowed, captured)
     if graphs:
-        yield comparer.check(
-            "update and replay", "one more token each", allowed, lambda: _replay(graphs[0], longer)
-        )
+        yield comparer.check("update and replay", "one more token each", allowed, lambda: _replay(graphs[0], longer))
         graphs[0].close()
 
 
@@ -92,19 +88,13 @@ def _rank(rank: int, kind: str, first: int, backend: str, folder: str) -> None:
 
     device = select_device(kind, 0 if kind == "cpu" else first ^ rank)  # the card itself and its neighbour
     dist.init_process_group(
-        backend,
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=180),
+        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=180)
     )
     try:
         values = torch.full((64, 4096), float(rank + 1), dtype=torch.bfloat16, device=device.torch_device)
         dist.all_reduce(values)
         wrong = (values != 3).sum().item()
         if wrong:
-            raise RuntimeError(
-                f"all_reduce on rank {rank}: {wrong} of {values.numel()} values are not the sum"
-            )
+            raise RuntimeError(f"all_reduce on rank {rank}: {wrong} of {values.numel()} values are not the sum")
     finally:
         dist.destroy_process_group()

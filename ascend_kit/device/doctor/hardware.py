@@ -89,8 +89,7 @@ def check_driver(host: Host, found: Installation) -> Section:
         section.warn(
             "driver version",
             found.driver,
-            "25.5.1 or newer for graph_mode: older drivers run out of streams with many captured graphs "
-            "(207008)",
+            "25.5.1 or newer for graph_mode: older drivers run out of streams with many captured graphs (207008)",
         )
     else:
         section.ok("driver version", found.driver)
@@ -101,9 +100,7 @@ def _read_smi(section: Section, text: str, found: Installation) -> None:
     try:
         found.smi = parse_info(text)
     except ValueError as error:
-        section.warn(
-            "npu-smi", str(error), "run `npu-smi info` by hand; the format may be newer than this doctor"
-        )
+        section.warn("npu-smi", str(error), "run `npu-smi info` by hand; the format may be newer than this doctor")
         return
     chips = found.smi.chips
     names = ", ".join(sorted({chip.name for chip in chips}))
@@ -139,18 +136,13 @@ def check_device_files(host: Host, found: Installation) -> Section:
         section.fail(
             "present",
             f"missing: {', '.join(lost)}",
-            CONTAINER_REMEDY
-            if is_container(host)
-            else "load the driver (reboot after installing it), see dmesg",
+            CONTAINER_REMEDY if is_container(host) else "load the driver (reboot after installing it), see dmesg",
         )
     else:
         section.ok(
-            "present",
-            f"{len(cards)} cards and {', '.join(path.removeprefix('/dev/') for path in CONTROL_FILES)}",
+            "present", f"{len(cards)} cards and {', '.join(path.removeprefix('/dev/') for path in CONTROL_FILES)}"
         )
-    closed = [
-        path for path in [*cards, *CONTROL_FILES] if host.exists(path) and not host.can_read_write(path)
-    ]
+    closed = [path for path in [*cards, *CONTROL_FILES] if host.exists(path) and not host.can_read_write(path)]
     if closed:
         section.fail(
             "permission",
@@ -183,8 +175,7 @@ def check_cann(host: Host, found: Installation) -> Section:
     if root is None:
         section.fail(
             "toolkit",
-            f"not found (ASCEND_HOME_PATH={host.env.get('ASCEND_HOME_PATH', 'not set')}, "
-            f"{', '.join(CANN_ROOTS)})",
+            f"not found (ASCEND_HOME_PATH={host.env.get('ASCEND_HOME_PATH', 'not set')}, {', '.join(CANN_ROOTS)})",
             "install the CANN toolkit and the 910b operator package, or use a CANN image",
         )
         return section
@@ -193,8 +184,7 @@ def check_cann(host: Host, found: Installation) -> Section:
         section.fail(
             "set_env.sh",
             "ASCEND_HOME_PATH is not set in this process",
-            f"source {_set_env(host, root)} before starting "
-            "Python, also in the notebook kernel and in services",
+            f"source {_set_env(host, root)} before starting Python, also in the notebook kernel and in services",
         )
     elif not host.exists(host.env["ASCEND_HOME_PATH"]):
         section.fail(
@@ -206,9 +196,7 @@ def check_cann(host: Host, found: Installation) -> Section:
         section.ok("set_env.sh", f"ASCEND_HOME_PATH={host.env['ASCEND_HOME_PATH']}")
     found.cann = _cann_version(host, root)
     if found.cann is None:
-        section.warn(
-            "version", f"no version file below {root}", "the import section below asks torch_npu for it"
-        )
+        section.warn("version", f"no version file below {root}", "the import section below asks torch_npu for it")
     else:
         section.ok("version", found.cann)
     _check_operator_package(section, host, root, found)
@@ -217,19 +205,12 @@ def check_cann(host: Host, found: Installation) -> Section:
 
 def _set_env(host: Host, root: str) -> str:
     candidates = (f"{root}/set_env.sh", f"{root}/../set_env.sh", f"{root}/bin/setenv.bash")
-    return next(
-        (path for path in candidates if host.exists(path)), "/usr/local/Ascend/ascend-toolkit/set_env.sh"
-    )
+    return next((path for path in candidates if host.exists(path)), "/usr/local/Ascend/ascend-toolkit/set_env.sh")
 
 
 def _cann_version(host: Host, root: str) -> str | None:
     """Version of the toolkit; the file lies in a folder named after the processor, or in the root."""
-    for pattern in (
-        "*/ascend_toolkit_install.info",
-        "ascend_toolkit_install.info",
-        "version.cfg",
-        "version.info",
-    ):
+    for pattern in ("*/ascend_toolkit_install.info", "ascend_toolkit_install.info", "version.cfg", "version.info"):
         for path in host.glob(f"{root}/{pattern}"):
             version = _version_in(host.read(path) or "")
             if version:
@@ -274,9 +255,7 @@ def check_nnal(host: Host, found: Installation) -> Section:
     if home and host.exists(home):
         section.ok("atb", f"ATB_HOME_PATH={home}")
     elif home:
-        section.warn(
-            "atb", f"ATB_HOME_PATH={home} does not exist", "unset it, or source nnal/atb/set_env.sh again"
-        )
+        section.warn("atb", f"ATB_HOME_PATH={home} does not exist", "unset it, or source nnal/atb/set_env.sh again")
     elif host.exists("/usr/local/Ascend/nnal/atb"):
         section.ok("atb", "installed, set_env.sh not sourced; not needed here")
     else:
@@ -288,14 +267,12 @@ def check_occupancy(section: Section, host: Host, smi: SmiInfo) -> None:
     """Memory in use and processes on the cards: leftovers of ended jobs use up memory early."""
     if smi.processes:
         listed = "; ".join(
-            _describe(host, process.npu, process.pid, process.name, process.memory_mb)
-            for process in smi.processes
+            _describe(host, process.npu, process.pid, process.name, process.memory_mb) for process in smi.processes
         )
         section.warn(
             "other processes",
             listed,
-            "end your own with kill <pid>; a pid not visible here belongs to another container or is "
-            "already gone",
+            "end your own with kill <pid>; a pid not visible here belongs to another container or is already gone",
         )
     else:
         section.ok("other processes", "none listed by npu-smi")
@@ -309,8 +286,7 @@ def check_occupancy(section: Section, host: Host, smi: SmiInfo) -> None:
         section.warn(
             "memory without a process",
             "; ".join(held),
-            "leftovers of a killed job, or a process in another container: npu-smi info -t proc-mem -i N on "
-            "the host",
+            "leftovers of a killed job, or a process in another container: npu-smi info -t proc-mem -i N on the host",
         )
 
 
@@ -328,13 +304,9 @@ def check_links(section: Section, host: Host, found: Installation) -> None:
         return
     slow = [pair for pair in topology.pairs_without("HCCS") if topology.links[pair] not in ("SIO", "HCCS_SW")]
     if slow:
-        shown = ", ".join(f"{a}-{b} {topology.links[a, b]}" for a, b in slow[:6]) + (
-            " ..." if len(slow) > 6 else ""
-        )
+        shown = ", ".join(f"{a}-{b} {topology.links[a, b]}" for a, b in slow[:6]) + (" ..." if len(slow) > 6 else "")
         section.warn(
-            "links",
-            f"{len(slow)} pairs without HCCS: {shown}",
-            "keep tensor_parallel inside a group joined by HCCS",
+            "links", f"{len(slow)} pairs without HCCS: {shown}", "keep tensor_parallel inside a group joined by HCCS"
         )
     else:
         section.ok("links", f"HCCS between all {len({a for a, _ in topology.links})} cards")

@@ -167,9 +167,7 @@ class Host:
         return socket.gethostname()
 
 
-def _collect(
-    process: subprocess.Popen, timeout_s: float, on_line: Callable[[str], None] | None
-) -> CommandResult:
+def _collect(process: subprocess.Popen, timeout_s: float, on_line: Callable[[str], None] | None) -> CommandResult:
     """Drain both pipes on threads: neither fills up, and a silent child can be stopped in time."""
     out: list[str] = []
     err: list[str] = []

@@ -63,8 +63,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         ],
         "The CANN libraries are not on the library path of this process.",
         [
-            "source /usr/local/Ascend/ascend-toolkit/set_env.sh in this shell, service file or notebook "
-            "kernel",
+            "source /usr/local/Ascend/ascend-toolkit/set_env.sh in this shell, service file or notebook kernel",
             "libascend_hal.so belongs to the driver: in a container mount /usr/local/Ascend/driver/lib64",
             "check that ASCEND_HOME_PATH is set and that the file exists below it",
         ],
@@ -75,8 +74,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         [r"undefined symbol", r"symbol lookup error"],
         "A library of CANN or ATB is older than the torch_npu (or the operator package) that loads it.",
         [
-            "compare torch, torch_npu and CANN with the table that the doctor prints, and install a "
-            "published triple",
+            "compare torch, torch_npu and CANN with the table that the doctor prints, and install a published triple",
             "after an upgrade of CANN upgrade NNAL too, and open a new shell so that no old path remains",
         ],
         "vllm-ascend #117, #750; Ascend/pytorch #99",
@@ -90,8 +88,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         ],
         "pip has chosen a torch that torch_npu was not built for.",
         [
-            "pip install torch==X.Y.Z torch-npu==X.Y.Z.* in one command, so that no third package moves "
-            "torch",
+            "pip install torch==X.Y.Z torch-npu==X.Y.Z.* in one command, so that no third package moves torch",
             "on x86 install torch from the CPU index of the PyTorch project",
         ],
         "vllm-ascend #5710, #1796, #754",
@@ -129,10 +126,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     ),
     _known(
         "allocator set twice",
-        [
-            r"PYTORCH_ALLOC_CONF[^\n]*PYTORCH_NPU_ALLOC_CONF",
-            r"PYTORCH_NPU_ALLOC_CONF[^\n]*PYTORCH_ALLOC_CONF",
-        ],
+        [r"PYTORCH_ALLOC_CONF[^\n]*PYTORCH_NPU_ALLOC_CONF", r"PYTORCH_NPU_ALLOC_CONF[^\n]*PYTORCH_ALLOC_CONF"],
         "Both PYTORCH_ALLOC_CONF and PYTORCH_NPU_ALLOC_CONF are set, which torch_npu refuses.",
         ["unset one of the two; PYTORCH_NPU_ALLOC_CONF=expandable_segments:True is the usual one"],
         "Ascend/pytorch docs/zh/api/environment_variable",
@@ -159,8 +153,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     _known(
         "hang in graph update",
         [r"graph_task_update_(begin|end)"],
-        "A graph waits for an update that was lost: update and replay ran in the wrong order, or the stack "
-        "is old.",
+        "A graph waits for an update that was lost: update and replay ran in the wrong order, or the stack is old.",
         [
             "every replay needs exactly one update, and the next replay must not start before the previous "
             "one has ended",
@@ -171,8 +164,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     _known(
         "AIV inside a graph",
         [r"task not support(ed)?[^\n]*", r"AIV[^\n]*(capture|graph)"],
-        "Collectives on vector cores (HCCL_OP_EXPANSION_MODE=AIV) cannot be captured in a task group on "
-        "some stacks.",
+        "Collectives on vector cores (HCCL_OP_EXPANSION_MODE=AIV) cannot be captured in a task group on some stacks.",
         ["unset HCCL_OP_EXPANSION_MODE and capture again", "or graph_mode: false when tensor_parallel > 1"],
         "vllm-ascend #13688",
     ),
@@ -203,8 +195,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "or number of "
         "query tokens do not agree.",
         [
-            "the cumulative query lengths must end at the number of query rows; KV lengths are per request "
-            "when paged",
+            "the cumulative query lengths must end at the number of query rows; KV lengths are per request when paged",
             "the block table needs one row per request; padded rows take KV length 1 and block 0",
             "if ascend_kit made the call, report it with `doctor --self-test` output",
         ],
@@ -213,8 +204,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     _known(
         "operator parameter check",
         [r"\b561103\b", r"\b161002\b", r"aclnn\w+[^\n]*(failed|error)"],
-        "An operator refused its arguments (dtype, layout, alignment) or has no kernel for them in this "
-        "CANN.",
+        "An operator refused its arguments (dtype, layout, alignment) or has no kernel for them in this CANN.",
         [
             "read the operator's name in the text; print shapes, dtypes and contiguity of its inputs",
             "operator_fusion: false runs the same model without fused operators",
@@ -240,17 +230,10 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     # memory
     _known(
         "out of memory",
-        [
-            r"NPU out of memory",
-            r"\b207001\b",
-            r"\bEL0004\b",
-            r"Failed to allocate memory",
-            r"OutOfMemoryError",
-        ],
+        [r"NPU out of memory", r"\b207001\b", r"\bEL0004\b", r"Failed to allocate memory", r"OutOfMemoryError"],
         "The card has no memory left for this request, even though other tools may show some free.",
         [
-            "npu-smi info: end leftover processes of earlier jobs (an idle card holds about 3.3 GB by "
-            "itself)",
+            "npu-smi info: end leftover processes of earlier jobs (an idle card holds about 3.3 GB by itself)",
             "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True against fragmentation",
             "every communication domain holds twice HCCL_BUFFSIZE (200 MB by default)",
             "lower kv_cache_gib, max_seq_length or batch_size; quantize: w8a8 halves the weights",
@@ -267,8 +250,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         [
             "look at the log of the rank that failed first",
             "the same HCCL_CONNECT_TIMEOUT on all machines (120-7200 s; 1200 is common)",
-            "set HCCL_IF_IP or HCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and TP_SOCKET_IFNAME before starting "
-            "Ray",
+            "set HCCL_IF_IP or HCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and TP_SOCKET_IFNAME before starting Ray",
             "hccn_tool -i N -tls -g must print the same on all machines; hccn_tool -i N -ping -g address "
             "PEER must answer",
         ],
@@ -280,30 +262,20 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "A collective did not finish: one rank took another path, was much slower, or has ended.",
         [
             "read the log of the rank with the earliest error, not of the one that reports this",
-            "HCCL_EXEC_TIMEOUT is 1836 s by default and ends at 1091 s in AIV mode, so a hang is reported "
-            "late",
+            "HCCL_EXEC_TIMEOUT is 1836 s by default and ends at 1091 s in AIV mode, so a hang is reported late",
         ],
         _TROUBLESHOOTING,
     ),
     _known(
         "stream synchronise timeout",
         [r"\b507046\b", r"\bEE1002\b", r"stream sync(hronize)? timeout"],
-        "The host waited for the card longer than allowed; the card hangs, or waits for a peer or a graph "
-        "update.",
-        [
-            "with several cards look for an ended rank first",
-            "graph_mode: false to see whether graphs are the cause",
-        ],
+        "The host waited for the card longer than allowed; the card hangs, or waits for a peer or a graph update.",
+        ["with several cards look for an ended rank first", "graph_mode: false to see whether graphs are the cause"],
         "Ascend/pytorch #62",
     ),
     _known(
         "port in use",
-        [
-            r"[Aa]ddress already in use",
-            r"EADDRINUSE",
-            r"port[^\n]*(conflict|in use|is occupied)",
-            r"\bEI0019\b",
-        ],
+        [r"[Aa]ddress already in use", r"EADDRINUSE", r"port[^\n]*(conflict|in use|is occupied)", r"\bEI0019\b"],
         "Another job uses MASTER_PORT or the range that begins at HCCL_IF_BASE_PORT.",
         [
             "end the other job or choose another MASTER_PORT or HCCL_IF_BASE_PORT",
@@ -336,8 +308,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
             r"\b(decode|generation|inference|tokens?)\b[^\n]*\bslow",
             r"\bslow\b[^\n]*\b(decode|generation|inference|tokens?)\b",
         ],
-        "Steps far above the floor of the card mean that the host is the limit: too many launches, one by "
-        "one.",
+        "Steps far above the floor of the card mean that the host is the limit: too many launches, one by one.",
         [
             "graph_mode: true, TASK_QUEUE_ENABLE=2, CPU governor performance, CPU_AFFINITY_CONF=1",
             "unset ASCEND_LAUNCH_BLOCKING; end profilers; compare with the floor that 01_environment prints",
@@ -347,10 +318,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     ),
     _known(
         "slow first request",
-        [
-            r"first (request|call|token|step)[^\n]*(slow|long|minutes)",
-            r"(slow|long)[^\n]*first (request|call|step)",
-        ],
+        [r"first (request|call|token|step)[^\n]*(slow|long|minutes)", r"(slow|long)[^\n]*first (request|call|step)"],
         "Kernels are loaded, graphs captured and communication set up at the first call.",
         ["warm up before measuring; the engine does so when it is opened"],
         "vllm-ascend docs and issues",
@@ -370,8 +338,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "Other summation orders in bf16 change a token after some steps, which is normal; large errors of "
         "the logits are not.",
         [
-            "compare with a float32 run on the CPU over a fixed prompt set (doctor --self-test, then "
-            "05_evaluate)",
+            "compare with a float32 run on the CPU over a fixed prompt set (doctor --self-test, then 05_evaluate)",
             "a large error points to scale, mask or rope width; turn FRACTAL_NZ off (allow_internal_format "
             "False) and compare",
             "run to run differences: HCCL_DETERMINISTIC=true, LCCL_DETERMINISTIC=1, "

@@ -24,9 +24,7 @@ GOVERNORS = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor"
 def check_machine(host: Host, signs: list[str]) -> Section:
     """What kind of machine this is, its CPUs and its memory."""
     section = Section("Machine")
-    kind = (
-        f"Ascend machine ({', '.join(signs)})" if signs else "no Ascend card here: everything runs on the CPU"
-    )
+    kind = f"Ascend machine ({', '.join(signs)})" if signs else "no Ascend card here: everything runs on the CPU"
     if not signs and host.glob("/dev/nvidia[0-9]*"):
         kind = "NVIDIA cards, no Ascend card"
     section.ok("kind", f"{kind}; {host.system}, {host.machine}")
@@ -49,9 +47,7 @@ def _check_cpus(section: Section, host: Host) -> None:
         section.ok("cpus", shown)
     threads = host.env.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > usable:
-        section.warn(
-            "threads", f"OMP_NUM_THREADS={threads} on {usable} CPUs", f"OMP_NUM_THREADS={usable} or fewer"
-        )
+        section.warn("threads", f"OMP_NUM_THREADS={threads} on {usable} CPUs", f"OMP_NUM_THREADS={usable} or fewer")
 
 
 def _cpu_quota(host: Host) -> float | None:
@@ -100,16 +96,12 @@ def check_tuning(host: Host, is_ascend: bool) -> Section:
         preload = host.env.get("LD_PRELOAD", "")
         found = next((name for name in ("jemalloc", "tcmalloc") if name in preload), None)
         section.ok(
-            "host allocator",
-            found or "glibc",
-            "" if found else "LD_PRELOAD of jemalloc or tcmalloc shortens host time",
+            "host allocator", found or "glibc", "" if found else "LD_PRELOAD of jemalloc or tcmalloc shortens host time"
         )
     return section
 
 
-def _check_sysctl(
-    section: Section, host: Host, path: str, wanted: int, name: str, cost: str, is_ascend: bool
-) -> None:
+def _check_sysctl(section: Section, host: Host, path: str, wanted: int, name: str, cost: str, is_ascend: bool) -> None:
     value = (host.read(path) or "").strip()
     if not is_ascend:
         section.na(name, "matters for Ascend hosts only")
@@ -137,8 +129,7 @@ def _check_compiler(section: Section, host: Host) -> None:
         section.warn(
             "c++ compiler",
             f"none of {', '.join(names)}",
-            "graph_mode on a CPU compiles the decode step: install g++ "
-            "(apt install g++), or set graph_mode: false",
+            "graph_mode on a CPU compiles the decode step: install g++ (apt install g++), or set graph_mode: false",
         )
     elif not host.exists(f"{host.python_include()}/Python.h"):
         section.warn(
@@ -187,9 +178,7 @@ def _check_disk(section: Section, host: Host) -> None:
         shown = f"{folder}: {'unknown' if free is None else f'{free / GIB:.0f} GiB'} free"
         if not host.can_create_in(folder):
             section.fail(
-                check,
-                f"{folder} cannot be written",
-                "work in a folder of your own, or set XDG_CACHE_HOME and HF_HOME",
+                check, f"{folder} cannot be written", "work in a folder of your own, or set XDG_CACHE_HOME and HF_HOME"
             )
         elif free is not None and free < needed * GIB:
             section.warn(check, shown, purpose)

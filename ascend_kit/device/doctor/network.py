@@ -21,20 +21,10 @@ NUM_BASE_PORTS = 16
 # What a healthy card prints for `hccn_tool -i N <option> -g`, as words that are stable across releases.
 _CARD_CHECKS = (
     ("link", "-link", r"link status:\s*UP", "check cable, optics and switch port (A3: --peers decides)"),
-    (
-        "net health",
-        "-net_health",
-        r"(net health status:\s*)?Success",
-        "check the detection address and the gateway",
-    ),
+    ("net health", "-net_health", r"(net health status:\s*)?Success", "check the detection address and the gateway"),
     ("card address", "-ip", r"ipaddr:\s*\S+", "hccn_tool -i N -ip -s address A netmask M"),
     ("gateway", "-gateway", r"default gateway:\s*\S+", "hccn_tool -i N -gateway -s gateway G"),
-    (
-        "detection address",
-        "-netdetect",
-        r"netdetect address:\s*\S+",
-        "hccn_tool -i N -netdetect -s address G",
-    ),
+    ("detection address", "-netdetect", r"netdetect address:\s*\S+", "hccn_tool -i N -netdetect -s address G"),
 )
 
 
@@ -42,14 +32,10 @@ def wants_several_machines(host: Host, peers: Sequence[str]) -> bool:
     """Whether this looks like a run over several machines: peers named, or addresses and interfaces set."""
     names = ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "RAY_ADDRESS")
     master = host.env.get("MASTER_ADDR", "")
-    return (
-        bool(peers) or any(name in host.env for name in names) or master not in ("", "localhost", "127.0.0.1")
-    )
+    return bool(peers) or any(name in host.env for name in names) or master not in ("", "localhost", "127.0.0.1")
 
 
-def check_network(
-    host: Host, npu_ids: Sequence[int], peers: Sequence[str] = (), is_a3: bool = False
-) -> list[Finding]:
+def check_network(host: Host, npu_ids: Sequence[int], peers: Sequence[str] = (), is_a3: bool = False) -> list[Finding]:
     """Findings on addresses, interfaces, timeouts; `peers` are card addresses on other machines to ping."""
     section = Section(SECTION)
     if not wants_several_machines(host, peers):
@@ -78,9 +64,7 @@ def _interfaces(host: Host) -> dict[str, list[str]]:
 def _check_addresses(section: Section, host: Host, interfaces: dict[str, list[str]]) -> None:
     own = {address for addresses in interfaces.values() for address in addresses}
     wanted = host.env.get("HCCL_IF_IP")
-    listed = ", ".join(
-        f"{name} {'/'.join(addresses)}" for name, addresses in interfaces.items() if name != "lo"
-    )
+    listed = ", ".join(f"{name} {'/'.join(addresses)}" for name, addresses in interfaces.items() if name != "lo")
     if wanted is None:
         section.warn(
             "HCCL_IF_IP",
@@ -89,9 +73,7 @@ def _check_addresses(section: Section, host: Host, interfaces: dict[str, list[st
         )
     elif own and wanted not in own:
         section.fail(
-            "HCCL_IF_IP",
-            f"{wanted} is not an address of this machine ({listed})",
-            "each machine sets its own address",
+            "HCCL_IF_IP", f"{wanted} is not an address of this machine ({listed})", "each machine sets its own address"
         )
     else:
         section.ok("HCCL_IF_IP", wanted)
@@ -115,17 +97,13 @@ def _check_interfaces(section: Section, host: Host, interfaces: dict[str, list[s
         value = host.env.get(variable)
         if value is None:
             section.warn(
-                variable,
-                "not set",
-                f"export {variable}={guess} before `ray start`: workers inherit its environment",
+                variable, "not set", f"export {variable}={guess} before `ray start`: workers inherit its environment"
             )
             continue
         names = [name.strip().lstrip("=") for name in value.split(",") if not name.startswith("^")]
         missing = [name for name in names if not any(have.startswith(name) for have in interfaces)]
         if interfaces and missing:
-            section.fail(
-                variable, f"{value}: no such interface here", f"this machine has {', '.join(interfaces)}"
-            )
+            section.fail(variable, f"{value}: no such interface here", f"this machine has {', '.join(interfaces)}")
         else:
             section.ok(variable, value)
 
@@ -137,8 +115,7 @@ def _check_timeouts(section: Section, host: Host) -> None:
         section.warn(
             "connect timeout",
             f"default {CONNECT_TIMEOUT_DEFAULT_S} s",
-            "export HCCL_CONNECT_TIMEOUT=1200 on all machines: loading weights may take longer than the "
-            "default",
+            "export HCCL_CONNECT_TIMEOUT=1200 on all machines: loading weights may take longer than the default",
         )
 
 
@@ -162,22 +139,16 @@ def _check_ports(section: Section, host: Host) -> None:
         section.ok("base port", ports)
 
 
-def _check_cards(
-    section: Section, host: Host, npu_ids: Sequence[int], peers: Sequence[str], is_a3: bool
-) -> None:
+def _check_cards(section: Section, host: Host, npu_ids: Sequence[int], peers: Sequence[str], is_a3: bool) -> None:
     if not host.exists("/etc/hccn.conf"):
         section.fail(
-            "/etc/hccn.conf",
-            "missing",
-            "configure the card ports with hccn_tool; in a container mount /etc/hccn.conf",
+            "/etc/hccn.conf", "missing", "configure the card ports with hccn_tool; in a container mount /etc/hccn.conf"
         )
     else:
         section.ok("/etc/hccn.conf", "present")
     tool = host.which("hccn_tool") or "/usr/local/Ascend/driver/tools/hccn_tool"
     if not host.exists(tool):
-        section.fail(
-            "hccn_tool", "not found", "comes with the driver; in a container mount it and put it on PATH"
-        )
+        section.fail("hccn_tool", "not found", "comes with the driver; in a container mount it and put it on PATH")
         return
     for check, option, healthy, remedy in _CARD_CHECKS:
         outputs = {npu: host.run([tool, "-i", str(npu), option, "-g"]).text for npu in npu_ids}
@@ -209,9 +180,7 @@ def _check_tls(section: Section, host: Host, tool: str, npu_ids: Sequence[int]) 
     states = {}
     for npu in npu_ids:
         match = re.search(
-            r"tls (?:switch|status)\s*\[?:?\s*(\w+)",
-            host.run([tool, "-i", str(npu), "-tls", "-g"]).text,
-            re.I,
+            r"tls (?:switch|status)\s*\[?:?\s*(\w+)", host.run([tool, "-i", str(npu), "-tls", "-g"]).text, re.I
         )
         states[npu] = match.group(1) if match else "unknown"
     if len(set(states.values())) > 1:
@@ -222,9 +191,7 @@ def _check_tls(section: Section, host: Host, tool: str, npu_ids: Sequence[int]) 
         )
     elif "unknown" in states.values():
         section.warn(
-            "tls",
-            "setting could not be read",
-            "compare `hccn_tool -i N -tls -g` on all machines: must be equal",
+            "tls", "setting could not be read", "compare `hccn_tool -i N -tls -g` on all machines: must be equal"
         )
     else:
         section.ok("tls", f"{states[npu_ids[0]]} on every card here; must be equal on all machines")

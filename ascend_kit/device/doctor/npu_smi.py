@@ -89,9 +89,7 @@ def parse_info(text: str) -> SmiInfo:
                 chips.append(_chip(upper, _by_header(second_header, cells)))
     if not first_header or not second_header:
         start = text.strip().splitlines()[0][:80] if text.strip() else "nothing"
-        raise ValueError(
-            f"not an `npu-smi info` table: no NPU and Chip header rows (it starts with: {start})"
-        )
+        raise ValueError(f"not an `npu-smi info` table: no NPU and Chip header rows (it starts with: {start})")
     return SmiInfo(version.group(1) if version else None, tuple(chips), tuple(processes))
 
 
@@ -109,9 +107,7 @@ def parse_key_values(text: str) -> list[dict[str, str]]:
             continue
         if key in current:
             blocks.append(current)
-            current = (
-                {} if key == "NPU ID" else {k: current[k] for k in ("NPU ID", "Chip Count") if k in current}
-            )
+            current = {} if key == "NPU ID" else {k: current[k] for k in ("NPU ID", "Chip Count") if k in current}
         current[key] = value
     return [*blocks, current] if current else blocks
 
@@ -134,10 +130,7 @@ def parse_usages(text: str) -> list[dict[str, float | None]]:
         "npu_percent": ("NPU Utilization(%)",),
     }
     return [
-        {
-            name: next((_number(block[key]) for key in keys if key in block), None)
-            for name, keys in names.items()
-        }
+        {name: next((_number(block[key]) for key in keys if key in block), None) for name, keys in names.items()}
         for block in parse_key_values(text)
     ]
 
@@ -153,9 +146,7 @@ def parse_topo(text: str) -> Topology:
             columns = [int(re.sub(r"\D", "", word)) for word in words if re.match(r"(Phy-ID|NPU)\d+$", word)]
         elif columns and words and re.match(r"(Phy-ID|NPU)\d+$", words[0]):
             row = int(re.sub(r"\D", "", words[0]))
-            links |= {
-                (row, column): word for column, word in zip(columns, words[1:], strict=False) if column != row
-            }
+            links |= {(row, column): word for column, word in zip(columns, words[1:], strict=False) if column != row}
             if len(words) > len(columns) + 1:
                 affinity[row] = words[len(columns) + 1]
     return Topology(links, affinity)
@@ -200,11 +191,7 @@ def _process_row(header: list[str], cells: list[str]) -> list[SmiProcess]:
     where = [int(word) for word in cells[0].split() if word.isdigit()] + [0, 0]
     return [
         SmiProcess(
-            where[0],
-            where[1],
-            int(pid),
-            values.get("process name", ""),
-            _whole(values.get("process memory(mb)", "")),
+            where[0], where[1], int(pid), values.get("process name", ""), _whole(values.get("process memory(mb)", ""))
         )
     ]
 

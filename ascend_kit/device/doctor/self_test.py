@@ -81,9 +81,7 @@ def _check_norms(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
 def _check_rotary(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
     for num_heads, num_kv_heads, head_size in HEADS:
         for num_tokens in (1, 19):
-            angles = torch.arange(num_tokens).unsqueeze(1) * 10000.0 ** (
-                -torch.arange(head_size // 2) * 2 / head_size
-            )
+            angles = torch.arange(num_tokens).unsqueeze(1) * 10000.0 ** (-torch.arange(head_size // 2) * 2 / head_size)
             q = comparer.values(num_tokens, num_heads, head_size, dtype=dtype)
             k = comparer.values(num_tokens, num_kv_heads, head_size, dtype=dtype)
             cos, sin = (turn(angles).repeat(1, 2).to(dtype).float() for turn in (torch.cos, torch.sin))
@@ -113,9 +111,7 @@ def _check_mlp(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
         gate_up = comparer.values(num_tokens, 2 * width, dtype=dtype)
 
         def gated(gate_up=gate_up) -> float:
-            return relative_error(
-                comparer.ops.swiglu(*comparer.place(gate_up, dtype=dtype)), reference.swiglu(gate_up)
-            )
+            return relative_error(comparer.ops.swiglu(*comparer.place(gate_up, dtype=dtype)), reference.swiglu(gate_up))
 
         yield comparer.check("swiglu", f"{_name(dtype)} {[num_tokens, 2 * width]}", bound(dtype, 3), gated)
     yield _linear(comparer, dtype, 1, 3584, 4608, with_bias=True)
@@ -138,9 +134,7 @@ def _linear(
     return comparer.check("linear", case, bound(dtype, 2), product)
 
 
-def _check_attention(
-    comparer: Comparer, heads: tuple[int, int, int], dtype: torch.dtype
-) -> Iterator[OpCheck]:
+def _check_attention(comparer: Comparer, heads: tuple[int, int, int], dtype: torch.dtype) -> Iterator[OpCheck]:
     limits = comparer.ops.validate(*heads, dtype)
     shape = f"{_name(dtype)} heads {heads[0]}/{heads[1]} x {heads[2]}"
     if limits:
@@ -165,9 +159,7 @@ def _check_case(
             untouched.k, untouched.v, untouched.k_cache, untouched.v_cache, untouched.meta.slot_mapping
         )
         pairs = ((untouched.k_cache, inputs.k_cache), (untouched.v_cache, inputs.v_cache))
-        return max(
-            relative_error(found[1:], wanted[1:]) for found, wanted in pairs
-        )  # block 0 may hold anything
+        return max(relative_error(found[1:], wanted[1:]) for found, wanted in pairs)  # block 0 may hold anything
 
     def attended() -> float:
         placed = inputs.to(target, dtype, comparer.ops.make_mask(target))
@@ -196,9 +188,7 @@ def _check_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
             steps = (found.cpu().int() - codes.int()).abs().max().item() / 127
             return max(steps, error)
 
-        def multiplied(
-            codes=codes, act_scale=act_scale, weight=weight, weight_scale=weight_scale, bias=bias
-        ) -> float:
+        def multiplied(codes=codes, act_scale=act_scale, weight=weight, weight_scale=weight_scale, bias=bias) -> float:
             wanted = reference.int8_matmul(codes, act_scale, weight, weight_scale, bias, torch.float32)
             on_device = comparer.place(codes, act_scale, weight, weight_scale, dtype=torch.float32)
             packed = comparer.ops.pack_int8(on_device[2])

@@ -39,9 +39,7 @@ class OpCheck:
         """One row of the self-test's table."""
         error = "" if self.error is None else f"{self.error:9.2e}"
         bound = "" if self.tolerance is None else f"<= {self.tolerance:.0e}"
-        return (
-            f"  [{self.status:^4}] {self.op:<18} {self.case:<46} {error:>9} {bound:<9} {self.detail}".rstrip()
-        )
+        return f"  [{self.status:^4}] {self.op:<18} {self.case:<46} {error:>9} {bound:<9} {self.detail}".rstrip()
 
 
 def run_stage(

@@ -40,8 +40,7 @@ def visible_devices(value: str) -> list[int]:
 def uses_aiv(env: Mapping[str, str]) -> bool:
     """Whether collectives are asked to run on vector cores, deterministic mode not overriding it."""
     return (
-        env.get("HCCL_OP_EXPANSION_MODE", "").upper() == "AIV"
-        and env.get("HCCL_DETERMINISTIC", "").lower() != "true"
+        env.get("HCCL_OP_EXPANSION_MODE", "").upper() == "AIV" and env.get("HCCL_DETERMINISTIC", "").lower() != "true"
     )
 
 
@@ -93,8 +92,7 @@ def _visible(section: Section, env: Mapping[str, str], num_cards: int) -> None:
         other = env.get("ASCEND_VISIBLE_DEVICES")
         evidence = "ASCEND_RT_VISIBLE_DEVICES not set: every card"
         section.ok(
-            check,
-            evidence if other is None else f"{evidence} (CANN does not read ASCEND_VISIBLE_DEVICES={other})",
+            check, evidence if other is None else f"{evidence} (CANN does not read ASCEND_VISIBLE_DEVICES={other})"
         )
         return
     taken, asked = visible_devices(value), len([token for token in value.split(",") if token.strip()])
@@ -103,8 +101,7 @@ def _visible(section: Section, env: Mapping[str, str], num_cards: int) -> None:
         section.fail(
             check,
             f"{shown}: only {taken or 'no card'} taken",
-            "write a comma list of bare numbers without blanks; the list ends silently at the first bad "
-            "token",
+            "write a comma list of bare numbers without blanks; the list ends silently at the first bad token",
         )
     elif len(set(taken)) < len(taken):
         section.fail(check, f"{shown}: a card is named twice", "name every card once")
@@ -123,30 +120,22 @@ def _launching(section: Section, env: Mapping[str, str]) -> None:
         )
     queue = env.get("TASK_QUEUE_ENABLE", "1")
     if queue == "0":
-        section.warn(
-            "task queue", "TASK_QUEUE_ENABLE=0", "1 (default) or 2; 0 puts every launch on the Python thread"
-        )
+        section.warn("task queue", "TASK_QUEUE_ENABLE=0", "1 (default) or 2; 0 puts every launch on the Python thread")
     else:
         section.ok(
             "task queue",
             f"TASK_QUEUE_ENABLE={queue}" + ("" if "TASK_QUEUE_ENABLE" in env else " (default)"),
-            ""
-            if queue == "2"
-            else "2 is faster for eager steps and takes more memory; with graph_mode 1 is enough",
+            "" if queue == "2" else "2 is faster for eager steps and takes more memory; with graph_mode 1 is enough",
         )
     if "CPU_AFFINITY_CONF" in env:
         section.ok("cpu affinity", f"CPU_AFFINITY_CONF={env['CPU_AFFINITY_CONF']}")
     else:
         section.ok(
-            "cpu affinity",
-            "CPU_AFFINITY_CONF not set",
-            "CPU_AFFINITY_CONF=1 keeps launch threads near their card",
+            "cpu affinity", "CPU_AFFINITY_CONF not set", "CPU_AFFINITY_CONF=1 keeps launch threads near their card"
         )
     odd = [f"{name}={env[name]}" for name in _LEAVE_ALONE if name in env]
     if odd:
-        section.warn(
-            "newer switches", ", ".join(odd), "leave these unset until the plain setting has been measured"
-        )
+        section.warn("newer switches", ", ".join(odd), "leave these unset until the plain setting has been measured")
 
 
 def _collectives(section: Section, env: Mapping[str, str], num_cards: int) -> None:
@@ -183,9 +172,7 @@ def _collectives(section: Section, env: Mapping[str, str], num_cards: int) -> No
     table = env.get("RANK_TABLE_FILE")
     if table:
         section.warn(
-            "rank table",
-            f"RANK_TABLE_FILE={table}",
-            "unset it: negotiation works without, and a stale table misleads",
+            "rank table", f"RANK_TABLE_FILE={table}", "unset it: negotiation works without, and a stale table misleads"
         )
 
 
@@ -195,9 +182,7 @@ def _timeouts(section: Section, env: Mapping[str, str]) -> None:
     if connect is None:
         section.ok("connect timeout", f"HCCL_CONNECT_TIMEOUT not set: {CONNECT_TIMEOUT_DEFAULT_S} s")
     elif not connect.isdigit() or not low <= int(connect) <= high:
-        section.fail(
-            "connect timeout", f"HCCL_CONNECT_TIMEOUT={connect!r}", f"{low} to {high} seconds; 1200 is common"
-        )
+        section.fail("connect timeout", f"HCCL_CONNECT_TIMEOUT={connect!r}", f"{low} to {high} seconds; 1200 is common")
     else:
         section.ok("connect timeout", f"HCCL_CONNECT_TIMEOUT={connect} s")
     asked, real = env.get("HCCL_EXEC_TIMEOUT"), effective_exec_timeout_s(env)
@@ -238,22 +223,17 @@ def _logging_and_caches(section: Section, host: Host) -> None:
         if env.get(name, "").lower() in ("1", "true")
     ]
     if noisy:
-        section.warn(
-            "logging", ", ".join(noisy), "unset before measuring: logs and profilers cost much of a step"
-        )
+        section.warn("logging", ", ".join(noisy), "unset before measuring: logs and profilers cost much of a step")
     else:
         section.ok("logging", f"ASCEND_GLOBAL_LOG_LEVEL={env.get('ASCEND_GLOBAL_LOG_LEVEL', 'not set')}")
     folder = env.get("ACL_OP_COMPILER_CACHE_DIR")
     if folder and not host.can_create_in(folder):
         section.fail(
-            "operator cache",
-            f"ACL_OP_COMPILER_CACHE_DIR={folder} cannot be written",
-            "choose a writable folder",
+            "operator cache", f"ACL_OP_COMPILER_CACHE_DIR={folder} cannot be written", "choose a writable folder"
         )
     elif folder or "ACL_OP_COMPILER_CACHE_MODE" in env:
         section.ok(
-            "operator cache",
-            f"mode {env.get('ACL_OP_COMPILER_CACHE_MODE', 'default')}, folder {folder or 'default'}",
+            "operator cache", f"mode {env.get('ACL_OP_COMPILER_CACHE_MODE', 'default')}, folder {folder or 'default'}"
         )
 
 
@@ -265,12 +245,8 @@ def _numerics(section: Section, env: Mapping[str, str]) -> None:
             "INF_NAN_MODE_ENABLE=0" + ("" if forced else ", without effect on A2"),
             "unset it: 1 is the default of Atlas A2, and 0 turns overflow into the largest number in silence",
         )
-    found = [
-        f"{name}={env[name]}" for name, value in _DETERMINISTIC.items() if env.get(name, "").lower() == value
-    ]
+    found = [f"{name}={env[name]}" for name, value in _DETERMINISTIC.items() if env.get(name, "").lower() == value]
     if found:
         section.ok("deterministic", ", ".join(found), "repeatable and slower: unset for throughput")
     if env.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
-        section.ok(
-            "autoload", "TORCH_DEVICE_BACKEND_AUTOLOAD=0: `import torch` alone will not load torch_npu"
-        )
+        section.ok("autoload", "TORCH_DEVICE_BACKEND_AUTOLOAD=0: `import torch` alone will not load torch_npu")

@@ -60,9 +60,7 @@ def check_versions(
         return
     if torch_npu is None:
         wanted = torch.split("+")[0]
-        section.fail(
-            "torch_npu", f"not installed (torch {torch})", f"pip install torch-npu=={wanted}, or {SAFE_PAIR}"
-        )
+        section.fail("torch_npu", f"not installed (torch {torch})", f"pip install torch-npu=={wanted}, or {SAFE_PAIR}")
         return
     _check_python(section, python, torch_npu)
     _check_torch(section, torch, torch_npu, machine)
@@ -73,9 +71,7 @@ def _check_python(section: Section, python: str, torch_npu: str) -> None:
     low, high = PYTHONS_OF_2_13
     if numbers(torch_npu)[:2] == (2, 13) and not low <= numbers(python)[:2] <= high:
         section.fail(
-            "python",
-            f"{python} with torch_npu {torch_npu}",
-            "torch_npu 2.13 has wheels for Python 3.10 to 3.14",
+            "python", f"{python} with torch_npu {torch_npu}", "torch_npu 2.13 has wheels for Python 3.10 to 3.14"
         )
     else:
         section.ok("python", python)
@@ -88,8 +84,7 @@ def _check_torch(section: Section, torch: str, torch_npu: str, machine: str) -> 
         section.fail(
             "torch and torch_npu",
             pair,
-            f"torch_npu {torch_npu} needs torch {wanted} exactly: pip install torch=={wanted} "
-            f"torch-npu=={torch_npu}",
+            f"torch_npu {torch_npu} needs torch {wanted} exactly: pip install torch=={wanted} torch-npu=={torch_npu}",
         )
     elif machine in ("x86_64", "AMD64") and "+cpu" not in torch:
         section.warn(
@@ -104,9 +99,7 @@ def _check_torch(section: Section, torch: str, torch_npu: str, machine: str) -> 
 def check_cann_pair(section: Section, torch_npu: str, cann: str | None) -> None:
     """One finding on torch_npu with a CANN version; None when no file tells the version."""
     if cann is None:
-        section.na(
-            "torch_npu and CANN", "no file tells CANN's version; torch_npu is asked when it is imported"
-        )
+        section.na("torch_npu and CANN", "no file tells CANN's version; torch_npu is asked when it is imported")
         return
     release, pair = release_of(torch_npu), f"torch_npu {torch_npu}, CANN {cann}"
     if release is None:
@@ -124,9 +117,7 @@ def _compare_cann(section: Section, pair: str, release: Release, cann: str) -> N
             section.ok(check, f"{pair}: row {row}")
         else:
             section.warn(
-                check,
-                f"{pair}: expected row {row}",
-                f"pairing not yet published; the published one is {SAFE_PAIR}",
+                check, f"{pair}: expected row {row}", f"pairing not yet published; the published one is {SAFE_PAIR}"
             )
     elif found > wanted:
         section.warn(

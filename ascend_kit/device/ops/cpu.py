@@ -40,17 +40,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def paged_attention(
-    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """As in reference; decode steps in one batched call, other steps one flash call a sequence."""
     if meta.is_decode:
         return decode(q_TNH, k_cache, v_cache, meta, scale)
     return attend_mixed(q_TNH, k_cache, v_cache, meta, scale, decode)
 
 
-def attend_mixed(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float,
-                 decode: Callable[..., Tensor]) -> Tensor:
+def attend_mixed(
+    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, decode: Callable[..., Tensor]
+) -> Tensor:
     """The decoding sequences at the start of the step through `decode`, each prompt chunk in a flash call."""
     first = next(i for i, end in enumerate(meta.cu_seqlens_q) if end != i + 1)  # decoding sequences come first
     rows, start = [], first
@@ -61,8 +60,9 @@ def attend_mixed(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Attentio
         end, length = meta.cu_seqlens_q[index], meta.context_lens[index]
         blocks = meta.block_table[index, : math.ceil(length / meta.block_size)]
         q = q_TNH[start:end].transpose(0, 1).unsqueeze(0)
-        keys, values = (cache[blocks].flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0)
-                        for cache in (k_cache, v_cache))
+        keys, values = (
+            cache[blocks].flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0) for cache in (k_cache, v_cache)
+        )
         rows.append(_flash(q, keys, values, scale).squeeze(0).transpose(0, 1))
         start = end
     return torch.cat(rows)
@@ -86,10 +86,12 @@ def _flash(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     new, context = q.shape[-2], keys.shape[-2]
     if new == context or new == 1:
         return torch.nn.functional.scaled_dot_product_attention(
-            q, keys, values, is_causal=new > 1, scale=scale, enable_gqa=True)
+            q, keys, values, is_causal=new > 1, scale=scale, enable_gqa=True
+        )
     visible = torch.ones(new, context, dtype=torch.bool, device=q.device).tril(context - new)
     return torch.nn.functional.scaled_dot_product_attention(
-        q, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
+        q, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+    )
 
 
 def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
@@ -98,4 +100,5 @@ def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta,
     positions = torch.arange(keys.shape[2], device=q_TNH.device)
     visible = (positions < meta.context_lens_t.unsqueeze(1))[:, None, None, :]
     return torch.nn.functional.scaled_dot_product_attention(
-        q_TNH.unsqueeze(2), keys, values, attn_mask=visible, scale=scale, enable_gqa=True).squeeze(2)
+        q_TNH.unsqueeze(2), keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+    ).squeeze(2)

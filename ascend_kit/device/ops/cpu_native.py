@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.ops import AttentionMeta, cpu
-from ascend_kit.device.ops.cpu import (  # noqa: F401 - part of this table
-    HOST_LENGTHS,
-    MERGED_QKV,
-    make_mask,
-    pack_linear,
-)
+from ascend_kit.device.ops.cpu import HOST_LENGTHS, MERGED_QKV, make_mask, pack_linear  # noqa: F401 - part of this table
 from ascend_kit.device.ops.native import DTYPES, call
 
 RECORDS = True
@@ -34,23 +29,51 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As in reference; rows may be strided, heads within a row may not."""
     y = torch.empty(x.shape, dtype=x.dtype)
     heads, size = (x.shape[1], x.shape[2]) if x.dim() == 3 else (1, x.shape[1])
-    call("ak_rms_norm", DTYPES[x.dtype], x, x.stride(0), None, weight, y, None, x.shape[0], heads, size, eps, _threads())
+    call(
+        "ak_rms_norm", DTYPES[x.dtype], x, x.stride(0), None, weight, y, None, x.shape[0], heads, size, eps, _threads()
+    )
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As in reference, in one pass."""
     y, total = torch.empty_like(x), torch.empty_like(x)
-    call("ak_rms_norm", DTYPES[x.dtype], x, x.stride(0), residual, weight, y, total, x.shape[0], 1, x.shape[1], eps,
-         _threads())
+    call(
+        "ak_rms_norm",
+        DTYPES[x.dtype],
+        x,
+        x.stride(0),
+        residual,
+        weight,
+        y,
+        total,
+        x.shape[0],
+        1,
+        x.shape[1],
+        eps,
+        _threads(),
+    )
     return y, total
 
 
 def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
     """As in reference, in place."""
     tokens, heads, size = q_TNH.shape
-    call("ak_rotary", DTYPES[q_TNH.dtype], q_TNH, q_TNH.stride(0), k_TKH, k_TKH.stride(0), cos_TH, sin_TH, tokens, heads,
-         k_TKH.shape[1], size, _threads())
+    call(
+        "ak_rotary",
+        DTYPES[q_TNH.dtype],
+        q_TNH,
+        q_TNH.stride(0),
+        k_TKH,
+        k_TKH.stride(0),
+        cos_TH,
+        sin_TH,
+        tokens,
+        heads,
+        k_TKH.shape[1],
+        size,
+        _threads(),
+    )
     return q_TNH, k_TKH
 
 
@@ -65,13 +88,22 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """As in reference; rows of k and v may be strided."""
     row_bytes = k_TKH[0].numel() * k_TKH.element_size()
-    call("ak_store", k_TKH, k_TKH.stride(0), v_TKH, v_TKH.stride(0), k_cache, v_cache, slot_mapping, k_TKH.shape[0],
-         row_bytes, k_TKH.element_size())
+    call(
+        "ak_store",
+        k_TKH,
+        k_TKH.stride(0),
+        v_TKH,
+        v_TKH.stride(0),
+        k_cache,
+        v_cache,
+        slot_mapping,
+        k_TKH.shape[0],
+        row_bytes,
+        k_TKH.element_size(),
+    )
 
 
-def paged_attention(
-    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """As in reference; sequences with one new token read the cache where it lies, prompts go through torch."""
     if not meta.is_decode:
         return cpu.attend_mixed(q_TNH, k_cache, v_cache, meta, scale, decode)
@@ -82,9 +114,25 @@ def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta,
     """Attention of one new token a sequence."""
     batch, heads, size = q_TNH.shape
     out = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
-    call("ak_attend", DTYPES[out.dtype], q_TNH, q_TNH.stride(0), k_cache, v_cache, meta.block_table,
-         meta.block_table.stride(0), meta.context_lens_t, out, batch, heads, k_cache.shape[2], size, meta.block_size, scale,
-         _threads())
+    call(
+        "ak_attend",
+        DTYPES[out.dtype],
+        q_TNH,
+        q_TNH.stride(0),
+        k_cache,
+        v_cache,
+        meta.block_table,
+        meta.block_table.stride(0),
+        meta.context_lens_t,
+        out,
+        batch,
+        heads,
+        k_cache.shape[2],
+        size,
+        meta.block_size,
+        scale,
+        _threads(),
+    )
     return out
 
 
@@ -119,8 +167,20 @@ def int8_matmul(
     if rows > MAX_ROWS:
         return cpu.int8_matmul(xq, act_scale, weight.t(), weight_scale, bias, out_dtype)
     out = torch.empty(rows, weight.shape[0], dtype=out_dtype)
-    call("ak_linear_w8a8", DTYPES[out_dtype], xq, act_scale, weight, weight_scale, bias, out, rows, weight.shape[0], width,
-         _threads())
+    call(
+        "ak_linear_w8a8",
+        DTYPES[out_dtype],
+        xq,
+        act_scale,
+        weight,
+        weight_scale,
+        bias,
+        out,
+        rows,
+        weight.shape[0],
+        width,
+        _threads(),
+    )
     return out
 
 
@@ -130,8 +190,20 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     if rows > MAX_ROWS:
         return cpu.int8_weight_matmul(x, weight, weight_scale, bias)
     out = torch.empty(rows, weight.shape[0], dtype=x.dtype)
-    call("ak_linear_w8a16", DTYPES[x.dtype], x, x.stride(0), weight, weight_scale, bias, out, rows, weight.shape[0], width,
-         _threads())
+    call(
+        "ak_linear_w8a16",
+        DTYPES[x.dtype],
+        x,
+        x.stride(0),
+        weight,
+        weight_scale,
+        bias,
+        out,
+        rows,
+        weight.shape[0],
+        width,
+        _threads(),
+    )
     return out
 
 

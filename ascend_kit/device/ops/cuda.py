@@ -1,4 +1,4 @@
-"""The op table on an NVIDIA GPU, from torch's own fused kernels; its decode attention can be captured in a CUDA graph."""
+"""The op table on an NVIDIA GPU, from torch's fused kernels; its decode attention fits into a CUDA graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,4 @@ from ascend_kit.device.ops.cpu import (  # noqa: F401 - this table
     swiglu,
     validate,
 )
-from ascend_kit.device.ops.reference import (  # noqa: F401 - torch's int8 product wants more than 16 rows on CUDA
-    int8_matmul,
-    pack_int8,
-)
+from ascend_kit.device.ops.reference import int8_matmul, pack_int8  # noqa: F401 - torch's int8 product wants more than 16 rows on CUDA

@@ -55,9 +55,7 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slo
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v_TKH)
 
 
-def paged_attention(
-    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """Causal attention of each sequence's new tokens over its cached keys, aligned at the end; returns [T, N, H]."""
     if meta.is_decode:
         return _decode(q_TNH, k_cache, v_cache, meta, scale)

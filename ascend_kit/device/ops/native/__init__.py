@@ -26,8 +26,18 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 DISABLE_VARIABLE = "ASCEND_KIT_NATIVE"  # 0 = never build or use the kernels
 # Reassociation lets sums use vector registers. -ffast-math is avoided: linking with it makes the whole process flush
 # small numbers to zero.
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno",
-         "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+]
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -47,8 +57,10 @@ SIGNATURES = {
 
 def compiler() -> str | None:
     """Path of the C++ compiler, or None."""
-    return next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++")
-                 if name and (path := shutil.which(name))), None)
+    return next(
+        (path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))),
+        None,
+    )
 
 
 @functools.cache
@@ -116,8 +128,10 @@ class OnlyKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not func.is_view and func._schema.name not in self.ALLOWED:
-            raise RuntimeError(f"{func._schema.name} cannot be recorded in a decode step on a CPU: it is no kernel of "
-                               "the op table; set graph_mode: false")
+            raise RuntimeError(
+                f"{func._schema.name} cannot be recorded in a decode step on a CPU: it is no kernel of "
+                "the op table; set graph_mode: false"
+            )
         return func(*args, **(kwargs or {}))
 
 
