@@ -160,7 +160,9 @@ class EngineCore:
         }
 
     def close(self) -> None:
-        """Let other ranks of this model return from `follow`."""
+        """Give the graphs' memory back and let other ranks of this model return from `follow`."""
+        if self.runner.graphs is not None:
+            self.runner.graphs.close()
         if self.runner.channel is not None and self.decoder.parallel.rank == 0:
             self.runner.channel.close()
 
