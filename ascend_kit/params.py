@@ -281,7 +281,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"no parameter file at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
         )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        # Text copied from a web page indents with no-break spaces, which YAML takes for part of a name.
+        text = path.read_text(encoding="utf-8").replace("\u00a0", " ")
+        values = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:

@@ -140,10 +140,11 @@ def test_parameter_file_names_its_experiment_and_round_trips(path, tmp_path):
     assert load_experiment(tmp_path / "again.yaml") == experiment
 
 
+@pytest.mark.parametrize("indent", ["  ", "\u00a0 "], ids=["typed", "copied from the page"])
 @pytest.mark.parametrize("value", [True, False])
-def test_switches_of_the_article_reach_the_engine(tmp_path, value):
+def test_switches_of_the_article_reach_the_engine(tmp_path, value, indent):
     path = tmp_path / "infer_optimize_config.yaml"
-    path.write_text(ARTICLE.replace("True", str(value)), encoding="utf-8")
+    path.write_text(ARTICLE.replace("True", str(value)).replace("  ", indent), encoding="utf-8")
 
     direct = load_experiment(path)
     by_notebook = experiment_from_notebook({**NOTEBOOKS[3].defaults, **read_yaml(path)})
