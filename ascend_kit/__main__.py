@@ -189,6 +189,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from ascend_kit.demo import resolve
     from ascend_kit.measure.parity import ParityCheck
     from ascend_kit.show.progress import Progress
+    from ascend_kit.show.tables import cell_text
 
     overrides = _overrides(arguments)
     for option in ("input_model", "output_model", "framework", "device"):
@@ -206,8 +207,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
     for row in parity.describe().get("figures", []):
-        print(f"  {row['figure']}: {row['value']}" + (f" (limit {row['limit']})" if row["limit"] else ""))
-    print(f"{result.folder}: {'reused, made before in the same way' if result.reused else result.scheme}")
+        print(f"  {row['figure']}: {cell_text(row['value'])}" + (f" (limit {row['limit']})" if row["limit"] else ""))
+    print(f"{result.folder}: {'reused, made before in the same way' if result.reused else 'scheme ' + result.scheme}")
     return 0
 
 
