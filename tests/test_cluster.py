@@ -38,7 +38,7 @@ class Poisonable(Worker):
 @pytest.fixture(scope="module")
 def local_ray():
     """One Ray for this file; engines find it running and leave it so."""
-    session = RaySession("cpu", 4)
+    session = RaySession("cpu", 6)  # two for the engine that most tests share, four for others
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
     yield session
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -246,18 +246,19 @@ def test_two_replicas_of_two_cards_survive_the_death_of_a_rank(local_ray, tiny_q
 
 def test_an_error_while_loading_is_the_workers_own_and_leaves_nothing(local_ray, tiny_qwen3_dir):
     settings = {**SETTINGS, "kv_cache_gib": 1e-9}
+    free = ray.available_resources().get("CPU", 0)
 
     with pytest.raises(ValueError, match="does not hold one block"):
         AscendInferEngine(tiny_qwen3_dir, cards=2, **settings).load_model()
 
     wait = time.monotonic() + 30
-    while ray.available_resources().get("CPU") != 4:
+    while ray.available_resources().get("CPU", 0) < free:
         assert time.monotonic() < wait, "cards are still taken"
         time.sleep(0.1)
 
 
 def test_more_cards_than_there_are_is_refused_with_both_numbers(local_ray, tiny_qwen3_dir):
-    with pytest.raises(ValueError, match=r"cards=16, but Ray knows 4 of resource CPU"):
+    with pytest.raises(ValueError, match=r"cards=16, but Ray knows 6 of resource CPU"):
         AscendInferEngine(tiny_qwen3_dir, cards=16, **SETTINGS).load_model()
 
 
