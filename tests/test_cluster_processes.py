@@ -127,6 +127,21 @@ def test_folders_of_killed_drivers_are_removed_by_the_next(tmp_path, monkeypatch
     assert mine.is_dir() and not theirs.exists()
 
 
+def test_processes_of_a_start_that_failed_half_way_are_ended(tmp_path):
+    from ascend_kit.engine import ray_session
+
+    folder = tmp_path / f"ascend-ray-{uuid.uuid4().hex}"
+    theirs = subprocess.Popen(["sleep", "100"])
+    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", f"--log_dir={folder}/logs"])
+    wait_for(lambda: str(folder) in Path(f"/proc/{ours.pid}/cmdline").read_text(), "the process did not start")
+
+    ray_session._end_processes(folder)
+
+    assert ours.wait(timeout=10) == -signal.SIGKILL and theirs.poll() is None
+    theirs.kill()
+    theirs.wait()
+
+
 @pytest.mark.parametrize("launcher,size,tensor_parallel", [("torchrun", 2, 1), ("mpirun", 4, 2)])
 def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, tiny_qwen3_dir, tmp_path):
     draw = random.Random(5)

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,7 @@ class RaySession:
             self.ray.shutdown()
         self._is_ours = False
         if self._folder is not None:
+            _end_processes(self._folder)
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
@@ -156,6 +158,7 @@ class RaySession:
                 return
             except Exception as error:
                 self.ray.shutdown()
+                _end_processes(self._folder)  # a start that failed half-way is not known to `shutdown`
                 if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
                     raise
 
@@ -250,6 +253,14 @@ def _no_echo(ray: Any) -> Iterator[None]:
         yield
     finally:
         worker.listen_error_messages = original
+
+
+def _end_processes(folder: Path) -> None:
+    """Kill what still runs with this session's folder in its command line; the name occurs nowhere else."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _remove_leftovers() -> None:
