@@ -68,7 +68,8 @@ class _Session:
         lm = EngineLM(
             self.engine,
             max_length=self.max_length,
-            batch_size=self.experiment.eval_batch_size,
+            # Every replica gets a full batch; a stand-in without replicas counts as one.
+            batch_size=self.experiment.eval_batch_size * getattr(self.engine, "num_replicas", 1),
             chat_template_args=judge.chat_template_args(self.engine.tokenizer),
         )
         with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
