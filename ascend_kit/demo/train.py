@@ -27,7 +27,7 @@ MODEL_SIZES = {
     "tie_word_embeddings": False,
 }
 # About 50 s on two cores.
-STEPS, BATCH, LENGTH = 200, 6, 320
+STEPS, BATCH, LENGTH = 170, 6, 320
 MATRIX_LR, OTHER_LR = 0.015, 4e-3
 WARMUP_STEPS, FLOOR_SHARE = 20, 0.05
 MAX_SHARD_SIZE = "2MB"
