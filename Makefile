@@ -29,7 +29,7 @@ install: .venv/.base
 demo: .venv/.base
 	$(BIN)/python -m ascend_kit run $(DEMO) --run plain --overwrite --only 04_throughput,05_evaluate \
 	    --set use_model=source --set graph_mode=false --set operator_fusion=false --set memory_optimize=false
-	$(BIN)/python -m ascend_kit run $(DEMO) --run optimized --overwrite
+	$(BIN)/python -m ascend_kit run $(DEMO) --run optimized --overwrite --set if_model_exists=overwrite
 
 test: .venv/.dev
 	$(BIN)/ruff check .
