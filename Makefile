@@ -35,10 +35,10 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal --device npu
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --device npu
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	    $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal --device cuda; \
+	    $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --device cuda; \
 	else echo "No CUDA device here: the suite's third run is left out."; fi
 
 check: test

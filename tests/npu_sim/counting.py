@@ -145,8 +145,11 @@ def _checkpoint(config: ModelConfig, quantize: str) -> Checkpoint:
 @contextmanager
 def shapes_only(sim: Simulator) -> Iterator[None]:
     """Compute nothing inside; results are unset memory."""
+    from ascend_kit.device.ops import npu
+
     sim.shapes_only = True
     try:
         yield
     finally:
         sim.shapes_only = False
+        npu.make_mask.cache_clear()  # one made inside holds no values, and all later attention would share it
