@@ -47,7 +47,9 @@ openvino)
     install openvino-genai==2026.4.1.0 "optimum-intel[openvino]"
     ;;
 llamacpp)
-    install llama-cpp-python==0.3.36 gguf==0.19.0 numpy # built from source with this machine's instructions: some minutes
+    # Built from source for this machine's instructions; only the library, which still takes some minutes.
+    parts="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF"
+    CMAKE_ARGS="${CMAKE_ARGS:-$parts}" install llama-cpp-python==0.3.36 gguf==0.19.0 numpy
     ;;
 *)
     echo "unknown engine '$name'; known: transformers, vllm, openvino, llamacpp" >&2
