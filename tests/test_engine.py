@@ -59,6 +59,17 @@ def test_greedy_tokens_equal_transformers_for_mixed_lengths(
     assert len({tuple(o.token_ids) for o in outputs}) > 1, "the tiny model must depend on its prompt"
 
 
+def test_more_requests_than_a_graph_holds_are_computed_without_one(tiny_qwen3_dir, device):
+    prompts = prompts_of([5 + i for i in range(24)])
+    sampling = SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+    with make_engine(tiny_qwen3_dir, device, graph_mode=True, batch_size=24) as engine:
+        together = [o.token_ids for o in engine.generate(prompts, sampling)]
+        alone = [engine.generate([p], sampling)[0].token_ids for p in prompts]
+
+    assert together == alone
+
+
 def test_a_single_request_equals_transformers(tiny_model_dir, hf, device):
     prompt = prompts_of([25])[0]
 

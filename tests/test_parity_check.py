@@ -54,6 +54,13 @@ def test_missed_limit_keeps_the_destination_absent_and_the_figures_at_hand(exper
     assert any(row["figure"] == "kl" and not row["ok"] for row in check.describe()["figures"])
 
 
+def test_a_limit_given_as_a_parameter_decides(experiment: Experiment):
+    strict = experiment.with_changes(quantize="w8a8", parity_max_kl=1e-12)
+
+    with pytest.raises(ParityError, match="kl is .* allowed is at most 1e-12"):
+        convert(strict, before_publish=ParityCheck(strict, max_new_tokens=8))
+
+
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
 def test_engine_and_transformers_write_the_same_greedy_text_from_an_int8_result(
     tiny_model_dir: Path, tmp_path: Path, scheme: str

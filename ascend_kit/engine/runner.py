@@ -65,7 +65,7 @@ class ModelRunner:
             self.block_size,
             scored=sorted({row for row, *_ in wanted}),
             sampled=[starts[id(chunk)] + chunk.count - 1 for chunk in sampled],
-            in_graph=self.graphs is not None and plan.is_decode,
+            in_graph=self.graphs is not None and plan.is_decode and self.graphs.can_run(len(plan.chunks)),
         )
         if self.channel is not None:
             self.channel.send(inputs.to_message())

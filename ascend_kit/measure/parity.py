@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class ParityCheck:
         source = open_source(Path(experiment.input_model), experiment.framework, experiment.tokenizer_path)
         texts = read_texts(experiment.prompts_file, self.num_prompts)
         prompts = tokenize_texts(texts, _tokenizer_folder(experiment, source), self.max_prompt_tokens)
-        limits = self.limits or limits_for(experiment.precision, result.quantization.summary)
+        limits = self.limits or limits_for(
+            experiment.precision, result.quantization.summary, **_replaced_limits(experiment)
+        )
         models = [files_model(source, "source"), files_model(result, "result")]
         if source.framework == "huggingface":
             tokenizer = _tokenizer_folder(experiment, source)
@@ -111,3 +113,9 @@ def engine_generate(folder: Path, tokenizer: Path, precision: str, experiment: E
 
 def _tokenizer_folder(experiment: Experiment, source: Checkpoint) -> Path:
     return Path(experiment.tokenizer_path) if experiment.tokenizer_path else source.config_folder
+
+
+def _replaced_limits(experiment: Experiment) -> dict[str, float]:
+    """The limits that the parameters replace: parity_max_kl stands for ParityLimits.max_kl, and so on."""
+    given = experiment.model_dump(include={f"parity_{limit.name}" for limit in fields(ParityLimits)})
+    return {name.removeprefix("parity_"): value for name, value in given.items() if value is not None}
