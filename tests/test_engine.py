@@ -313,3 +313,23 @@ def test_half_a_character_is_never_shown(tiny_qwen3_dir):
 def test_impossible_settings_are_refused_by_name(tiny_qwen3_dir, changes, word):
     with pytest.raises(ValueError, match=word):
         make_engine(tiny_qwen3_dir, **changes).load_model()
+
+
+def test_a_converted_folder_that_was_changed_is_refused_by_file_name(tiny_qwen3_dir, tmp_path):
+    from ascend_kit import convert
+    from ascend_kit.checkpoint.tensor_file import CheckpointError
+
+    weights = convert(tiny_qwen3_dir, tmp_path / "model", precision="fp32").folder / "model.safetensors"
+    with open(weights, "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))  # one bit of the last weight: only a full check can see it
+
+    make_engine(weights.parent).load_model().close()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not have the hash"):
+        make_engine(weights.parent, check_all_bytes=True).load_model()
+    with open(weights, "ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes"):
+        make_engine(weights.parent).load_model()

@@ -57,7 +57,7 @@ def test_missed_limit_keeps_the_destination_absent_and_the_figures_at_hand(exper
 def test_a_limit_given_as_a_parameter_decides(experiment: Experiment):
     strict = experiment.with_changes(quantize="w8a8", parity_max_kl=1e-12)
 
-    with pytest.raises(ParityError, match="kl is .* allowed is at most 1e-12"):
+    with pytest.raises(ParityError, match=r"kl is .* allowed is at most 1e-12"):
         convert(strict, before_publish=ParityCheck(strict, max_new_tokens=8))
 
 

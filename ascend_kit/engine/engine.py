@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ascend_kit.checkpoint.manifest import verify
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.parallel import check_division
 from ascend_kit.engine.core import DTYPES, EngineCore
@@ -73,6 +74,7 @@ class AscendInferEngine:
         cards: int = 1,
         tensor_parallel: int = 1,
         ray_address: str | None = None,
+        check_all_bytes: bool = False,
     ):
         if precision.lower() not in PRECISIONS:
             raise ValueError(f"precision={precision!r}; allowed: {', '.join(PRECISIONS)}")
@@ -88,6 +90,7 @@ class AscendInferEngine:
         self._ranks = environment_ranks()
         self.cards, self.tensor_parallel = _checked_cards(cards, tensor_parallel, self._ranks, self.config)
         self.ray_address = ray_address
+        self.check_all_bytes = check_all_bytes
         self._device_name, self._device_id = device, device_id
         self._settings = {
             "graph_mode": graph_mode,
@@ -134,9 +137,14 @@ class AscendInferEngine:
     # --- life -------------------------------------------------------------------------------------------------
 
     def load_model(self) -> AscendInferEngine:
-        """Read the tokenizer and the weights; does nothing when they are loaded."""
+        """Read the tokenizer and the weights; does nothing when they are loaded.
+
+        A converted folder must still be as its manifest says (CheckpointError names the file): sizes and headers, with
+        `check_all_bytes` every byte.
+        """
         if self.core is not None:
             return self
+        verify(self.model_path, full=self.check_all_bytes)
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
