@@ -44,7 +44,7 @@ test: .venv/.dev
 check: test
 
 lab: .venv/.base
-	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 clean:
 	rm -rf .venv .npu-sim outputs/demo
