@@ -181,7 +181,8 @@ def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, ti
         assert result["tokens"] == expected and result["index"] == list(range(7))
         assert result["scores"] == results[0]["scores"]
     leaders = results[::tensor_parallel]
-    assert sum(result["own_tokens"] for result in leaders) == 7 * 8 and all(r["own_tokens"] for r in leaders)
+    # How many each one took is not fixed: a rank that starts late may find nothing left.
+    assert sum(result["own_tokens"] for result in leaders) == 7 * 8
 
 
 def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, monkeypatch):
