@@ -193,7 +193,7 @@ class TransformersBackend:
 class VllmBackend:
     """vLLM's offline engine, where it is installed: `pip install vllm vllm-ascend` on an NPU host.
 
-    vLLM is no dependency of this project and brings its own pins of torch and torch_npu: use an environment
+    vLLM is no dependency of this project and brings its own pins of torch and its NPU plugin: use an environment
     of its own with this package installed beside it. Prefix caching is off, as our prompts are distinct
     anyway. `options` go to `vllm.EngineArgs` (for example `enforce_eager=True`, `quantization="ascend"`).
     """
