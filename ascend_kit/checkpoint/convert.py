@@ -63,7 +63,7 @@ def convert(
 ) -> ConversionResult:
     """Write `input_model` to `output_model` in another precision; the source is never changed.
 
-    Called with an Experiment (paths resolved), everything but the callbacks comes from its parameters.
+    Called with an Experiment (paths resolved), its parameters stand for all but the callbacks and the bandwidth.
 
     precision: bf16, fp16, fp32, of everything that is not int8. framework: auto, huggingface, megatron;
     `tokenizer_path` is the folder of the tokenizer (for Megatron also of config.json).
@@ -78,7 +78,10 @@ def convert(
     Raises CheckpointError or ValueError; a destination is complete or does not exist.
     """
     if isinstance(input_model, Experiment):
-        return convert(**experiment_arguments(input_model), on_progress=on_progress, before_publish=before_publish)
+        arguments = experiment_arguments(input_model)
+        if bandwidth_bytes_per_s is not None:  # measured, which says more than the card's nominal figure
+            arguments["bandwidth_bytes_per_s"] = bandwidth_bytes_per_s
+        return convert(**arguments, on_progress=on_progress, before_publish=before_publish)
     if output_model is None:
         raise ValueError("output_model is missing: the folder to write")
     _check_choices(
