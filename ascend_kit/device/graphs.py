@@ -211,6 +211,10 @@ class DecodeGraphs:
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self.device, self.step_fn, self.timeout_s = device, step_fn, timeout_s
+        if device.kind == "npu":
+            # The cache write wants distinct slots, and dead rows have those of the one scratch block. Larger batches
+            # run without a graph.
+            max_batch = min(max_batch, block_size)
         self.sizes = decode_sizes(max_batch, sizes)
         self.max_blocks, self.block_size, self.mask = max_blocks, block_size, mask
         self.host_lengths = host_lengths and device.kind == "npu"
