@@ -1,21 +1,24 @@
 """Runs this engine and others on the same requests, in turns, and says how they compare.
 
     python benchmarks/compare.py --setup vllm              make an engine's environment, not in the repository
+    python benchmarks/compare.py --estimate                how long a round takes, from the turns of earlier runs
     python benchmarks/compare.py --out outputs/benchmark   all that are installed, three rounds
     python benchmarks/compare.py --out outputs/check --shape tiny --rounds 1 --no-warmup
 
 In every round each engine gets one turn: a process of its own that loads the model, goes through the
 workloads and ends, with the machine's ceilings measured before and after. Rounds start with another engine
-each, so that drift of a shared machine hits all alike. README.md in this folder says more about workloads and
-engines.
+each, so that drift of a shared machine hits all alike. An engine that fails or runs out of time is reported
+with what it said, and the rest goes on. README.md in this folder says more about workloads and engines.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -31,8 +34,11 @@ import report  # noqa: E402
 from make_model import SHAPES, make_model  # noqa: E402
 from protocol import Job  # noqa: E402
 
-WORKLOADS = ("W1", "W3", "W2", "W4", "W5")
-PEERS_ROOT = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit")) / "peers"
+WORKLOADS = ("W1", "W3", "W2", "W4", "W4U", "W5")
+CACHE = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit"))
+PEERS_ROOT = CACHE / "peers"
+SECONDS = CACHE / "bench-seconds.json"  # how long turns took, for estimates
+OUT_OF_TIME = -1000
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Contestant:
     environment: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     workloads: tuple[str, ...] = WORKLOADS
-    is_slow: bool = False  # needs minutes a turn; `--slow-rounds` limits how often it runs
+    is_slow: bool = False  # needs many minutes a turn; `--slow-rounds` limits how often it runs
 
 
 CONTESTANTS = {
@@ -58,6 +64,9 @@ CONTESTANTS = {
     "transformers_generate": Contestant("run_transformers.py", "transformers", {"mode": "generate"}, is_slow=True),
     "transformers_generate_batch": Contestant(
         "run_transformers.py", "transformers", {"mode": "generate_batch"}, is_slow=True
+    ),
+    "transformers_padded_1024": Contestant(
+        "run_transformers.py", "transformers", {"mode": "generate", "pad_to": 1024}, ("W2",), is_slow=True
     ),
     "lm_eval_hflm": Contestant("run_transformers.py", "transformers", {"mode": "hflm"}, ("W4",), is_slow=True),
 }
@@ -81,8 +90,11 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.setup:
         return subprocess.call([str(HERE / "peers" / "setup.sh"), arguments.setup, str(arguments.peers_root)])
+    if arguments.estimate:
+        print(estimate_text(arguments))
+        return 0
     if arguments.out is None:
-        raise SystemExit("--out FOLDER is needed (or --setup ENGINE)")
+        raise SystemExit("--out FOLDER is needed (or --setup ENGINE, or --estimate)")
     settings = Settings(
         arguments.shape,
         arguments.workloads,
@@ -115,13 +127,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", type=comma_list(WORKLOADS), default=WORKLOADS, help="default: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slow-rounds", type=int, default=1, help="rounds in which the slow engines take part")
+    parser.add_argument("--estimate", action="store_true", help="only say how long a round takes")
+    parser.add_argument("--minutes", type=float, help="begin no round that would end later than this, as estimated")
     parser.add_argument("--repeats", type=int, default=1, help="timed passes per workload in one turn")
     parser.add_argument("--no-warmup", action="store_true", help="time the first pass of each workload")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--slots", type=int, default=32, help="requests computed together")
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
     parser.add_argument("--max-seq-length", type=int, default=8192)
-    parser.add_argument("--timeout-s", type=float, default=1800, help="per turn")
+    parser.add_argument("--timeout-s", type=float, default=1800, help="per turn; workloads done by then are kept")
     parser.add_argument("--resume", action="store_true", help="keep the turns that the folder already holds")
     parser.add_argument("--report-only", action="store_true", help="tables and figure from the turns in the folder")
     return parser.parse_args()
@@ -139,7 +153,7 @@ def comma_list(known: Any) -> Any:
 
 
 def run_rounds(arguments: argparse.Namespace, settings: Settings) -> list[Path]:
-    """Run all turns; the files they left. Engines that are not installed are listed with the reason."""
+    """Run all turns; their files. Engines that are not installed are listed with the reason."""
     out = arguments.out
     absent = {name: why for name in arguments.engines if (why := why_absent(name, arguments.peers_root))}
     names = [name for name in arguments.engines if name not in absent]
@@ -154,14 +168,67 @@ def run_rounds(arguments: argparse.Namespace, settings: Settings) -> list[Path]:
             absent[name] = problem
             names.remove(name)
     write_json(out / "settings.json", {**load_settings(out), "absent": absent})
-    turns = []
+    print(estimate_text(arguments), flush=True)
+    turns, begin = [], time.perf_counter()
     for number in range(arguments.rounds):
-        first = number % max(1, len(names))
-        for name in names[first:] + names[:first]:
-            if CONTESTANTS[name].is_slow and number >= arguments.slow_rounds:
-                continue
-            turns.append(take_turn(name, replace(job, round=number), out, arguments))
-    return [turn for turn in turns if turn is not None]
+        due = [name for name in in_order(names, number, arguments.rounds) if takes_part(name, number, arguments)]
+        needed, _ = estimate(due, arguments)
+        if arguments.minutes and (time.perf_counter() - begin + needed) / 60 > arguments.minutes:
+            print(f"round {number + 1} would take {needed / 60:.0f} minutes: left out (--minutes)", flush=True)
+            break
+        turns += [take_turn(name, replace(job, round=number), out, arguments) for name in due]
+    return turns
+
+
+def in_order(names: list[str], number: int, rounds: int) -> list[str]:
+    """The engines as round `number` takes them: over all rounds each third, half ... of the list comes first once."""
+    first = number * len(names) // max(1, rounds)
+    return names[first:] + names[:first]
+
+
+def takes_part(name: str, number: int, arguments: argparse.Namespace) -> bool:
+    return number < arguments.slow_rounds or not CONTESTANTS[name].is_slow
+
+
+def estimate(names: list[str], arguments: argparse.Namespace) -> tuple[float, list[str]]:
+    """Seconds of one turn each, from those seen last at this shape, and the engines never seen."""
+    seen = seconds_seen().get(arguments.shape, {})
+    parts = [seen.get(name, {}).get(workload) for name in names for workload in chosen(name, arguments.workloads)]
+    starts = [seen[name]["start"] for name in names if name in seen]
+    return sum(part for part in parts if part) + sum(starts), [name for name in names if name not in seen]
+
+
+def estimate_text(arguments: argparse.Namespace) -> str:
+    names = [name for name in arguments.engines if why_absent(name, arguments.peers_root) is None]
+    lines = []
+    for name in names:
+        seconds, unknown = estimate([name], arguments)
+        lines.append(f"  {name}: {'not known yet' if unknown else f'{seconds:.0f} s'}")
+    rounds = [[n for n in names if takes_part(n, number, arguments)] for number in range(arguments.rounds)]
+    total = sum(estimate(due, arguments)[0] for due in rounds) / 60
+    fast = estimate([name for name in names if not CONTESTANTS[name].is_slow], arguments)[0] / 60
+    lines.append(
+        f"A round of all engines takes about {estimate(names, arguments)[0] / 60:.0f} minutes, one without the slow "
+        f"ones {fast:.0f}; {arguments.rounds} rounds, slow engines in {arguments.slow_rounds}: {total:.0f} minutes."
+    )
+    return "Turns, by the last ones seen:\n" + "\n".join(lines)
+
+
+def chosen(name: str, workloads: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(workload for workload in workloads if workload in CONTESTANTS[name].workloads)
+
+
+def seconds_seen() -> dict[str, dict[str, dict[str, float]]]:
+    """shape -> engine -> workload (or `start`) -> seconds of the last turn seen on this machine."""
+    return json.loads(SECONDS.read_text()) if SECONDS.is_file() else {}
+
+
+def remember_seconds(shape: str, values: dict[str, Any]) -> None:
+    spent = {name: row["spent_s"] for name, row in values["workloads"].items() if "spent_s" in row}
+    seen = seconds_seen()
+    mine = seen.setdefault(shape, {}).setdefault(values["engine"], {})
+    mine.update(spent, start=max(0.0, values["turn_s"] - sum(spent.values())))
+    write_json(SECONDS, seen)
 
 
 def why_absent(name: str, root: Path) -> str | None:
@@ -218,11 +285,11 @@ def new_job(settings: Settings, model: str) -> Job:
 def prepare(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> str | None:
     """Let an engine make its own model files, untimed; what went wrong, or None."""
     code, log = run_script(name, job, out, arguments, ["--prepare"], "prepare")
-    return None if code == 0 else f"preparing failed, see {log}"
+    return None if code == 0 else f"preparing failed: {last_words(log, code, arguments)}"
 
 
-def take_turn(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> Path | None:
-    """One engine's turn; its result file, or None when it left none."""
+def take_turn(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> Path:
+    """One engine's turn; its result file. A turn that ended early keeps the workloads it had finished."""
     result = out / "turns" / f"{job.round:02d}-{name}.json"
     if result.exists():
         return result
@@ -231,47 +298,64 @@ def take_turn(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> 
     raw = result.with_suffix(".raw")
     start = time.perf_counter()
     code, log = run_script(name, replace(job, result=str(raw)), out, arguments, [], f"{job.round:02d}")
+    turn_s = time.perf_counter() - start
+    values = json.loads(raw.read_text()) if raw.exists() else {"engine": name, "round": job.round, "workloads": {}}
+    raw.unlink(missing_ok=True)
+    if code != 0 or not values.get("is_complete"):
+        values["error"] = last_words(log, code, arguments)
+        print(f"  {name} failed: {values['error']}", flush=True)
     after = ceilings.measure(job.threads)
-    if raw.exists():
-        values = json.loads(raw.read_text())
-        raw.unlink()
-    else:
-        tail = " ".join(log.read_text(errors="replace").split()[-40:])
-        values = {"engine": name, "round": job.round, "workloads": {}, "error": f"exit code {code}: {tail}"[-600:]}
-        print(f"  {name} failed: {values['error'][-300:]}", flush=True)
-    values |= {"turn_s": time.perf_counter() - start, "ceilings": [before, after], "load_average_before": load}
+    values |= {"turn_s": turn_s, "ceilings": [before, after], "load_average_before": load}
     write_json(result, values)
+    remember_seconds(arguments.shape, values)
     return result
+
+
+def last_words(log: Path, code: int, arguments: argparse.Namespace) -> str:
+    reason = f"out of time after {arguments.timeout_s:g} s" if code == OUT_OF_TIME else f"exit code {code}"
+    tail = " ".join(log.read_text(errors="replace").split()[-40:])
+    return f"{reason}: {tail[-400:]}"
 
 
 def run_script(
     name: str, job: Job, out: Path, arguments: argparse.Namespace, flags: list[str], label: str
 ) -> tuple[int, Path]:
-    """Exit code and log of an engine's script in its environment. -1 means that it ran out of time."""
+    """Exit code and log of an engine's script in its environment; OUT_OF_TIME when it was ended for that."""
     contestant = CONTESTANTS[name]
     folder = arguments.peers_root / contestant.environment if contestant.environment else None
     python = str(folder / "bin" / "python") if folder else sys.executable
-    workloads = tuple(w for w in job.workloads if w in contestant.workloads)
-    job = replace(job, engine=name, options=contestant.options, workloads=workloads)
+    job = replace(
+        job,
+        engine=name,
+        options=contestant.options,
+        workloads=chosen(name, job.workloads),
+        brief_warmup=contestant.is_slow,
+    )
     job_file, log = out / "turns" / f"{label}-{name}.job", out / f"{label}-{name}.log"
     write_json(job_file, asdict(job))
     command = [python, str(HERE / "peers" / contestant.script), *flags, str(job_file)]
-    try:
-        with log.open("w") as file:
-            code = subprocess.run(
-                command,
-                env=environment(job.threads),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=arguments.timeout_s,
-            ).returncode
-    except subprocess.TimeoutExpired:
-        code = -1
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env=environment(job.threads), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(arguments.timeout_s)
+        except subprocess.TimeoutExpired:
+            code = OUT_OF_TIME
+        finally:
+            end_group(process)
     job_file.unlink()
     for line in log.read_text(errors="replace").splitlines():
         if line.startswith(f"  {name} "):
             print(line, flush=True)
     return code, log
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End what the script left running, itself included: an engine may have started processes of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def environment(threads: int) -> dict[str, str]:

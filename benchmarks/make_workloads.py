@@ -26,7 +26,7 @@ def lengths(rng: random.Random, count: int, low: int, high: int, total: int) -> 
 
 
 def workloads() -> dict:
-    """All five as plain values; lengths in tokens."""
+    """All as plain values; lengths in tokens."""
     rng = random.Random(SEED)
     return {
         "seed": SEED,
@@ -39,6 +39,7 @@ def workloads() -> dict:
         },
         "W3": {"about": "prefill", "prompt_lens": [1024] * 4, "output_lens": [1] * 4},
         "W4": {"about": "scoring behind a shared prefix", "num_requests": 40, "shared_len": 512, "own_len": 64},
+        "W4U": {"about": "scoring, nothing shared", "num_requests": 16, "shared_len": 0, "own_len": 576},
         "W5": {"about": "long context", "prompt_lens": [8000], "output_lens": [64]},
     }
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 OURS = "ascend_kit"
 INT8 = ("ascend_kit_w8a8", "ascend_kit_w8a16", "openvino_int8", "llamacpp_q8_0")
 OURS_INT8 = INT8[:2]
+OURS_COLOUR, OURS_INT8_COLOUR, OTHERS_COLOUR = "#0072B2", "#56B4E9", "#B0B0B0"
+PANELS_PER_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ HEADLINES = {
     "W2": Headline("wall_s", "s", False, "W2: 32 requests, wall time"),
     "W3": Headline("prompt_tokens_per_s", "tok/s", True, "W3: prefill 4 x 1,024"),
     "W4": Headline("requests_per_s", "requests/s", True, "W4: scoring, shared prefix"),
-    "W5": Headline("wall_s", "s", False, "W5: 8,000-token prompt, wall time"),
+    "W4U": Headline("requests_per_s", "requests/s", True, "W4U: scoring, nothing shared"),
+    "W5": Headline("wall_s", "s", False, "W5: 8,000-token prompt, 64 new"),
 }
 
 
@@ -89,8 +92,12 @@ def _main_table(results: dict[str, Any]) -> str:
             _percent(parts.get("W3", {}).get("of_matrix_limit")),
         ]
         peak = results["peak_bytes"].get(engine)
-        count = max(part["wall_s"]["n"] for part in parts.values())
-        lines.append(_line([*cells, f"{peak / 2**30:.2f} GiB" if peak else "n/a", str(count)]))
+        rounds = str(results["num_rounds"][engine])
+        lines.append(_line([*cells, f"{peak / 2**30:.2f} GiB" if peak else "n/a", rounds]))
+    most = max(results["num_rounds"].values(), default=0)
+    fewer = [name for name, count in results["num_rounds"].items() if count < most]
+    if fewer:
+        lines.append(f"\nSlow, and therefore in the first rounds only: {', '.join(fewer)}.")
     return "\n".join(lines)
 
 
@@ -134,7 +141,8 @@ def _goal_lines(results: dict[str, Any]) -> str:
     lines = []
     for goal in results["goals"]:
         reached = "n/a" if goal["reached"] is None else f"{goal['reached']:.2f}"
-        lines.append(f"- {goal['workload']} {goal['what']}: {reached}, goal {goal['goal']:g}: {words[goal['met']]}")
+        aim = "no goal" if goal["goal"] is None else f"goal {goal['bound']} {goal['goal']:g}: {words[goal['met']]}"
+        lines.append(f"- {goal['workload']} {goal['what']}: {reached}; {aim}")
     return "Goals:\n" + "\n".join(lines)
 
 
@@ -172,36 +180,53 @@ def _percent(value: dict[str, float] | None) -> str:
 def draw(results: dict[str, Any], path: Path, shape: Shape) -> None:
     """One panel per workload: medians as bars, ranges as lines, the machine's limit dashed."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     names = [name for name in HEADLINES if any(name in parts for parts in results["summary"].values())]
     engines = list(results["summary"])
-    figure = Figure(figsize=(4.2 * len(names), 0.42 * len(engines) + 1.8), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    columns = min(PANELS_PER_ROW, len(names))
+    rows = -(-len(names) // columns)
+    height = 0.3 * len(engines) + 1.3
+    figure = Figure(figsize=(2.2 + 4 * columns, height * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     limits = _limits(results["ceilings"], shape)
-    for axes, name in zip(panels, names, strict=True):
-        headline = HEADLINES[name]
-        _bars(axes, results["summary"], engines, name, headline)
-        if name in limits:
-            axes.axvline(limits[name], linestyle="--", color="#444444", linewidth=1)
-            axes.annotate(
-                "machine's limit, bf16",
-                (limits[name], 1),
-                xycoords=("data", "axes fraction"),
-                fontsize=8,
-                xytext=(-3, 2),
-                textcoords="offset points",
-                ha="right",
-            )
-        axes.margins(x=0.15)
-        axes.set_title(headline.title, fontsize=11, pad=14)
-        direction = "higher" if headline.higher_is_better else "lower"
-        axes.set_xlabel(f"{headline.unit} ({direction} is better)")
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, name in zip(panels, names, strict=False):
+        _panel(axes, results["summary"], engines, name, limits.get(name))
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
     panels[0].set_yticks(range(len(engines)), engines)
     panels[0].invert_yaxis()
+    words = {"this engine, bf16": OURS_COLOUR, "this engine, int8": OURS_INT8_COLOUR, "others": OTHERS_COLOUR}
+    figure.legend(
+        handles=[Patch(color=colour, label=text) for text, colour in words.items()],
+        loc="outside upper center",
+        ncols=len(words),
+        frameon=False,
+    )
     temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=120, format="png")
+    figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, path)
+
+
+def _panel(axes: Any, summary: dict[str, Any], engines: list[str], name: str, limit: float | None) -> None:
+    headline = HEADLINES[name]
+    _bars(axes, summary, engines, name, headline)
+    axes.margins(x=0.2)
+    if limit:
+        axes.axvline(limit, linestyle="--", color="#444444", linewidth=1)
+        axes.annotate(
+            "machine's limit in bf16",
+            (limit, 0.02),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            xytext=(-3, 0),
+            textcoords="offset points",
+            ha="right",
+        )
+    axes.set_title(headline.title, fontsize=11)
+    direction = "higher" if headline.higher_is_better else "lower"
+    axes.set_xlabel(f"{headline.unit} ({direction} is better)")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _bars(axes: Any, summary: dict[str, Any], engines: list[str], workload: str, headline: Headline) -> None:
@@ -209,7 +234,7 @@ def _bars(axes: Any, summary: dict[str, Any], engines: list[str], workload: str,
         value = summary[engine].get(workload, {}).get(headline.column)
         if value is None:
             continue
-        colour = "#0072B2" if engine == OURS else "#56B4E9" if engine in OURS_INT8 else "#B0B0B0"
+        colour = OURS_COLOUR if engine == OURS else OURS_INT8_COLOUR if engine in OURS_INT8 else OTHERS_COLOUR
         axes.barh(place, value["median"], color=colour, height=0.7)
         axes.plot([value["min"], value["max"]], [place, place], color="#222222", linewidth=1.5)
         axes.annotate(

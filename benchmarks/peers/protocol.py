@@ -68,6 +68,7 @@ class Job:
     round: int = 0
     repeats: int = 1
     warmup: bool = True
+    brief_warmup: bool = False  # for slow engines; nothing of theirs is compiled for a size
     threads: int = 1
     slots: int = 32
     max_seq_length: int = 8192
@@ -97,28 +98,31 @@ class Engine(Protocol):
         """Greedy answers in order, all requests arriving at once; never shorter or longer than asked."""
 
     def score(self, scoring: Scoring) -> list[float] | None:
-        """Natural log-probabilities of the targets; None where the engine can only report its own choice."""
+        """Natural log-probabilities of the targets; None where the engine can only report its own choice.
+
+        An engine that answers with a new token checks here that there is exactly one for each prompt.
+        """
 
 
 class Workloads:
-    """The requests of the five workloads; their tokens depend on seed, name, round and repeat alone."""
+    """The requests of the workloads; their tokens depend on seed, name, round and repeat alone."""
 
     def __init__(self, path: str | Path, vocab_size: int):
         self.values = json.loads(Path(path).read_text())
         self.vocab_size = vocab_size
 
-    def requests(self, name: str, pass_name: str) -> list[Request]:
-        """The requests of W1, W2, W3 or W5 in one pass."""
+    def requests(self, name: str, pass_name: str, brief: bool = False) -> list[Request]:
+        """The requests of W1, W2, W3 or W5 in one pass; `brief`: few and short ones."""
         sizes, rng = self.values[name], self._rng(name, pass_name)
-        return [
-            Request(self._tokens(rng, prompt), output)
-            for prompt, output in zip(sizes["prompt_lens"], sizes["output_lens"], strict=True)
-        ]
+        pairs = list(zip(sizes["prompt_lens"], sizes["output_lens"], strict=True))
+        if brief:
+            pairs = [(min(prompt, 2304), min(output, 4)) for prompt, output in pairs[:4]]
+        return [Request(self._tokens(rng, prompt), output) for prompt, output in pairs]
 
-    def scoring(self, name: str, pass_name: str) -> Scoring:
-        """What W4 asks in one pass."""
+    def scoring(self, name: str, pass_name: str, brief: bool = False) -> Scoring:
+        """What W4 or W4U asks in one pass; in W4U nothing is shared. `brief`: for few requests."""
         sizes, rng = self.values[name], self._rng(name, pass_name)
-        shared, count = self._tokens(rng, sizes["shared_len"]), sizes["num_requests"]
+        shared, count = self._tokens(rng, sizes["shared_len"]), 4 if brief else sizes["num_requests"]
         return Scoring(shared, [self._tokens(rng, sizes["own_len"]) for _ in range(count)], self._tokens(rng, count))
 
     def _rng(self, name: str, pass_name: str) -> random.Random:
@@ -137,14 +141,14 @@ def main(build: Callable[[Job], Engine], make_derived: Callable[[Job], None] | N
         if make_derived is not None:
             make_derived(job)
         return
-    result = run(job, build)
-    temporary = Path(job.result).with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
-    os.replace(temporary, job.result)
+    run(job, build)
 
 
-def run(job: Job, build: Callable[[Job], Engine]) -> dict[str, Any]:
-    """Load the engine and go through the workloads; one that fails leaves its error and the others go on."""
+def run(job: Job, build: Callable[[Job], Engine]) -> None:
+    """Load the engine and go through the workloads; one that fails leaves its error and the others go on.
+
+    The result file is written after each workload, so a crash or a time limit loses only what came after it.
+    """
     start = time.perf_counter()
     engine = build(job)
     result: dict[str, Any] = {
@@ -155,38 +159,55 @@ def run(job: Job, build: Callable[[Job], Engine]) -> dict[str, Any]:
         "options": job.options,
         "load_peak_bytes": peak_bytes(),
         "workloads": {},
+        "is_complete": False,
     }
     workloads = Workloads(job.workloads_file, job.vocab_size)
-    for name in job.workloads:
+    for number, name in enumerate(job.workloads, 1):
+        begin = time.perf_counter()
         try:
             engine.prepare(name)
             result["workloads"][name] = _measure(job, engine, workloads, name)
         except Exception as error:
             traceback.print_exc()
             result["workloads"][name] = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
-        print(f"  {job.engine} {name}: {_short(result['workloads'][name])}", flush=True)
-    return result
+        row = result["workloads"][name]
+        row["spent_s"] = time.perf_counter() - begin  # with untimed passes
+        result["is_complete"] = number == len(job.workloads)
+        _write(Path(job.result), result)
+        print(f"  {job.engine} {name}: {_short(row)}; {row['spent_s']:.0f} s in all", flush=True)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    os.replace(temporary, path)
 
 
 def _measure(job: Job, engine: Engine, workloads: Workloads, name: str) -> dict[str, Any]:
-    """One untimed pass over other tokens of the same lengths, then the timed ones."""
+    """One untimed pass over other tokens of the same lengths, then the timed ones.
+
+    The untimed pass is brief for slow engines, and for W5, before which every engine has run long prompts.
+    """
     one_pass = _generate if name in GENERATING else _score
     if job.warmup:
-        one_pass(engine, workloads, name, f"{job.round}/warmup", job.vocab_size)
+        is_brief = job.brief_warmup or name == "W5"
+        one_pass(engine, workloads, name, f"{job.round}/warmup", is_brief)
     reset_peak()
     samples = []
     for repeat in range(job.repeats):
         gc.collect()
-        samples.append(one_pass(engine, workloads, name, f"{job.round}/{repeat}", job.vocab_size))
+        samples.append(one_pass(engine, workloads, name, f"{job.round}/{repeat}"))
     return {"status": "ok", "error": None, "samples": samples, "peak_bytes": peak_bytes()}
 
 
-def _generate(engine: Engine, workloads: Workloads, name: str, pass_name: str, vocab_size: int) -> dict[str, Any]:
-    requests = workloads.requests(name, pass_name)
+def _generate(
+    engine: Engine, workloads: Workloads, name: str, pass_name: str, is_brief: bool = False
+) -> dict[str, Any]:
+    requests = workloads.requests(name, pass_name, is_brief)
     start, cpu_start = time.perf_counter(), time.process_time()
     answers = engine.generate(requests)
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
-    check_answers(requests, answers, vocab_size)
+    check_answers(requests, answers, workloads.vocab_size)
     return {
         "wall_s": wall_s,
         "cpu_s": cpu_s,
@@ -197,8 +218,8 @@ def _generate(engine: Engine, workloads: Workloads, name: str, pass_name: str, v
     }
 
 
-def _score(engine: Engine, workloads: Workloads, name: str, pass_name: str, vocab_size: int) -> dict[str, Any]:
-    scoring = workloads.scoring(name, pass_name)
+def _score(engine: Engine, workloads: Workloads, name: str, pass_name: str, is_brief: bool = False) -> dict[str, Any]:
+    scoring = workloads.scoring(name, pass_name, is_brief)
     start, cpu_start = time.perf_counter(), time.process_time()
     scores = engine.score(scoring)
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
@@ -211,12 +232,8 @@ def check_answers(requests: list[Request], answers: list[Answer], vocab_size: in
     """RuntimeError unless each answer has the tokens asked for, from the vocabulary, each with a time."""
     if len(answers) != len(requests):
         raise RuntimeError(f"{len(answers)} answers came back for {len(requests)} requests")
-    for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-        if len(answer.token_ids) != request.num_output_tokens:
-            raise RuntimeError(
-                f"request {number}: {len(answer.token_ids)} tokens came back, {request.num_output_tokens} "
-                "were asked for"
-            )
+    check_counts(requests, [len(answer.token_ids) for answer in answers])
+    for number, answer in enumerate(answers):
         if len(answer.token_times_s) != len(answer.token_ids):
             raise RuntimeError(
                 f"request {number}: {len(answer.token_times_s)} times for {len(answer.token_ids)} tokens"
@@ -224,6 +241,15 @@ def check_answers(requests: list[Request], answers: list[Answer], vocab_size: in
         bad = next((token for token in answer.token_ids if not 0 <= token < vocab_size), None)
         if bad is not None:
             raise RuntimeError(f"request {number}: token {bad} is outside 0 to {vocab_size - 1}")
+
+
+def check_counts(requests: list[Request], counts: list[int]) -> None:
+    """RuntimeError unless each request got as many tokens as it asked for."""
+    for number, (request, count) in enumerate(zip(requests, counts, strict=True)):
+        if count != request.num_output_tokens:
+            raise RuntimeError(
+                f"request {number}: {count} tokens came back, {request.num_output_tokens} were asked for"
+            )
 
 
 def reset_peak() -> None:

@@ -122,9 +122,10 @@ class LlamaCpp:
         """The shared tokens once, handed to a sequence per request, then all own tokens."""
         self.api.llama_memory_clear(self.memory, False)
         shared, scores = len(scoring.shared), []
-        self._call([Token(token, p, 0, False) for p, token in enumerate(scoring.shared)])
-        for number in range(1, len(scoring.own) + 1):
-            self.api.llama_memory_seq_cp(self.memory, 0, number, -1, -1)
+        if scoring.shared:
+            self._call([Token(token, p, 0, False) for p, token in enumerate(scoring.shared)])
+            for number in range(1, len(scoring.own) + 1):
+                self.api.llama_memory_seq_cp(self.memory, 0, number, -1, -1)
         rows, wanted = [], []
         for number, (own, target) in enumerate(zip(scoring.own, scoring.targets, strict=True), 1):
             if len(rows) + len(own) > BATCH:

@@ -10,7 +10,7 @@ import itertools
 import shutil
 import time
 
-from protocol import Answer, Job, Request, Scoring, main
+from protocol import Answer, Job, Request, Scoring, check_counts, main
 
 
 class OpenVino:
@@ -38,8 +38,11 @@ class OpenVino:
 
         A prefix is found only by requests that come after it was computed, so the shared tokens go first.
         """
-        self._run([scoring.shared], [1])
-        self._run(scoring.prompts, [1] * len(scoring.prompts), logprobs=1)
+        if scoring.shared:
+            self._run([scoring.shared], [1])
+        requests = [Request(prompt, 1) for prompt in scoring.prompts]
+        answers = self._run(scoring.prompts, [1] * len(requests), logprobs=1)
+        check_counts(requests, [len(answer.token_ids) for answer in answers])
 
     def _open(self, prefixes: bool) -> None:
         if self.has_prefixes == prefixes:

@@ -1,7 +1,7 @@
 """Hugging Face transformers.
 
 Option `mode`: generate (padded batches), generate_batch (continuous batching), hflm (lm-eval's adapter,
-scoring only).
+scoring only). Option `pad_to`: generate's batches are padded to that many tokens instead of the longest prompt.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from protocol import Answer, Job, Request, Scoring, main
+from protocol import Answer, Job, Request, Scoring, check_counts, main
 
 BATCH = 16  # requests per padded batch; larger ones waste more of it on padding
 SCORING_BATCH = 8
@@ -57,7 +57,8 @@ class Padded(Loaded):
 
     def _batch(self, requests: list[Request]) -> list[Answer]:
         torch, steps = self.torch, max(request.num_output_tokens for request in requests)
-        width, pad = max(len(request.prompt) for request in requests), self.model.config.pad_token_id
+        width = max(self.job.options.get("pad_to", 0), *(len(request.prompt) for request in requests))
+        pad = self.model.config.pad_token_id
         ids = torch.full((len(requests), width), pad)
         for row, request in zip(ids, requests, strict=True):
             row[width - len(request.prompt) :] = torch.tensor(request.prompt)
@@ -105,7 +106,8 @@ class Continuous(Loaded):
 
     def score(self, scoring: Scoring) -> None:
         """One new token behind each prompt: the manager reports the logarithm of its own choice only."""
-        self._run([Request(prompt, 1) for prompt in scoring.prompts])
+        requests = [Request(prompt, 1) for prompt in scoring.prompts]
+        check_counts(requests, [len(result.generated_tokens) for result in self._run(requests)])
 
     def _run(self, requests: list[Request]) -> list[Any]:
         from transformers import ContinuousBatchingConfig, GenerationConfig

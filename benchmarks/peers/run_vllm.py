@@ -1,4 +1,8 @@
-"""vLLM's CPU build, compiled and with prefix caching (its defaults), driven as its `LLM.generate` does."""
+"""vLLM's CPU build, compiled and with prefix caching (its defaults), driven as its `LLM.generate` does.
+
+Its documentation asks for Intel's OpenMP and tcmalloc to be loaded before Python; peers/setup.sh puts both into the
+environment's lib folder.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import time
 from pathlib import Path
 
 from protocol import Answer, Job, Request, Scoring, main
+
+PRELOADED = ("libtcmalloc_minimal.so*", "libiomp5.so")
 
 
 def set_environment(job: Job) -> None:
@@ -23,6 +29,13 @@ def set_environment(job: Job) -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def preload() -> None:
+    """Start this script over with the recommended libraries loaded first, those that are there."""
+    found = [str(path) for name in PRELOADED for path in sorted((Path(sys.prefix) / "lib").glob(name))[:1]]
+    if found and "LD_PRELOAD" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "LD_PRELOAD": ":".join(found)})
 
 
 class Vllm:
@@ -50,7 +63,8 @@ class Vllm:
         import torch
         import vllm
 
-        return {"vllm": vllm.__version__, "torch": torch.__version__}
+        loaded = ", ".join(Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":") if path)
+        return {"vllm": vllm.__version__, "torch": torch.__version__, "preloaded": loaded}
 
     def prepare(self, workload: str) -> None:
         pass
@@ -103,4 +117,5 @@ class Vllm:
 
 
 if __name__ == "__main__":
+    preload()
     main(Vllm)
