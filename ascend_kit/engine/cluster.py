@@ -6,6 +6,7 @@ died goes on elsewhere from its last known token. Streaming, stop strings and sc
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -27,6 +28,7 @@ from ascend_kit.model.config import ModelConfig
 
 WAIT_S = 0.1  # a step returns after this time even if nothing happened
 HANG_S = 900.0  # a replica that answers no call for this long is ended; compiling a graph takes minutes
+RESET_S = 30.0  # a replica that is asked for a new memory mark has a few steps to end first
 MAX_START_FAILURES = 2
 MAX_DEATHS_IN_A_ROW = 10  # replicas lost without a single request finished in between
 
@@ -56,7 +58,8 @@ class ClusterDevice(Device):
         return max(0, self.total_memory_bytes * len(self.core.replicas) - self.memory_in_use_bytes())
 
     def reset_peak_memory(self) -> None:
-        """Peaks are kept by the replicas since their start."""
+        """Start new high-water marks in all replicas; those that do not answer keep theirs."""
+        self.core.reset_peak_memory()
 
     def synchronize(self) -> None:
         """Nothing is queued in this process."""
@@ -186,12 +189,23 @@ class ClusterCore:
             "replicas": rows,
         }
 
+    def reset_peak_memory(self) -> None:
+        """Start a new high-water mark of memory in every replica that is ready."""
+        asked = {one.actors[0].reset_peak_memory.remote(): one for one in self.replicas if one.state == READY}
+        if not asked:
+            return
+        answered, _ = self.session.ray.wait(list(asked), num_returns=len(asked), timeout=RESET_S)
+        for call in answered:
+            with contextlib.suppress(Exception):  # a dead replica is noticed by the next step
+                asked[call].report = self.session.ray.get(call)
+
     def replica_rows(self) -> list[dict[str, Any]]:
         """Load and memory of each replica as it last reported, plain values for a table."""
         rows = []
         for one in self.replicas:
             report, ranks = one.report, len(one.facts)
-            counts = report.counts if report else {}
+            counts = Counter(one.lost_counts)
+            counts.update(report.counts if report else {})
             loaded = sum(facts["memory_bytes"] for facts in one.facts)
             known = self.dispatcher.places.get(one.number) if one.state == READY else None
             rows.append(
@@ -200,14 +214,16 @@ class ClusterCore:
                     "state": one.state,
                     "restarts": one.restarts,
                     "cards": ranks,
+                    "card_names": one.card_names(),
                     "hosts": sorted({place.address for place in one.places}),
                     "pids": [p.pid for p in one.places],
                     "in_flight": len(known.jobs) if known else 0,
                     "load": known.load if known else 0.0,
                     "finished": one.num_finished,
-                    "output_tokens": counts.get("output_tokens", 0),
-                    "steps": counts.get("steps", 0),
-                    "kv_blocks_free": counts.get("kv_blocks_free"),
+                    "output_tokens": counts["output_tokens"],
+                    "steps": counts["steps"],
+                    "busy_s": float(counts["busy_s"]),
+                    "kv_blocks_free": report.counts["kv_blocks_free"] if report else None,
                     # Rank 0 reports as it goes; the other ranks hold the same share of the model.
                     "memory_bytes": report.memory_bytes * ranks if report else loaded,
                     "peak_memory_bytes": report.peak_memory_bytes * ranks if report else loaded,

@@ -74,6 +74,14 @@ class Replica:
         """What ends when something happened: the oldest call, and the other ranks, which end only by accident."""
         return [*list(self.calls)[:1], *self.followers] if self.state == READY else []
 
+    def card_names(self) -> list[str]:
+        """The card of each rank, as its machine numbers it; a CPU has none, so there ranks are counted."""
+        kind, first = self.plan.device, self.number * self.plan.tensor_parallel
+        return [
+            f"{place.address} {kind} {first + rank if place.card is None else place.card}"
+            for rank, place in enumerate(self.places)
+        ]
+
     def is_hanging(self, limit_s: float) -> bool:
         return bool(self.calls) and time.perf_counter() - self.heard_s > limit_s
 
@@ -101,7 +109,10 @@ class Replica:
         store = None
         if len(own) > 1:
             store = self._answers([self.actors[0].meeting_point.remote(len(set(own)) == 1)], START_S)[0]
-        roles = [self._role(rank, hosts.count(host), store) for rank, host in enumerate(own)]
+        roles = [
+            self._role(rank, self.session.ranks_on(place.address, hosts.count(place.host)), store)
+            for rank, place in enumerate(self.places)
+        ]
         loads = [actor.load.remote(self.plan, role) for actor, role in zip(self.actors, roles, strict=True)]
         self.facts = self._answers(loads, None)
         self.clock_offset_s = self._clock_offset(own[0])

@@ -67,7 +67,7 @@ class Report(NamedTuple):
     """Answer to a call."""
 
     progress: list[Progress]
-    counts: dict[str, int]  # counters of the engine core
+    counts: dict[str, float]  # counters of the engine core, and busy_s: seconds spent in its steps
     memory_bytes: int
     peak_memory_bytes: int
     graphs: dict[str, Any] | None
@@ -85,6 +85,7 @@ class Worker:
         self._sent: dict[int, int] = {}  # output tokens already reported, by ticket
         self._store: Any = None
         self._meeting_folder: str | None = None
+        self._busy_s = 0.0
 
     # --- start ------------------------------------------------------------------------------------------------
 
@@ -180,10 +181,17 @@ class Worker:
         touched: dict[int, Sequence] = {}
         deadline = time.perf_counter() + CALL_S
         for number in range(MAX_STEPS_PER_CALL):
-            if not self.core.has_unfinished or (number and time.perf_counter() > deadline):
+            start = time.perf_counter()
+            if not self.core.has_unfinished or (number and start > deadline):
                 break
             touched.update((sequence.id, sequence) for sequence in self.core.step(self._stop))
+            self._busy_s += time.perf_counter() - start
         return self._report([self._progress(sequence) for sequence in touched.values()])
+
+    def reset_peak_memory(self) -> Report:
+        """Start a new high-water mark of memory; the state after it. Called on rank 0."""
+        self.core.device.reset_peak_memory()
+        return self._report([])
 
     def close(self) -> None:
         """Let the other ranks go; called on rank 0."""
@@ -229,7 +237,12 @@ class Worker:
 
     def _report(self, progress: list[Progress]) -> Report:
         core, device = self.core, self.core.device
-        counts = {**core.counts, "preemptions": core.scheduler.num_preemptions, "kv_blocks_free": core.blocks.num_free}
+        counts = {
+            **core.counts,
+            "preemptions": core.scheduler.num_preemptions,
+            "kv_blocks_free": core.blocks.num_free,
+            "busy_s": self._busy_s,
+        }
         return Report(
             progress, counts, device.memory_in_use_bytes(), device.peak_memory_bytes(), core.stats()["graphs"]
         )
