@@ -126,6 +126,15 @@ class Experiment(BaseModel):
     sweep_output_len: list[int] = Field([32], min_length=1, description="output lengths, tokens")
     sweep_repeats: int = Field(1, ge=1, description="measurements of each point")
     sweep_requests_per_point: int | None = Field(None, ge=1, description="default 2 x concurrency, at least 4")
+    sweep_cards: list[int] | None = Field(
+        None, min_length=1, description="cards of a point, each number measured; None = cards; fewer share the cards"
+    )
+    sweep_tensor_parallel: list[int] | None = Field(
+        None, min_length=1, description="cards per copy of the model in the sweep; None = tensor_parallel"
+    )
+    sweep_at_once: bool | None = Field(
+        None, description="measure points at the same time where cards are free; None = yes, but not on a CPU"
+    )
     sweep_baseline: bool = Field(True, description="also measure transformers' generate")
     ttft_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TTFT")
     tpot_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TPOT")
@@ -200,10 +209,12 @@ class Experiment(BaseModel):
     def _eval_sets(cls, value: list[str]) -> list[str]:
         return [_one_of(name, {name: name for name in EVAL_SETS}) for name in value]
 
-    @field_validator("sweep_concurrency", "sweep_prompt_len", "sweep_output_len")
+    @field_validator(
+        "sweep_concurrency", "sweep_prompt_len", "sweep_output_len", "sweep_cards", "sweep_tensor_parallel"
+    )
     @classmethod
-    def _positive(cls, value: list[int]) -> list[int]:
-        if any(item < 1 for item in value):
+    def _positive(cls, value: list[int] | None) -> list[int] | None:
+        if any(item < 1 for item in value or ()):
             raise ValueError("every entry must be at least 1")
         return value
 
@@ -214,6 +225,7 @@ class Experiment(BaseModel):
                 f"tensor_parallel={self.tensor_parallel} does not divide cards={self.cards}; "
                 f"allowed: {[n for n in range(1, self.cards + 1) if self.cards % n == 0]}"
             )
+        self._check_layouts()
         if self.max_new_tokens >= self.max_seq_length:
             raise ParameterError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt within "
@@ -237,6 +249,19 @@ class Experiment(BaseModel):
             )
         return self
 
+    def _check_layouts(self) -> None:
+        """Every number of sweep_cards and sweep_tensor_parallel must be used, and no point may need more cards."""
+        cards, sizes = self.sweep_cards or [self.cards], self.sweep_tensor_parallel or [self.tensor_parallel]
+        above = [count for count in cards if count > self.cards]
+        if above:
+            raise ParameterError(f"sweep_cards={cards}: {above[0]} is above cards={self.cards}")
+        alone = [count for count in cards if all(count % size for size in sizes)]
+        if alone:
+            raise ParameterError(f"sweep_cards: {alone[0]} cannot be divided by tensor parallel sizes {sizes}")
+        unused = [size for size in sizes if all(count % size for count in cards)]
+        if unused:
+            raise ParameterError(f"sweep_tensor_parallel: {unused[0]} divides none of the card counts {cards}")
+
     def to_yaml(self) -> str:
         """The resolved parameters as flat YAML that `load_experiment` reads back to an equal Experiment."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -252,6 +277,12 @@ class Experiment(BaseModel):
     @property
     def replicas(self) -> int:
         return self.cards // self.tensor_parallel
+
+    @property
+    def sweep_layouts(self) -> list[tuple[int, int]]:
+        """(cards, tensor_parallel) of the sweep's engines: every pair in which the one divides the other."""
+        cards, sizes = self.sweep_cards or [self.cards], self.sweep_tensor_parallel or [self.tensor_parallel]
+        return list(dict.fromkeys((count, size) for count in cards for size in sizes if count % size == 0))
 
     @property
     def converted_folder(self) -> Path:

@@ -11,6 +11,7 @@ from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
 from ascend_kit.measure import backends, expectation, sweep
 from ascend_kit.measure.backends import EngineBackend, TransformersBackend, VllmBackend, quantize_scheme
 from ascend_kit.measure.expectation import SweepError
+from ascend_kit.measure.measurement import check_complete
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.workload import make_requests
 from ascend_kit.model.config import ModelConfig
@@ -250,9 +251,9 @@ def test_missing_and_failed_requests_are_told_apart():
     bad = RequestRecord(1, 4, 0, 0.0, (), "error", "prompt too long")
 
     with pytest.raises(RuntimeError, match="1 of 2 requests never came back"):
-        sweep.check_complete(requests, [good])
+        check_complete(requests, [good])
     with pytest.raises(RuntimeError, match="1 of 2 requests failed; the first: prompt too long"):
-        sweep.check_complete(requests, [good, bad])
+        check_complete(requests, [good, bad])
 
 
 def test_replicas_read_their_weights_each_and_share_the_load(tmp_path):
@@ -336,7 +337,7 @@ def test_vllm_backend_turns_cumulative_outputs_into_one_time_per_token(tmp_path,
 
     records = backend.run(requests, 2)
 
-    sweep.check_complete(requests, records)
+    check_complete(requests, records)
     assert all(list(r.token_times_s) == sorted(r.token_times_s) for r in records)
     assert backend.variant()["graph_mode"] is False
     assert backend._engine.arguments.max_num_seqs == 4 and backend._engine.arguments.dtype == "float32"
@@ -360,7 +361,7 @@ def test_transformers_baseline_reports_real_times_for_every_token_of_ragged_requ
 
     records = backend.run(requests, concurrency=2)
 
-    sweep.check_complete(requests, records)
+    check_complete(requests, records)
     by_index = {r.index: r for r in records}
     assert by_index[0].arrival_s == by_index[1].arrival_s  # one batch
     assert by_index[2].arrival_s >= by_index[0].token_times_s[-1]  # the next batch waits for the whole one

@@ -50,9 +50,17 @@ def import_ray() -> Any:
 
 
 class RaySession:
-    """A connection to Ray. `close` ends what this object has started, and nothing else."""
+    """A connection to Ray. `close` ends what this object has started, and nothing else.
 
-    def __init__(self, kind: str, cards: int, address: str | None = None, first_card: int = 0):
+    A session made while this process is connected already uses that connection. `cards_in_use` is said by the first
+    one when several engines are to work on it at the same time: how many cards they use together.
+    """
+
+    _cards_in_use = 0  # of the process
+
+    def __init__(
+        self, kind: str, cards: int, address: str | None = None, first_card: int = 0, *, cards_in_use: int = 0
+    ):
         self.ray = import_ray()
         self.kind, self.resource = kind, RESOURCE[kind]
         self.is_local = address is None and not self.ray.is_initialized()
@@ -63,11 +71,15 @@ class RaySession:
         elif self._is_ours:
             self._join(address or "auto")
         self._check_room(cards)
+        if self._is_ours:
+            RaySession._cards_in_use = cards_in_use
 
     def close(self) -> None:
         """Disconnect; a local Ray ends with all its processes and files."""
-        if self._is_ours and self.ray.is_initialized():
-            self.ray.shutdown()
+        if self._is_ours:
+            RaySession._cards_in_use = 0
+            if self.ray.is_initialized():
+                self.ray.shutdown()
         self._is_ours = False
         if self._folder is not None:
             _end_processes(self._folder)
@@ -85,6 +97,10 @@ class RaySession:
             for node in self.ray.nodes()
             if node["Alive"]
         ]
+
+    def ranks_on(self, address: str, own: int) -> int:
+        """Processes with a card at work on a machine, `own` of them of the asking engine: they share its cores."""
+        return max(own, min(dict(self.machines()).get(address, 0), RaySession._cards_in_use))
 
     def create(self, cls: type, count: int) -> tuple[list[Any], Any]:
         """`count` actors of `cls` with a card each, on one machine where one is large enough; and what reserves

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ascend_kit.device.device import Device
     from ascend_kit.params import Experiment
 
+OnDone = Callable[[int], None]
 SWITCHES = ("graph_mode", "operator_fusion", "memory_optimize")
 
 
@@ -33,12 +34,17 @@ class Backend(Protocol):
     device: Device
     max_seq_length: int
     slots: int | None  # requests computed together; None: as many as are in flight
+    cards: int  # as the user counts them, processes on a CPU too
     num_devices: int  # whose ceilings add up; a CPU is one, however many processes share it
     replicas: int  # copies of the weights, each read by its own steps
     launches_per_layer: int | None  # operators a decode step queues per layer; None: those of our fused path
 
-    def run(self, requests: Sequence[Request], concurrency: int) -> list[RequestRecord]:
-        """Serve all requests in a closed loop; one record each, in the order they ended."""
+    def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
+        """Serve all requests in a closed loop; one record each, in the order they ended. `on_done(count)` is called
+        with the number that have ended, while others run."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and, under `replicas`, a row for each, as the engine's `stats` gives them; {} without such."""
 
     def variant(self) -> dict[str, Any]:
         """Switches that tell this backend's configuration from another, as plain values for a row."""
@@ -63,9 +69,10 @@ class EngineBackend:
         self.replicas = experiment.replicas
         self._scheme = quantize_scheme(engine.model_path)
         self.max_seq_length, self.slots = engine.max_seq_length, experiment.batch_size * self.replicas
+        self.cards = experiment.cards
         self.num_devices = 1 if self.device.kind == "cpu" else experiment.cards
 
-    def run(self, requests: Sequence[Request], concurrency: int) -> list[RequestRecord]:
+    def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
         waiting, in_flight = deque(requests), {}
         records: list[RequestRecord] = []
         try:
@@ -76,6 +83,8 @@ class EngineBackend:
                 for output in self.engine.step():
                     request = in_flight.pop(output.index)
                     records.append(_renumber(output, request))
+                if on_done:
+                    on_done(len(records))
                 if in_flight and not self.engine.has_unfinished:
                     raise RuntimeError(
                         f"the engine lost {len(in_flight)} requests: it has none left but did not return them"
@@ -92,6 +101,9 @@ class EngineBackend:
             "quantize": self._scheme,
             **{switch: getattr(experiment, switch) for switch in SWITCHES},
         }
+
+    def stats(self) -> dict[str, Any]:
+        return self.engine.stats()
 
     def weight_bytes(self) -> int:
         return int(self.engine.stats()["weight_bytes"])
@@ -123,7 +135,7 @@ class TransformersBackend:
 
     name = "transformers"
     slots = None
-    num_devices = replicas = 1
+    cards = num_devices = replicas = 1
     launches_per_layer = 55  # counted for eager Qwen3 in transformers 5
 
     def __init__(self, model_path: str | Path, *, device: Device, precision: str = "bf16", max_seq_length: int = 8192):
@@ -145,11 +157,16 @@ class TransformersBackend:
         self._pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else 0
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad_id)
 
-    def run(self, requests: Sequence[Request], concurrency: int) -> list[RequestRecord]:
+    def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
         records: list[RequestRecord] = []
         for start in range(0, len(requests), concurrency):
             records += self._batch(requests[start : start + concurrency])
+            if on_done:
+                on_done(len(records))
         return records
+
+    def stats(self) -> dict[str, Any]:
+        return {}
 
     def variant(self) -> dict[str, Any]:
         return {"precision": self.precision, "quantize": "none", **dict.fromkeys(SWITCHES, False)}
@@ -215,7 +232,8 @@ class VllmBackend:
         self.config, self.device = ModelConfig.from_folder(model_path), device
         self._scheme = quantize_scheme(model_path)
         self.max_seq_length, self.slots = experiment.max_seq_length, experiment.batch_size
-        self.num_devices, self._experiment, self._vllm = experiment.tensor_parallel, experiment, vllm
+        self.cards = self.num_devices = experiment.tensor_parallel
+        self._experiment, self._vllm = experiment, vllm
         dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[experiment.precision]
         settings = dict(
             model=str(model_path),
@@ -229,7 +247,7 @@ class VllmBackend:
         self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**{**settings, **options}))
         self._graph_mode = not options.get("enforce_eager", False)
 
-    def run(self, requests: Sequence[Request], concurrency: int) -> list[RequestRecord]:
+    def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
         waiting, running = deque(requests), {}
         records: list[RequestRecord] = []
         while waiting or running:
@@ -244,7 +262,12 @@ class VllmBackend:
                 if output.finished:
                     del running[output.request_id]
                     records.append(_record(request, arrival, times))
+            if on_done:
+                on_done(len(records))
         return records
+
+    def stats(self) -> dict[str, Any]:
+        return {}
 
     def variant(self) -> dict[str, Any]:
         return {
