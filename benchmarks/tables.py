@@ -15,6 +15,8 @@ INT8 = ("ascend_kit_w8a8", "ascend_kit_w8a16", "openvino_int8", "llamacpp_q8_0")
 OURS_INT8 = INT8[:2]
 OURS_COLOUR, OURS_INT8_COLOUR, OTHERS_COLOUR = "#0072B2", "#56B4E9", "#B0B0B0"
 PANELS_PER_ROW = 3
+CUT = 8  # times of the fastest; longer bars are cut
+UNITS = {"tok/s": "tokens per second", "s": "seconds", "requests/s": "requests per second"}
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,14 @@ def draw(results: dict[str, Any], path: Path, shape: Shape) -> None:
 
 def _panel(axes: Any, summary: dict[str, Any], engines: list[str], name: str, limit: float | None) -> None:
     headline = HEADLINES[name]
-    _bars(axes, summary, engines, name, headline)
-    axes.margins(x=0.2)
+    values = {
+        place: summary[engine][name][headline.column] for place, engine in enumerate(engines) if name in summary[engine]
+    }
+    longest = max(value["max"] for value in values.values())
+    if not headline.higher_is_better:  # one very slow engine must not squeeze the others
+        longest = min(longest, CUT * min(value["median"] for value in values.values()))
+    axes.set_xlim(0, 1.3 * max(longest, limit or 0))
+    _bars(axes, engines, values, longest)
     if limit:
         axes.axvline(limit, linestyle="--", color="#444444", linewidth=1)
         axes.annotate(
@@ -225,26 +233,21 @@ def _panel(axes: Any, summary: dict[str, Any], engines: list[str], name: str, li
         )
     axes.set_title(headline.title, fontsize=11)
     direction = "higher" if headline.higher_is_better else "lower"
-    axes.set_xlabel(f"{headline.unit} ({direction} is better)")
+    axes.set_xlabel(f"{UNITS[headline.unit]} ({direction} is better)")
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter("{x:,.0f}" if longest >= 10 else "{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _bars(axes: Any, summary: dict[str, Any], engines: list[str], workload: str, headline: Headline) -> None:
-    for place, engine in enumerate(engines):
-        value = summary[engine].get(workload, {}).get(headline.column)
-        if value is None:
-            continue
+def _bars(axes: Any, engines: list[str], values: dict[int, dict[str, float]], longest: float) -> None:
+    """Bars with their numbers; one that exceeds `longest` is cut there, and says so."""
+    for place, value in values.items():
+        engine, end = engines[place], min(value["max"], longest)
         colour = OURS_COLOUR if engine == OURS else OURS_INT8_COLOUR if engine in OURS_INT8 else OTHERS_COLOUR
-        axes.barh(place, value["median"], color=colour, height=0.7)
-        axes.plot([value["min"], value["max"]], [place, place], color="#222222", linewidth=1.5)
-        axes.annotate(
-            _number(value["median"]),
-            (value["max"], place),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+        axes.barh(place, min(value["median"], longest), color=colour, height=0.7)
+        axes.plot([min(value["min"], longest), end], [place, place], color="#222222", linewidth=1.5)
+        text = _number(value["median"]) + (" (bar cut)" if value["median"] > longest else "")
+        axes.annotate(text, (end, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=9)
 
 
 def _limits(ceilings: dict[str, dict[str, float] | None], shape: Shape) -> dict[str, float]:

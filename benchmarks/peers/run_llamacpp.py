@@ -1,7 +1,8 @@
 """llama.cpp through llama-cpp-python's plain bindings, batched as its server does: decoding slots first, then
 prompts.
 
-Option `weights`: bf16 or q8_0, written once as GGUF from the Hugging Face checkpoint.
+Option `weights`: bf16 or q8_0, written once as GGUF from the Hugging Face checkpoint. Option `context`: fields of the
+context's parameters, to try other settings.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ class LlamaCpp:
         settings.n_ctx = max(job.max_seq_length, job.kv_cache_bytes // job.kv_bytes_per_token // 256 * 256)
         settings.n_batch, settings.n_seq_max, settings.kv_unified = BATCH, self.sequences, True
         settings.n_threads = settings.n_threads_batch = job.threads
+        for name, value in job.options.get("context", {}).items():
+            setattr(settings, name, value)
         return settings
 
     def versions(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """OpenVINO GenAI's continuous batching on a CPU.
 
-Option `weights`: bf16 or int8, exported once with optimum-intel.
+Option `weights`: bf16 or int8, exported once with optimum-intel. Options `scheduler` and `properties` override what
+is set here, to try other settings.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class OpenVino:
         scheduler.max_num_seqs, scheduler.max_num_batched_tokens = self.job.slots, 2048
         scheduler.cache_size = max(1, self.job.kv_cache_bytes >> 30)
         scheduler.enable_prefix_caching, scheduler.dynamic_split_fuse = prefixes, True
+        for name, value in self.job.options.get("scheduler", {}).items():
+            setattr(scheduler, name, value)
         properties = {"INFERENCE_NUM_THREADS": self.job.threads, "INFERENCE_PRECISION_HINT": "bf16"}
+        properties |= self.job.options.get("properties", {})
         self.pipeline = genai.ContinuousBatchingPipeline(str(self.job.derived), scheduler, "CPU", properties)
         self.has_prefixes = prefixes
 

@@ -116,7 +116,7 @@ class Continuous(Loaded):
         config = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=max(8, job.kv_cache_bytes // (PAGE * job.kv_bytes_per_token)),
-            max_batch_tokens=512,
+            max_batch_tokens=job.options.get("max_batch_tokens", 512),
             max_requests_per_batch=job.slots,
         )
         generation = GenerationConfig(

@@ -1,7 +1,7 @@
 """vLLM's CPU build, compiled and with prefix caching (its defaults), driven as its `LLM.generate` does.
 
 Its documentation asks for Intel's OpenMP and tcmalloc to be loaded before Python; peers/setup.sh puts both into the
-environment's lib folder.
+environment's lib folder. Options: arguments of `LLM`.
 """
 
 from __future__ import annotations
@@ -45,18 +45,17 @@ class Vllm:
         set_environment(job)
         from vllm import LLM
 
-        self.llm = LLM(
-            model=job.model,
-            dtype="bfloat16",
-            max_model_len=job.max_seq_length,
-            max_num_seqs=job.slots,
-            max_num_batched_tokens=2048,
-            enable_prefix_caching=True,
-            skip_tokenizer_init=True,
-            seed=0,
-            disable_log_stats=True,
-            **job.options,
-        )
+        settings = {
+            "dtype": "bfloat16",
+            "max_model_len": job.max_seq_length,
+            "max_num_seqs": job.slots,
+            "max_num_batched_tokens": 2048,
+            "enable_prefix_caching": True,
+            "skip_tokenizer_init": True,
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        self.llm = LLM(model=job.model, **(settings | job.options))
         self.names = (str(number) for number in itertools.count())
 
     def versions(self) -> dict[str, str]:
