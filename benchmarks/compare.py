@@ -207,9 +207,11 @@ def estimate_text(arguments: argparse.Namespace) -> str:
     rounds = [[n for n in names if takes_part(n, number, arguments)] for number in range(arguments.rounds)]
     total = sum(estimate(due, arguments)[0] for due in rounds) / 60
     fast = estimate([name for name in names if not CONTESTANTS[name].is_slow], arguments)[0] / 60
+    _, unknown = estimate(names, arguments)
     lines.append(
         f"A round of all engines takes about {estimate(names, arguments)[0] / 60:.0f} minutes, one without the slow "
         f"ones {fast:.0f}; {arguments.rounds} rounds, slow engines in {arguments.slow_rounds}: {total:.0f} minutes."
+        + (" Not counting the unknown." if unknown else "")
     )
     return "Turns, by the last ones seen:\n" + "\n".join(lines)
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from ascend_kit.device.device import PEAKS
 from ascend_kit.measure import costs
+from ascend_kit.measure.outlook import MODELS
 from ascend_kit.measure.planner import Card, Deployment
 from ascend_kit.model.config import ModelConfig
 
-QWEN3_8B = ModelConfig("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True)
-QWEN25_7B = ModelConfig("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, attention_bias=True)
+QWEN3_8B, QWEN25_7B = MODELS["Qwen3-8B"], MODELS["Qwen2.5-7B"]
 MAX_IN_FLIGHT = 256  # the usual default of serving engines; published pages do not state it
 
 

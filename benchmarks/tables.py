@@ -47,7 +47,7 @@ def markdown(results: dict[str, Any]) -> str:
         *_ratio_tables(results),
         _goal_lines(results),
     ]
-    if results["agreement"]:
+    if any(results["agreement"].values()):
         parts.append(_agreement_lines(results))
     left_out = [f"- {name}: {why}" for name, why in results["absent"].items()]
     if left_out:

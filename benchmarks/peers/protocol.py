@@ -111,18 +111,18 @@ class Workloads:
         self.values = json.loads(Path(path).read_text())
         self.vocab_size = vocab_size
 
-    def requests(self, name: str, pass_name: str, brief: bool = False) -> list[Request]:
-        """The requests of W1, W2, W3 or W5 in one pass; `brief`: few and short ones."""
+    def requests(self, name: str, pass_name: str, longest: int | None = None) -> list[Request]:
+        """The requests of W1, W2, W3 or W5 in one pass; with `longest` only four of at most so many tokens."""
         sizes, rng = self.values[name], self._rng(name, pass_name)
         pairs = list(zip(sizes["prompt_lens"], sizes["output_lens"], strict=True))
-        if brief:
-            pairs = [(min(prompt, 2304), min(output, 4)) for prompt, output in pairs[:4]]
+        if longest:
+            pairs = [(min(prompt, longest), min(output, 4)) for prompt, output in pairs[:4]]
         return [Request(self._tokens(rng, prompt), output) for prompt, output in pairs]
 
-    def scoring(self, name: str, pass_name: str, brief: bool = False) -> Scoring:
-        """What W4 or W4U asks in one pass; in W4U nothing is shared. `brief`: for few requests."""
+    def scoring(self, name: str, pass_name: str, longest: int | None = None) -> Scoring:
+        """What W4 or W4U asks in one pass; in W4U nothing is shared. With `longest` only four requests."""
         sizes, rng = self.values[name], self._rng(name, pass_name)
-        shared, count = self._tokens(rng, sizes["shared_len"]), 4 if brief else sizes["num_requests"]
+        shared, count = self._tokens(rng, sizes["shared_len"]), 4 if longest else sizes["num_requests"]
         return Scoring(shared, [self._tokens(rng, sizes["own_len"]) for _ in range(count)], self._tokens(rng, count))
 
     def _rng(self, name: str, pass_name: str) -> random.Random:
@@ -190,8 +190,8 @@ def _measure(job: Job, engine: Engine, workloads: Workloads, name: str) -> dict[
     """
     one_pass = _generate if name in GENERATING else _score
     if job.warmup:
-        is_brief = job.brief_warmup or name == "W5"
-        one_pass(engine, workloads, name, f"{job.round}/warmup", is_brief)
+        longest = 256 if job.brief_warmup else 2304 if name == "W5" else None
+        one_pass(engine, workloads, name, f"{job.round}/warmup", longest)
     reset_peak()
     samples = []
     for repeat in range(job.repeats):
@@ -201,9 +201,9 @@ def _measure(job: Job, engine: Engine, workloads: Workloads, name: str) -> dict[
 
 
 def _generate(
-    engine: Engine, workloads: Workloads, name: str, pass_name: str, is_brief: bool = False
+    engine: Engine, workloads: Workloads, name: str, pass_name: str, longest: int | None = None
 ) -> dict[str, Any]:
-    requests = workloads.requests(name, pass_name, is_brief)
+    requests = workloads.requests(name, pass_name, longest)
     start, cpu_start = time.perf_counter(), time.process_time()
     answers = engine.generate(requests)
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
@@ -218,8 +218,10 @@ def _generate(
     }
 
 
-def _score(engine: Engine, workloads: Workloads, name: str, pass_name: str, is_brief: bool = False) -> dict[str, Any]:
-    scoring = workloads.scoring(name, pass_name, is_brief)
+def _score(
+    engine: Engine, workloads: Workloads, name: str, pass_name: str, longest: int | None = None
+) -> dict[str, Any]:
+    scoring = workloads.scoring(name, pass_name, longest)
     start, cpu_start = time.perf_counter(), time.process_time()
     scores = engine.score(scoring)
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
