@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
 
-from ascend_kit import AscendInferEngine, RunFolder, run_sweep  # noqa: E402
-from ascend_kit.engine.ray_session import RaySession  # noqa: E402
-from ascend_kit.measure import layouts  # noqa: E402
-from ascend_kit.measure.sweep import load_rows  # noqa: E402
-from ascend_kit.params import ParameterError, build_experiment  # noqa: E402
+from ascend_kit import AscendInferEngine, RunFolder, run_sweep
+from ascend_kit.engine.ray_session import RaySession
+from ascend_kit.measure import layouts
+from ascend_kit.measure.sweep import load_rows
+from ascend_kit.params import ParameterError, build_experiment
 
 CEILINGS = {"device": "stand-in", "fp32_flops_per_s": 1e9, "int8_ops_per_s": None, "read_bytes_per_s": 1e9,
             "launch_s": 1e-7}  # fmt: skip
@@ -121,3 +121,30 @@ def test_rows_come_back_in_the_order_of_the_points(tmp_path):
         rows = load_rows(folder)
 
     assert list(zip(rows["backend"], rows["cell"], strict=True)) == [("b", 0), ("b", 1), ("a", 0)]
+
+
+def test_findings_name_the_best_point_of_each_layout_and_what_shared_the_host():
+    import pandas
+
+    from ascend_kit.show.findings import sweep_findings
+
+    row = {"status": "ok", "backend": "ascend_kit", "prompt_len": 8, "output_len": 4, "ttft_p50_ms": 1.0}
+    row |= {"tpot_p50_ms": 1.0, "concurrency": 2, "device_kind": "npu", "error": None}
+    rows = [
+        {**row, "cards": 1, "tensor_parallel": 1, "output_tokens_per_s": 10.0, "ran_with": [1]},
+        {**row, "cards": 2, "tensor_parallel": 2, "output_tokens_per_s": 15.0, "ran_with": [0]},
+        {**row, "cards": 1, "tensor_parallel": 1, "output_tokens_per_s": 5.0, "ran_with": [],
+         "backend": "transformers"},
+    ]  # fmt: skip
+
+    lines = sweep_findings(pandas.DataFrame(rows))
+
+    assert [line.split(":")[0] for line in lines[:2]] == [
+        "ascend_kit, 1 card",
+        "ascend_kit, 2 cards, tensor parallel 2",
+    ]
+    assert any(line.startswith("ascend_kit, 2 cards, tensor parallel 2 writes 3.0 to 3.0 times") for line in lines)
+    (shared,) = [line for line in lines if "ran_with" in line]
+    assert shared.startswith("2 of 3 points were measured while others ran") and "sweep_at_once: false" in shared
+    on_cpu = sweep_findings(pandas.DataFrame([{**one, "device_kind": "cpu"} for one in rows]))
+    assert any("shared the processor's cores" in line for line in on_cpu)

@@ -9,7 +9,9 @@ import numpy as np
 import pandas
 import pytest
 
+from ascend_kit.measure.outlook import server_plans
 from ascend_kit.show import plots
+from ascend_kit.show.plan_plots import layouts_by_load
 
 
 def sweep_rows(lengths=((64, 32),), repeats=2, variants=({},), concurrency=(1, 4, 16)):
@@ -165,6 +167,7 @@ EXAMPLES = {
     "sensitivity_plain": lambda: plots.sensitivity(sensitivity_table()),
     "mixes": lambda: plots.mixes(mix_table(), "w8a8, 7 of 72 units float", max_kl=2e-3),
     "planner": lambda: plots.planner(plan_table()),
+    "layouts_by_load": lambda: layouts_by_load(server_plans()),
 }
 
 
@@ -288,6 +291,34 @@ def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():
     bars = [patch for patch in left.patches if patch.get_height() > 0]
     assert len(bars) == 9  # ten splits, tensor parallel 8 does not divide
     assert sum(patch.get_hatch() is not None for patch in bars) == 4
+
+
+def test_loads_have_a_line_per_split_that_divides_the_model():
+    figure = layouts_by_load(server_plans())
+
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [f"{model} on {cards} cards" for cards in (4, 8) for model in ("Qwen2.5-7B", "Qwen3-8B")]
+    drawn = [sum(len(line.get_xdata()) > 0 for line in axes.lines) for axes in figure.axes]
+    assert drawn == [3, 3, 3, 4]  # tensor parallel 8 does not divide the 28 heads of Qwen2.5-7B
+
+
+def test_layouts_are_told_apart_and_memory_counts_the_weights_of_every_replica():
+    rows = pandas.DataFrame(
+        [
+            {"backend": "ascend_kit", "cards": cards, "tensor_parallel": size, "concurrency": c, "prompt_len": 8,
+             "output_len": 4, "peak_memory_bytes": 8 * 2**30, "weight_bytes": 2**30, "status": "ok"}
+            for cards, size in ((1, 1), (4, 1), (4, 4))
+            for c in (1, 4)
+        ]
+    )  # fmt: skip
+
+    assert list(dict.fromkeys(plots.config_labels(rows))) == [
+        "ascend_kit, 1 card",
+        "ascend_kit, 4 cards",
+        "ascend_kit, 4 cards, tensor parallel 4",
+    ]
+    dashed = [line for line in plots.memory(rows).axes[0].lines if line.get_linestyle() == "--"]
+    assert sorted(float(max(line.get_ydata())) for line in dashed)[-1] == 4
 
 
 def test_plotting_leaves_no_global_state():

@@ -39,6 +39,55 @@ def test_browser_progress_moves_a_bar_and_turns_red_on_failure():
     assert "<b>text</b>" in progress._bar._text.value
 
 
+class TwoReplicas:
+    """An engine whose replicas have done more at every look."""
+
+    core, looks = object(), 0
+
+    def stats(self):
+        self.looks += 1
+        row = {"state": "ready", "restarts": 0, "in_flight": 3, "finished": 5 * self.looks, "busy_s": 1.0 * self.looks}
+        rows = [
+            {**row, "replica": n, "card_names": [f"10.0.0.1 npu {n}"], "output_tokens": 100 * self.looks,
+             "peak_memory_bytes": 2**30}
+            for n in range(2)
+        ]  # fmt: skip
+        rows[1].update(state="starting", restarts=1)
+        return {"replicas": rows}
+
+
+def test_headless_progress_tells_of_all_replicas_in_one_line(capsys):
+    progress = Progress("work", TwoReplicas(), browser=False)
+
+    progress(10, 10, "point 10")
+
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "  replicas  0: 5 done, 0 tokens/s; 1: starting, 1 restarts, 5 done, 0 tokens/s"
+    )
+
+
+def test_browser_progress_has_a_bar_per_replica(monkeypatch):
+    monkeypatch.setattr("ascend_kit.show.progress.DRAW_EVERY_S", 0.0)
+    progress = Progress("work", TwoReplicas(), browser=True)
+
+    for done in range(3):
+        progress(done, 10, "point")
+    (first, text), (second, other) = progress._replicas._bars
+
+    assert first.value == 1.0 and first.bar_style == "" and second.bar_style == "danger"
+    assert text.value.startswith("10.0.0.1 npu 0: 3 in flight, 15 done, ") and text.value.endswith("1.0 GiB at most")
+    assert other.value.startswith("10.0.0.1 npu 1: starting, 1 restarts, ")
+
+
+def test_one_card_and_a_closed_engine_show_no_replicas(capsys):
+    engine = TwoReplicas()
+    engine.core = None
+
+    Progress("work", engine, browser=False)(1, 1)
+
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_a_kernel_without_a_session_name_is_headless(monkeypatch):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
 

@@ -1,9 +1,9 @@
 """Run lm-eval's tasks on the engine and keep every answer: one task at a time, rows as they finish.
 
-Tables of the run folder: `scores` (a row per task or group and metric) and `documents` (a row per document,
-with the log-probability of each choice); `evaluation.json` holds cautions and published figures. A task that
-was finished under the same conditions is not repeated; one that fails becomes a failed row and the others go
-on.
+Tables of the run folder: `scores` (a row per task or group and metric), `documents` (a row per document, with the
+log-probability of each choice) and `evaluation_cards` (a row per task and card); `evaluation.json` holds cautions and
+published figures. A task that was finished under the same conditions is not repeated; one that fails becomes a failed
+row and the others go on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from ascend_kit.evaluate import judge, scores
 from ascend_kit.evaluate.datasets import LocalTask, find_tasks, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluate.perplexity import PAPER_CONTEXT_LEN, token_perplexity
 from ascend_kit.evaluate.scores import EvaluationResult, load_evaluation
+from ascend_kit.measure.load import LoadMeter
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
 
 Progress = Callable[[int, int, str], None]  # documents done, documents in all, task
-TABLES = ("scores", "documents", "evaluation")
+CARDS = "evaluation_cards"
+TABLES = ("scores", "documents", CARDS, "evaluation")
 FEWSHOT_SEED = 1234  # lm-eval's default; the sets here take the first shots anyway
 SCORE_KEY = ("task", "metric", "conditions")
 
@@ -108,7 +110,7 @@ class _Session:
             "num_fewshot": task.num_fewshot,
             "conditions": self.conditions(task),
         }
-        start = time.perf_counter()
+        start, load = time.perf_counter(), LoadMeter(self.engine)
         try:
             score_rows, document_rows = self._run(lm, task, manager)
         except Exception as error:  # any failure of a task is a result; the next task may work
@@ -127,6 +129,7 @@ class _Session:
             return
         wall_s = time.perf_counter() - start
         facts = {"task": task.task, "set": task.set_name}
+        self.folder.append_all(CARDS, [{**facts, **row} for row in load.rows()])
         self.folder.append_all("documents", [{**facts, **row} for row in document_rows])
         self.folder.append_all("scores", [{**head, **row, "wall_s": wall_s} for row in score_rows])
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas
 
 POINT = ["concurrency", "prompt_len", "output_len"]
+LAYOUT = ["cards", "tensor_parallel"]
 SHORTEST_ANSWERS = 0.9  # MLPerf: at least 90 % of the reference's generated tokens
 ENGINE_BACKEND = "ascend_kit"
 RATE = "output_tokens_per_s"
@@ -44,7 +45,8 @@ def accuracy_throughput(
     `point` is (concurrency, prompt_len, output_len), by default the heaviest common one. Accuracy carries a
     95 % Wilson interval. Throughput carries the range of its repeats or, for a single one, a 95 % interval
     over ten windows of that run; `rate_interval` says which. A run without evaluation or sweep has empty
-    cells.
+    cells. A run that measured several layouts of cards shows its own (`cards`, `tensor_parallel`) or, where the sweep
+    left that out, its fastest.
     """
     import pandas
 
@@ -67,6 +69,7 @@ def accuracy_throughput(
                 "tensor_parallel",
             )
         }
+        shown |= _layout_of(rates[name])
         rows.append({"run": name, **accuracy.get(name, {}), **_rate_at(folder, rates[name], point), **shown})
     empty = dict.fromkeys(("accuracy_percent", "accuracy_low_percent", "accuracy_high_percent", "n", RATE))
     return pandas.DataFrame([{**empty, **row} for row in rows])
@@ -100,7 +103,20 @@ def _engine_rows(folder: RunFolder) -> pandas.DataFrame:
     rows = folder.load("rows")
     if rows.empty:
         return rows
-    return rows[(rows["status"] == "ok") & (rows["backend"] == ENGINE_BACKEND)]
+    rows = rows[(rows["status"] == "ok") & (rows["backend"] == ENGINE_BACKEND)]
+    if rows.empty or not set(LAYOUT) <= set(rows):
+        return rows
+    values = measured_parameters(folder)
+    own = rows[(rows[LAYOUT] == [values[name] for name in LAYOUT]).all(axis=1)]
+    fastest = rows.loc[rows[RATE].idxmax(), LAYOUT]
+    return own if len(own) else rows[(rows[LAYOUT] == fastest).all(axis=1)]
+
+
+def _layout_of(rows: pandas.DataFrame) -> dict[str, int]:
+    """The layout of rows that share one; nothing where it is not known."""
+    if rows.empty or not set(LAYOUT) <= set(rows):
+        return {}
+    return {name: int(rows.iloc[0][name]) for name in LAYOUT}
 
 
 def _heaviest_common_point(tables: list[pandas.DataFrame]) -> tuple[int, int, int] | None:

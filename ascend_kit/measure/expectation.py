@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.measure import costs, metrics
-from ascend_kit.measure.backends import Backend, as_backend
+from ascend_kit.measure.backends import Backend, EngineBackend
 from ascend_kit.measure.ceilings import measure_ceilings
 from ascend_kit.measure.costs import Limit
 from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.packing import layout_experiments
 from ascend_kit.measure.planner import Card, Deployment
 
 if TYPE_CHECKING:
     import pandas
 
     from ascend_kit.device.device import Device
+    from ascend_kit.engine.engine import AscendInferEngine
     from ascend_kit.params import Experiment
     from ascend_kit.results import RunFolder
 
@@ -65,17 +67,20 @@ def check_points(points: Sequence[Point], max_seq_length: int) -> None:
         )
 
 
-def expectations(engine: Any, experiment: Experiment, folder: RunFolder) -> pandas.DataFrame:
-    """One row per point without its repeats: floors and ceiling from measured ceilings, times in ms.
+def expectations(engine: AscendInferEngine, experiment: Experiment, folder: RunFolder) -> pandas.DataFrame:
+    """One row per layout and point without its repeats: floors and ceiling from measured ceilings, times in ms.
 
-    `engine` is a loaded engine or a `Backend`. Ceilings are measured once (2-4 s) and kept in the folder.
+    `engine` is a loaded engine. Ceilings are measured once (2-4 s) and kept in the folder.
     """
     import pandas
 
-    backend = as_backend(engine, experiment)
-    known = PointCosts(backend, load_ceilings(backend, folder))
+    ceilings = load_ceilings(EngineBackend(engine, experiment), folder)
     points = [point for point in sweep_points(experiment) if point.repeat == 0]
-    return pandas.DataFrame([{**asdict(point), **known.ceilings(point)} for point in points])
+    rows = []
+    for layout, plan in layout_experiments(experiment).items():
+        known = PointCosts(EngineBackend(engine, plan), ceilings)
+        rows += [{**layout._asdict(), **asdict(point), **known.ceilings(point)} for point in points]
+    return pandas.DataFrame(rows)
 
 
 class PointCosts:

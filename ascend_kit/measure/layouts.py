@@ -18,7 +18,7 @@ from ascend_kit.measure.backends import EngineBackend
 from ascend_kit.measure.cells import Cell, CellRunner
 from ascend_kit.measure.expectation import sweep_points
 from ascend_kit.measure.measurement import KEY, Measurement, Progress
-from ascend_kit.measure.packing import Layout
+from ascend_kit.measure.packing import Layout, layout_experiments
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment
@@ -38,12 +38,11 @@ def measure_layouts(
     Points go in the order of the sweep, layouts with most cards first. ValueError, before anything is closed, for a
     layout that the model cannot be split into.
     """
-    layouts = [Layout(*pair) for pair in experiment.sweep_layouts]
-    plans = {layout: _experiment_of(layout, experiment) for layout in layouts}
+    plans = layout_experiments(experiment)
     for plan in plans.values():
         AscendInferEngine.from_experiment(plan, engine.model_path)  # checks that the model can be divided so
     known = {one: Measurement(EngineBackend(engine, plan), plan, folder, ceilings) for one, plan in plans.items()}
-    pairs = [(layout, point) for layout in layouts for point in sweep_points(experiment)]
+    pairs = [(layout, point) for layout in plans for point in sweep_points(experiment)]
     cells = [Cell(number, layout, point) for number, (layout, point) in enumerate(pairs)]
     done = folder.done_keys("rows", KEY)
     waiting = [cell for cell in cells if known[cell.layout].key(cell.point) not in done]
@@ -67,17 +66,6 @@ def measure_layouts(
         ).run()
     finally:
         session.close()
-
-
-def _experiment_of(layout: Layout, experiment: Experiment) -> Experiment:
-    """The experiment as if it were about this layout alone, on the Ray that this process is connected to."""
-    return experiment.with_changes(
-        cards=layout.cards,
-        tensor_parallel=layout.tensor_parallel,
-        sweep_cards=None,
-        sweep_tensor_parallel=None,
-        ray_address=experiment.ray_address or "auto",
-    )
 
 
 class _EngineBench:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
 
 COUNTERS = ("requests", "output_tokens", "restarts", "busy_s")
 
@@ -48,6 +51,30 @@ class LoadMeter:
         """One row per card: what was counted since the start, `wall_s` since then, and `busy_share` of it (0..1)."""
         wall_s = time.perf_counter() - self._start
         return [_since(old, now, wall_s) for old, now in zip(self._before, cards_of(self._engine), strict=True)]
+
+
+def total_load(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """One row per card over all stretches: sums, the share of the whole time that was busy, the highest peak, GiB."""
+    import pandas
+
+    if rows.empty:
+        return rows
+    totals = []
+    for card, part in rows.groupby("card", sort=False):
+        wall_s, busy = part["wall_s"].sum(), part["busy_share"]
+        totals.append(
+            {
+                "card": card,
+                "replica": ", ".join(map(str, sorted(set(part["replica"])))),
+                "requests": part["requests"].sum(min_count=1),
+                "output_tokens": part["output_tokens"].sum(),
+                "measured_s": wall_s,
+                "busy_share": None if busy.isna().all() else (busy * part["wall_s"]).sum() / wall_s,
+                "peak_memory_gib": part["peak_memory_bytes"].max() / 2**30,
+                "restarts": part["restarts"].sum(),
+            }
+        )
+    return pandas.DataFrame(totals)
 
 
 def _since(old: dict[str, Any], now: dict[str, Any], wall_s: float) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Measurement:
         return {
             "backend": backend.name,
             "device": backend.device.name,
+            "device_kind": backend.device.kind,
             "model": experiment.model_name,
             **self.variant,
             "cards": backend.cards,

@@ -9,7 +9,10 @@ more than all cards together are in use).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ascend_kit.params import Experiment
 
 
 class Layout(NamedTuple):
@@ -47,3 +50,17 @@ def next_layout(waiting: Iterable[Layout], room: Room) -> Layout | None:
     """The waiting layout with most cards that fits, equals in input order; None when nothing fits."""
     fitting = [layout for layout in waiting if fits(layout, room)]
     return max(fitting, key=lambda layout: layout.cards, default=None)  # max keeps the first of equals
+
+
+def layout_experiments(experiment: Experiment) -> dict[Layout, Experiment]:
+    """For each of `sweep_layouts` the experiment as if it were about that layout alone, on a Ray that is there."""
+    return {
+        Layout(*pair): experiment.with_changes(
+            cards=pair[0],
+            tensor_parallel=pair[1],
+            sweep_cards=None,
+            sweep_tensor_parallel=None,
+            ray_address=experiment.ray_address or "auto",
+        )
+        for pair in experiment.sweep_layouts
+    }

@@ -18,7 +18,16 @@ FONT = 11
 # Okabe and Ito's palette, safe for most colour-blind readers; engines to compare with have fixed colours.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#B15928")
 BASELINES = {"transformers": "#7F7F7F", "vllm": "#111111"}
-SWITCHES = ("run", "precision", "quantize", "graph_mode", "operator_fusion", "memory_optimize", "num_devices")
+SWITCHES = (
+    "run",
+    "precision",
+    "quantize",
+    "graph_mode",
+    "operator_fusion",
+    "memory_optimize",
+    "cards",
+    "tensor_parallel",
+)
 LENGTHS = ["prompt_len", "output_len"]
 
 
@@ -44,8 +53,10 @@ def config_colours(labels: Iterable[str]) -> dict[str, str]:
 def _switch_text(switch: str, value: Any) -> str:
     if switch in ("run", "precision", "quantize"):
         return "" if value == "none" else f", {value}"
-    if switch == "num_devices":
-        return f", {value} cards"
+    if switch == "cards":
+        return f", {value} card{'' if value == 1 else 's'}"
+    if switch == "tensor_parallel":
+        return "" if value == 1 else f", tensor parallel {value}"
     return f", {switch}" if value else f", no {switch}"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.results import RunFolder
+from ascend_kit.show.drawing import config_labels
 
 if TYPE_CHECKING:
     import pandas
@@ -59,14 +60,16 @@ def conversion_findings(manifest: dict[str, Any], result: ConversionResult) -> l
 
 
 def sweep_findings(rows: pandas.DataFrame) -> list[str]:
-    """Best point of each engine, distance from the ceiling, gain over the baseline, and what failed."""
+    """Best point of each engine and layout, distance from the ceiling, gain over the baseline, points measured while
+    others ran, and what failed."""
     from ascend_kit.measure.sweep import failed_points
 
     if rows.empty:
         return ["Nothing was measured."]
     done = rows[rows["status"] == "ok"]
-    lines = [_best_point(name, group) for name, group in done.groupby("backend")]
-    lines += _gain(done)
+    done = done.assign(engine=config_labels(done))
+    lines = [_best_point(name, group) for name, group in done.groupby("engine", sort=False)]
+    lines += _gain(done) + _shared(done)
     if "prefix_hit_rate" in done and (done["prefix_hit_rate"].fillna(0) > HIT_RATE_WORTH_A_WORD).any():
         lines.append(f"Prefix cache hits up to {done['prefix_hit_rate'].max():.0%} of a prompt: those points "
                      "are faster than distinct prompts would be.")  # fmt: skip
@@ -92,7 +95,7 @@ def _best_point(name: str, group: pandas.DataFrame) -> str:
 def _gain(done: pandas.DataFrame) -> list[str]:
     """Our throughput over the baseline's at equal points, worst and best."""
     point = ["concurrency", "prompt_len", "output_len"]
-    table = done.pivot_table(index=point, columns="backend", values="output_tokens_per_s", aggfunc="median")
+    table = done.pivot_table(index=point, columns="engine", values="output_tokens_per_s", aggfunc="median")
     if "transformers" not in table or len(table.columns) < 2:
         return []
     ratios = table.drop(columns="transformers").div(table["transformers"], axis=0)
@@ -103,6 +106,22 @@ def _gain(done: pandas.DataFrame) -> list[str]:
             times = f"{values.min():.1f} to {values.max():.1f} times"
             lines.append(f"{name} writes {times} as many tokens/s as transformers' generate ({len(values)} points).")
     return lines
+
+
+def _shared(done: pandas.DataFrame) -> list[str]:
+    """A caution where points were measured while others ran on the same machine."""
+    if "ran_with" not in done:
+        return []
+    shared = done[done["ran_with"].str.len() > 0]
+    if shared.empty:
+        return []
+    text = (
+        "they shared the processor's cores, so their rates are too low and do not compare"
+        if (shared["device_kind"] == "cpu").any()
+        else "each on cards of its own, but the host's processor and memory were shared; for small differences measure "
+        "again with sweep_at_once: false"
+    )
+    return [f"{len(shared)} of {len(done)} points were measured while others ran (column ran_with): {text}."]
 
 
 def batch_findings(answers: pandas.DataFrame) -> list[str]:

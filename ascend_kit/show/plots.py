@@ -97,11 +97,12 @@ def tradeoff(rows: pandas.DataFrame) -> Figure:
 
 
 def memory(rows: pandas.DataFrame) -> Figure:
-    """Peak memory against concurrency in GiB; the weights alone are the dashed line."""
+    """Peak memory of all cards against concurrency in GiB; the weights alone, of every replica, are the dashed line."""
     rows = finished_rows(rows)
     if rows.empty:
         return nothing("no finished point to draw")
-    rows = rows.assign(peak_gib=rows["peak_memory_bytes"] / GIB, weights_gib=rows["weight_bytes"] / GIB)
+    copies = rows["cards"] / rows["tensor_parallel"] if "cards" in rows else 1
+    rows = rows.assign(peak_gib=rows["peak_memory_bytes"] / GIB, weights_gib=rows["weight_bytes"] * copies / GIB)
     figure, panels = make_panels(rows)
     for axes, part in panels:
         series(axes, part, "peak_gib")

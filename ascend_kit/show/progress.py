@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 # The Jupyter server names the session in the kernel's environment; headless executors do not.
 BROWSER_VARIABLE = "JPY_SESSION_NAME"
 LINE_EVERY_S = 5.0
 LINE_EVERY_SHARE = 0.1
+DRAW_EVERY_S = 0.5
+REPLICAS_IN_LINE = 8
 
 
 def in_browser() -> bool:
@@ -28,11 +31,13 @@ def in_browser() -> bool:
 class Progress:
     """A callback `(done, total, text)`, for every `on_progress` of this package; also a context manager.
 
-    A call that returns to the start (another sweep with the same bar) starts a new count.
+    A call that returns to the start (another sweep with the same bar) starts a new count. With an `engine` on several
+    cards its replicas are shown as well: a bar for each in the browser, a few words for each in a line headless.
     """
 
-    def __init__(self, label: str, *, browser: bool | None = None) -> None:
+    def __init__(self, label: str, engine: Any = None, *, browser: bool | None = None) -> None:
         self.label = label
+        self._engine, self._replicas = engine, _Replicas()
         self._browser = in_browser() if browser is None else browser
         self._bar: _Bar | None = None  # made by the first call: work that was done before shows no bar
         self._start = self._last_line_s = time.monotonic()
@@ -49,9 +54,11 @@ class Progress:
         if self._browser:
             self._bar = self._bar or _Bar(self.label)
             self._bar.update(share, f"{line}  {text}")
+            self._replicas.draw(_replica_rows(self._engine))
         elif self._is_due(share):
             self._last_share, self._last_line_s = share, time.monotonic()
             print(f"{self.label}: {line}{'  ' + text if text else ''}", flush=True)
+            print(self._replicas.line(_replica_rows(self._engine)), end="", flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -66,6 +73,75 @@ class Progress:
             return self._last_share < 1.0
         waited = time.monotonic() - self._last_line_s
         return waited >= LINE_EVERY_S or (share - self._last_share >= LINE_EVERY_SHARE and waited >= 1.0)
+
+
+def _replica_rows(engine: Any) -> list[dict[str, Any]]:
+    """The replicas of a loaded engine where there are several; their views cost a look each, no call."""
+    if engine is None or engine.core is None:
+        return []
+    rows = engine.stats().get("replicas", [])
+    return rows if len(rows) > 1 else []
+
+
+class _Replicas:
+    """All replicas in one view: state, requests, tokens/s and busy share since the last look, memory."""
+
+    def __init__(self) -> None:
+        self._bars: list[tuple[Any, Any]] = []
+        self._last: dict[int, tuple[float, int, float]] = {}  # replica -> moment, tokens, busy seconds
+        self._drawn_s = 0.0
+
+    def line(self, rows: list[dict[str, Any]]) -> str:
+        """One line of text, or none; more replicas than a line holds are counted."""
+        if not rows:
+            return ""
+        parts = []
+        for row in rows[:REPLICAS_IN_LINE]:
+            rate, _ = self._since(row)
+            parts.append(f"{row['replica']}: {_state(row)}{row['finished']} done, {rate:.0f} tokens/s")
+        more = f"; {len(rows) - REPLICAS_IN_LINE} more" if len(rows) > REPLICAS_IN_LINE else ""
+        return f"  replicas  {'; '.join(parts)}{more}\n"
+
+    def draw(self, rows: list[dict[str, Any]]) -> None:
+        """Bars of the busy share below each other, at most twice a second."""
+        if not rows or time.monotonic() - self._drawn_s < DRAW_EVERY_S:
+            return
+        self._drawn_s = time.monotonic()
+        if not self._bars:
+            self._open(rows)
+        for (bar, text), row in zip(self._bars, rows, strict=True):
+            rate, busy = self._since(row)
+            bar.value, bar.bar_style = busy, "" if row["state"] == "ready" else "danger"
+            text.value = (
+                f"{', '.join(row['card_names'])}: {_state(row)}{row['in_flight']} in flight, {row['finished']} done, "
+                f"{rate:.0f} tokens/s, busy {busy:.0%}, {row['peak_memory_bytes'] / 2**30:.1f} GiB at most"
+            )
+
+    def _open(self, rows: list[dict[str, Any]]) -> None:
+        import ipywidgets
+        from IPython.display import display
+
+        self._bars = [
+            (ipywidgets.FloatProgress(value=0.0, max=1.0, description=f"replica {row['replica']}"), ipywidgets.Label())
+            for row in rows
+        ]
+        display(ipywidgets.VBox([ipywidgets.HBox(list(pair)) for pair in self._bars]))
+
+    def _since(self, row: dict[str, Any]) -> tuple[float, float]:
+        """(output tokens/s, busy share) since the last look at this replica; zeros at the first."""
+        now = (time.monotonic(), row["output_tokens"], row["busy_s"])
+        before = self._last.get(row["replica"], now)
+        self._last[row["replica"]] = now
+        seconds = now[0] - before[0]
+        if seconds <= 0:
+            return 0.0, 0.0
+        return (now[1] - before[1]) / seconds, min(1.0, (now[2] - before[2]) / seconds)
+
+
+def _state(row: dict[str, Any]) -> str:
+    """Only what is out of the ordinary."""
+    again = f"{row['restarts']} restarts, " if row["restarts"] else ""
+    return again if row["state"] == "ready" else f"{row['state']}, {again}"
 
 
 class _Bar:
@@ -88,7 +164,7 @@ class _Bar:
 
 def _count(value: float, text: str) -> str:
     """Counts as they are; where the caller counts bytes, MB."""
-    return f"{value / 1e6:.1f} MB" if text.startswith("bytes") else f"{value:.0f}"
+    return f"{value / 1e6:.1f} MB" if text.startswith("bytes") else f"{int(value)}"  # a part of a point is not done
 
 
 def _clock(seconds: float) -> str:

@@ -8,6 +8,8 @@ from html import escape
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.measure.load import total_load
+
 if TYPE_CHECKING:
     import pandas
 
@@ -20,6 +22,7 @@ SWEEP = [
     *("ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms", "e2e_p99_ms", "requests_per_s", "goodput_requests_per_s"),
     *("mbu", "mfu", "status", "error"),
 ]
+LAYOUT = ["cards", "tensor_parallel"]
 SCORES = ["kind", "set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "status", "error"]
 PAIRED = [
     *("candidate", "set", "n", "baseline_percent", "candidate_percent", "difference_points"),
@@ -108,7 +111,15 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) ->
 
 def sweep(rows: pandas.DataFrame) -> Any:
     """The columns of a sweep that answer its question; everything else stays in the file."""
-    return readable(rows.reindex(columns=SWEEP))
+    layouts = [name for name in LAYOUT if name in rows and rows[name].nunique() > 1]
+    shared = ["ran_with"] if "ran_with" in rows and (rows["ran_with"].str.len() > 0).any() else []
+    columns = ["cell"] * bool(shared) + SWEEP[:1] + layouts + SWEEP[1:-2] + shared + SWEEP[-2:]
+    return readable(rows.reindex(columns=columns))
+
+
+def cards(rows: pandas.DataFrame) -> Any:
+    """What each card did in all measured stretches together."""
+    return readable(total_load(rows))
 
 
 def scores(table: pandas.DataFrame) -> Any:
