@@ -136,7 +136,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
     parser.add_argument("--max-seq-length", type=int, default=8192)
     parser.add_argument("--timeout-s", type=float, default=1800, help="per turn; workloads done by then are kept")
-    parser.add_argument("--resume", action="store_true", help="keep the turns that the folder already holds")
+    parser.add_argument("--resume", action="store_true", help="keep the turns in the folder that went well")
     parser.add_argument("--report-only", action="store_true", help="tables and figure from the turns in the folder")
     return parser.parse_args()
 
@@ -293,7 +293,7 @@ def prepare(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> st
 def take_turn(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> Path:
     """One engine's turn; its result file. A turn that ended early keeps the workloads it had finished."""
     result = out / "turns" / f"{job.round:02d}-{name}.json"
-    if result.exists():
+    if result.exists() and went_well(json.loads(result.read_text())):
         return result
     print(f"round {job.round + 1}: {name}", flush=True)
     before, load = ceilings.measure(job.threads), os.getloadavg()
@@ -311,6 +311,10 @@ def take_turn(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> 
     write_json(result, values)
     remember_seconds(arguments.shape, values)
     return result
+
+
+def went_well(values: dict[str, Any]) -> bool:
+    return "error" not in values and all(row["status"] == "ok" for row in values["workloads"].values())
 
 
 def last_words(log: Path, code: int, arguments: argparse.Namespace) -> str:

@@ -1,8 +1,8 @@
 """llama.cpp through llama-cpp-python's plain bindings, batched as its server does: decoding slots first, then
 prompts.
 
-Option `weights`: bf16 or q8_0, written once as GGUF from the Hugging Face checkpoint. Option `context`: fields of the
-context's parameters, to try other settings.
+Option `weights`: bf16 or q8_0, written once as GGUF from the Hugging Face checkpoint. Options to try
+other settings: `context`, fields of the context's parameters, and `unified`, one cache for all requests.
 """
 
 from __future__ import annotations
@@ -79,22 +79,27 @@ class LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(str(job.derived).encode(), self._model_settings())
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {job.derived}")
-        self.sequences = max(job.slots, 64)
-        self.context = llama_cpp.llama_init_from_model(self.model, self._context_settings())
-        if not self.context:
-            raise RuntimeError("llama.cpp cannot make a context")
-        self.memory = llama_cpp.llama_get_memory(self.context)
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        self.context, self.slots = None, 0
+        self.prepare("W1")
 
     def _model_settings(self) -> Any:
         settings = self.api.llama_model_default_params()
         settings.n_gpu_layers = 0
         return settings
 
-    def _context_settings(self) -> Any:
+    def _context_settings(self, workload: str) -> Any:
+        """Requests of their own get a part of the cache each, as large as the workload needs; shared ones one cache."""
         settings, job = self.api.llama_context_default_params(), self.job
-        settings.n_ctx = max(job.max_seq_length, job.kv_cache_bytes // job.kv_bytes_per_token // 256 * 256)
-        settings.n_batch, settings.n_seq_max, settings.kv_unified = BATCH, self.sequences, True
+        sizes = json.loads(Path(job.workloads_file).read_text())[workload]
+        if "prompt_lens" in sizes and not job.options.get("unified"):
+            settings.n_seq_max = min(job.slots, len(sizes["prompt_lens"]))
+            longest = max(a + b for a, b in zip(sizes["prompt_lens"], sizes["output_lens"], strict=True))
+            settings.n_ctx = settings.n_seq_max * -(-longest // 256) * 256
+        else:
+            settings.n_seq_max, settings.kv_unified = max(job.slots, 64), True
+            settings.n_ctx = max(job.max_seq_length, job.kv_cache_bytes // job.kv_bytes_per_token // 256 * 256)
+        settings.n_batch = BATCH
         settings.n_threads = settings.n_threads_batch = job.threads
         for name, value in job.options.get("context", {}).items():
             setattr(settings, name, value)
@@ -104,13 +109,20 @@ class LlamaCpp:
         return {"llama_cpp_python": self.api.__version__, "system": self.api.llama_print_system_info().decode().strip()}
 
     def prepare(self, workload: str) -> None:
-        pass
+        if self.context:
+            self.api.llama_free(self.context)
+        settings = self._context_settings(workload)
+        self.context = self.api.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise RuntimeError("llama.cpp cannot make a context")
+        self.memory = self.api.llama_get_memory(self.context)
+        self.slots = min(self.job.slots, settings.n_seq_max)
 
     def generate(self, requests: list[Request]) -> list[Answer]:
         self.api.llama_memory_clear(self.memory, False)
         answers = [Answer() for _ in requests]
         waiting = deque(zip(requests, answers, strict=True))
-        free, running = deque(range(self.job.slots)), []
+        free, running = deque(range(self.slots)), []
         while waiting or running:
             while waiting and free:
                 running.append(Slot(free.popleft(), *waiting.popleft()))
