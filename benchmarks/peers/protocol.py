@@ -94,6 +94,9 @@ class Engine(Protocol):
 
     def prepare(self, workload: str) -> None: ...
 
+    def close(self) -> None:
+        """End what would keep the process alive."""
+
     def generate(self, requests: list[Request]) -> list[Answer]:
         """Greedy answers in order, all requests arriving at once; never shorter or longer than asked."""
 
@@ -175,6 +178,8 @@ def run(job: Job, build: Callable[[Job], Engine]) -> None:
         result["is_complete"] = number == len(job.workloads)
         _write(Path(job.result), result)
         print(f"  {job.engine} {name}: {_short(row)}; {row['spent_s']:.0f} s in all", flush=True)
+    if hasattr(engine, "close"):
+        engine.close()
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
