@@ -47,13 +47,18 @@ class Loaded:
 
 
 class Padded(Loaded):
-    """`generate` in batches: prompts padded on the left to the longest, decoding until the longest answer."""
+    """`generate` in batches: prompts padded on the left to the longest, decoding until the longest answer.
+
+    Prompts of like length go together, which a user can arrange; the lengths of answers are not known before.
+    """
 
     def generate(self, requests: list[Request]) -> list[Answer]:
-        answers: list[Answer] = []
-        for first in range(0, len(requests), BATCH):
-            answers += self._batch(requests[first : first + BATCH])
-        return answers
+        order = sorted(range(len(requests)), key=lambda place: len(requests[place].prompt))
+        answers: dict[int, Answer] = {}
+        for first in range(0, len(order), BATCH):
+            places = order[first : first + BATCH]
+            answers |= zip(places, self._batch([requests[place] for place in places]), strict=True)
+        return [answers[place] for place in range(len(requests))]
 
     def _batch(self, requests: list[Request]) -> list[Answer]:
         torch, steps = self.torch, max(request.num_output_tokens for request in requests)
