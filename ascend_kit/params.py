@@ -270,6 +270,11 @@ class Experiment(BaseModel):
         """A checked copy with some parameters replaced."""
         return build_experiment({**self.model_dump(), **changes})
 
+    def on_cards(self, cards: int, tensor_parallel: int = 1, **changes: Any) -> Experiment:
+        """A checked copy about one layout of cards, with nothing else to sweep over."""
+        alone = {"sweep_cards": None, "sweep_tensor_parallel": None}
+        return self.with_changes(cards=cards, tensor_parallel=tensor_parallel, **alone, **changes)
+
     @property
     def run_folder(self) -> Path:
         return Path(self.output_root) / self.experiment / self.run

@@ -38,8 +38,7 @@ def four_cards():
 def sweep(experiment, **options):
     with RunFolder.open(experiment, stage="04_throughput") as folder:
         # What is read off the engine before it is closed does not depend on its cards; one card starts at once.
-        alone = experiment.with_changes(cards=1, sweep_cards=None, sweep_tensor_parallel=None)
-        engine = AscendInferEngine.from_experiment(alone).load_model()
+        engine = AscendInferEngine.from_experiment(experiment.on_cards(1)).load_model()
         rows = run_sweep(engine, experiment, folder, ceilings=CEILINGS, **options)
         assert engine.core is None
         return rows, folder.load("cards")

@@ -39,9 +39,8 @@ def reference_answers(experiment: Experiment, *, num_tokens: int = 8) -> Referen
     """Answers of plain operators without graphs to a few short prompts; the model is loaded and freed."""
     from ascend_kit.engine.engine import AscendInferEngine
 
-    plain = experiment.with_changes(
-        graph_mode=False, operator_fusion=False, cards=experiment.tensor_parallel, batch_size=len(PROMPTS)
-    )
+    size = experiment.tensor_parallel
+    plain = experiment.on_cards(size, size, graph_mode=False, operator_fusion=False, batch_size=len(PROMPTS))
     with AscendInferEngine.from_experiment(plain) as engine:
         outputs = _answers(engine, num_tokens)
     margins = tuple(tuple(_margin(token.top) for token in output.logprobs or ()) for output in outputs)

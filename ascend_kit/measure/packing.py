@@ -55,12 +55,6 @@ def next_layout(waiting: Iterable[Layout], room: Room) -> Layout | None:
 def layout_experiments(experiment: Experiment) -> dict[Layout, Experiment]:
     """For each of `sweep_layouts` the experiment as if it were about that layout alone, on a Ray that is there."""
     return {
-        Layout(*pair): experiment.with_changes(
-            cards=pair[0],
-            tensor_parallel=pair[1],
-            sweep_cards=None,
-            sweep_tensor_parallel=None,
-            ray_address=experiment.ray_address or "auto",
-        )
+        Layout(*pair): experiment.on_cards(*pair, ray_address=experiment.ray_address or "auto")
         for pair in experiment.sweep_layouts
     }
