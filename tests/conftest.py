@@ -78,6 +78,16 @@ def tiny_qwen2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny") / "qwen2", "qwen2")
 
 
+@pytest.fixture(scope="session", params=["w8a8", "w8a16"])
+def tiny_int8_dir(request: pytest.FixtureRequest, tiny_qwen3_dir: Path) -> Path:
+    """The tiny Qwen3 converted to int8; the folder's name is the scheme."""
+    from ascend_kit import convert
+
+    folder = tiny_qwen3_dir.parent / request.param
+    convert(tiny_qwen3_dir, folder, quantize=request.param)
+    return folder
+
+
 @pytest.fixture(scope="session", params=["qwen3", "qwen2"])
 def tiny_model_dir(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"tiny_{request.param}_dir")

@@ -12,6 +12,8 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
 
+from int8_halves import halve  # noqa: E402
+
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
 from ascend_kit.engine import cluster, replica  # noqa: E402
 from ascend_kit.engine.dispatch import ReplicasLost  # noqa: E402
@@ -223,6 +225,24 @@ def test_tensor_parallel_gives_the_tokens_and_scores_of_one_card(local_ray, tiny
     # Norms are held twice, everything else once.
     assert alone["weight_bytes"] <= stats["weight_bytes"] < alone["weight_bytes"] * 1.02
     assert stats["kv_block_bytes"] == alone["kv_block_bytes"]
+
+
+def test_int8_under_tensor_parallel_shards_codes_and_scales(local_ray, tiny_int8_dir):
+    prompts, sampling = prompts_of(8), SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+
+    with AscendInferEngine(tiny_int8_dir, cards=2, tensor_parallel=2, **SETTINGS) as engine:
+        outputs, sharded = engine.generate(prompts, sampling), engine.stats()["weight_bytes"]
+
+    with AscendInferEngine(tiny_int8_dir, **SETTINGS) as engine:
+        whole = engine.stats()["weight_bytes"]
+        alone = tokens(engine.generate(prompts, sampling))
+    with AscendInferEngine(tiny_int8_dir, **SETTINGS) as engine:
+        halve(engine.core, tiny_int8_dir)
+        assert tokens(outputs) == tokens(engine.generate(prompts, sampling))
+    if tiny_int8_dir.name == "w8a16":  # activations are not rounded, so splitting the sum changes nothing
+        assert tokens(outputs) == alone
+    # Held twice: norms, and the scales of the two linears whose outputs every rank has in full.
+    assert whole <= sharded < whole * 1.02
 
 
 def test_two_replicas_of_two_cards_survive_the_death_of_a_rank(local_ray, tiny_qwen3_dir):
