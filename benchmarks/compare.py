@@ -309,7 +309,8 @@ def take_turn(name: str, job: Job, out: Path, arguments: argparse.Namespace) -> 
     after = ceilings.measure(job.threads)
     values |= {"turn_s": turn_s, "ceilings": [before, after], "load_average_before": load}
     write_json(result, values)
-    remember_seconds(arguments.shape, values)
+    if "error" not in values:
+        remember_seconds(arguments.shape, values)
     return result
 
 

@@ -188,7 +188,7 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
         reached = candidates[name] if name else None
         if reached and goal.is_time:
             reached = 1 / reached
-        whom = f"the fastest 16-bit peer ({name})" if goal.against == "fastest" else goal.against
+        whom = f"the fastest 16-bit peer{f' ({name})' if name else ''}" if goal.against == "fastest" else goal.against
         judged.append(
             {
                 "workload": goal.workload,
