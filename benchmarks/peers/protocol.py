@@ -191,11 +191,11 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 def _measure(job: Job, engine: Engine, workloads: Workloads, name: str) -> dict[str, Any]:
     """One untimed pass over other tokens of the same lengths, then the timed ones.
 
-    The untimed pass is brief for slow engines, and for W5, before which every engine has run long prompts.
+    The untimed pass is brief for slow engines, and for W4U and W5, which are like what ran before them.
     """
     one_pass = _generate if name in GENERATING else _score
     if job.warmup:
-        longest = 256 if job.brief_warmup else 2304 if name == "W5" else None
+        longest = 256 if job.brief_warmup else 2304 if name in ("W4U", "W5") else None
         one_pass(engine, workloads, name, f"{job.round}/warmup", longest)
     reset_peak()
     samples = []

@@ -131,7 +131,12 @@ class Continuous(Loaded):
         return [Answer(list(result.generated_tokens), list(result.timestamps)) for result in results]
 
     def score(self, scoring: Scoring) -> None:
-        """One new token behind each prompt: the manager reports the logarithm of its own choice only."""
+        """One new token behind each prompt: the manager reports the logarithm of its own choice only.
+
+        The shared tokens go first, since only pages that are already computed are shared.
+        """
+        if scoring.shared:
+            self._run([Request(scoring.shared, 1)])
         requests = [Request(prompt, 1) for prompt in scoring.prompts]
         check_counts(requests, [len(result.generated_tokens) for result in self._run(requests)])
 
