@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ascend_kit.device.device import Device
 from ascend_kit.device.ops import AttentionMeta
-from ascend_kit.device.ops.native import OnlyKernels, Recording
+from ascend_kit.device.ops.native import Arena, OnlyKernels, Recording
 
 StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
 
@@ -359,13 +359,14 @@ class _RecordedCalls:
     mode = "recorded_calls"
 
     def __init__(self, device: Device, step_fn: StepFn, sizes: Sequence[int], max_blocks: int, block_size: int) -> None:
-        from ascend_kit.device.ops.cpu_native import MAX_ROWS
+        from ascend_kit.device.ops.cpu_native import MAX_RECORDED
 
         self.device, self.step_fn = device, step_fn
         self.max_blocks, self.block_size = max_blocks, block_size
         # No padding on a CPU: every batch size is recorded when it first comes up, which takes one step.
-        self.sizes = list(range(1, min(sizes[-1], MAX_ROWS) + 1))
+        self.sizes = list(range(1, min(sizes[-1], MAX_RECORDED) + 1))
         self.recorded: dict[int, tuple[StaticInputs, Recording, Tensor]] = {}
+        self.arena = Arena()
 
     def __call__(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
         batch = token_ids.shape[0]
@@ -378,7 +379,7 @@ class _RecordedCalls:
 
     def _record(self, batch: int) -> tuple[StaticInputs, Recording, Tensor]:
         inputs = StaticInputs(self.device, batch, self.max_blocks, self.block_size, None)
-        with Recording() as recording, OnlyKernels():
+        with Recording(self.arena) as recording, OnlyKernels():
             logits = self.step_fn(inputs.token_ids, inputs.positions, inputs.meta(None))
         return inputs, recording, logits
 

@@ -115,7 +115,9 @@ class _Loader:
         if not self.config.tie_embeddings and "lm_head.weight" in self.checkpoint:
             return self._columns([("lm_head", self.parallel.span(self.config.vocab_size, "vocab_size"))])
         if self.parallel.size == 1:
-            return Linear(embedding.weight.data, None, self.ops)  # tied: one matrix for both
+            head = Linear(embedding.weight.data, None, self.ops)
+            embedding.weight = head.weight  # tied: one matrix for both, in the form that products want
+            return head
         span = self.parallel.span(self.config.vocab_size, "vocab_size")
         return Linear(self._float("model.embed_tokens.weight", 0, span), None, self.ops)
 

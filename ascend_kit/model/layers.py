@@ -76,7 +76,7 @@ class Int8WeightLinear(nn.Module):
         super().__init__()
         self.ops = ops
         self.in_features, self.out_features = codes.shape[1], codes.shape[0]
-        self.weight = frozen(codes)
+        self.weight = frozen(ops.pack_int8_weight(codes))
         self.weight_scale = frozen(weight_scale.reshape(-1).float())
         self.bias = None if bias is None else frozen(bias)
 

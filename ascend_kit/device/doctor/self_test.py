@@ -201,7 +201,8 @@ def _check_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
             wanted = reference.int8_weight_matmul(x, weight, weight_scale, bias)
             placed_x, codes_out, placed_bias = comparer.place(x, weight, bias, dtype=dtype)
             scale_out = weight_scale.to(comparer.device.torch_device)
-            found = comparer.ops.int8_weight_matmul(placed_x, codes_out, scale_out, placed_bias)
+            packed = comparer.ops.pack_int8_weight(codes_out)
+            found = comparer.ops.int8_weight_matmul(placed_x, packed, scale_out, placed_bias)
             return relative_error(found, wanted)
 
         yield comparer.check("quantize_per_token", case, CODE_STEP, quantised)

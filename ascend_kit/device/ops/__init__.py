@@ -6,6 +6,7 @@ wants happen inside its module.
 
 Besides the functions a module states two facts: MERGED_QKV, whether q, k and v are better one product than three, and
 HOST_LENGTHS, whether its attention takes the lengths as host lists, which a captured graph then has to be told anew.
+`gather_rows` reads what `pack_linear` returns, so that a tied head and embedding are one tensor.
 On a CPU with a C++ compiler the fused table is `cpu_native`, else `cpu`.
 
 Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden, F feed-forward, B sequences,
@@ -34,6 +35,7 @@ OPS = (
     "int8_weight_matmul",
     "gather_rows",
     "pack_int8",
+    "pack_int8_weight",
     "make_mask",
     "validate",
 )

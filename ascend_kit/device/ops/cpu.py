@@ -20,6 +20,7 @@ from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
     int8_weight_matmul,
     linear,
     make_mask,
+    pack_int8_weight,
     pack_linear,
     quantize_per_token,
     rotary,

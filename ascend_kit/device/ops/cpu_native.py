@@ -1,21 +1,28 @@
-"""The op table on a CPU with a C++ compiler: decode-sized work in kernels of our own, large products in torch.
+"""The op table on a CPU with a C++ compiler.
 
-A decode step here consists of kernel calls alone, so that it can be recorded and repeated (see native.Recording).
+Where the processor has the instructions (native.packs), weights are packed once at load and every product, of one row
+or of thousands, reads them in that form; attention reads the paged cache where it lies. Elsewhere, and for widths that
+are no multiple of 64, decode-sized products run in kernels of our own and large ones in torch. A decode step consists
+of kernel calls alone, so that it can be recorded and repeated (see native.Recording).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ascend_kit.device.ops import AttentionMeta, cpu
-from ascend_kit.device.ops.cpu import HOST_LENGTHS, MERGED_QKV, make_mask, pack_linear  # noqa: F401 - part of this table
-from ascend_kit.device.ops.native import DTYPES, call
+from ascend_kit.device.ops.cpu import HOST_LENGTHS, MERGED_QKV, make_mask  # noqa: F401 - part of this table
+from ascend_kit.device.ops.native import DTYPES, Recording, call, empty, packs
 
 RECORDS = True
-# Rows up to which reading each weight once beats torch's blocked product (one core of Zen 4: 1.2x at 16 rows, 0.8x at
-# 32); also the largest decode batch that is recorded.
-MAX_ROWS = 16
+MAX_RECORDED = 64  # largest decode batch that is recorded; beyond it the Python in between no longer matters
+# Rows up to which reading each unpacked weight once beats torch's blocked product (one core of Zen 4: 1.2x at 16 rows,
+# 0.8x at 32).
+MAX_UNPACKED_ROWS = 16
+PANEL = 64  # columns of a packed panel, as in native/tiles.h
 
 
 def validate(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[str]:
@@ -27,7 +34,7 @@ def validate(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtyp
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As in reference; rows may be strided, heads within a row may not."""
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = empty(*x.shape, dtype=x.dtype)
     heads, size = (x.shape[1], x.shape[2]) if x.dim() == 3 else (1, x.shape[1])
     call(
         "ak_rms_norm", DTYPES[x.dtype], x, x.stride(0), None, weight, y, None, x.shape[0], heads, size, eps, _threads()
@@ -37,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As in reference, in one pass."""
-    y, total = torch.empty_like(x), torch.empty_like(x)
+    y, total = empty(*x.shape, dtype=x.dtype), empty(*x.shape, dtype=x.dtype)
     call(
         "ak_rms_norm",
         DTYPES[x.dtype],
@@ -80,7 +87,7 @@ def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tupl
 def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """As in reference."""
     tokens, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
-    out = torch.empty(tokens, width, dtype=gate_up_T2F.dtype)
+    out = empty(tokens, width, dtype=gate_up_T2F.dtype)
     call("ak_swiglu", DTYPES[out.dtype], gate_up_T2F, out, tokens, width, _threads())
     return out
 
@@ -104,59 +111,90 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slo
 
 
 def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
-    """As in reference; sequences with one new token read the cache where it lies, prompts go through torch."""
-    if not meta.is_decode:
-        return cpu.attend_mixed(q_TNH, k_cache, v_cache, meta, scale, decode)
-    return decode(q_TNH, k_cache, v_cache, meta, scale)
+    """As in reference; the cache is read where it lies, except by prompts that do not fit the tiles."""
+    out = empty(*q_TNH.shape, dtype=q_TNH.dtype)
+    if meta.is_decode:
+        return _decode(q_TNH, k_cache, v_cache, meta, scale, out)
+    if not (packs() and q_TNH.dtype == torch.bfloat16 and q_TNH.shape[2] % PANEL == 0):
+        return cpu.attend_mixed(q_TNH, k_cache, v_cache, meta, scale, _decode)
+    first = next(i for i, end in enumerate(meta.cu_seqlens_q) if end != i + 1)  # decoding sequences come first
+    table, lens = meta.block_table, meta.context_lens_t
+    if first:
+        decoding = replace(meta, block_table=table[:first], context_lens_t=lens[:first])
+        _decode(q_TNH[:first], k_cache, v_cache, decoding, scale, out[:first])
+    starts = torch.tensor([first, *meta.cu_seqlens_q[first:]], dtype=torch.int32)
+    _, heads, size = q_TNH.shape
+    cache = (k_cache.shape[2], size, meta.block_size)
+    call("ak_attend_prompts", q_TNH, q_TNH.stride(0), k_cache, v_cache, table[first:], table.stride(0), starts,
+         lens[first:], out, len(starts) - 1, heads, *cache, scale, _threads())  # fmt: skip
+    return out
 
 
-def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
+def _decode(
+    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, out: Tensor | None = None
+) -> Tensor:
     """Attention of one new token a sequence."""
     batch, heads, size = q_TNH.shape
-    out = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
-    call(
-        "ak_attend",
-        DTYPES[out.dtype],
-        q_TNH,
-        q_TNH.stride(0),
-        k_cache,
-        v_cache,
-        meta.block_table,
-        meta.block_table.stride(0),
-        meta.context_lens_t,
-        out,
-        batch,
-        heads,
-        k_cache.shape[2],
-        size,
-        meta.block_size,
-        scale,
-        _threads(),
-    )
+    out = empty(*q_TNH.shape, dtype=q_TNH.dtype) if out is None else out
+    cache = (k_cache.shape[2], size, meta.block_size)
+    call("ak_attend", DTYPES[out.dtype], q_TNH, q_TNH.stride(0), k_cache, v_cache, meta.block_table,
+         meta.block_table.stride(0), meta.context_lens_t, out, batch, heads, *cache, scale, _threads())  # fmt: skip
     return out
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """[out, in] -> [out/64, in/p, 64, p] with p numbers in 4 bytes; as it is where that form is not taken."""
+    return _pack(weight)
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """int8 [out, in] -> [out/64, in/4, 64, 4]; as it is where that form is not taken."""
+    return _pack(weight)
+
+
+pack_int8_weight = pack_int8
+
+
+def _pack(weight: Tensor) -> Tensor:
+    rows, width = weight.shape
+    group = 4 // weight.element_size()
+    if not packs() or rows % PANEL or width % group or weight.dtype not in (*DTYPES, torch.int8):
+        return weight.contiguous()
+    packed = torch.empty(rows // PANEL, width // group, PANEL, group, dtype=weight.dtype)
+    call("ak_pack", weight.contiguous(), packed, rows, width, weight.element_size(), _threads())
+    return packed
+
+
+def _is_packed(weight: Tensor) -> bool:
+    return weight.dim() == 4
+
+
+def _width_out(weight: Tensor) -> int:
+    return weight.shape[0] * PANEL if _is_packed(weight) else weight.shape[0]
+
+
+def _left_to_torch(rows: int, weight: Tensor) -> bool:
+    """Whether torch has the faster product; a recording takes kernels only."""
+    return not _is_packed(weight) and rows > MAX_UNPACKED_ROWS and Recording.active is None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As in reference."""
     rows, width = x.shape
-    if rows > MAX_ROWS:
+    if _left_to_torch(rows, weight):
         return torch.nn.functional.linear(x, weight, bias)
-    out = torch.empty(rows, weight.shape[0], dtype=x.dtype)
-    call("ak_linear", DTYPES[x.dtype], x, x.stride(0), weight, bias, out, rows, weight.shape[0], width, _threads())
+    out = empty(rows, _width_out(weight), dtype=x.dtype)
+    name = "ak_packed_linear" if _is_packed(weight) else "ak_linear"
+    call(name, DTYPES[x.dtype], x, x.stride(0), weight, bias, out, *out.shape, width, _threads())
     return out
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """As in reference."""
     x = x.contiguous()
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], dtype=torch.float32)
+    codes, scale = empty(*x.shape, dtype=torch.int8), empty(x.shape[0], dtype=torch.float32)
     call("ak_quantize", DTYPES[x.dtype], x, codes, scale, x.shape[0], x.shape[1], _threads())
     return codes, scale
-
-
-def pack_int8(weight: Tensor) -> Tensor:
-    """int8 [out, in] as it is: the kernel streams its rows."""
-    return weight.contiguous()
 
 
 def int8_matmul(
@@ -164,52 +202,33 @@ def int8_matmul(
 ) -> Tensor:
     """As in reference."""
     rows, width = xq.shape
-    if rows > MAX_ROWS:
+    if _left_to_torch(rows, weight):
         return cpu.int8_matmul(xq, act_scale, weight.t(), weight_scale, bias, out_dtype)
-    out = torch.empty(rows, weight.shape[0], dtype=out_dtype)
-    call(
-        "ak_linear_w8a8",
-        DTYPES[out_dtype],
-        xq,
-        act_scale,
-        weight,
-        weight_scale,
-        bias,
-        out,
-        rows,
-        weight.shape[0],
-        width,
-        _threads(),
-    )
+    out = empty(rows, _width_out(weight), dtype=out_dtype)
+    name = "ak_packed_linear_w8a8" if _is_packed(weight) else "ak_linear_w8a8"
+    call(name, DTYPES[out_dtype], xq, act_scale, weight, weight_scale, bias, out, *out.shape, width, _threads())
     return out
 
 
 def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """As in reference."""
     rows, width = x.shape
-    if rows > MAX_ROWS:
+    if _left_to_torch(rows, weight):
         return cpu.int8_weight_matmul(x, weight, weight_scale, bias)
-    out = torch.empty(rows, weight.shape[0], dtype=x.dtype)
-    call(
-        "ak_linear_w8a16",
-        DTYPES[x.dtype],
-        x,
-        x.stride(0),
-        weight,
-        weight_scale,
-        bias,
-        out,
-        rows,
-        weight.shape[0],
-        width,
-        _threads(),
-    )
+    out = empty(rows, _width_out(weight), dtype=x.dtype)
+    name = "ak_packed_linear_w8a16" if _is_packed(weight) else "ak_linear_w8a16"
+    call(name, DTYPES[x.dtype], x, x.stride(0), weight, weight_scale, bias, out, *out.shape, width, _threads())
     return out
 
 
 def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
-    """As in reference."""
-    out = torch.empty(ids.shape[0], table.shape[1], dtype=table.dtype)
+    """As in reference; the table may be a packed weight, which a tied head shares with the embedding."""
+    if _is_packed(table):
+        width = table.shape[1] * table.shape[3]
+        out = empty(ids.shape[0], width, dtype=table.dtype)
+        call("ak_gather_packed", table, ids, out, ids.shape[0], width * table.element_size())
+        return out
+    out = empty(ids.shape[0], table.shape[1], dtype=table.dtype)
     call("ak_gather", table, ids, out, ids.shape[0], table.shape[1] * table.element_size())
     return out
 

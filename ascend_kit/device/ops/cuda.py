@@ -19,4 +19,4 @@ from ascend_kit.device.ops.cpu import (  # noqa: F401 - this table
     swiglu,
     validate,
 )
-from ascend_kit.device.ops.reference import int8_matmul, pack_int8  # noqa: F401 - torch's int8 product wants more than 16 rows on CUDA
+from ascend_kit.device.ops.reference import int8_matmul, pack_int8, pack_int8_weight  # noqa: F401 - torch's int8 product wants more than 16 rows on CUDA

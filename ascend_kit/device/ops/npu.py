@@ -218,6 +218,11 @@ def pack_int8(weight: Tensor) -> Tensor:
     return _npu().npu_format_cast(packed, FRACTAL_NZ)
 
 
+def pack_int8_weight(weight: Tensor) -> Tensor:
+    """int8 [out, in] as it is: the kernel prefers a transposed view of it."""
+    return weight
+
+
 def int8_matmul(
     xq: Tensor, act_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:

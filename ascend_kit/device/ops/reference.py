@@ -93,6 +93,11 @@ def pack_int8(weight: Tensor) -> Tensor:
     return weight
 
 
+def pack_int8_weight(weight: Tensor) -> Tensor:
+    """The layout `int8_weight_matmul` wants, from int8 [out, in]."""
+    return weight
+
+
 def int8_matmul(
     xq: Tensor, act_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:

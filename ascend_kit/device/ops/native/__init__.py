@@ -1,4 +1,4 @@
-"""Builds and loads kernels.cpp with the system's C++ compiler; without one the CPU table stays with torch.
+"""Builds and loads the CPU kernels with the system's C++ compiler; without one the CPU table stays with torch.
 
 Kernels are called through ctypes on raw addresses. While a `Recording` is open every call is also noted, so that a
 decode step over fixed buffers can be repeated as a bare list of calls: the CPU's counterpart of a captured graph.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascend_kit.results import cache_root
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
 DISABLE_VARIABLE = "ASCEND_KIT_NATIVE"  # 0 = never build or use the kernels
 # Reassociation lets sums use vector registers. -ffast-math is avoided: linking with it makes the whole process flush
 # small numbers to zero.
@@ -32,7 +33,8 @@ FLAGS = [
     "-std=c++17",
     "-shared",
     "-fPIC",
-    "-fopenmp",
+    "-fopenmp-simd",
+    "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
@@ -53,6 +55,14 @@ SIGNATURES = {
     "ak_gather": [_P, _P, _P, _L, _L],
     "ak_attend": [_I, _P, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _F, _I],
 }
+PACKED_SIGNATURES = {  # only where the processor has the instructions
+    "ak_pack": [_P, _P, _L, _L, _L, _I],
+    "ak_gather_packed": [_P, _P, _P, _L, _L],
+    "ak_packed_linear": [_I, _P, _L, _P, _P, _P, _L, _L, _L, _I],
+    "ak_packed_linear_w8a16": [_I, _P, _L, _P, _P, _P, _P, _L, _L, _L, _I],
+    "ak_packed_linear_w8a8": [_I, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I],
+    "ak_attend_prompts": [_P, _L, _P, _P, _P, _L, _P, _P, _P, _L, _L, _L, _L, _L, _F, _I],
+}
 
 
 def compiler() -> str | None:
@@ -72,10 +82,16 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError):
         return None
-    for name, arguments in SIGNATURES.items():
+    for name, arguments in (SIGNATURES | (PACKED_SIGNATURES if loaded.ak_packs() else {})).items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
     return loaded
+
+
+@functools.cache
+def packs() -> bool:
+    """Whether the kernels take packed weights here: AVX-512 with BF16, VNNI and VBMI, and no AMX (see tiles.h)."""
+    return library() is not None and bool(library().ak_packs())
 
 
 def status() -> str:
@@ -84,7 +100,9 @@ def status() -> str:
         return f"off ({DISABLE_VARIABLE}=0)"
     if compiler() is None:
         return "off (no C++ compiler found)"
-    return "on" if library() is not None else "off (the build failed; run the compiler by hand on kernels.cpp)"
+    if library() is None:
+        return "off (the build failed; run the compiler by hand on kernels.cpp)"
+    return "on, packed weights" if packs() else "on"
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -96,16 +114,49 @@ def call(name: str, *arguments: Any) -> None:
     function(*addresses)
 
 
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A result of a kernel; from the arena of the open recording, if there is one."""
+    if Recording.active is None:
+        return torch.empty(shape, dtype=dtype)
+    return Recording.active.arena.empty(shape, dtype)
+
+
+class Arena:
+    """Memory that all recordings of one model share: only one of their steps runs at a time."""
+
+    CHUNK_BYTES = 16 << 20
+
+    def __init__(self) -> None:
+        self.chunks: list[torch.Tensor] = []
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Give everything out again from the start."""
+        self.chunk, self.used = 0, 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        while self.chunk < len(self.chunks) and self.used + size > self.chunks[self.chunk].numel():
+            self.chunk, self.used = self.chunk + 1, 0
+        if self.chunk == len(self.chunks):
+            self.chunks.append(torch.empty(max(size, self.CHUNK_BYTES), dtype=torch.uint8))
+        piece = self.chunks[self.chunk][self.used : self.used + size]
+        self.used += -(-size // 64) * 64
+        return piece.view(dtype).view(shape)
+
+
 class Recording:
     """The kernel calls of one step over fixed buffers, to be repeated without the Python in between."""
 
     active: Recording | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
         self.calls: list[tuple[Any, tuple]] = []
         self.kept: list[Any] = []  # keeps buffers alive: the calls hold bare addresses
 
     def __enter__(self) -> Recording:
+        self.arena.rewind()
         Recording.active = self
         return self
 
@@ -138,7 +189,8 @@ class OnlyKernels(TorchDispatchMode):
 def _build() -> Path:
     """The shared library for this source, compiler and processor, from the cache or built now."""
     command = [compiler(), *FLAGS]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode() + _processor().encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h"))
+    key = hashlib.sha256(sources + " ".join(command).encode() + _processor().encode()).hexdigest()[:16]
     folder = cache_root() / "native"
     path = folder / f"kernels-{key}.so"
     if path.exists():
@@ -146,7 +198,8 @@ def _build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / path.name
-        subprocess.run([*command, str(SOURCE), "-o", str(built)], check=True, capture_output=True, timeout=300)
+        command += [str(FOLDER / "kernels.cpp"), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
         os.replace(built, path)  # two processes may build at once; either result is right
     return path
 

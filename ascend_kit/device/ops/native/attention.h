@@ -1,0 +1,323 @@
+// Attention over the paged cache where it lies: caches are [blocks, S, K, H], a table row lists a sequence's blocks.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#include "dots.h"
+#include "pool.h"
+#include "tiles.h"
+
+namespace {
+
+template <class X> struct PagedHead {  // one KV head of one sequence
+    const X *cache;
+    const int32_t *table;
+    i64 kv, K, H, S;
+    const X *operator[](i64 t) const { return cache + ((i64(table[t / S]) * S + t % S) * K + kv) * H; }
+};
+
+inline void weighted_add(float *acc, const float *row, float weight, i64 H) {
+    for (i64 h = 0; h < H; h++) acc[h] += weight * row[h];
+}
+inline void weighted_add(float *acc, const bf16 *row, float weight, i64 H) {
+    for (i64 h = 0; h < H; h++) acc[h] += weight * widen(row[h]);
+}
+
+// One query token, G heads [G, H] that share a KV head, over `length` keys; any dtype, size and processor.
+template <class X>
+void attend_token(const X *query, PagedHead<X> keys, PagedHead<X> values, i64 length, X *out, i64 G, float scale) {
+    const i64 H = keys.H;
+    static thread_local Scratch<float> of_scores, of_acc;
+    float *scores = of_scores.room(G * length), *acc = of_acc.room(G * H);
+    std::fill(acc, acc + G * H, 0.0f);
+    for (i64 t = 0; t < length; t++)
+        for (i64 g = 0; g < G; g++) {
+            float dot;
+            Dots<X, X, 1, 1>::run(query + g * H, H, keys[t], H, &dot);
+            scores[g * length + t] = dot * scale;
+        }
+    for (i64 g = 0; g < G; g++) {
+        float *row = &scores[g * length], most = *std::max_element(row, row + length), sum = 0;
+        for (i64 t = 0; t < length; t++) sum += row[t] = std::exp(row[t] - most);
+        for (i64 t = 0; t < length; t++) row[t] /= sum;
+    }
+    for (i64 t = 0; t < length; t++)
+        for (i64 g = 0; g < G; g++) weighted_add(&acc[g * H], values[t], scores[g * length + t], H);
+    for (i64 i = 0; i < G * H; i++) narrow(acc[i], out + i);
+}
+
+#ifdef AK_TILES
+// scores[t] -> 2^(scores[t] * scale - most) as bf16 for t < count, then 0 up to a multiple of 32. `most`, the largest scaled
+// score so far, and `sum` are carried on; returns what earlier results are to be multiplied by.
+inline float softmax_row(float *scores, i64 count, float scale, float &most, float &sum, bf16 *out) {
+    const i64 padded = (count + 31) / 32 * 32;
+    for (i64 t = count; t < padded; t++) scores[t] = -INFINITY;
+    __m512 best = _mm512_max_ps(_mm512_loadu_ps(scores), _mm512_loadu_ps(scores + 16));
+    for (i64 t = 32; t < padded; t += 32)
+        best = _mm512_max_ps(best, _mm512_max_ps(_mm512_loadu_ps(scores + t), _mm512_loadu_ps(scores + t + 16)));
+    const float before = most;
+    most = std::max(before, _mm512_reduce_max_ps(best) * scale);
+    const __m512 shift = _mm512_set1_ps(most), factor = _mm512_set1_ps(scale);
+    __m512 total = _mm512_setzero_ps();
+    for (i64 t = 0; t < padded; t += 32) {
+        const __m512 low = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t), factor, shift));
+        const __m512 high = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t + 16), factor, shift));
+        total = _mm512_add_ps(total, _mm512_add_ps(low, high));
+        store_bf16(out + t, low, high);
+    }
+    const float shrink = most == before ? 1.0f : std::exp2(before - most);
+    sum = sum * shrink + _mm512_reduce_add_ps(total);
+    return shrink;
+}
+
+inline void multiply(float *row, i64 count, float by) {
+    for (i64 i = 0; i < count; i += 16)
+        _mm512_storeu_ps(row + i, _mm512_mul_ps(_mm512_loadu_ps(row + i), _mm512_set1_ps(by)));
+}
+
+// What one query token gathered from some of its keys: per head [N, H] weighted values, the largest score, the sum.
+struct Partial {
+    float *acc, *most, *sum;
+};
+
+// Tokens t0..end of one sequence for all N heads of its query token, bf16 and H = 32 C. All KV heads take their turn at 64
+// tokens before the next 64, so that memory is read in order; the next ones are fetched meanwhile.
+template <int C>
+void attend_span(const bf16 *query, PagedHead<bf16> keys, PagedHead<bf16> values, i64 t0, i64 end, Partial part, i64 N,
+                 float scale) {
+    constexpr i64 H = 32 * C, GROUP = 64;
+    const i64 K = keys.K, G = N / K, fetched = GROUP / K + 1;
+    static thread_local Scratch<bf16> of_weights;
+    bf16 *weights = of_weights.room(G * GROUP);
+    std::fill(part.acc, part.acc + N * H, 0.0f);
+    std::fill(part.most, part.most + N, -INFINITY);
+    std::fill(part.sum, part.sum + N, 0.0f);
+    for (; t0 < end; t0 += GROUP) {
+        const i64 count = std::min(GROUP, end - t0);
+        for (i64 kv = 0; kv < K; kv++) {
+            keys.kv = values.kv = 0;
+            for (i64 i = 0, t = t0 + GROUP + kv * fetched; i < fetched && t < end; i++, t++) {
+                const char *key = (const char *)keys[t], *value = (const char *)values[t];
+                for (i64 b = 0; b < K * H * 2; b += 64) _mm_prefetch(key + b, _MM_HINT_T1), _mm_prefetch(value + b, _MM_HINT_T1);
+            }
+            keys.kv = values.kv = kv;
+            const bf16 *key[GROUP], *value[GROUP];  // past the end the last one again: its weight will be 0
+            for (i64 i = 0; i < GROUP; i++) {
+                key[i] = keys[t0 + std::min(i, count - 1)];
+                value[i] = values[t0 + std::min(i, count - 1)];
+            }
+            for (i64 g = 0; g < G; g++) {
+                const i64 head = kv * G + g;
+                alignas(64) float scores[GROUP];
+                for (i64 i0 = 0; i0 < count; i0 += 16) {
+                    __m512i dots[16];
+#pragma GCC unroll 16
+                    for (int i = 0; i < 16; i++) {
+                        __m512 dot = _mm512_setzero_ps();
+#pragma GCC unroll 4
+                        for (int c = 0; c < C; c++)
+                            dot = _mm512_dpbf16_ps(dot, as_bh(load(query + head * H + 32 * c)), as_bh(load(key[i0 + i] + 32 * c)));
+                        dots[i] = (__m512i)dot;
+                    }
+                    transpose16(dots);
+                    __m512 total = (__m512)dots[0];
+#pragma GCC unroll 16
+                    for (int i = 1; i < 16; i++) total = _mm512_add_ps(total, (__m512)dots[i]);
+                    _mm512_storeu_ps(scores + i0, total);
+                }
+                const float shrink =
+                    softmax_row(scores, count, scale * LOG2_E, part.most[head], part.sum[head], &weights[g * GROUP]);
+                if (shrink != 1.0f) multiply(part.acc + head * H, H, shrink);
+            }
+            for (i64 g = 0; g < G; g += 2) {  // two heads at a time fit the registers
+                const i64 heads = std::min<i64>(2, G - g);
+                float *acc = part.acc + (kv * G + g) * H;
+                __m512 total[2][2 * C];
+#pragma GCC unroll 8
+                for (int c = 0; c < 2 * C; c++) {
+                    total[0][c] = _mm512_loadu_ps(acc + 16 * c);
+                    total[1][c] = heads == 2 ? _mm512_loadu_ps(acc + H + 16 * c) : _mm512_setzero_ps();
+                }
+                for (i64 i = 0; i < count; i += 2) {
+                    int32_t pair[2] = {0, 0};
+                    for (i64 j = 0; j < heads; j++) std::memcpy(&pair[j], &weights[(g + j) * GROUP + i], 4);
+                    const __m512bh first = as_bh(_mm512_set1_epi32(pair[0])), second = as_bh(_mm512_set1_epi32(pair[1]));
+#pragma GCC unroll 4
+                    for (int c = 0; c < C; c++) {
+                        const __m512i a = load(value[i] + 32 * c), b = load(value[i + 1] + 32 * c);
+                        const __m512bh low = as_bh(_mm512_unpacklo_epi16(a, b)), high = as_bh(_mm512_unpackhi_epi16(a, b));
+                        total[0][2 * c] = _mm512_dpbf16_ps(total[0][2 * c], low, first);
+                        total[0][2 * c + 1] = _mm512_dpbf16_ps(total[0][2 * c + 1], high, first);
+                        total[1][2 * c] = _mm512_dpbf16_ps(total[1][2 * c], low, second);
+                        total[1][2 * c + 1] = _mm512_dpbf16_ps(total[1][2 * c + 1], high, second);
+                    }
+                }
+#pragma GCC unroll 8
+                for (int c = 0; c < 2 * C; c++) {
+                    _mm512_storeu_ps(acc + 16 * c, total[0][c]);
+                    if (heads == 2) _mm512_storeu_ps(acc + H + 16 * c, total[1][c]);
+                }
+            }
+        }
+    }
+}
+
+// The spans of one sequence put together, as bf16 [N, H].
+template <int C> void combine(const Partial *parts, i64 spans, bf16 *out, i64 N) {
+    constexpr i64 H = 32 * C;
+    // unpack took 4 neighbours of each 8 into the first half of 32 and the other 4 into the second.
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (i64 n = 0; n < N; n++) {
+        float most = -INFINITY, sum = 0;
+        for (i64 s = 0; s < spans; s++) most = std::max(most, parts[s].most[n]);
+        for (i64 s = 0; s < spans; s++) sum += parts[s].sum[n] * std::exp2(parts[s].most[n] - most);
+        for (int c = 0; c < C; c++) {
+            __m512 low = _mm512_setzero_ps(), high = low;
+            for (i64 s = 0; s < spans; s++) {
+                const float *from = parts[s].acc + n * H + 32 * c;
+                const __m512 by = _mm512_set1_ps(std::exp2(parts[s].most[n] - most) / sum);
+                low = _mm512_fmadd_ps(_mm512_loadu_ps(from), by, low);
+                high = _mm512_fmadd_ps(_mm512_loadu_ps(from + 16), by, high);
+            }
+            store_bf16(out + n * H + 32 * c, _mm512_permutex2var_ps(low, first, high),
+                       _mm512_permutex2var_ps(low, second, high));
+        }
+    }
+}
+
+// attend_tokens for bf16 and H = 32 C. A sequence is cut into spans of a fixed length, so that neither the batch nor the
+// number of threads changes a result.
+template <int C>
+void attend_spans(const bf16 *q, i64 qs, const bf16 *keys, const bf16 *values, const int32_t *table, i64 width,
+                  const int32_t *lens, bf16 *out, i64 B, i64 N, i64 K, i64 S, float scale, int threads) {
+    constexpr i64 H = 32 * C, SPAN = 512;
+    static thread_local Scratch<float> of_parts;
+    static thread_local std::vector<Partial> parts;
+    static thread_local std::vector<std::pair<i64, i64>> tasks;  // sequence, first token
+    static thread_local std::vector<i64> first;
+    tasks.clear(), first.clear();
+    for (i64 b = 0; b < B; b++) {
+        first.push_back(tasks.size());
+        for (i64 t = 0; t < lens[b]; t += SPAN) tasks.emplace_back(b, t);
+    }
+    first.push_back(tasks.size());
+    const i64 one = (N * (H + 2) + 15) / 16 * 16, count = tasks.size();
+    float *room = of_parts.room(count * one);
+    parts.clear();
+    for (i64 i = 0; i < count; i++) {
+        float *at = room + i * one;
+        parts.push_back({at, at + N * H, at + N * H + N});
+    }
+    Partial *all = parts.data();  // a thread of the team has thread_local vectors of its own
+    const auto *task = tasks.data();
+    const i64 *start = first.data();
+    parallel(threads, count, [&](i64 i) {
+        const i64 b = task[i].first, t0 = task[i].second, end = std::min<i64>(lens[b], t0 + SPAN);
+        PagedHead<bf16> key{keys, table + b * width, 0, K, H, S}, value{values, table + b * width, 0, K, H, S};
+        attend_span<C>(q + b * qs, key, value, t0, end, all[i], N, scale);
+    });
+    parallel(threads, B, [&](i64 b) { combine<C>(all + start[b], start[b + 1] - start[b], out + b * N * H, N); });
+}
+
+// A prompt's new tokens (Q of them, the last ones of C) under one KV head: causal, in tiles of queries and keys with a
+// running maximum. q and out point at the first of the G heads; rows are `qs` and `os` apart. H is a multiple of 64.
+inline void attend_prompt(const bf16 *q, i64 qs, PagedHead<bf16> keys, PagedHead<bf16> values, bf16 *out, i64 os, i64 Q,
+                          i64 C, i64 G, float scale) {
+    constexpr i64 KEYS = 128;
+    const i64 H = keys.H, past = C - Q, padded = (C + KEYS - 1) / KEYS * KEYS;
+    const i64 most_queries = std::max<i64>(1, 48 / G), tiles = (Q + most_queries - 1) / most_queries;
+    const i64 queries = (Q + tiles - 1) / tiles;  // a tile; all of like size
+    const i64 all = queries * G;
+    static thread_local Scratch<bf16> of_keys, of_values, of_block, of_weights;
+    static thread_local Scratch<float> of_scores, of_acc, of_most, of_sum;
+    bf16 *packed_keys = of_keys.room(padded * H), *packed_values = of_values.room(padded * H);
+    bf16 *block = of_block.room(all * H), *weights = of_weights.room(all * KEYS);
+    float *scores = of_scores.room(all * KEYS), *acc = of_acc.room(all * H);
+    float *most = of_most.room(all), *sum = of_sum.room(all);
+    for (i64 t0 = 0; t0 < padded; t0 += 16)  // keys: panels of 64, [H/2][64][2]
+        for (i64 h = 0; h < H; h += 32) {
+            __m512i part[16];
+            for (i64 i = 0; i < 16; i++) part[i] = t0 + i < C ? load(keys[t0 + i] + h) : _mm512_setzero_si512();
+            transpose16(part);
+            bf16 *to = &packed_keys[t0 / PANEL * PANEL * H + h * PANEL + t0 % PANEL * 2];
+            for (i64 i = 0; i < 16; i++) _mm512_storeu_si512(to + i * PANEL * 2, part[i]);
+        }
+    const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
+    for (i64 t = 0; t < padded; t += 2)  // values: panels of 64, [C/2][64][2]
+        for (i64 h = 0; h < H; h += 32) {
+            __m512i a = t < C ? load(values[t] + h) : _mm512_setzero_si512();
+            __m512i b = t + 1 < C ? load(values[t + 1] + h) : _mm512_setzero_si512();
+            __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+            bf16 *to = &packed_values[h / PANEL * PANEL * padded + t * PANEL + h % PANEL * 2];
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi32(low, even, high));
+            _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi32(low, odd, high));
+        }
+    for (i64 q0 = 0; q0 < Q; q0 += queries) {
+        const i64 count = std::min(queries, Q - q0), rows = count * G, limit = past + q0 + count;
+        for (i64 i = 0; i < count; i++) std::memcpy(&block[i * G * H], q + (q0 + i) * qs, G * H * sizeof(bf16));
+        std::fill(acc, acc + rows * H, 0.0f);
+        std::fill(most, most + rows, -INFINITY);
+        std::fill(sum, sum + rows, 0.0f);
+        for (i64 t0 = 0; t0 < limit; t0 += KEYS) {
+            const i64 here = std::min(KEYS, limit - t0);
+            for (i64 p = 0; p < here; p += PANEL)
+                panel_product<Bf16Step>((const char *)block, 2 * H, (const char *)&packed_keys[(t0 + p) * H],
+                                        PANEL * 4, rows, H / 2, &scores[p], KEYS);
+            for (i64 r = 0; r < rows; r++) {
+                const i64 visible = std::min(here, past + q0 + r / G + 1 - t0);
+                bf16 *to = &weights[r * KEYS];
+                if (visible < here) std::memset(to, 0, KEYS * sizeof(bf16));
+                if (visible <= 0) continue;
+                const float shrink = softmax_row(&scores[r * KEYS], visible, scale * LOG2_E, most[r], sum[r], to);
+                if (shrink != 1.0f) multiply(&acc[r * H], H, shrink);
+            }
+            for (i64 h = 0; h < H; h += PANEL)
+                panel_product<Bf16Step, true>((const char *)weights, 2 * KEYS, (const char *)&packed_values[h * padded + t0 * PANEL],
+                                        PANEL * 4, rows, (here + 1) / 2, &acc[h], H);
+        }
+        for (i64 r = 0; r < rows; r++) {
+            const __m512 by = _mm512_set1_ps(1.0f / sum[r]);
+            bf16 *to = out + (q0 + r / G) * os + r % G * H;
+            for (i64 h = 0; h < H; h += 32)
+                store_bf16(to + h, _mm512_mul_ps(_mm512_loadu_ps(&acc[r * H + h]), by),
+                           _mm512_mul_ps(_mm512_loadu_ps(&acc[r * H + h + 16]), by));
+        }
+    }
+}
+
+// Prompts of one step, each KV head of each prompt a task of its own.
+inline void attend_prompts(const bf16 *q, i64 qs, const bf16 *keys, const bf16 *values, const int32_t *table, i64 width,
+                           const int32_t *starts, const int32_t *lens, bf16 *out, i64 P, i64 N, i64 K, i64 H, i64 S,
+                           float scale, int threads) {
+    const i64 G = N / K;
+    parallel(threads, P * K, [&](i64 task) {
+        const i64 p = task / K, kv = task % K, first = starts[p];
+        PagedHead<bf16> key{keys, table + p * width, kv, K, H, S}, value{values, table + p * width, kv, K, H, S};
+        attend_prompt(q + first * qs + kv * G * H, qs, key, value, out + (first * N + kv * G) * H, N * H, starts[p + 1] - first,
+                      lens[p], G, scale);
+    });
+}
+#endif
+
+// One new token a sequence: q [B, N, H] with rows `qs` apart, lens [B] with this token included.
+template <class X>
+void attend_tokens(const X *q, i64 qs, const X *keys, const X *values, const int32_t *table, i64 width, const int32_t *lens,
+                   X *out, i64 B, i64 N, i64 K, i64 H, i64 S, float scale, int threads) {
+    const i64 G = N / K;
+#ifdef AK_TILES
+    if constexpr (std::is_same<X, bf16>::value) {
+        if (H == 128) return attend_spans<4>(q, qs, keys, values, table, width, lens, out, B, N, K, S, scale, threads);
+        if (H == 64) return attend_spans<2>(q, qs, keys, values, table, width, lens, out, B, N, K, S, scale, threads);
+    }
+#endif
+    parallel(threads, B * K, [&](i64 task) {
+        const i64 b = task / K, kv = task % K;
+        PagedHead<X> key{keys, table + b * width, kv, K, H, S}, value{values, table + b * width, kv, K, H, S};
+        attend_token(q + b * qs + kv * G * H, key, value, lens[b], out + (b * N + kv * G) * H, G, scale);
+    });
+}
+
+}  // namespace
