@@ -1,7 +1,7 @@
 """vLLM's CPU build, compiled and with prefix caching (its defaults), driven as its `LLM.generate` does.
 
-tcmalloc and torch's OpenMP are loaded before Python, as vLLM does itself where it starts processes of its own. (Intel's
-OpenMP, which its documentation names too, left one of two cores idle here.) Options: arguments of `LLM`.
+tcmalloc and Intel's OpenMP are loaded before Python, as its documentation asks; peers/setup.sh puts both into the
+environment's lib folder. Options: arguments of `LLM`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from protocol import Answer, Job, Request, Scoring, main
 
-PRELOADED = ("lib/libtcmalloc_minimal.so*", "lib/python3*/site-packages/torch/lib/libgomp*.so*")
+PRELOADED = ("lib/libtcmalloc_minimal.so*", "lib/libiomp5.so")
 
 
 def set_environment(job: Job) -> None:

