@@ -81,6 +81,7 @@ def wait_for(condition, what, limit_s=LIMIT_S):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir):
     folders, shared = Path(tempfile.gettempdir()), set(os.listdir("/dev/shm"))
+    meetings = set(folders.glob("ascend-meeting-*"))
     driver = subprocess.Popen(
         [sys.executable, HERE / "cluster_script.py", str(tiny_qwen3_dir)],
         text=True,
@@ -96,7 +97,10 @@ def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir):
         family = descendants(driver.pid)
         addresses = listening_addresses([driver.pid, *family])
 
-        os.killpg(driver.pid, number)  # as Jupyter does: the whole process group gets it
+        if number == signal.SIGINT:
+            os.killpg(driver.pid, number)  # as Jupyter does: the whole process group gets it
+        else:
+            os.kill(driver.pid, number)  # kill -9 of the driver alone
         _, errors = driver.communicate(timeout=LIMIT_S)
     finally:
         driver.kill()
@@ -107,9 +111,12 @@ def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir):
         f"still there: {[pid for pid in family if stat_of(pid)]}",
         30,
     )
-    assert set(os.listdir("/dev/shm")) <= shared
+    # OpenMP of other programs on this machine registers itself there too; ours does not.
+    assert {name for name in os.listdir("/dev/shm") if not name.startswith("__KMP_")} <= shared
     if number == signal.SIGINT:
-        assert "KeyboardInterrupt" in errors and not list(folders.glob(f"ascend-ray-{driver.pid}-*"))
+        assert "KeyboardInterrupt" in errors
+    wait_for(lambda: not list(folders.glob(f"ascend-ray-{driver.pid}-*")), "the folder is still there", 30)
+    assert set(folders.glob("ascend-meeting-*")) <= meetings
 
 
 def test_folders_of_killed_drivers_are_removed_by_the_next(tmp_path, monkeypatch):
@@ -118,24 +125,27 @@ def test_folders_of_killed_drivers_are_removed_by_the_next(tmp_path, monkeypatch
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    mine, theirs = tmp_path / f"ascend-ray-{os.getpid()}-a", tmp_path / f"ascend-ray-{gone.pid}-b"
-    for folder in (mine, theirs):
+    folders = {
+        pid: [tmp_path / f"ascend-ray-{pid}-a", tmp_path / f"ascend-meeting-{pid}-b"] for pid in (os.getpid(), gone.pid)
+    }
+    for folder in folders[os.getpid()] + folders[gone.pid]:
         (folder / "session").mkdir(parents=True)
 
     ray_session._remove_leftovers()
 
-    assert mine.is_dir() and not theirs.exists()
+    assert all(folder.is_dir() for folder in folders[os.getpid()])
+    assert not any(folder.exists() for folder in folders[gone.pid])
 
 
 def test_processes_of_a_start_that_failed_half_way_are_ended(tmp_path):
-    from ascend_kit.engine import ray_session
+    from ascend_kit.engine.ray_watch import end_processes
 
     folder = tmp_path / f"ascend-ray-{uuid.uuid4().hex}"
     theirs = subprocess.Popen(["sleep", "100"])
     ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", f"--log_dir={folder}/logs"])
     wait_for(lambda: str(folder) in Path(f"/proc/{ours.pid}/cmdline").read_text(), "the process did not start")
 
-    ray_session._end_processes(folder)
+    end_processes(folder)
 
     assert ours.wait(timeout=10) == -signal.SIGKILL and theirs.poll() is None
     theirs.kill()

@@ -9,15 +9,21 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.engine import ray_watch
+from ascend_kit.engine.ray_watch import end_processes
+from ascend_kit.engine.worker import MEETING_FOLDER
+
 START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 80 << 20  # only requests and tokens travel; Ray's smallest is 75 MiB
 FOLDER = "ascend-ray-"
+SHORT_ROOT = "/tmp"
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 RESOURCE = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 QUIET = {
@@ -82,7 +88,8 @@ class RaySession:
                 self.ray.shutdown()
         self._is_ours = False
         if self._folder is not None:
-            _end_processes(self._folder)
+            end_processes(self._folder)
+            self._watch.wait()
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
@@ -134,8 +141,16 @@ class RaySession:
         _remove_leftovers()
         root = tempfile.gettempdir()
         # Ray's sockets lie below this folder, and a socket's path may have 107 characters.
-        root = root if len(root) < 24 else "/tmp"
+        root = root if len(root) < 24 else SHORT_ROOT
         self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=root))
+        # With the folder in its command line it ends with the rest. A group of its own: Ctrl-C is not meant for it.
+        self._watch = subprocess.Popen(
+            [sys.executable, "-I", ray_watch.__file__, str(self._folder), str(os.getpid())],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         amounts: dict[str, Any] = {"num_cpus": cards, "num_gpus": cards if self.kind == "cuda" else 0}
         if self.kind == "npu":
             amounts["resources"] = {"NPU": cards}
@@ -174,7 +189,7 @@ class RaySession:
                 return
             except Exception as error:
                 self.ray.shutdown()
-                _end_processes(self._folder)  # a start that failed half-way is not known to `shutdown`
+                end_processes(self._folder, keep=self._watch.pid)  # a half start is not known to `shutdown`
                 if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
                     raise
 
@@ -271,17 +286,11 @@ def _no_echo(ray: Any) -> Iterator[None]:
         worker.listen_error_messages = original
 
 
-def _end_processes(folder: Path) -> None:
-    """Kill what still runs with this session's folder in its command line; the name occurs nowhere else."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if str(folder).encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                os.kill(int(entry.name), signal.SIGKILL)
-
-
 def _remove_leftovers() -> None:
-    """Delete folders of engines whose process was killed: nobody else can have removed them."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
-        pid = folder.name.removeprefix(FOLDER).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
+    """End the processes and delete the folders of engines whose own process was killed: nobody else can have."""
+    for root in {tempfile.gettempdir(), SHORT_ROOT}:
+        for folder in [*Path(root).glob(f"{FOLDER}*-*"), *Path(root).glob(f"{MEETING_FOLDER}*-*")]:
+            pid = folder.name.removeprefix(FOLDER).removeprefix(MEETING_FOLDER).split("-")[0]
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
+                end_processes(folder)
+                shutil.rmtree(folder, ignore_errors=True)

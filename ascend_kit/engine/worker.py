@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ascend_kit.engine.replica_plan import ReplicaPlan
 from ascend_kit.engine.sequence import SamplingParams, ScoreTarget, Sequence, TokenLogprobs
 
+MEETING_FOLDER = "ascend-meeting-"  # and the process id of rank 0, by which what a killed one leaves is found
 CALL_S = 0.01  # a call runs steps for about this long ...
 MAX_STEPS_PER_CALL = 8  # ... but not more than these: what is lost with a replica stays small
 
@@ -100,7 +101,7 @@ class Worker:
     def meeting_point(self, is_one_host: bool) -> str:
         """Open the place where the ranks of this replica find each other; called on rank 0."""
         if is_one_host:  # a file: no port, and nothing that another user could connect to
-            self._meeting_folder = tempfile.mkdtemp(prefix="ascend-ranks-")
+            self._meeting_folder = tempfile.mkdtemp(prefix=f"{MEETING_FOLDER}{os.getpid()}-")
             return f"file:{self._meeting_folder}/store"
         from torch.distributed import TCPStore
 
