@@ -13,6 +13,7 @@ from ascend_kit.device.ops import select_ops
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.loader import load_decoder
+from ascend_kit.engine.pace import StepPace
 from ascend_kit.engine.runner import ModelRunner
 from ascend_kit.engine.scheduler import Scheduler
 from ascend_kit.engine.sequence import Sequence
@@ -66,6 +67,7 @@ class EngineCore:
             num_blocks, self.block_size, on_demand=memory_optimize, max_seq_length=max_seq_length
         )
         self.scheduler = Scheduler(self.blocks, max_sequences=batch_size, max_tokens_per_step=max_tokens_per_step)
+        self.pace = StepPace()
         self.runner = ModelRunner(
             self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size, dtype=dtype
         )
@@ -106,17 +108,18 @@ class EngineCore:
 
         `should_stop(sequence, token)` decides after each token: "stop", "length" or None.
         """
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.pace.prompt_tokens())
         if not plan.chunks:
             return []
-        now = time.perf_counter()
+        started = time.perf_counter()
         for chunk in plan.chunks:
             if chunk.sequence.timeline.scheduled_s is None:
-                chunk.sequence.timeline.scheduled_s = now
+                chunk.sequence.timeline.scheduled_s = started
                 self.counts["cached_prompt_tokens"] += chunk.sequence.num_cached_tokens
         tokens = self.runner.execute(plan, self.config.eos_token_ids)
         self.counts["steps"] += 1
         now, touched = time.perf_counter(), []
+        self.pace.observe(plan.num_decoding, plan.num_tokens - plan.num_decoding, now - started)
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.num_computed = chunk.end

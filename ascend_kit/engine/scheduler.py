@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.sequence import Sequence
 
+LONG_PROMPT = 512  # tokens; a prompt with more to go leaves half of a step's prompt tokens to those behind it
+
 
 @dataclass
 class Chunk:
@@ -32,6 +34,7 @@ class StepPlan:
     """The chunks of one step, decoding sequences first."""
 
     chunks: list[Chunk] = field(default_factory=list)
+    num_decoding: int = 0  # the first so many chunks
 
     @property
     def num_tokens(self) -> int:
@@ -46,7 +49,9 @@ class StepPlan:
 class Scheduler:
     """Continuous batching: running sequences decode in every step, prompts fill what is left of the token budget.
 
-    When blocks run out the youngest running sequence gives its blocks back and is computed again later.
+    Prompts are computed in order of arrival, except that a long one lets those behind it advance too: a short question
+    does not wait for a whole document. When blocks run out the youngest running sequence gives its blocks back and is
+    computed again later.
     """
 
     def __init__(self, blocks: BlockManager, *, max_sequences: int, max_tokens_per_step: int):
@@ -73,22 +78,31 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.blocks.release(sequence)
 
-    def schedule(self) -> StepPlan:
-        """The next step. Empty only when nothing is waiting or running."""
+    def schedule(self, prompt_tokens: int | None = None) -> StepPlan:
+        """The next step; empty only when nothing is waiting or running.
+
+        `prompt_tokens`: how many tokens of prompts the step may have, if any sequence decodes in it; None for no limit
+        but that of the step.
+        """
         plan = StepPlan()
         budget = self.max_tokens
         decoding = [s for s in self.running if s.num_tokens - s.num_computed == 1]
         prefilling = [s for s in self.running if s.num_tokens - s.num_computed > 1]
-        preempted = False
-        for sequence in decoding + prefilling:
-            if sequence not in self.running or budget == 0:  # preempted by an older one, or no room left
+        preemptions = self.num_preemptions
+        for sequence in decoding:
+            if sequence in self.running and self._make_room(sequence, 1, plan):  # else preempted
+                budget -= self._plan(plan, sequence, 1)
+        plan.num_decoding = len(plan.chunks)
+        if prompt_tokens is not None and plan.num_decoding:
+            budget = min(budget, prompt_tokens)
+        for place, sequence in enumerate(prefilling):
+            if sequence not in self.running or budget == 0:
                 continue
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
-            if not self._make_room(sequence, count, plan):
-                preempted = True
-                continue
-            budget -= self._plan(plan, sequence, count)
-        if not preempted:
+            behind = place + 1 < len(prefilling) or (self.waiting and len(self.running) < self.max_sequences)
+            count = _share(sequence, budget, bool(behind))
+            if self._make_room(sequence, count, plan):
+                budget -= self._plan(plan, sequence, count)
+        if self.num_preemptions == preemptions:
             self._admit(plan, budget)
         return plan
 
@@ -97,7 +111,8 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             self.blocks.match_prefix(sequence)
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
+            behind = len(self.waiting) > 1 and len(self.running) + 1 < self.max_sequences
+            count = _share(sequence, budget, behind)
             if not self.blocks.grow(sequence, sequence.num_computed + count):
                 self.blocks.release(sequence)
                 return
@@ -128,3 +143,11 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
+
+
+def _share(sequence: Sequence, budget: int, someone_behind: bool) -> int:
+    """How many of `budget` tokens a prompt takes in this step."""
+    wanted = sequence.num_tokens - sequence.num_computed
+    if wanted > budget and wanted > LONG_PROMPT and someone_behind:
+        return -(-budget // 2)
+    return min(wanted, budget)
