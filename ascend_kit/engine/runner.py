@@ -87,16 +87,19 @@ class ModelRunner:
             # Host tensors: the graph copies all of them to its own buffers in one transfer.
             return self.graphs.run(*inputs.tensors(torch.device("cpu"), self.block_size, self.mask))
         token_ids, positions, meta = inputs.tensors(self.device.torch_device, self.block_size, self.mask)
-        hidden = self.decoder(token_ids, positions, meta, self.caches)
+        read = inputs.read_rows()
+        kept = self._ints(read, torch.int64) if len(read) < token_ids.shape[0] else None
+        hidden = self.decoder(token_ids, positions, meta, self.caches, kept)
+        place = {row: number for number, row in enumerate(read)}
         for part in range(0, len(inputs.scored), SCORED_ROWS):
             rows = inputs.scored[part : part + SCORED_ROWS]
-            logits = self.decoder.logits(hidden.index_select(0, self._ints(rows, torch.int64)))
+            logits = self.decoder.logits(hidden.index_select(0, self._ints([place[row] for row in rows], torch.int64)))
             if wanted is not None:
                 self._score(logits.float(), rows, wanted)
         if not inputs.sampled:
             return None
         if len(inputs.sampled) < hidden.shape[0]:
-            hidden = hidden.index_select(0, self._ints(inputs.sampled, torch.int64))
+            hidden = hidden.index_select(0, self._ints([place[row] for row in inputs.sampled], torch.int64))
         return self.decoder.logits(hidden)
 
     def _decode_step(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:

@@ -69,6 +69,10 @@ class StepInputs:
         )
         return ids, positions, meta
 
+    def read_rows(self) -> list[int]:
+        """Rows whose hidden states are read, ascending; at least one, because not every operator takes none."""
+        return sorted({*self.scored, *self.sampled}) or [self.ends[-1] - 1]
+
     def to_message(self) -> Tensor:
         """Everything as one int32 tensor."""
         header = [len(self.ends), len(self.scored), len(self.sampled), int(self.in_graph), self.buffer.numel()]

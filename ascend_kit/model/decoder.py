@@ -42,12 +42,23 @@ class Decoder(nn.Module):
         self.embedding, self.layers, self.norm, self.head = embedding, nn.ModuleList(layers), norm, head
         self.rotary = rotary
 
-    def forward(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta, caches: list[KVCache]) -> Tensor:
-        """Hidden states [T, D] of packed tokens, after the last norm; writes their keys and values to the caches."""
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        meta: AttentionMeta,
+        caches: list[KVCache],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [T, D] of packed tokens, after the last norm; writes their keys and values to the caches.
+
+        With `rows` (int64 [R]) those of these tokens only, [R, D]: the last layer then leaves out what nobody reads.
+        """
         x, residual = self.embedding(token_ids), None
         cos, sin = self.rotary(positions)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
             x, residual = layer(x, residual, cos, sin, meta, cache)
+        x, residual = self.layers[-1](x, residual, cos, sin, meta, caches[-1], rows)
         return self.norm(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

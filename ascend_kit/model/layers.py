@@ -136,13 +136,17 @@ class Attention(nn.Module):
         self.num_kv_heads = config.num_kv_heads // parallel.size
         self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, meta: AttentionMeta, cache: KVCache, rows: Tensor | None = None
+    ) -> Tensor:
         q, k, v = self._project(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.ops.rotary(q, k, cos, sin)
         self.ops.store_kv(k, v, cache[0], cache[1], meta.slot_mapping)
         mixed = self.ops.paged_attention(q, cache[0], cache[1], meta, self.scale)
+        if rows is not None:
+            mixed = mixed.index_select(0, rows)
         return self.parallel.all_reduce(self.out(mixed.flatten(1)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,13 +183,23 @@ class DecoderLayer(nn.Module):
         self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, meta: AttentionMeta, cache: KVCache
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        meta: AttentionMeta,
+        cache: KVCache,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """With `rows` (int64 [R]) only these tokens' results, [R, D]; all of them have their keys and values stored."""
         if residual is None:
             residual, x = x, self.input_norm(x)
         else:
             x, residual = self.input_norm(x, residual)
-        x = self.attention(x, cos, sin, meta, cache)
+        x = self.attention(x, cos, sin, meta, cache, rows)
+        if rows is not None:
+            residual = residual.index_select(0, rows)
         x, residual = self.post_norm(x, residual)
         return self.mlp(x), residual
 

@@ -93,7 +93,7 @@ def _run(
             operator_fusion=fused,
             memory_optimize=True,
             block_size=None,
-            max_tokens_per_step=4096,
+            max_tokens_per_step=batch * context,  # all prompts in the first step
             kv_cache_gib=None,
         )
         for index in range(batch):

@@ -21,6 +21,32 @@ template <class X> void quantize(const X *x, int8_t *codes, float *scales, i64 M
 }
 
 // --- norms, rotary, swiglu ------------------------------------------------------------------------------------------
+// The plain forms below with vectors, where there are any for the type and size; false: use the plain form.
+template <class X> inline bool add_vectors(const X *, const X *, X *, i64) { return false; }
+template <class X> inline bool norm_vectors(const X *, const X *, X *, i64, float) { return false; }
+#ifdef AK_TILES
+inline bool add_vectors(const bf16 *a, const bf16 *b, bf16 *sum, i64 D) {
+    if (D % 16) return false;
+    for (i64 d = 0; d < D; d += 16)
+        store16(sum + d, narrow16(_mm512_add_ps(widen16(load16(a + d)), widen16(load16(b + d)))));
+    return true;
+}
+inline bool norm_vectors(const bf16 *x, const bf16 *weight, bf16 *out, i64 D, float eps) {
+    if (D % 16) return false;
+    __m512 squares = _mm512_setzero_ps();
+    for (i64 d = 0; d < D; d += 16) {
+        const __m512 wide = widen16(load16(x + d));
+        squares = _mm512_fmadd_ps(wide, wide, squares);
+    }
+    const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / float(D) + eps));
+    for (i64 d = 0; d < D; d += 16) {
+        const __m512 normal = widen16(narrow16(_mm512_mul_ps(widen16(load16(x + d)), inverse)));
+        store16(out + d, narrow16(_mm512_mul_ps(normal, widen16(load16(weight + d)))));
+    }
+    return true;
+}
+#endif
+
 template <class X>
 void rms_norm(const X *x, i64 stride, const X *residual, const X *weight, X *y, X *total, i64 rows, i64 heads, i64 D,
               float eps, int threads) {
@@ -30,9 +56,11 @@ void rms_norm(const X *x, i64 stride, const X *residual, const X *weight, X *y, 
             X *out = y + (row * heads + head) * D;
             if (residual) {
                 X *sum = total + row * D;
-                for (i64 d = 0; d < D; d++) sum[d] = rounded<X>(widen(in[d]) + widen(residual[row * D + d]));
+                if (!add_vectors(in, residual + row * D, sum, D))
+                    for (i64 d = 0; d < D; d++) sum[d] = rounded<X>(widen(in[d]) + widen(residual[row * D + d]));
                 in = sum;
             }
+            if (norm_vectors(in, weight, out, D, eps)) continue;
             float squares = 0;
 #pragma omp simd reduction(+ : squares)
             for (i64 d = 0; d < D; d++) squares += widen(in[d]) * widen(in[d]);
@@ -70,7 +98,7 @@ inline i64 swiglu_vectors(const bf16 *gate, const bf16 *up, bf16 *out, i64 F) {
     for (; f + 16 <= F; f += 16) {
         const __m512 x = widen16(load16(gate + f)), e = exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
         const __m512 silu = widen16(narrow16(_mm512_div_ps(x, _mm512_add_ps(one, e))));
-        _mm256_storeu_si256((__m256i *)(out + f), narrow16(_mm512_mul_ps(silu, widen16(load16(up + f)))));
+        store16(out + f, narrow16(_mm512_mul_ps(silu, widen16(load16(up + f)))));
     }
     return f;
 }

@@ -121,6 +121,7 @@ inline void transpose16(__m512i r[16]) {
 }
 
 inline __m256i load16(const bf16 *p) { return _mm256_loadu_si256((const __m256i *)p); }
+inline void store16(bf16 *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
 inline __m512 widen16(__m256i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
 inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
