@@ -206,3 +206,17 @@ def test_an_unknown_device_has_no_table():
     assert select_ops("cpu", True) is (cpu if native.library() is None else cpu_native)
     with pytest.raises(ValueError, match="tpu"):
         select_ops("tpu", True)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_names_the_first_of_equal_numbers(table, dtype):
+    logits = torch.randn(5, 1000).to(dtype)
+    logits[1, [400, 900]] = 50
+    logits[2] = -torch.inf
+    logits[2, 999] = -1e30
+
+    found = table.argmax(logits)
+
+    assert found.tolist() == [row.tolist().index(max(row.tolist())) for row in logits]
+    assert table.argmax(logits[1:3]).tolist() == [400, 999]

@@ -307,6 +307,7 @@ class ClusterCore:
                     sequence.output_ids,
                     sequence.sampling,
                     sequence.targets,
+                    sequence.is_watched,
                 )
             )
         for one in self.replicas:

@@ -215,15 +215,24 @@ class AscendInferEngine:
         return bool(self._refused) or self._loaded().has_unfinished
 
     def add_request(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, arrival_s: float | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        arrival_s: float | None = None,
+        is_watched: bool = True,
     ) -> int:
-        """Queue one request; its number. A request that cannot run comes back from `step` with an error."""
+        """Queue one request; its number. A request that cannot run comes back from `step` with an error.
+
+        While a watched request decodes, new prompts are computed in small parts, so that its tokens keep coming;
+        without one, in parts as large as `max_tokens_per_step`, which takes a little less time in all.
+        """
         core, sampling = self._loaded(), sampling or SamplingParams()
         sequence = Sequence(
             self._encode(prompt),
             sampling,
             index=self._num_requests,
             arrival_s=time.perf_counter() if arrival_s is None else arrival_s,
+            is_watched=is_watched,
         )
         self._num_requests += 1
         refusal = core.refusal(sequence, self.max_seq_length)
@@ -363,7 +372,10 @@ class AscendInferEngine:
         if isinstance(sampling, list) and len(sampling) != len(prompts):
             raise ValueError(f"{len(sampling)} sampling settings for {len(prompts)} prompts; give one, or one each")
         settings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
-        order = [self.add_request(prompt, setting) for prompt, setting in zip(prompts, settings, strict=True)]
+        order = [
+            self.add_request(prompt, setting, is_watched=streaming)
+            for prompt, setting in zip(prompts, settings, strict=True)
+        ]
         for request in order if streaming else ():
             sequence = self._loaded().sequences.get(request)
             if sequence is not None:

@@ -107,7 +107,7 @@ class ModelRunner:
 
     def _read_tokens(self, logits: Tensor, chunks: list[Chunk], eos_ids: tuple[int, ...]) -> dict[int, int]:
         sequences = [chunk.sequence for chunk in chunks]
-        tokens = sample(logits, sequences, eos_ids)
+        tokens = sample(logits, sequences, eos_ids, self.ops)
         record_logprobs(logits, tokens, sequences)
         if self.graphs is not None:
             self.graphs.wait()  # turns a hanging replay into an error; the read below could not be interrupted

@@ -6,10 +6,13 @@ seed alone: not on the batch it sits in, nor on the order of steps.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ascend_kit.device.device import upload
+from ascend_kit.device.ops import reference
 from ascend_kit.engine.sequence import Sequence, TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -23,10 +26,10 @@ def uniform(seed: int, position: int) -> float:
     return ((state ^ (state >> 31)) >> 40) / (1 << 24)  # 24 bits: exact in float32
 
 
-def sample(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[int, ...]) -> Tensor:
+def sample(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[int, ...], ops: ModuleType = reference) -> Tensor:
     """Next token of each sequence, int64 [R], from logits [R, V]."""
     logits = _forbid_early_end(logits, sequences, eos_ids)
-    greedy = logits.argmax(-1)
+    greedy = ops.argmax(logits)
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
     if not rows:
         return greedy

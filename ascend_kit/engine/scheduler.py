@@ -81,8 +81,8 @@ class Scheduler:
     def schedule(self, prompt_tokens: int | None = None) -> StepPlan:
         """The next step; empty only when nothing is waiting or running.
 
-        `prompt_tokens`: how many tokens of prompts the step may have, if any sequence decodes in it; None for no limit
-        but that of the step.
+        `prompt_tokens`: how many tokens of prompts the step may have, if a watched sequence decodes in it; None for no
+        limit but that of the step.
         """
         plan = StepPlan()
         budget = self.max_tokens
@@ -93,7 +93,7 @@ class Scheduler:
             if sequence in self.running and self._make_room(sequence, 1, plan):  # else preempted
                 budget -= self._plan(plan, sequence, 1)
         plan.num_decoding = len(plan.chunks)
-        if prompt_tokens is not None and plan.num_decoding:
+        if prompt_tokens is not None and any(chunk.sequence.is_watched for chunk in plan.chunks):
             budget = min(budget, prompt_tokens)
         for place, sequence in enumerate(prefilling):
             if sequence not in self.running or budget == 0:

@@ -106,12 +106,14 @@ class Sequence:
         arrival_s: float,
         index: int | None = None,
         targets: Seq[ScoreTarget] = (),
+        is_watched: bool = True,
     ):
         self.id = next(_ids) if index is None else index
         self.sampling = sampling
         self.token_ids = list(prompt_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.targets = list(targets)
+        self.is_watched = is_watched  # somebody waits for each token, not only for the last one of a batch
         self.target_scores: list[list[tuple[float, bool]]] = [[] for _ in self.targets]
         self.num_computed = 0  # tokens whose keys and values are in the cache
         self.blocks: list[int] = []

@@ -48,6 +48,7 @@ class Order(NamedTuple):
     output_ids: list[int]
     sampling: SamplingParams
     targets: list[ScoreTarget]
+    is_watched: bool
 
 
 class Progress(NamedTuple):
@@ -201,7 +202,12 @@ class Worker:
 
     def _add(self, order: Order) -> None:
         sequence = Sequence(
-            order.prompt_ids, order.sampling, arrival_s=time.perf_counter(), index=order.ticket, targets=order.targets
+            order.prompt_ids,
+            order.sampling,
+            arrival_s=time.perf_counter(),
+            index=order.ticket,
+            targets=order.targets,
+            is_watched=order.is_watched,
         )
         sequence.token_ids += order.output_ids
         self._sent[order.ticket] = len(order.output_ids)

@@ -40,6 +40,7 @@ def run_ops(device: Device, seed: int = 0) -> Iterator[OpCheck]:
         yield from _check_norms(comparer, dtype)
         yield from _check_rotary(comparer, dtype)
         yield from _check_gather(comparer, dtype)
+        yield from _check_argmax(comparer, dtype)
         yield from _check_mlp(comparer, dtype)
         for heads in HEADS:
             yield from _check_attention(comparer, heads, dtype)
@@ -104,6 +105,17 @@ def _check_gather(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
         return relative_error(comparer.ops.gather_rows(*comparer.place(table, ids, dtype=dtype)), table[ids])
 
     yield comparer.check("gather_rows", f"{_name(dtype)} [1000, 128]", 0.0, gathered)
+
+
+def _check_argmax(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
+    """The largest logit of a row; a wrong one by how much smaller it is."""
+    logits = comparer.values(5, 151936, dtype=dtype)
+
+    def loss() -> float:
+        found = comparer.ops.argmax(*comparer.place(logits, dtype=dtype)).cpu()
+        return relative_error(logits.gather(1, found.unsqueeze(1)), logits.amax(1, keepdim=True))
+
+    yield comparer.check("argmax", f"{_name(dtype)} [5, 151936]", 0.0, loss)
 
 
 def _check_mlp(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:

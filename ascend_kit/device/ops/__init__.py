@@ -34,6 +34,7 @@ OPS = (
     "int8_matmul",
     "int8_weight_matmul",
     "gather_rows",
+    "argmax",
     "pack_int8",
     "pack_int8_weight",
     "make_mask",

@@ -16,6 +16,7 @@ from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
     HOST_LENGTHS,
     MERGED_QKV,
+    argmax,
     gather_rows,
     int8_weight_matmul,
     linear,

@@ -233,5 +233,13 @@ def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """As in reference; NaN is never the largest."""
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    out = torch.empty(logits.shape[0], dtype=torch.int64)
+    call("ak_argmax", DTYPES[logits.dtype], logits, logits.stride(0), out, *logits.shape, _threads())
+    return out
+
+
 def _threads() -> int:
     return torch.get_num_threads()

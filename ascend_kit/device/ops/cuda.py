@@ -6,6 +6,7 @@ from ascend_kit.device.ops.cpu import (  # noqa: F401 - this table
     HOST_LENGTHS,
     MERGED_QKV,
     add_rms_norm,
+    argmax,
     gather_rows,
     int8_weight_matmul,
     linear,

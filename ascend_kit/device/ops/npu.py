@@ -247,6 +247,11 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return _npu().npu_weight_quant_batchmatmul(x, weight.t(), weight_scale.to(x.dtype), bias=bias)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """As in reference."""
+    return logits.argmax(-1)
+
+
 def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     """As in reference."""
     return table.index_select(0, ids)

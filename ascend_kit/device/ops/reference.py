@@ -120,6 +120,11 @@ def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     return table.index_select(0, ids)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """Index int64 [R] of the first largest number of each row [R, V]."""
+    return logits.argmax(-1)
+
+
 def _decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """One query token a sequence, all at once and without host lists, so that a captured graph can replay it."""
     keys, values = (cache[meta.block_table.long()].flatten(1, 2).float() for cache in (k_cache, v_cache))

@@ -81,26 +81,39 @@ struct Partial {
     float *acc, *most, *sum;
 };
 
+// Fetches the keys and values of tokens t..end into the second cache, a few lines at a time.
+struct Ahead {
+    PagedHead<bf16> keys, values;
+    i64 t, end, offset;
+    void fetch(i64 lines) {
+        const i64 size = keys.K * keys.H * 2;
+        for (; lines > 0 && t < end; lines -= 2) {
+            keys.kv = values.kv = 0;
+            _mm_prefetch((const char *)keys[t] + offset, _MM_HINT_T1);
+            _mm_prefetch((const char *)values[t] + offset, _MM_HINT_T1);
+            offset += 64;
+            if (offset == size) offset = 0, t++;
+        }
+    }
+};
+
 // Tokens t0..end of one sequence for all N heads of its query token, bf16 and H = 32 C. All KV heads take their turn at 64
 // tokens before the next 64, so that memory is read in order; the next ones are fetched meanwhile.
 template <int C>
 void attend_span(const bf16 *query, PagedHead<bf16> keys, PagedHead<bf16> values, i64 t0, i64 end, Partial part, i64 N,
                  float scale) {
     constexpr i64 H = 32 * C, GROUP = 64;
-    const i64 K = keys.K, G = N / K, fetched = GROUP / K + 1;
+    const i64 K = keys.K, G = N / K;
     static thread_local Scratch<bf16> of_weights;
     bf16 *weights = of_weights.room(G * GROUP);
     std::fill(part.acc, part.acc + N * H, 0.0f);
     std::fill(part.most, part.most + N, -INFINITY);
     std::fill(part.sum, part.sum + N, 0.0f);
+    Ahead ahead{keys, values, t0 + GROUP, end, 0};
+    const i64 LINES = (2 * K * H * 2 / 64 * 64) / (K * ((G + 1) / 2) * 32) + 1;
     for (; t0 < end; t0 += GROUP) {
         const i64 count = std::min(GROUP, end - t0);
         for (i64 kv = 0; kv < K; kv++) {
-            keys.kv = values.kv = 0;
-            for (i64 i = 0, t = t0 + GROUP + kv * fetched; i < fetched && t < end; i++, t++) {
-                const char *key = (const char *)keys[t], *value = (const char *)values[t];
-                for (i64 b = 0; b < K * H * 2; b += 64) _mm_prefetch(key + b, _MM_HINT_T1), _mm_prefetch(value + b, _MM_HINT_T1);
-            }
             keys.kv = values.kv = kv;
             const bf16 *key[GROUP], *value[GROUP];  // past the end the last one again: its weight will be 0
             for (i64 i = 0; i < GROUP; i++) {
@@ -140,6 +153,7 @@ void attend_span(const bf16 *query, PagedHead<bf16> keys, PagedHead<bf16> values
                     total[1][c] = heads == 2 ? _mm512_loadu_ps(acc + H + 16 * c) : _mm512_setzero_ps();
                 }
                 for (i64 i = 0; i < count; i += 2) {
+                    ahead.fetch(LINES);
                     int32_t pair[2] = {0, 0};
                     for (i64 j = 0; j < heads; j++) std::memcpy(&pair[j], &weights[(g + j) * GROUP + i], 4);
                     const __m512bh first = as_bh(_mm512_set1_epi32(pair[0])), second = as_bh(_mm512_set1_epi32(pair[1]));

@@ -114,6 +114,19 @@ template <class X> void swiglu(const X *x, X *out, i64 T, i64 F, int threads) {
     });
 }
 
+// Index of the first largest number of each row.
+template <class X> void argmax(const X *x, i64 stride, i64 *out, i64 rows, i64 width, int threads) {
+    parallel(threads, rows, [&](i64 row) {
+        const X *from = x + row * stride;
+        float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+        for (i64 i = 0; i < width; i++) most = std::max(most, widen(from[i]));
+        i64 place = 0;
+        while (place < width && widen(from[place]) != most) place++;
+        out[row] = place < width ? place : 0;
+    });
+}
+
 }  // namespace
 
 #define BY_DTYPE(call_bf16, call_float) \
@@ -149,6 +162,9 @@ void ak_rotary(int dtype, void *q, i64 qs, void *k, i64 ks, const void *cos, con
 }
 void ak_swiglu(int dtype, const void *x, void *out, i64 T, i64 F, int threads) {
     BOTH((swiglu<X>(AS(X, x), (X *)out, T, F, threads)))
+}
+void ak_argmax(int dtype, const void *x, i64 stride, void *out, i64 rows, i64 width, int threads) {
+    BOTH((argmax<X>(AS(X, x), stride, (i64 *)out, rows, width, threads)))
 }
 void ak_store(const void *k, i64 ks, const void *v, i64 vs, void *k_cache, void *v_cache, const int32_t *slots, i64 T,
               i64 row_bytes, i64 item_bytes) {
