@@ -17,8 +17,8 @@ from int8_halves import halve  # noqa: E402
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
 from ascend_kit.engine import cluster, replica  # noqa: E402
 from ascend_kit.engine.dispatch import ReplicasLost  # noqa: E402
-from ascend_kit.engine.engine import PairsFailed  # noqa: E402
 from ascend_kit.engine.ray_session import RaySession  # noqa: E402
+from ascend_kit.engine.scoring import PairsFailed  # noqa: E402
 from ascend_kit.engine.worker import Worker  # noqa: E402
 
 pytestmark = pytest.mark.multiproc

@@ -187,6 +187,11 @@ class Device:
         """`torch.npu`, `torch.cuda` or `torch.cpu`."""
         return getattr(torch, self.kind)
 
+    def make_current(self) -> None:
+        """Use this device for what the calling thread does next; every thread has a current device of its own."""
+        if self.kind != "cpu":
+            self.backend.set_device(self.index)
+
     @property
     def default_block_size(self) -> int:
         """KV block size: 128 is the size the NPU kernels are written for; smaller wastes less elsewhere."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,31 +18,16 @@ from ascend_kit.engine.core import DTYPES, EngineCore
 from ascend_kit.engine.dispatch import ReplicasLost
 from ascend_kit.engine.ranks import Ranks, environment_ranks
 from ascend_kit.engine.replica_plan import ReplicaPlan
-from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, ScoreTarget, Sequence
+from ascend_kit.engine.scoring import ScoreSheet, score_sequences
+from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, Sequence
 from ascend_kit.engine.stopping import StopRules
+from ascend_kit.engine.streaming import StreamEvent, TokenStream
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params import PRECISIONS, Experiment
 
 Prompt = str | list[int]
 Progress = Callable[[int, int], None]
-
-
-class StreamEvent(NamedTuple):
-    """One new token of one request; `finish_reason` is set on its last event, which may carry no token."""
-
-    index: int
-    token_id: int | None
-    text: str
-    finish_reason: str | None
-
-
-class PairsFailed(RuntimeError):
-    """Some pairs could not be scored; `scores` holds the others, with None in the failed places."""
-
-    def __init__(self, errors: dict[int, str], scores: list[Score | None]):
-        first = min(errors)
-        super().__init__(f"{len(errors)} of {len(scores)} pairs failed; pair {first}: {errors[first]}")
-        self.errors, self.scores = errors, scores
+Follower = Callable[[Sequence], None]  # called after each step that touched the request
 
 
 class AscendInferEngine:
@@ -104,8 +91,13 @@ class AscendInferEngine:
         self.device: Device | None = None
         self.tokenizer: Any = None
         self._stop = StopRules(lambda: self.tokenizer, self.config.eos_token_ids, max_seq_length)
-        self._refused: list[RequestOutput] = []
+        # Streams advance the engine from threads of their own. Whoever advances it hands each request's news to its
+        # follower; what nobody follows waits for `step`.
+        self._lock = threading.RLock()
+        self._followers: dict[int, Follower] = {}
+        self._ended: list[RequestOutput] = []
         self._num_requests = 0
+        self._num_scored = 0
 
     @classmethod
     def from_experiment(cls, experiment: Experiment, model_path: str | Path | None = None) -> AscendInferEngine:
@@ -185,6 +177,7 @@ class AscendInferEngine:
         """Free weights and cache, and end the processes that hold them."""
         core, self.core = self.core, None
         self._stop.clear()
+        self._followers.clear()
         if core is not None:
             core.close()
 
@@ -212,7 +205,7 @@ class AscendInferEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._refused) or self._loaded().has_unfinished
+        return bool(self._ended) or self._loaded().has_unfinished
 
     def add_request(
         self,
@@ -226,35 +219,26 @@ class AscendInferEngine:
         While a watched request decodes, new prompts are computed in small parts, so that its tokens keep coming;
         without one, in parts as large as `max_tokens_per_step`, which takes a little less time in all.
         """
-        core, sampling = self._loaded(), sampling or SamplingParams()
-        sequence = Sequence(
-            self._encode(prompt),
-            sampling,
-            index=self._num_requests,
-            arrival_s=time.perf_counter() if arrival_s is None else arrival_s,
-            is_watched=is_watched,
-        )
-        self._num_requests += 1
-        refusal = core.refusal(sequence, self.max_seq_length)
-        if refusal is not None:
-            sequence.finish_reason, sequence.error = "error", refusal
-            sequence.timeline.finished_s = time.perf_counter()
-            self._refused.append(self._output(sequence))
-        else:
-            core.add(sequence)
-        return sequence.id
+        return self._add(prompt, sampling, arrival_s, is_watched).id
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; the requests that ended with it."""
-        return [self._output(sequence) for sequence in self._advance() if sequence.is_finished] + self._take_refused()
+        self._advance()
+        with self._lock:
+            ended, self._ended = self._ended, []
+        return ended
 
     def cancel(self, request: int) -> RequestOutput | None:
         """End a request now; what it has written so far, or None when it is not running."""
-        sequence = self._loaded().sequences.get(request)
-        if sequence is None:
-            return None
-        self._loaded().finish(sequence, "cancelled")
-        return self._output(sequence)
+        with self._lock:
+            sequence = self._loaded().sequences.get(request)
+            if sequence is None:
+                return None
+            self._loaded().finish(sequence, "cancelled")
+            output, follower = self._output(sequence), self._followers.pop(request, None)
+            if follower is not None:  # whoever waits for it is told, too
+                follower(sequence)
+            return output
 
     # --- many requests ----------------------------------------------------------------------------------------
 
@@ -266,41 +250,46 @@ class AscendInferEngine:
         on_progress: Progress | None = None,
     ) -> list[RequestOutput]:
         """Answer every prompt; outputs in input order. A prompt that cannot run ends with an error, alone."""
-        order = self._add_all(prompts, sampling)
         done: dict[int, RequestOutput] = {}
+
+        def keep(place: int, sequence: Sequence) -> None:
+            if sequence.is_finished:
+                done[place] = self._output(sequence)
+                done[place].index = place
+
+        order = self._add_all(prompts, sampling, keep, is_watched=False)
         try:
             while len(done) < len(order):
-                done.update((output.index, output) for output in self.step() if output.index in order)
+                self._advance()
                 if on_progress is not None:
                     on_progress(len(done), len(order))
         except ReplicasLost as error:
-            error.outputs = [self._renumbered(done[r], place) for place, r in enumerate(order) if r in done]
+            error.outputs = [done[place] for place in sorted(done)]
             raise
         finally:
-            for request in set(order) - set(done):
-                self.cancel(request)
-        return [self._renumbered(done[request], place) for place, request in enumerate(order)]
+            for place, sequence in enumerate(order):
+                if place not in done:
+                    self.cancel(sequence.id)
+        return [done[place] for place in range(len(order))]
 
     def stream(
         self,
         prompts: Prompt | list[str] | list[list[int]],
         sampling: SamplingParams | list[SamplingParams] | None = None,
     ) -> Iterator[StreamEvent]:
-        """Tokens as they are made. Text is held back while it could still be part of a stop string."""
+        """Tokens as they are made; a reader that takes its time does not hold the engine up.
+
+        Text is held back while it could still be part of a stop string.
+        """
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        order = self._add_all([prompts] if single else prompts, sampling, streaming=True)
-        place = {request: number for number, request in enumerate(order)}
-        sent = dict.fromkeys(order, 0)
+        stream = TokenStream(self._text_of)
+        order = self._add_all([prompts] if single else prompts, sampling, stream.follow, is_watched=True)
         try:
-            while place:
-                for output in self._take_refused():
-                    yield StreamEvent(place.pop(output.index), None, "", "error")
-                for sequence in self._advance():
-                    if sequence.id in place:
-                        yield self._event(sequence, place, sent)
+            yield from stream.read(order, self._advance)
         finally:
-            for request in list(place):
-                self.cancel(request)
+            for sequence in order:
+                if not sequence.is_finished:
+                    self.cancel(sequence.id)
 
     def score(self, pairs: list[tuple[Prompt, Prompt]], *, on_progress: Progress | None = None) -> list[Score]:
         """Log-probability of each continuation after its context, natural logarithm, softmax in float32.
@@ -308,32 +297,30 @@ class AscendInferEngine:
         Pairs with the same tokens before the last one share a single pass. ValueError when a pair cannot be scored;
         PairsFailed, after all others are scored, when a pair brought down the replicas that tried it.
         """
-        core = self._loaded()
-        sequences = self._score_sequences(pairs)
-        for sequence in sequences:
-            refusal = core.refusal(sequence, self.max_seq_length)
-            if refusal is not None:
-                raise ValueError(f"pair {sequence.targets[0].pair}: {refusal}")
-        for sequence in sequences:
-            core.add(sequence)
-        results: dict[int, Score | None] = {}
-        errors: dict[int, str] = {}
-        try:
-            while len(results) < len(pairs):
-                for sequence in self._advance():
-                    if sequence.error is not None:
-                        errors.update((target.pair, sequence.error) for target in sequence.targets)
-                    results.update(_scores(sequence))
-                if on_progress is not None:
-                    on_progress(len(results), len(pairs))
-        finally:
+        core, sheet = self._loaded(), ScoreSheet(len(pairs))
+        ids = [(self._encode(context), self._encode(continuation)) for context, continuation in pairs]
+        with self._lock:
+            sequences = score_sequences(ids, self.config.vocab_size, first=self._num_scored)
             for sequence in sequences:
-                if not sequence.is_finished:
-                    core.finish(sequence, "cancelled")
-        scores = [results[number] for number in range(len(pairs))]
-        if errors:
-            raise PairsFailed(errors, scores)
-        return scores
+                refusal = core.refusal(sequence, self.max_seq_length)
+                if refusal is not None:
+                    raise ValueError(f"pair {sequence.targets[0].pair}: {refusal}")
+            self._num_scored += len(sequences)
+            for sequence in sequences:
+                self._followers[sequence.id] = sheet.note
+                core.add(sequence)
+        try:
+            while len(sheet) < len(pairs):
+                self._advance()
+                if on_progress is not None:
+                    on_progress(len(sheet), len(pairs))
+        finally:
+            with self._lock:
+                for sequence in sequences:
+                    self._followers.pop(sequence.id, None)
+                    if not sequence.is_finished:
+                        core.finish(sequence, "cancelled")
+        return sheet.result()
 
     def infer(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, max_new_tokens: int = 128
@@ -367,23 +354,69 @@ class AscendInferEngine:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _add_all(
-        self, prompts: list, sampling: SamplingParams | list[SamplingParams] | None, streaming: bool = False
-    ) -> list[int]:
+        self,
+        prompts: list,
+        sampling: SamplingParams | list[SamplingParams] | None,
+        follow: Callable[[int, Sequence], None],
+        *,
+        is_watched: bool,
+    ) -> list[Sequence]:
+        """Queue all prompts; `follow` hears of each by its place in the list."""
         if isinstance(sampling, list) and len(sampling) != len(prompts):
             raise ValueError(f"{len(sampling)} sampling settings for {len(prompts)} prompts; give one, or one each")
         settings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
-        order = [
-            self.add_request(prompt, setting, is_watched=streaming)
-            for prompt, setting in zip(prompts, settings, strict=True)
-        ]
-        for request in order if streaming else ():
-            sequence = self._loaded().sequences.get(request)
-            if sequence is not None:
-                self._stop.follow(sequence)
-        return order
+        encoded = [self._encode(prompt) for prompt in prompts]
+        with self._lock:
+            return [
+                self._add(ids, setting, None, is_watched, partial(follow, place))
+                for place, (ids, setting) in enumerate(zip(encoded, settings, strict=True))
+            ]
 
-    def _advance(self) -> list[Sequence]:
-        return self._loaded().step(self._stop)
+    def _add(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None,
+        arrival_s: float | None,
+        is_watched: bool,
+        follower: Follower | None = None,
+    ) -> Sequence:
+        core, ids = self._loaded(), self._encode(prompt)
+        with self._lock:
+            sequence = Sequence(
+                ids,
+                sampling or SamplingParams(),
+                index=self._num_requests,
+                arrival_s=time.perf_counter() if arrival_s is None else arrival_s,
+                is_watched=is_watched,
+            )
+            self._num_requests += 1
+            if follower is not None:
+                self._followers[sequence.id] = follower
+                if is_watched:
+                    self._stop.follow(sequence)
+            refusal = core.refusal(sequence, self.max_seq_length)
+            if refusal is None:
+                core.add(sequence)
+            else:
+                sequence.finish_reason, sequence.error = "error", refusal
+                sequence.timeline.finished_s = time.perf_counter()
+                self._tell(sequence)
+        return sequence
+
+    def _advance(self) -> None:
+        """Compute one step and tell everybody concerned."""
+        with self._lock:
+            for sequence in self._loaded().step(self._stop):
+                self._tell(sequence)
+
+    def _tell(self, sequence: Sequence) -> None:
+        follower = self._followers.get(sequence.id)
+        if sequence.is_finished:
+            self._followers.pop(sequence.id, None)
+        if follower is not None:
+            follower(sequence)
+        elif sequence.is_finished:
+            self._ended.append(self._output(sequence))
 
     def _output(self, sequence: Sequence) -> RequestOutput:
         detokenizer = self._stop.forget(sequence.id)
@@ -406,52 +439,14 @@ class AscendInferEngine:
             num_preemptions=sequence.num_preemptions,
         )
 
-    def _take_refused(self) -> list[RequestOutput]:
-        refused, self._refused = self._refused, []
-        return refused
-
-    def _event(self, sequence: Sequence, place: dict[int, int], sent: dict[int, int]) -> StreamEvent:
-        if sequence.is_finished:
-            text = self._output(sequence).text
-            number = place.pop(sequence.id)
-        else:
-            # A stop string may still be completed by the next token: hold its longest possible start back.
-            held = max((len(word) - 1 for word in sequence.sampling.stop), default=0)
-            text, number = self._stop.text_so_far(sequence), place[sequence.id]
-            text = text[: max(0, len(text) - held)]
-        piece, sent[sequence.id] = text[sent[sequence.id] :], max(len(text), sent[sequence.id])
-        return StreamEvent(number, sequence.token_ids[-1], piece, sequence.finish_reason)
-
-    def _score_sequences(self, pairs: list[tuple[Prompt, Prompt]]) -> list[Sequence]:
-        groups: dict[tuple[int, ...], list[ScoreTarget]] = {}
-        for number, (context, continuation) in enumerate(pairs):
-            context_ids, ids = self._encode(context), self._encode(continuation)
-            if not context_ids or not ids:
-                raise ValueError(
-                    f"pair {number}: context and continuation need at least one token each, got "
-                    f"{len(context_ids)} and {len(ids)}"
-                )
-            bad = next((t for t in ids if not 0 <= t < self.config.vocab_size), None)
-            if bad is not None:
-                raise ValueError(f"pair {number}: token id {bad} is outside 0 to {self.config.vocab_size - 1}")
-            groups.setdefault(tuple(context_ids + ids[:-1]), []).append(ScoreTarget(number, tuple(ids)))
-        now = time.perf_counter()
-        # Sorted, so that inputs with a long common prefix run next to each other and share its blocks.
-        return [
-            Sequence(ids, SamplingParams(), arrival_s=now, index=-1 - number, targets=groups[ids])
-            for number, ids in enumerate(sorted(groups))
-        ]
+    def _text_of(self, sequence: Sequence) -> str:
+        return self._output(sequence).text if sequence.is_finished else self._stop.text_so_far(sequence)
 
     def _pad_id(self) -> int:
         for value in (self.tokenizer.pad_token_id, self.config.pad_token_id, *self.config.eos_token_ids):
             if value is not None:
                 return value
         return 0
-
-    @staticmethod
-    def _renumbered(output: RequestOutput, place: int) -> RequestOutput:
-        output.index = place
-        return output
 
 
 def _checked_cards(cards: int, tensor_parallel: int, ranks: Ranks | None, config: ModelConfig) -> tuple[int, int]:
@@ -476,12 +471,3 @@ def _checked_cards(cards: int, tensor_parallel: int, ranks: Ranks | None, config
         },
     )
     return cards, tensor_parallel
-
-
-def _scores(sequence: Sequence) -> dict[int, Score | None]:
-    if sequence.error is not None:
-        return dict.fromkeys(target.pair for target in sequence.targets)
-    return {
-        target.pair: Score(sum(logprob for logprob, _ in rows), all(greedy for _, greedy in rows))
-        for target, rows in zip(sequence.targets, sequence.target_scores, strict=True)
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import ModuleType
 
 import torch
@@ -32,6 +33,7 @@ class ModelRunner:
         self.caches = decoder.new_caches(num_blocks, block_size, dtype, device.torch_device)
         self.mask = ops.make_mask(device.torch_device)
         self.graphs: DecodeGraphs | None = None
+        self._thread = threading.get_ident()
         self.channel = StepChannel(decoder.parallel) if decoder.parallel.size > 1 else None
 
     @torch.inference_mode()
@@ -57,6 +59,9 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, int]:
         """Run one step; the new token of each sequence that got one, by sequence id. Scores go to the sequences."""
+        if self._thread != threading.get_ident():  # a stream's thread
+            self.device.make_current()
+            self._thread = threading.get_ident()
         starts = _starts(plan.chunks)
         sampled = [chunk for chunk in plan.chunks if chunk.reaches_end and not chunk.sequence.is_scoring]
         wanted = _scored_rows(plan.chunks, starts)

@@ -132,7 +132,10 @@ def _serve(
             while waiting and len(in_flight) < experiment.concurrency:
                 index, prompt = waiting.popleft()
                 request = engine.add_request(
-                    _encode(engine, experiment, prompt), _sampling(experiment, index), arrival_s=time.perf_counter()
+                    _encode(engine, experiment, prompt),
+                    _sampling(experiment, index),
+                    arrival_s=time.perf_counter(),
+                    is_watched=False,
                 )
                 in_flight[request] = (index, prompt)
             for output in engine.step():
