@@ -196,3 +196,15 @@ def test_recordings_share_memory_and_still_repeat_their_own_step():
         x.copy_(torch.randn(x.shape))
         recording.replay()
         assert torch.equal(out, step(x))
+
+
+@pytest.mark.parametrize("width", [256, 250])
+def test_quantised_activations_are_the_references(width):
+    x = torch.randn(20, width).bfloat16() * torch.logspace(-3, 3, 20).unsqueeze(1).bfloat16()
+    x[3] = 0
+
+    codes, scale = cpu_native.quantize_per_token(x)
+
+    expected_codes, expected_scale = reference.quantize_per_token(x)
+    torch.testing.assert_close(scale, expected_scale)
+    assert torch.equal(codes, expected_codes)

@@ -6,9 +6,27 @@
 
 namespace {
 
+// The plain forms below with vectors, where there are any for the type and size; false: use the plain form.
+template <class X> inline bool quantize_vectors(const X *, int8_t *, float &, i64) { return false; }
+#ifdef AK_TILES
+inline bool quantize_vectors(const bf16 *x, int8_t *codes, float &scale, i64 K) {
+    if (K % 16) return false;
+    __m512 most = _mm512_setzero_ps();
+    for (i64 k = 0; k < K; k += 16) most = _mm512_max_ps(most, _mm512_abs_ps(widen16(load16(x + k))));
+    scale = _mm512_reduce_max_ps(most) / 127.0f;
+    const __m512 divisor = _mm512_set1_ps(scale == 0 ? 1.0f : scale);
+    for (i64 k = 0; k < K; k += 16) {  // no code is beyond 127: the largest value divides to 127 but for rounding
+        const __m512i code = _mm512_cvtps_epi32(_mm512_div_ps(widen16(load16(x + k)), divisor));
+        _mm_storeu_si128((__m128i *)(codes + k), _mm512_cvtsepi32_epi8(code));
+    }
+    return true;
+}
+#endif
+
 template <class X> void quantize(const X *x, int8_t *codes, float *scales, i64 M, i64 K, int threads) {
     parallel(M > 8 ? threads : 1, M, [&](i64 m) {
         const X *row = x + m * K;
+        if (quantize_vectors(row, codes + m * K, scales[m], K)) return;
         float most = 0;
         for (i64 k = 0; k < K; k++) most = std::max(most, std::fabs(widen(row[k])));
         float scale = most / 127.0f, divisor = scale == 0 ? 1.0f : scale;
@@ -21,7 +39,6 @@ template <class X> void quantize(const X *x, int8_t *codes, float *scales, i64 M
 }
 
 // --- norms, rotary, swiglu ------------------------------------------------------------------------------------------
-// The plain forms below with vectors, where there are any for the type and size; false: use the plain form.
 template <class X> inline bool add_vectors(const X *, const X *, X *, i64) { return false; }
 template <class X> inline bool norm_vectors(const X *, const X *, X *, i64, float) { return false; }
 #ifdef AK_TILES
