@@ -270,11 +270,11 @@ def test_limit_takes_the_first_documents(engine, data, tmp_path) -> None:
     assert any("eval_limit" in flag for flag in result.flags)
 
 
-def test_each_task_says_what_the_cards_did(finished) -> None:
+def test_each_task_says_what_the_cards_did(finished, device) -> None:
     rows = finished.folder.load("evaluation_cards")
 
     assert set(rows["task"]) == set(finished.result.tasks["task"])
-    assert (rows["card"] == "cpu 0").all() and (rows["peak_memory_bytes"] > 0).all() and (rows["wall_s"] > 0).all()
+    assert (rows["card"] == f"{device} 0").all() and (rows["peak_memory_bytes"] > 0).all() and (rows["wall_s"] > 0).all()
 
 
 # --- resume and failures ------------------------------------------------------------------------------------
