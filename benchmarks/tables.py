@@ -197,7 +197,7 @@ def draw(results: dict[str, Any], path: Path, shape: Shape) -> None:
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     panels[0].set_yticks(range(len(engines)), engines)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(engines) + 0.1, -0.6)  # downwards, with room for words below the last bar
     words = {"this engine, bf16": OURS_COLOUR, "this engine, int8": OURS_INT8_COLOUR, "others": OTHERS_COLOUR}
     figure.legend(
         handles=[Patch(color=colour, label=text) for text, colour in words.items()],
