@@ -40,6 +40,16 @@ ARTICLE_SWITCHES = {
     "memory_optimize": "memory_optimize",
 }
 EVAL_SETS = ("mmlu", "ceval", "agieval", "wikitext")
+# What makes two runs of one model different engines: rows are told apart, labelled and compared by these.
+ENGINE_SWITCHES = (
+    "precision",
+    "quantize",
+    "graph_mode",
+    "operator_fusion",
+    "memory_optimize",
+    "cards",
+    "tensor_parallel",
+)
 
 
 class ParameterError(ValueError):

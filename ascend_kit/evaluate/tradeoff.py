@@ -24,6 +24,7 @@ from ascend_kit.evaluate.compare import (
 )
 from ascend_kit.evaluate.paired import wilson_interval
 from ascend_kit.evaluate.scores import load_documents
+from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
@@ -57,18 +58,7 @@ def accuracy_throughput(
     rows = []
     for folder in folders:
         name, values = run_name(folder), measured_parameters(folder)
-        shown = {
-            key: values[key]
-            for key in (
-                "precision",
-                "quantize",
-                "graph_mode",
-                "operator_fusion",
-                "memory_optimize",
-                "cards",
-                "tensor_parallel",
-            )
-        }
+        shown = {key: values[key] for key in ENGINE_SWITCHES}
         shown |= _layout_of(rates[name])
         rows.append({"run": name, **accuracy.get(name, {}), **_rate_at(folder, rates[name], point), **shown})
     empty = dict.fromkeys(("accuracy_percent", "accuracy_low_percent", "accuracy_high_percent", "n", RATE))

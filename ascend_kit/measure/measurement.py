@@ -15,6 +15,7 @@ from ascend_kit.measure.expectation import Point, PointCosts
 from ascend_kit.measure.load import LoadMeter
 from ascend_kit.measure.metrics import Limits, RequestRecord
 from ascend_kit.measure.workload import Request, make_requests
+from ascend_kit.params import ENGINE_SWITCHES
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment
@@ -26,13 +27,7 @@ KEY = (
     "backend",
     "device",
     "model",
-    "precision",
-    "quantize",
-    "graph_mode",
-    "operator_fusion",
-    "memory_optimize",
-    "cards",
-    "tensor_parallel",
+    *ENGINE_SWITCHES,
     "slots",
     "concurrency",
     "prompt_len",

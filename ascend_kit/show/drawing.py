@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.params import ENGINE_SWITCHES
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
@@ -18,16 +20,7 @@ FONT = 11
 # Okabe and Ito's palette, safe for most colour-blind readers; engines to compare with have fixed colours.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#B15928")
 BASELINES = {"transformers": "#7F7F7F", "vllm": "#111111"}
-SWITCHES = (
-    "run",
-    "precision",
-    "quantize",
-    "graph_mode",
-    "operator_fusion",
-    "memory_optimize",
-    "cards",
-    "tensor_parallel",
-)
+SWITCHES = ("run", *ENGINE_SWITCHES)
 LENGTHS = ["prompt_len", "output_len"]
 
 

@@ -112,11 +112,11 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slo
 
 def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """As in reference; the cache is read where it lies, except by prompts that do not fit the tiles."""
-    out = empty(*q_TNH.shape, dtype=q_TNH.dtype)
     if meta.is_decode:
-        return _decode(q_TNH, k_cache, v_cache, meta, scale, out)
+        return _decode(q_TNH, k_cache, v_cache, meta, scale)
     if not (packs() and q_TNH.dtype == torch.bfloat16 and q_TNH.shape[2] % PANEL == 0):
         return cpu.attend_mixed(q_TNH, k_cache, v_cache, meta, scale, _decode)
+    out = empty(*q_TNH.shape, dtype=q_TNH.dtype)
     first = next(i for i, end in enumerate(meta.cu_seqlens_q) if end != i + 1)  # decoding sequences come first
     table, lens = meta.block_table, meta.context_lens_t
     if first:
