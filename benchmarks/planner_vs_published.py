@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ascend_kit.device.device import PEAKS
+from ascend_kit.device.peaks import PEAKS
 from ascend_kit.measure import costs
 from ascend_kit.measure.outlook import MODELS
 from ascend_kit.measure.planner import Card, Deployment

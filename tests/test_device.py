@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ascend_kit.device import device as devices
-from ascend_kit.device.device import GIB, PEAKS, DeviceError, find_peak, parse_device, select_device
+from ascend_kit.device.device import DeviceError, parse_device, select_device
+from ascend_kit.device.peaks import GIB, PEAKS, find_peak
 
 
 @pytest.mark.parametrize(

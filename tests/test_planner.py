@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from ascend_kit.device.device import PEAKS
+from ascend_kit.device.peaks import PEAKS
 from ascend_kit.measure import costs
 from ascend_kit.measure.planner import Card, Deployment, Workload, plan, plans_table
 from ascend_kit.model.config import ModelConfig

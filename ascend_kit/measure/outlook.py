@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.device.device import PEAKS
+from ascend_kit.device.peaks import PEAKS
 from ascend_kit.measure.planner import Card, Deployment, Workload, plan, plans_table
 from ascend_kit.model.config import ModelConfig
 
