@@ -107,6 +107,7 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slo
         k_TKH.shape[0],
         row_bytes,
         k_TKH.element_size(),
+        _threads(),
     )
 
 

@@ -81,85 +81,128 @@ struct Partial {
     float *acc, *most, *sum;
 };
 
-// Fetches the keys and values of tokens t..end into the second cache, a few lines at a time.
+// Tokens t0..end of the sequence with this row of the block table.
+struct Span {
+    const int32_t *table;
+    i64 t0, end;
+};
+
+// Where some of a span's tokens lie, in elements from the start of a cache; past the last one its place again.
+constexpr i64 GROUP = 32;
+struct Rows {
+    i64 at[GROUP], count;
+    void find(Span span, i64 S, i64 row) {
+        count = std::max<i64>(0, std::min(GROUP, span.end - span.t0));
+        i64 block = span.t0 / S, within = span.t0 % S;  // once, not for every token: a division costs as much as 64 products
+        for (i64 i = 0; i < count; i++) {
+            at[i] = (span.table[block] * S + within) * row;
+            if (++within == S) within = 0, block++;
+        }
+        for (i64 i = count; count > 0 && i < GROUP; i++) at[i] = at[count - 1];
+    }
+};
+
+// Fetches rows of keys and values into the second cache, a few lines at a time.
 struct Ahead {
-    PagedHead<bf16> keys, values;
-    i64 t, end, offset;
+    const bf16 *keys, *values;
+    const Rows &rows;
+    i64 size, row, offset;
     void fetch(i64 lines) {
-        const i64 size = keys.K * keys.H * 2;
-        for (; lines > 0 && t < end; lines -= 2) {
-            keys.kv = values.kv = 0;
-            _mm_prefetch((const char *)keys[t] + offset, _MM_HINT_T1);
-            _mm_prefetch((const char *)values[t] + offset, _MM_HINT_T1);
-            offset += 64;
-            if (offset == size) offset = 0, t++;
+        for (; lines > 0 && row < rows.count; lines -= 2) {
+            _mm_prefetch((const char *)(keys + rows.at[row] + offset), _MM_HINT_T1);
+            _mm_prefetch((const char *)(values + rows.at[row] + offset), _MM_HINT_T1);
+            offset += 32;
+            if (offset == size) offset = 0, row++;
         }
     }
 };
 
-// Tokens t0..end of one sequence for all N heads of its query token, bf16 and H = 32 C. All KV heads take their turn at 64
-// tokens before the next 64, so that memory is read in order; the next ones are fetched meanwhile.
+// 16 registers of 16 floats -> their 16 sums.
+inline __m512 sums16(const __m512 r[16]) {
+    __m512 quarter[4];
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; e++) {  // registers e, 4 + e, 8 + e and 12 + e: a quarter of a register each
+        const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(r[e], r[4 + e], 0x44), _mm512_shuffle_f32x4(r[e], r[4 + e], 0xee));
+        const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(r[8 + e], r[12 + e], 0x44),
+                                       _mm512_shuffle_f32x4(r[8 + e], r[12 + e], 0xee));
+        quarter[e] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    __m512d half[2];
+    for (int e = 0; e < 2; e++)
+        half[e] = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(quarter[2 * e], quarter[2 * e + 1]),
+                                         _mm512_unpackhi_ps(quarter[2 * e], quarter[2 * e + 1]));
+    return _mm512_add_ps((__m512)_mm512_unpacklo_pd(half[0], half[1]), (__m512)_mm512_unpackhi_pd(half[0], half[1]));
+}
+
+// One span of one sequence for all N heads of its query token, bf16 and H = 32 C. All KV heads take their turn at a
+// group of tokens before the next, so that memory is read in order; the next group, or the first one of the span that this
+// thread is likely to get next, is fetched meanwhile.
 template <int C>
-void attend_span(const bf16 *query, PagedHead<bf16> keys, PagedHead<bf16> values, i64 t0, i64 end, Partial part, i64 N,
-                 float scale) {
-    constexpr i64 H = 32 * C, GROUP = 64;
-    const i64 K = keys.K, G = N / K;
-    static thread_local Scratch<bf16> of_weights;
-    bf16 *weights = of_weights.room(G * GROUP);
+void attend_span(const bf16 *query, const bf16 *keys, const bf16 *values, Span span, Span next, Partial part, i64 N, i64 K,
+                 i64 S, float scale) {
+    constexpr i64 H = 32 * C;
+    const i64 G = N / K, pairs = (G + 1) / 2;
+    alignas(64) bf16 weights[2 * GROUP];
+    alignas(64) float scores[2 * GROUP];
     std::fill(part.acc, part.acc + N * H, 0.0f);
     std::fill(part.most, part.most + N, -INFINITY);
     std::fill(part.sum, part.sum + N, 0.0f);
-    Ahead ahead{keys, values, t0 + GROUP, end, 0};
-    const i64 LINES = (2 * K * H * 2 / 64 * 64) / (K * ((G + 1) / 2) * 32) + 1;
-    for (; t0 < end; t0 += GROUP) {
-        const i64 count = std::min(GROUP, end - t0);
+    Rows group[2];
+    group[0].find(span, S, K * H);
+    for (int turn = 0; span.t0 < span.end; turn ^= 1) {
+        const Rows &rows = group[turn];
+        span.t0 += GROUP;
+        group[turn ^ 1].find(span.t0 < span.end ? span : next, S, K * H);
+        Ahead ahead{keys, values, group[turn ^ 1], K * H, 0, 0};
+        const i64 lines = ahead.rows.count * C * 2 / (pairs * ((rows.count + 1) / 2) * 3 / 2) + 1;  // at every fetch below
         for (i64 kv = 0; kv < K; kv++) {
-            keys.kv = values.kv = kv;
-            const bf16 *key[GROUP], *value[GROUP];  // past the end the last one again: its weight will be 0
-            for (i64 i = 0; i < GROUP; i++) {
-                key[i] = keys[t0 + std::min(i, count - 1)];
-                value[i] = values[t0 + std::min(i, count - 1)];
-            }
-            for (i64 g = 0; g < G; g++) {
-                const i64 head = kv * G + g;
-                alignas(64) float scores[GROUP];
-                for (i64 i0 = 0; i0 < count; i0 += 16) {
-                    __m512i dots[16];
-#pragma GCC unroll 16
-                    for (int i = 0; i < 16; i++) {
-                        __m512 dot = _mm512_setzero_ps();
+            const bf16 *key = keys + kv * H, *value = values + kv * H;
+            for (i64 pair = 0; pair < pairs; pair++) {  // two heads at a time fit the registers; a last one alone runs twice
+                const i64 head = kv * G + 2 * pair, other = std::min(head + 1, kv * G + G - 1);
+                __m512bh q[2][C];
 #pragma GCC unroll 4
-                        for (int c = 0; c < C; c++)
-                            dot = _mm512_dpbf16_ps(dot, as_bh(load(query + head * H + 32 * c)), as_bh(load(key[i0 + i] + 32 * c)));
-                        dots[i] = (__m512i)dot;
-                    }
-                    transpose16(dots);
-                    __m512 total = (__m512)dots[0];
-#pragma GCC unroll 16
-                    for (int i = 1; i < 16; i++) total = _mm512_add_ps(total, (__m512)dots[i]);
-                    _mm512_storeu_ps(scores + i0, total);
+                for (int c = 0; c < C; c++) {
+                    q[0][c] = as_bh(load(query + head * H + 32 * c));
+                    q[1][c] = as_bh(load(query + other * H + 32 * c));
                 }
-                const float shrink =
-                    softmax_row(scores, count, scale * LOG2_E, part.most[head], part.sum[head], &weights[g * GROUP]);
-                if (shrink != 1.0f) multiply(part.acc + head * H, H, shrink);
-            }
-            for (i64 g = 0; g < G; g += 2) {  // two heads at a time fit the registers
-                const i64 heads = std::min<i64>(2, G - g);
-                float *acc = part.acc + (kv * G + g) * H;
+                for (i64 i0 = 0; i0 < rows.count; i0 += 8) {
+                    ahead.fetch(2 * lines);
+                    __m512 dots[16];
+#pragma GCC unroll 8
+                    for (int i = 0; i < 8; i++) {
+                        dots[i] = dots[8 + i] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+                        for (int c = 0; c < C; c++) {
+                            const __m512bh part_of_key = as_bh(load(key + rows.at[i0 + i] + 32 * c));
+                            dots[i] = _mm512_dpbf16_ps(dots[i], q[0][c], part_of_key);
+                            dots[8 + i] = _mm512_dpbf16_ps(dots[8 + i], q[1][c], part_of_key);
+                        }
+                    }
+                    const __m512 sums = sums16(dots);
+                    _mm256_storeu_ps(scores + i0, _mm512_castps512_ps256(sums));
+                    _mm256_storeu_ps(scores + GROUP + i0, _mm512_extractf32x8_ps(sums, 1));
+                }
+                for (int j = 0; j < 1 + (other != head); j++) {
+                    const float shrink = softmax_row(scores + j * GROUP, rows.count, scale * LOG2_E, part.most[head + j],
+                                                     part.sum[head + j], weights + j * GROUP);
+                    if (shrink != 1.0f) multiply(part.acc + (head + j) * H, H, shrink);
+                }
+                float *acc[2] = {part.acc + head * H, part.acc + other * H};
                 __m512 total[2][2 * C];
 #pragma GCC unroll 8
                 for (int c = 0; c < 2 * C; c++) {
-                    total[0][c] = _mm512_loadu_ps(acc + 16 * c);
-                    total[1][c] = heads == 2 ? _mm512_loadu_ps(acc + H + 16 * c) : _mm512_setzero_ps();
+                    total[0][c] = _mm512_loadu_ps(acc[0] + 16 * c);
+                    total[1][c] = _mm512_loadu_ps(acc[1] + 16 * c);
                 }
-                for (i64 i = 0; i < count; i += 2) {
-                    ahead.fetch(LINES);
-                    int32_t pair[2] = {0, 0};
-                    for (i64 j = 0; j < heads; j++) std::memcpy(&pair[j], &weights[(g + j) * GROUP + i], 4);
-                    const __m512bh first = as_bh(_mm512_set1_epi32(pair[0])), second = as_bh(_mm512_set1_epi32(pair[1]));
+                for (i64 i = 0; i < rows.count; i += 2) {
+                    ahead.fetch(lines);
+                    int32_t weight[2];
+                    std::memcpy(&weight[0], &weights[i], 4);
+                    std::memcpy(&weight[1], &weights[GROUP + i], 4);
+                    const __m512bh first = as_bh(_mm512_set1_epi32(weight[0])), second = as_bh(_mm512_set1_epi32(weight[1]));
 #pragma GCC unroll 4
                     for (int c = 0; c < C; c++) {
-                        const __m512i a = load(value[i] + 32 * c), b = load(value[i + 1] + 32 * c);
+                        const __m512i a = load(value + rows.at[i] + 32 * c), b = load(value + rows.at[i + 1] + 32 * c);
                         const __m512bh low = as_bh(_mm512_unpacklo_epi16(a, b)), high = as_bh(_mm512_unpackhi_epi16(a, b));
                         total[0][2 * c] = _mm512_dpbf16_ps(total[0][2 * c], low, first);
                         total[0][2 * c + 1] = _mm512_dpbf16_ps(total[0][2 * c + 1], high, first);
@@ -169,8 +212,8 @@ void attend_span(const bf16 *query, PagedHead<bf16> keys, PagedHead<bf16> values
                 }
 #pragma GCC unroll 8
                 for (int c = 0; c < 2 * C; c++) {
-                    _mm512_storeu_ps(acc + 16 * c, total[0][c]);
-                    if (heads == 2) _mm512_storeu_ps(acc + H + 16 * c, total[1][c]);
+                    if (other != head) _mm512_storeu_ps(acc[1] + 16 * c, total[1][c]);
+                    _mm512_storeu_ps(acc[0] + 16 * c, total[0][c]);
                 }
             }
         }
@@ -227,10 +270,13 @@ void attend_spans(const bf16 *q, i64 qs, const bf16 *keys, const bf16 *values, c
     Partial *all = parts.data();  // a thread of the team has thread_local vectors of its own
     const auto *task = tasks.data();
     const i64 *start = first.data();
+    const auto span = [&](i64 i) {
+        const i64 b = task[i].first, t0 = task[i].second;
+        return Span{table + b * width, t0, std::min<i64>(lens[b], t0 + SPAN)};
+    };
     parallel(threads, count, [&](i64 i) {
-        const i64 b = task[i].first, t0 = task[i].second, end = std::min<i64>(lens[b], t0 + SPAN);
-        PagedHead<bf16> key{keys, table + b * width, 0, K, H, S}, value{values, table + b * width, 0, K, H, S};
-        attend_span<C>(q + b * qs, key, value, t0, end, all[i], N, scale);
+        const Span next = i + threads < count ? span(i + threads) : Span{table, 0, 0};
+        attend_span<C>(q + task[i].first * qs, keys, values, span(i), next, all[i], N, K, S, scale);
     });
     parallel(threads, B, [&](i64 b) { combine<C>(all + start[b], start[b + 1] - start[b], out + b * N * H, N); });
 }
@@ -239,9 +285,9 @@ void attend_spans(const bf16 *q, i64 qs, const bf16 *keys, const bf16 *values, c
 // running maximum. q and out point at the first of the G heads; rows are `qs` and `os` apart. H is a multiple of 64.
 inline void attend_prompt(const bf16 *q, i64 qs, PagedHead<bf16> keys, PagedHead<bf16> values, bf16 *out, i64 os, i64 Q,
                           i64 C, i64 G, float scale) {
-    constexpr i64 KEYS = 128;
+    constexpr i64 KEYS = 256;
     const i64 H = keys.H, past = C - Q, padded = (C + KEYS - 1) / KEYS * KEYS;
-    const i64 most_queries = std::max<i64>(1, 48 / G), tiles = (Q + most_queries - 1) / most_queries;
+    const i64 most_queries = std::max<i64>(1, 24 / G), tiles = (Q + most_queries - 1) / most_queries;
     const i64 queries = (Q + tiles - 1) / tiles;  // a tile; all of like size
     const i64 all = queries * G;
     static thread_local Scratch<bf16> of_keys, of_values, of_block, of_weights;
@@ -250,25 +296,31 @@ inline void attend_prompt(const bf16 *q, i64 qs, PagedHead<bf16> keys, PagedHead
     bf16 *block = of_block.room(all * H), *weights = of_weights.room(all * KEYS);
     float *scores = of_scores.room(all * KEYS), *acc = of_acc.room(all * H);
     float *most = of_most.room(all), *sum = of_sum.room(all);
-    for (i64 t0 = 0; t0 < padded; t0 += 16)  // keys: panels of 64, [H/2][64][2]
-        for (i64 h = 0; h < H; h += 32) {
-            __m512i part[16];
-            for (i64 i = 0; i < 16; i++) part[i] = t0 + i < C ? load(keys[t0 + i] + h) : _mm512_setzero_si512();
-            transpose16(part);
-            bf16 *to = &packed_keys[t0 / PANEL * PANEL * H + h * PANEL + t0 % PANEL * 2];
-            for (i64 i = 0; i < 16; i++) _mm512_storeu_si512(to + i * PANEL * 2, part[i]);
-        }
     const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
-    for (i64 t = 0; t < padded; t += 2)  // values: panels of 64, [C/2][64][2]
-        for (i64 h = 0; h < H; h += 32) {
-            __m512i a = t < C ? load(values[t] + h) : _mm512_setzero_si512();
-            __m512i b = t + 1 < C ? load(values[t + 1] + h) : _mm512_setzero_si512();
-            __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-            bf16 *to = &packed_values[h / PANEL * PANEL * padded + t * PANEL + h % PANEL * 2];
-            _mm512_storeu_si512(to, _mm512_permutex2var_epi32(low, even, high));
-            _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi32(low, odd, high));
+    for (i64 t0 = 0; t0 < padded; t0 += 16) {
+        const bf16 *key[16], *value[16];  // none past the end: zeros there
+        for (i64 i = 0; i < 16; i++) {
+            key[i] = t0 + i < C ? keys[t0 + i] : nullptr;
+            value[i] = t0 + i < C ? values[t0 + i] : nullptr;
         }
+        const auto part = [](const bf16 *row, i64 h) { return row ? load(row + h) : _mm512_setzero_si512(); };
+        for (i64 h = 0; h < H; h += 32) {  // keys: panels of 64, [H/2][64][2]
+            __m512i parts[16];
+            for (i64 i = 0; i < 16; i++) parts[i] = part(key[i], h);
+            transpose16(parts);
+            bf16 *to = &packed_keys[t0 / PANEL * PANEL * H + h * PANEL + t0 % PANEL * 2];
+            for (i64 i = 0; i < 16; i++) _mm512_storeu_si512(to + i * PANEL * 2, parts[i]);
+        }
+        for (i64 i = 0; i < 16; i += 2)  // values: panels of 64, [C/2][64][2]
+            for (i64 h = 0; h < H; h += 32) {
+                const __m512i a = part(value[i], h), b = part(value[i + 1], h);
+                const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+                bf16 *to = &packed_values[h / PANEL * PANEL * padded + (t0 + i) * PANEL + h % PANEL * 2];
+                _mm512_storeu_si512(to, _mm512_permutex2var_epi32(low, even, high));
+                _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi32(low, odd, high));
+            }
+    }
     for (i64 q0 = 0; q0 < Q; q0 += queries) {
         const i64 count = std::min(queries, Q - q0), rows = count * G, limit = past + q0 + count;
         for (i64 i = 0; i < count; i++) std::memcpy(&block[i * G * H], q + (q0 + i) * qs, G * H * sizeof(bf16));

@@ -24,7 +24,7 @@ inline bool quantize_vectors(const bf16 *x, int8_t *codes, float &scale, i64 K) 
 #endif
 
 template <class X> void quantize(const X *x, int8_t *codes, float *scales, i64 M, i64 K, int threads) {
-    parallel(M > 8 ? threads : 1, M, [&](i64 m) {
+    parallel_rows(threads, M, K, [&](i64 m) {
         const X *row = x + m * K;
         if (quantize_vectors(row, codes + m * K, scales[m], K)) return;
         float most = 0;
@@ -41,6 +41,12 @@ template <class X> void quantize(const X *x, int8_t *codes, float *scales, i64 M
 // --- norms, rotary, swiglu ------------------------------------------------------------------------------------------
 template <class X> inline bool add_vectors(const X *, const X *, X *, i64) { return false; }
 template <class X> inline bool norm_vectors(const X *, const X *, X *, i64, float) { return false; }
+template <class X> inline float sum_of_squares(const X *x, i64 D) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (i64 d = 0; d < D; d++) squares += widen(x[d]) * widen(x[d]);
+    return squares;
+}
 #ifdef AK_TILES
 inline bool add_vectors(const bf16 *a, const bf16 *b, bf16 *sum, i64 D) {
     if (D % 16) return false;
@@ -48,14 +54,17 @@ inline bool add_vectors(const bf16 *a, const bf16 *b, bf16 *sum, i64 D) {
         store16(sum + d, narrow16(_mm512_add_ps(widen16(load16(a + d)), widen16(load16(b + d)))));
     return true;
 }
-inline bool norm_vectors(const bf16 *x, const bf16 *weight, bf16 *out, i64 D, float eps) {
-    if (D % 16) return false;
+inline float sum_of_squares(const bf16 *x, i64 D) {
     __m512 squares = _mm512_setzero_ps();
-    for (i64 d = 0; d < D; d += 16) {
-        const __m512 wide = widen16(load16(x + d));
-        squares = _mm512_fmadd_ps(wide, wide, squares);
-    }
-    const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / float(D) + eps));
+    i64 d = 0;
+    for (; d + 32 <= D; d += 32) squares = _mm512_dpbf16_ps(squares, as_bh(load(x + d)), as_bh(load(x + d)));
+    float sum = _mm512_reduce_add_ps(squares);
+    for (; d < D; d++) sum += widen(x[d]) * widen(x[d]);
+    return sum;
+}
+inline bool norm_vectors(const bf16 *x, const bf16 *weight, bf16 *out, i64 D, float by) {
+    if (D % 16) return false;
+    const __m512 inverse = _mm512_set1_ps(by);
     for (i64 d = 0; d < D; d += 16) {
         const __m512 normal = widen16(narrow16(_mm512_mul_ps(widen16(load16(x + d)), inverse)));
         store16(out + d, narrow16(_mm512_mul_ps(normal, widen16(load16(weight + d)))));
@@ -67,34 +76,55 @@ inline bool norm_vectors(const bf16 *x, const bf16 *weight, bf16 *out, i64 D, fl
 template <class X>
 void rms_norm(const X *x, i64 stride, const X *residual, const X *weight, X *y, X *total, i64 rows, i64 heads, i64 D,
               float eps, int threads) {
-    parallel(rows * heads * D > 65536 ? threads : 1, rows, [&](i64 row) {
-        for (i64 head = 0; head < heads; head++) {
-            const X *in = x + row * stride + head * D;
-            X *out = y + (row * heads + head) * D;
-            if (residual) {
-                X *sum = total + row * D;
-                if (!add_vectors(in, residual + row * D, sum, D))
-                    for (i64 d = 0; d < D; d++) sum[d] = rounded<X>(widen(in[d]) + widen(residual[row * D + d]));
-                in = sum;
+    parallel_rows(threads, rows, heads * D, [&](i64 row) {
+        const X *in = x + row * stride;
+        if (residual) {  // then there is one head
+            X *sum = total + row * D;
+            if (!add_vectors(in, residual + row * D, sum, D))
+                for (i64 d = 0; d < D; d++) sum[d] = rounded<X>(widen(in[d]) + widen(residual[row * D + d]));
+            in = sum;
+        }
+        constexpr i64 SOME = 16;  // the factors of some heads before the first is used: a root takes long
+        for (i64 first = 0; first < heads; first += SOME) {
+            const i64 last = std::min(heads, first + SOME);
+            float factors[SOME];
+            for (i64 head = first; head < last; head++)
+                factors[head - first] = 1.0f / std::sqrt(sum_of_squares(in + head * D, D) / float(D) + eps);
+            for (i64 head = first; head < last; head++) {
+                const X *from = in + head * D;
+                X *out = y + (row * heads + head) * D;
+                const float by = factors[head - first];
+                if (norm_vectors(from, weight, out, D, by)) continue;
+                // The normalised value is rounded before the weight is applied, as the models were trained.
+                for (i64 d = 0; d < D; d++) out[d] = rounded<X>(widen(rounded<X>(widen(from[d]) * by)) * widen(weight[d]));
             }
-            if (norm_vectors(in, weight, out, D, eps)) continue;
-            float squares = 0;
-#pragma omp simd reduction(+ : squares)
-            for (i64 d = 0; d < D; d++) squares += widen(in[d]) * widen(in[d]);
-            float inverse = 1.0f / std::sqrt(squares / float(D) + eps);
-            // The normalised value is rounded before the weight is applied, as the models were trained.
-            for (i64 d = 0; d < D; d++)
-                out[d] = rounded<X>(widen(rounded<X>(widen(in[d]) * inverse)) * widen(weight[d]));
         }
     });
 }
 
+template <class X> inline bool rotate_vectors(X *, const X *, const X *, i64) { return false; }
+#ifdef AK_TILES
+inline __m512 round_to_bf16(__m512 x) { return widen16(narrow16(x)); }
+inline bool rotate_vectors(bf16 *row, const bf16 *cos, const bf16 *sin, i64 H) {
+    const i64 half = H / 2;
+    if (half % 16) return false;
+    for (i64 h = 0; h < half; h += 16) {
+        const auto times = [](__m512 x, const bf16 *by) { return round_to_bf16(_mm512_mul_ps(x, widen16(load16(by)))); };
+        const __m512 a = widen16(load16(row + h)), b = widen16(load16(row + h + half));
+        store16(row + h, narrow16(_mm512_sub_ps(times(a, cos + h), times(b, sin + h))));
+        store16(row + h + half, narrow16(_mm512_add_ps(times(b, cos + h + half), times(a, sin + h + half))));
+    }
+    return true;
+}
+#endif
+
 template <class X>
 void rotate(X *x, i64 stride, const X *cos, const X *sin, i64 T, i64 heads, i64 H, int threads) {
-    parallel(T * heads * H > 65536 ? threads : 1, T, [&](i64 t) {
+    parallel_rows(threads, T, heads * H, [&](i64 t) {
         for (i64 head = 0; head < heads; head++) {
             X *row = x + t * stride + head * H;
             const X *c = cos + t * H, *s = sin + t * H;
+            if (rotate_vectors(row, c, s, H)) continue;
             for (i64 h = 0; h < H / 2; h++) {
                 float a = widen(row[h]), b = widen(row[h + H / 2]);
                 // Each product is rounded before the sum, as the plain form does.
@@ -122,7 +152,7 @@ inline i64 swiglu_vectors(const bf16 *gate, const bf16 *up, bf16 *out, i64 F) {
 #endif
 
 template <class X> void swiglu(const X *x, X *out, i64 T, i64 F, int threads) {
-    parallel(T * F > 32768 ? threads : 1, T, [&](i64 t) {
+    parallel_rows(threads, T, F, [&](i64 t) {
         const X *gates = x + t * 2 * F, *ups = gates + F;
         for (i64 f = swiglu_vectors(gates, ups, out + t * F, F); f < F; f++) {
             float gate = widen(gates[f]), silu = widen(rounded<X>(gate / (1.0f + std::exp(-gate))));
@@ -184,11 +214,11 @@ void ak_argmax(int dtype, const void *x, i64 stride, void *out, i64 rows, i64 wi
     BOTH((argmax<X>(AS(X, x), stride, (i64 *)out, rows, width, threads)))
 }
 void ak_store(const void *k, i64 ks, const void *v, i64 vs, void *k_cache, void *v_cache, const int32_t *slots, i64 T,
-              i64 row_bytes, i64 item_bytes) {
-    for (i64 t = 0; t < T; t++) {
+              i64 row_bytes, i64 item_bytes, int threads) {
+    parallel_rows(threads, T, row_bytes, [&](i64 t) {
         std::memcpy((char *)k_cache + i64(slots[t]) * row_bytes, (const char *)k + t * ks * item_bytes, row_bytes);
         std::memcpy((char *)v_cache + i64(slots[t]) * row_bytes, (const char *)v + t * vs * item_bytes, row_bytes);
-    }
+    });
 }
 void ak_gather(const void *table, const int32_t *ids, void *out, i64 T, i64 row_bytes) {
     for (i64 t = 0; t < T; t++)

@@ -2,6 +2,7 @@
 // that others use too, the caller then does the work itself, where a barrier would cost a time slice per kernel.
 #pragma once
 #include <unistd.h>
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -93,6 +94,15 @@ inline Pool &pool() {
 
 template <class Body> void parallel(int threads, i64 count, Body body) {
     pool().run(threads, count, [](void *context, i64 i) { (*(Body *)context)(i); }, &body);
+}
+
+// For work on single rows of `width` elements: handed out in blocks, and not at all when there is little of it.
+template <class Body> void parallel_rows(int threads, i64 rows, i64 width, Body body) {
+    constexpr i64 LITTLE = 32768;
+    const i64 block = std::max<i64>(1, LITTLE / 2 / std::max<i64>(1, width));
+    parallel(rows * width > LITTLE ? threads : 1, (rows + block - 1) / block, [&](i64 number) {
+        for (i64 row = number * block; row < std::min(rows, (number + 1) * block); row++) body(row);
+    });
 }
 
 }  // namespace

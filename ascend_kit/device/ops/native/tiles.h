@@ -122,7 +122,11 @@ inline void transpose16(__m512i r[16]) {
 
 inline __m256i load16(const bf16 *p) { return _mm256_loadu_si256((const __m256i *)p); }
 inline void store16(bf16 *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
-inline __m512 widen16(__m256i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+inline __m512 widen16(__m256i x) {  // each into the upper half of a float: one shuffle, where convert and shift are three
+    const __m512i places = _mm512_setr_epi32(0, 0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000, 0x70000, 0x80000, 0x90000,
+                                             0xa0000, 0xb0000, 0xc0000, 0xd0000, 0xe0000, 0xf0000);
+    return (__m512)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_castsi256_si512(x));
+}
 inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
 // 32 bf16 from two registers of floats.
