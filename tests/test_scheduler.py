@@ -100,6 +100,22 @@ def test_a_long_prompt_leaves_half_to_those_behind_it():
     assert [(c.sequence, c.count) for c in both.chunks] == [(long, 32), (short, 20)]
 
 
+def test_prompts_with_the_same_long_start_share_its_work():
+    target = scheduler(blocks=2000, slots=4, budget=64)
+    prompts = [[*range(LONG_PROMPT + 88), 10_000 + 10 * i, 10_001 + 10 * i] for i in range(3)]
+    together = [Sequence(prompt, SamplingParams(), arrival_s=0.0) for prompt in prompts]
+    for one in together:
+        target.add(one)
+
+    computed = 0
+    while any(s.num_output_tokens == 0 for s in together):
+        computed += sum(c.count for c in run(target).chunks if c.start < c.sequence.num_prompt_tokens)
+
+    assert computed == LONG_PROMPT + 88 + 3 * 2  # the start once
+    assert sum(s.num_cached_tokens for s in together) == 2 * (LONG_PROMPT + 88)
+    target.blocks.check(together)
+
+
 class Clock:
     """Steps of a machine that needs `base_s`, and `row_s` per decoding row and `token_s` per prompt token."""
 

@@ -50,12 +50,16 @@ class BlockManager:
         """Whether a sequence of this length could run with the whole pool to itself."""
         return self.blocks_for(num_tokens if self.on_demand else self.max_seq_length) <= self.total
 
-    def match_prefix(self, sequence: Sequence) -> None:
-        """Give a sequence that holds no blocks the computed blocks of its longest known prefix."""
-        if not self.on_demand:
-            return
-        key = ROOT
-        for number in range(sequence.reusable_limit // self.block_size):
+    def match_prefix(self, sequence: Sequence) -> int:
+        """Give a sequence the computed blocks of its longest known prefix, beyond those that it has; their tokens.
+
+        Sequences that compute the same long prefix at the same time share the work in this way: each goes on where the
+        other ended. Only at the start of a block: what was begun is finished.
+        """
+        if not self.on_demand or sequence.num_computed != len(sequence.blocks) * self.block_size:
+            return 0
+        key = sequence.prefix_keys[-1] if sequence.prefix_keys else ROOT
+        for number in range(len(sequence.blocks), sequence.reusable_limit // self.block_size):
             content = (key, self._tokens(sequence, number))
             key = self.key_of.get(content)
             if key is None:
@@ -63,7 +67,9 @@ class BlockManager:
             self._acquire(self.block_of[key])
             sequence.blocks.append(self.block_of[key])
             sequence.prefix_keys.append(key)
-        sequence.num_computed = len(sequence.blocks) * self.block_size
+        found = len(sequence.blocks) * self.block_size - sequence.num_computed
+        sequence.num_computed += found
+        return found
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for the first `num_tokens` tokens; False, with nothing changed, when blocks are missing."""

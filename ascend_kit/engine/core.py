@@ -115,7 +115,6 @@ class EngineCore:
         for chunk in plan.chunks:
             if chunk.sequence.timeline.scheduled_s is None:
                 chunk.sequence.timeline.scheduled_s = started
-                self.counts["cached_prompt_tokens"] += chunk.sequence.num_cached_tokens
         tokens = self.runner.execute(plan, self.config.eos_token_ids)
         self.counts["steps"] += 1
         now, touched = time.perf_counter(), []
@@ -140,6 +139,7 @@ class EngineCore:
         sequence.timeline.finished_s = time.perf_counter() if now is None else now
         self.scheduler.remove(sequence)
         self.sequences.pop(sequence.id, None)
+        self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
 
     def _append(self, sequence: Sequence, token: int, now: float, should_stop: StopCheck) -> None:
         sequence.token_ids.append(token)

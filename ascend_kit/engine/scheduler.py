@@ -98,8 +98,11 @@ class Scheduler:
         for place, sequence in enumerate(prefilling):
             if sequence not in self.running or budget == 0:
                 continue
+            found = self.blocks.match_prefix(sequence)
+            if sequence.num_preemptions == 0:
+                sequence.num_cached_tokens += found
             behind = place + 1 < len(prefilling) or (self.waiting and len(self.running) < self.max_sequences)
-            count = _share(sequence, budget, bool(behind))
+            count = self._share(sequence, budget, bool(behind))
             if self._make_room(sequence, count, plan):
                 budget -= self._plan(plan, sequence, count)
         if self.num_preemptions == preemptions:
@@ -110,17 +113,26 @@ class Scheduler:
         """Start waiting sequences, in order of arrival, while there are slots, tokens and blocks."""
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            self.blocks.match_prefix(sequence)
+            found = self.blocks.match_prefix(sequence)
             behind = len(self.waiting) > 1 and len(self.running) + 1 < self.max_sequences
-            count = _share(sequence, budget, behind)
+            count = self._share(sequence, budget, behind)
             if not self.blocks.grow(sequence, sequence.num_computed + count):
                 self.blocks.release(sequence)
                 return
             if sequence.num_preemptions == 0:
-                sequence.num_cached_tokens = sequence.num_computed
+                sequence.num_cached_tokens = found
             self.waiting.popleft()
             self.running.append(sequence)
             budget -= self._plan(plan, sequence, count)
+
+    def _share(self, sequence: Sequence, budget: int, someone_behind: bool) -> int:
+        """How many of `budget` tokens a prompt takes in this step."""
+        wanted = sequence.num_tokens - sequence.num_computed
+        if wanted <= budget or not someone_behind:
+            return min(wanted, budget)
+        count = -(-budget // 2) if wanted > LONG_PROMPT else budget
+        over = (sequence.num_computed + count) % self.blocks.block_size
+        return count - over if over < count else count  # whole blocks: those behind may go on from there
 
     def _plan(self, plan: StepPlan, sequence: Sequence, count: int) -> int:
         plan.chunks.append(Chunk(sequence, sequence.num_computed, count))
@@ -143,11 +155,3 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
-
-
-def _share(sequence: Sequence, budget: int, someone_behind: bool) -> int:
-    """How many of `budget` tokens a prompt takes in this step."""
-    wanted = sequence.num_tokens - sequence.num_computed
-    if wanted > budget and wanted > LONG_PROMPT and someone_behind:
-        return -(-budget // 2)
-    return min(wanted, budget)
