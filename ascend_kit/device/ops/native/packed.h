@@ -51,13 +51,13 @@ template <class X> inline void finish(const float *sums, const float *scale, con
 
 // M rows of x against one panel of weights in the type of x, finished into columns n0.. of out [M, N].
 template <class X>
-void panel_rows(const X *x, i64 xs, const char *weights, const float *scale, const X *bias, X *out, i64 M, i64 N, i64 K,
-                i64 n0) {
+void panel_rows(const X *x, i64 xs, const char *weights, const char *next, const float *scale, const X *bias, X *out, i64 M,
+                i64 N, i64 K, i64 n0) {
     alignas(64) float sums[ROWS * PANEL];
     for (i64 m0 = 0; m0 < M; m0 += ROWS) {
         const i64 rows = std::min(ROWS, M - m0);
         panel_product<typename StepOf<X>::type>((const char *)(x + m0 * xs), xs * sizeof(X), weights, PANEL * 4, rows,
-                                                K * sizeof(X) / 4, sums, PANEL);
+                                                K * sizeof(X) / 4, sums, PANEL, m0 == 0 ? next : nullptr);
         for (i64 m = 0; m < rows; m++)
             finish<X>(sums + m * PANEL, scale ? scale + n0 : nullptr, bias ? bias + n0 : nullptr, out + (m0 + m) * N + n0);
     }
@@ -66,7 +66,8 @@ void panel_rows(const X *x, i64 xs, const char *weights, const float *scale, con
 template <class X>
 void packed_linear(const X *x, i64 xs, const void *w, const X *bias, X *out, i64 M, i64 N, i64 K, int threads) {
     parallel(threads, N / PANEL, [&](i64 number) {
-        panel_rows<X>(x, xs, panel(w, number, K, sizeof(X)), nullptr, bias, out, M, N, K, number * PANEL);
+        panel_rows<X>(x, xs, panel(w, number, K, sizeof(X)), panel(w, number + threads, K, sizeof(X)), nullptr, bias, out, M,
+                      N, K, number * PANEL);
     });
 }
 
@@ -146,7 +147,8 @@ void packed_linear_w8a8(const int8_t *x, const float *act, const void *w, const 
         alignas(64) int32_t sums[ROWS * PANEL], column[PANEL];
         for (i64 m0 = 0; m0 <= M; m0 += ROWS) {
             i64 rows = std::min(ROWS, M + 1 - m0);
-            panel_product<Int8Step>(rows_of_x + m0 * K, K, panel(w, number, K, 1), PANEL * 4, rows, K / 4, sums, PANEL);
+            panel_product<Int8Step>(rows_of_x + m0 * K, K, panel(w, number, K, 1), PANEL * 4, rows, K / 4, sums, PANEL,
+                                    m0 == 0 ? panel(w, number + threads, K, 1) : nullptr);
             if (m0 == 0) std::copy(sums, sums + PANEL, column);
             for (i64 m = m0 == 0; m < rows; m++) {
                 alignas(64) float wide[PANEL];

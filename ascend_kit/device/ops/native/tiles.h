@@ -47,9 +47,11 @@ template <class X> struct StepOf { typedef FloatStep type; };
 template <> struct StepOf<bf16> { typedef Bf16Step type; };
 
 // out [MR, 16 NR] (+)= MR rows of a times a panel. Strides in bytes: `as` between rows of a, `bs` between steps of b;
-// `os` in numbers between rows of out.
-template <class Step, int MR, int NR, bool ADD>
-__attribute__((noinline)) void tile(const char *a, i64 as, const char *b, i64 bs, i64 steps, typename Step::sum *out, i64 os) {
+// `os` in numbers between rows of out. Meanwhile LINES cache lines a step are fetched from `ahead` on: all 4 that the panel
+// has into the first cache, fewer into the second.
+template <class Step, int MR, int NR, bool ADD, int LINES>
+__attribute__((noinline)) void tile(const char *a, i64 as, const char *b, i64 bs, i64 steps, typename Step::sum *out, i64 os,
+                                    const char *ahead) {
     __m512i acc[MR][NR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++)
@@ -58,10 +60,10 @@ __attribute__((noinline)) void tile(const char *a, i64 as, const char *b, i64 bs
     for (i64 k = 0; k < steps; k++) {
         __m512i column[NR];
 #pragma GCC unroll 8
-        for (int n = 0; n < NR; n++) {
-            column[n] = load(b + k * bs + n * 64);
-            if (MR <= 4) _mm_prefetch(b + k * bs + n * 64 + 4096, _MM_HINT_T0);  // few rows: memory is what is waited for
-        }
+        for (int n = 0; n < NR; n++) column[n] = load(b + k * bs + n * 64);
+#pragma GCC unroll 8
+        for (int line = 0; line < LINES; line++)
+            _mm_prefetch(ahead + (k * LINES + line) * 64, LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; m++) {
             int32_t pair;
@@ -77,21 +79,34 @@ __attribute__((noinline)) void tile(const char *a, i64 as, const char *b, i64 bs
         for (int n = 0; n < NR; n++) _mm512_storeu_si512(out + m * os + n * 16, acc[m][n]);
 }
 
-// The same for any number of rows, in tiles of at most 6 and of like height: a tile of one row costs most.
+template <class Step, bool ADD, int LINES>
+inline void tile_of(i64 rows, const char *a, i64 as, const char *b, i64 bs, i64 steps, typename Step::sum *out, i64 os,
+                    const char *ahead) {
+    switch (rows) {
+        case 1: return tile<Step, 1, 4, ADD, LINES>(a, as, b, bs, steps, out, os, ahead);
+        case 2: return tile<Step, 2, 4, ADD, LINES>(a, as, b, bs, steps, out, os, ahead);
+        case 3: return tile<Step, 3, 4, ADD, LINES>(a, as, b, bs, steps, out, os, ahead);
+        case 4: return tile<Step, 4, 4, ADD, LINES>(a, as, b, bs, steps, out, os, ahead);
+        case 5: return tile<Step, 5, 4, ADD, LINES>(a, as, b, bs, steps, out, os, ahead);
+        default: return tile<Step, 6, 4, ADD, LINES>(a, as, b, bs, steps, out, os, ahead);
+    }
+}
+
+// The same for any number of rows, in tiles of at most 6 and of like height: a tile of one row costs most. With few rows
+// memory is what is waited for: up to 4 fetch their own panel 4 KB ahead; several tiles fetch `next`, the panel that follows,
+// between them, so that the first one does not wait for memory while memory waits for the others.
 template <class Step, bool ADD = false>
-inline void panel_product(const char *a, i64 as, const char *b, i64 bs, i64 M, i64 steps, typename Step::sum *out, i64 os) {
-    for (i64 m = 0, left; (left = M - m) > 0;) {
-        i64 tiles = (left + 5) / 6, rows = (left + tiles - 1) / tiles;
-        const char *from = a + m * as;
+inline void panel_product(const char *a, i64 as, const char *b, i64 bs, i64 M, i64 steps, typename Step::sum *out, i64 os,
+                          const char *next = nullptr) {
+    if (M <= 4) return tile_of<Step, ADD, 4>(M, a, as, b, bs, steps, out, os, b + 4096);
+    const i64 all = (M + 5) / 6, lines = all == 1 || !next ? 0 : all < 4 ? 2 : 1;
+    for (i64 m = 0, number = 0, left; (left = M - m) > 0; number++) {
+        const i64 tiles = (left + 5) / 6, rows = (left + tiles - 1) / tiles;
+        const char *from = a + m * as, *ahead = next + number * lines * 64 * steps;
         typename Step::sum *to = out + m * os;
-        switch (rows) {
-            case 1: tile<Step, 1, 4, ADD>(from, as, b, bs, steps, to, os); break;
-            case 2: tile<Step, 2, 4, ADD>(from, as, b, bs, steps, to, os); break;
-            case 3: tile<Step, 3, 4, ADD>(from, as, b, bs, steps, to, os); break;
-            case 4: tile<Step, 4, 4, ADD>(from, as, b, bs, steps, to, os); break;
-            case 5: tile<Step, 5, 4, ADD>(from, as, b, bs, steps, to, os); break;
-            default: tile<Step, 6, 4, ADD>(from, as, b, bs, steps, to, os);
-        }
+        if (number * lines >= 4 || lines == 0) tile_of<Step, ADD, 0>(rows, from, as, b, bs, steps, to, os, nullptr);
+        else if (lines == 1) tile_of<Step, ADD, 1>(rows, from, as, b, bs, steps, to, os, ahead);
+        else tile_of<Step, ADD, 2>(rows, from, as, b, bs, steps, to, os, ahead);
         m += rows;
     }
 }
