@@ -44,10 +44,11 @@ def write(out: Path, shape: Shape) -> dict[str, Any]:
     """Read the turns in `out`, write results.json, table.md and comparison.png there, print the table."""
     context = json.loads((out / "settings.json").read_text())
     turns = [json.loads(path.read_text()) for path in sorted((out / "turns").glob("*.json"))]
-    rows = [row for turn in turns for row in turn_rows(turn, shape)]
+    ceilings = ceiling_summary(turns)
+    rows = [row for turn in turns for row in turn_rows(turn, shape, ceilings)]
     results = {
         **context,
-        "ceilings": ceiling_summary(turns),
+        "ceilings": ceilings,
         "summary": summarise(rows),
         "ratios": {ours: ratios(rows, ours) for ours in (OURS, *OURS_INT8)},
         "agreement": agreement(turns),
@@ -71,10 +72,10 @@ def write(out: Path, shape: Shape) -> dict[str, Any]:
 # --- numbers ---
 
 
-def turn_rows(turn: dict[str, Any], shape: Shape) -> Iterable[dict[str, Any]]:
-    """One row per timed pass; limits are those measured around this turn."""
-    read = _between(turn, "read_bytes_per_s")
-    matrix = _between(turn, "bf16_flops_per_s")
+def turn_rows(turn: dict[str, Any], shape: Shape, ceilings: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """One row per timed pass. Limits are the run's medians: what is measured beside a turn need not be what the machine
+    did during it."""
+    read, matrix = (ceilings[name] and ceilings[name]["median"] for name in ("read_bytes_per_s", "bf16_flops_per_s"))
     for name, result in turn["workloads"].items():
         for number, sample in enumerate(result.get("samples", ())):
             row = {
@@ -275,11 +276,6 @@ def ceiling_summary(turns: list[dict[str, Any]]) -> dict[str, dict[str, float] |
         values = [c[name] for turn in turns for c in turn.get("ceilings", ()) if c[name]]
         summary[name] = _spread(values) if values else None
     return summary
-
-
-def _between(turn: dict[str, Any], name: str) -> float | None:
-    values = [c[name] for c in turn.get("ceilings", ()) if c[name]]
-    return statistics.fmean(values) if values else None
 
 
 def peaks(turns: list[dict[str, Any]]) -> dict[str, int]:

@@ -79,6 +79,18 @@ def test_int8_checkpoints_answer_as_on_the_cpu(scheme, wide_model_dir, tmp_path,
     assert_near(got, expected)
 
 
+@pytest.mark.parametrize("graph_mode", [False, True])
+def test_int8_in_float32_gives_the_tokens_of_the_cpu(graph_mode, tiny_qwen3_dir, tmp_path, device):
+    """The kernels take 16 bits only: float32 goes through plain torch, which a captured step must hold, too."""
+    folder = convert(tiny_qwen3_dir, tmp_path / "w8a8", quantize="w8a8").folder
+    tokens = []
+    for where, options in ((device, dict(graph_mode=graph_mode)), ("cpu", dict(operator_fusion=False))):
+        with engine_on(where, folder, precision="fp32", **options) as engine:
+            tokens.append([out.token_ids for out in engine.generate(PROMPTS, SamplingParams(max_new_tokens=8))])
+
+    assert tokens[0] == tokens[1]
+
+
 def test_a_head_size_the_kernels_lack_is_refused_at_load_with_a_way_out(tmp_path, device):
     folder = make_model(tmp_path / "m", "qwen3", head_dim=24)
 

@@ -345,7 +345,14 @@ class Simulator(TorchDispatchMode):
         self.counts.launches["npu::npu_format_cast"] += 1
         result = torch.empty_strided(source.size(), source.stride(), dtype=source.dtype, device=source.device)
         if not self.shapes_only:
-            host_alias(result).copy_(host_alias(source))
+            to, data = host_alias(result), host_alias(source)
+            recording = self.graphs.recording
+            if recording is None:
+                to.copy_(data)
+            else:
+                outside = recording.outside([source])
+                self._own(result)
+                recording.add(Kernel("npu::npu_format_cast", lambda: to.copy_(data), outside))
         if wanted == FRACTAL_NZ:
             storage = result.untyped_storage()
             self._nz_storages[storage.data_ptr()] = StorageWeakRef(storage)
