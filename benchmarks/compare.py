@@ -34,6 +34,8 @@ import report  # noqa: E402
 from make_model import SHAPES, make_model  # noqa: E402
 from protocol import Job  # noqa: E402
 
+from ascend_kit.results import write_atomic  # noqa: E402
+
 WORKLOADS = ("W1", "W3", "W2", "W4", "W4U", "W5")
 CACHE = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit"))
 PEERS_ROOT = CACHE / "peers"
@@ -392,9 +394,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    write_atomic(path, json.dumps(value, indent=1))
 
 
 if __name__ == "__main__":

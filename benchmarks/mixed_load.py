@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import sys
 import time
@@ -26,6 +25,7 @@ from make_model import SHAPES, make_model  # noqa: E402
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
 from ascend_kit.measure.metrics import percentile  # noqa: E402
+from ascend_kit.results import write_atomic  # noqa: E402
 
 SLOTS = 16
 MAX_SEQ_LENGTH = 4096
@@ -94,9 +94,7 @@ def main() -> int:
         result = run(engine, arrivals(vocab_size, arguments.requests, arguments.rate, arguments.seed))
     text = json.dumps(result, indent=1)
     if arguments.out:
-        temporary = arguments.out.with_name(arguments.out.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, arguments.out)
+        write_atomic(arguments.out, text)
     print(text)
     return 0
 

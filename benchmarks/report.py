@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tables import HEADLINES, INT8, OURS, OURS_INT8, draw, markdown
 
 from ascend_kit.measure.metrics import percentile
+from ascend_kit.results import write_atomic
 
 if TYPE_CHECKING:
     from make_model import Shape
@@ -61,8 +61,8 @@ def write(out: Path, shape: Shape) -> dict[str, Any]:
     }
     results["goals"] = goals(results) + shares(results) + best_of_all(rows)
     text = markdown(results)
-    _write_text(out / "results.json", json.dumps(results, indent=1))
-    _write_text(out / "table.md", text)
+    write_atomic(out / "results.json", json.dumps(results, indent=1))
+    write_atomic(out / "table.md", text)
     if rows:
         draw(results, out / "comparison.png", shape)
     print(text)
@@ -295,9 +295,3 @@ def failures(turns: list[dict[str, Any]]) -> list[str]:
         for name, w in t["workloads"].items()
         if w["status"] != "ok"
     ]
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

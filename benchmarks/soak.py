@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
 import re
 import sys
@@ -26,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from make_model import SHAPES, make_model  # noqa: E402
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
+from ascend_kit.results import write_atomic  # noqa: E402
 
 IN_FLIGHT = 48
 SLOTS = 16
@@ -171,9 +171,7 @@ def main() -> int:
     result = soak(arguments.shape, arguments.requests, arguments.seed)
     text = json.dumps(result, indent=1)
     if arguments.out:
-        temporary = arguments.out.with_name(arguments.out.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, arguments.out)
+        write_atomic(arguments.out, text)
     print(text)
     return 1 if result["problems"] else 0
 
