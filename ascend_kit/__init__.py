@@ -18,7 +18,7 @@ _PUBLIC = {
     "experiment_from_notebook": "params",
     "RunFolder": "results",
     "convert": "checkpoint.convert",
-    "evaluate": "evaluate.harness",
+    "evaluate": "evaluation.harness",
     "run_sweep": "measure.sweep",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]

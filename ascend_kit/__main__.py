@@ -14,7 +14,7 @@ from typing import Any
 from ascend_kit.engine.ranks import environment_ranks, without_ranks
 from ascend_kit.params import Experiment, ParameterError, load_experiment, parse_overrides
 from ascend_kit.results import RunFolderError
-from ascend_kit.run import RunError
+from ascend_kit.run.checks import RunError
 
 EPILOG = """examples:
   python -m ascend_kit run params/demo.yaml                          all notebooks, in order
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if words is None:
         return 0
     if words[:1] == ["doctor"]:  # it has a command line of its own
-        from ascend_kit.device.doctor import main as doctor
+        from ascend_kit.doctor import main as doctor
 
         return _guarded(lambda: doctor(words[1:]))
     arguments = _parser().parse_args(words)
@@ -145,7 +145,7 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ascend_kit.run import run_experiment
+    from ascend_kit.run.experiment import run_experiment
 
     only = [name.strip() for name in arguments.only.split(",") if name.strip()] if arguments.only else None
     report = run_experiment(
@@ -169,7 +169,7 @@ def _check(arguments: argparse.Namespace) -> int:
         for name, info in Experiment.model_fields.items():
             print(f"{name} = {info.default!r}  # {info.description}")
         return 0
-    from ascend_kit.run import check_experiment
+    from ascend_kit.run.experiment import check_experiment
 
     experiment = check_experiment(_parameter_file(arguments), _overrides(arguments))
     print(f"{arguments.parameters}: fine; results go to {experiment.run_folder}")

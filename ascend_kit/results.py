@@ -6,18 +6,17 @@ Nothing here imports torch; versions and device facts are handed in by the calle
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
-import math
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.files import to_json, write_atomic
+from ascend_kit.identity import Identity, Use
 from ascend_kit.params import Experiment, read_yaml
 
 if TYPE_CHECKING:
@@ -33,28 +32,6 @@ class RunFolderError(RuntimeError):
     """The run folder exists, belongs to other parameters or is being written by someone else."""
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Replace `path` with `data` in one step: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, but reports are to be shared
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: numpy scalars and paths as plain values, NaN and infinity as null."""
-    return json.dumps(_clean(value), ensure_ascii=False, indent=indent, allow_nan=False)
-
-
 # Locks held by this process: a notebook cell that is run again takes over its own lock instead of failing on it.
 _held: dict[Path, Any] = {}
 
@@ -66,6 +43,7 @@ class RunFolder:
         self.path = Path(path)
         self.stage = stage
         self._lock: Any = None
+        self._recorded_ids: set[str] = set()
 
     @classmethod
     def open(cls, experiment: Experiment, stage: str, *, facts: dict[str, Any] | None = None) -> RunFolder:
@@ -90,13 +68,17 @@ class RunFolder:
 
     # --- tables -----------------------------------------------------------------------------------------------
 
-    def append(self, name: str, row: dict[str, Any]) -> None:
-        """Add one line to <name>.jsonl and push it to the disk. `status` defaults to ok, `error` to None."""
-        self.append_all(name, [row])
+    def append(self, name: str, row: dict[str, Any], identity: Identity | None = None) -> None:
+        """Add one line to <name>.jsonl and push it to the disk. `status` defaults to ok, `error` to None.
 
-    def append_all(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        `identity` is what produced the row: the row keeps its id, identities.jsonl its parts.
+        """
+        self.append_all(name, [row], identity)
+
+    def append_all(self, name: str, rows: Iterable[dict[str, Any]], identity: Identity | None = None) -> None:
         """Add a line for each row and push them to the disk together: one wait instead of many."""
-        lines = "".join(to_json({"status": "ok", "error": None, **row}) + "\n" for row in rows)
+        mark = {} if identity is None else {"identity": self._recorded(identity)}
+        lines = "".join(to_json({"status": "ok", "error": None, **row, **mark}) + "\n" for row in rows)
         path = self.table_path(name)
         with open(path, "ab") as file:
             if file.tell() and not _ends_with_newline(path):
@@ -118,6 +100,22 @@ class RunFolder:
                     continue
                 if isinstance(row, dict):
                     yield row
+
+    def rows_of(self, name: str, identity: Identity, use: Use = "resume") -> Iterator[dict[str, Any]]:
+        """The rows of <name>.jsonl whose identity agrees with `identity` for this use; others take part in nothing."""
+        known = self.identities()
+        agrees = {key: identity.agrees(other, use) for key, other in known.items()}
+        return (row for row in self.rows(name) if agrees.get(row.get("identity", ""), False))
+
+    def identities(self) -> dict[str, Identity]:
+        """Id -> identity of everything that wrote rows into this folder."""
+        return {row["id"]: Identity.from_row(row["parts"]) for row in self.rows("identities") if "parts" in row}
+
+    def _recorded(self, identity: Identity) -> str:
+        if identity.id not in self._recorded_ids and identity.id not in self.identities():
+            self._recorded_ids.add(identity.id)
+            self.append("identities", {"id": identity.id, "parts": identity.to_row()})
+        return identity.id
 
     def load(self, name: str) -> pandas.DataFrame:
         """The table <name> as a DataFrame (empty when nothing was written)."""
@@ -236,14 +234,6 @@ class RunFolder:
         self.write_json("manifest", manifest)
 
 
-def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """What is made once per machine: the argument, else $ASCEND_KIT_CACHE, else `ascend-kit` in the user's cache."""
-    chosen = cache_dir or os.environ.get("ASCEND_KIT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "ascend-kit"
-
-
 def source_state() -> dict[str, Any]:
     """Commit and dirty flag of the checkout this package runs from; None where it is no checkout."""
 
@@ -282,19 +272,3 @@ def _hashable(value: Any) -> Any:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_clean(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "size", None) == 1:
-        return _clean(item())
-    tolist = getattr(value, "tolist", None)
-    return _clean(tolist()) if callable(tolist) else str(value)

@@ -34,7 +34,7 @@ import report  # noqa: E402
 from make_model import SHAPES, make_model  # noqa: E402
 from protocol import Job  # noqa: E402
 
-from ascend_kit.results import write_atomic  # noqa: E402
+from ascend_kit.files import write_atomic  # noqa: E402
 
 WORKLOADS = ("W1", "W3", "W2", "W4", "W4U", "W5")
 CACHE = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit"))

@@ -24,8 +24,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from make_model import SHAPES, make_model  # noqa: E402
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
+from ascend_kit.files import write_atomic  # noqa: E402
 from ascend_kit.measure.metrics import percentile  # noqa: E402
-from ascend_kit.results import write_atomic  # noqa: E402
 
 SLOTS = 16
 MAX_SEQ_LENGTH = 4096

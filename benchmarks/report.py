@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tables import HEADLINES, INT8, OURS, OURS_INT8, draw, markdown
 
+from ascend_kit.files import write_atomic
 from ascend_kit.measure.metrics import percentile
-from ascend_kit.results import write_atomic
 
 if TYPE_CHECKING:
     from make_model import Shape

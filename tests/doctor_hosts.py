@@ -8,8 +8,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from ascend_kit.device.doctor.host import CommandResult, Host
-from ascend_kit.device.doctor.stages import PREFIX, OpCheck
+from ascend_kit.doctor.host import CommandResult, Host
+from ascend_kit.doctor.stages import PREFIX, OpCheck
 
 DATA = Path(__file__).parent / "data"
 ROOT = "/usr/local/Ascend/ascend-toolkit/latest"
@@ -132,10 +132,10 @@ def laptop(**changes) -> FakeHost:
         "packages": {"torch": "2.13.0+cpu", "ascend-kit": "0.1.0"},
         "machine": "x86_64",
         "commands": {
-            "python -m ascend_kit.device.doctor.probe": probe_output(
+            "python -m ascend_kit.doctor.probe": probe_output(
                 "cpu", 1, "Test CPU", 60 * 2**30, 64 * 2**30, python="3.11.9", torch="2.13.0+cpu"
             ),
-            "python -m ascend_kit.device.doctor.self_test --stage smoke": stage_output(
+            "python -m ascend_kit.doctor.self_test --stage smoke": stage_output(
                 OpCheck("smoke", "linear", "bf16", "ok", 0.002, 0.008)
             ),
         },
@@ -159,7 +159,7 @@ def ascend_server(**changes) -> FakeHost:
         "/proc/sys/kernel/numa_balancing": "0\n",
         "/proc/sys/vm/swappiness": "0\n",
     }
-    run = "python -m ascend_kit.device.doctor.self_test --stage "
+    run = "python -m ascend_kit.doctor.self_test --stage "
     versions = {"python": "3.11.9", "torch": "2.12.0", "torch_npu": "2.12.0.post2", "cann": "9.1.0"}
     state = {
         "files": files,
@@ -169,7 +169,7 @@ def ascend_server(**changes) -> FakeHost:
         "commands": {
             "npu-smi info": CommandResult(0, sample("info_910b")),
             "npu-smi info -t topo": CommandResult(0, sample("topo_910b")),
-            "python -m ascend_kit.device.doctor.probe": probe_output(
+            "python -m ascend_kit.doctor.probe": probe_output(
                 "npu", 8, "Ascend910B3", 60 * 2**30, 64 * 2**30, **versions
             ),
             run + "smoke": stage_output(OpCheck("smoke", "paged_attention", "bf16", "ok", 0.003, 0.016)),

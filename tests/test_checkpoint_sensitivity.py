@@ -27,7 +27,7 @@ from ascend_kit.checkpoint.schema import linear_names
 from ascend_kit.checkpoint.sensitivity import choose_mix, compare_variants, decode_weight_bytes, measure_sensitivity
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.quant import dequantize_weight, quantize_weight
+from ascend_kit.model.int8 import dequantize_weight, quantize_weight
 
 TEXTS = [
     "A number that was given first is printed last.",

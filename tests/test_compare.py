@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ascend_kit.evaluate.compare import (
+from ascend_kit.evaluation.compare import (
     CompareError,
     compare_accuracy,
     compare_perplexity,
@@ -18,7 +18,7 @@ from ascend_kit.evaluate.compare import (
     pick_baseline,
     run_name,
 )
-from ascend_kit.evaluate.paired import (
+from ascend_kit.evaluation.paired import (
     PairedCounts,
     binomial_two_sided,
     bootstrap_ratio_difference,
@@ -26,7 +26,7 @@ from ascend_kit.evaluate.paired import (
     paired_counts,
     wilson_interval,
 )
-from ascend_kit.evaluate.tradeoff import accuracy_throughput, answer_length_ratio, verdict
+from ascend_kit.evaluation.tradeoff import accuracy_throughput, answer_length_ratio, verdict
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder
 

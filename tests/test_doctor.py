@@ -10,11 +10,11 @@ import sys
 import pytest
 from doctor_hosts import ROOT, ascend_server, laptop, probe_output, sample, stage_output
 
-from ascend_kit.device import doctor
-from ascend_kit.device.doctor import Finding, as_table, render, run_checks, run_self_test
-from ascend_kit.device.doctor.findings import Section, worst_status
-from ascend_kit.device.doctor.host import CommandResult, Host
-from ascend_kit.device.doctor.stages import OpCheck
+from ascend_kit import doctor
+from ascend_kit.doctor import Finding, as_table, render, run_checks, run_self_test
+from ascend_kit.doctor.findings import Section, worst_status
+from ascend_kit.doctor.host import CommandResult, Host
+from ascend_kit.doctor.stages import OpCheck
 
 ORDER = [
     "Machine",
@@ -33,7 +33,7 @@ ORDER = [
     "Several machines",
     "Workbench",
 ]
-STAGE = "python -m ascend_kit.device.doctor.self_test --stage "
+STAGE = "python -m ascend_kit.doctor.self_test --stage "
 
 
 def find(findings: list[Finding], section: str, check: str) -> Finding:
@@ -86,7 +86,7 @@ def test_missing_cann_fails_there_and_the_import_error_is_explained():
         env={"ASCEND_HOME_PATH": None},
         files={name: None for name in ascend_server().files if name.startswith(ROOT)},
         commands={
-            "python -m ascend_kit.device.doctor.probe": CommandResult(
+            "python -m ascend_kit.doctor.probe": CommandResult(
                 1, stderr="ImportError: libhccl.so: cannot open shared object file: No such file or directory"
             )
         },
@@ -249,7 +249,7 @@ def test_python_without_a_wheel_of_torch_npu_213_fails():
 
 
 def test_device_is_left_alone_when_asked():
-    findings = run_checks(ascend_server(commands={"python -m ascend_kit.device.doctor.probe": None}), use_device=False)
+    findings = run_checks(ascend_server(commands={"python -m ascend_kit.doctor.probe": None}), use_device=False)
 
     assert find(findings, "Import", "all").status == "n/a"
     assert trouble(findings) == []
@@ -284,7 +284,7 @@ def test_wrong_numbers_on_the_device_fail_the_machine():
 
 def test_card_that_is_half_full_is_a_warning():
     probe = probe_output("npu", 8, "Ascend910B3", 20 * 2**30, 64 * 2**30, torch="2.12.0")
-    host = ascend_server(commands={"python -m ascend_kit.device.doctor.probe": probe})
+    host = ascend_server(commands={"python -m ascend_kit.doctor.probe": probe})
 
     assert find(run_checks(host), "Devices", "device").status == "warn"
 
@@ -315,9 +315,7 @@ def test_self_test_runs_every_stage_and_reports_a_dead_one():
 
 def test_self_test_without_a_working_import_ends_at_once():
     host = ascend_server(
-        commands={
-            "python -m ascend_kit.device.doctor.probe": CommandResult(1, stderr="undefined symbol: GroupTopkParam")
-        }
+        commands={"python -m ascend_kit.doctor.probe": CommandResult(1, stderr="undefined symbol: GroupTopkParam")}
     )
 
     (check,) = run_self_test(host)
@@ -359,7 +357,7 @@ def test_findings_become_a_table():
 
 
 def test_command_prints_json_and_returns_one_on_failure(monkeypatch, capsys):
-    monkeypatch.setattr("ascend_kit.device.doctor.checks.Host", lambda: laptop())
+    monkeypatch.setattr("ascend_kit.doctor.checks.Host", lambda: laptop())
 
     assert doctor.main(["--json"]) == 0
     assert {row["section"] for row in json.loads(capsys.readouterr().out)} == set(ORDER)
@@ -386,7 +384,7 @@ def test_command_says_which_log_cannot_be_read(capsys, tmp_path):
 
 
 def test_importing_the_doctor_does_not_import_torch():
-    code = "import sys, ascend_kit.device.doctor; print('torch' in sys.modules)"
+    code = "import sys, ascend_kit.doctor; print('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 

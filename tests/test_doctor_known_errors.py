@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ascend_kit.device.doctor.known_errors import KNOWN_ERRORS, explain, render_explanations
+from ascend_kit.doctor.known_errors import KNOWN_ERRORS, explain, render_explanations
 
 TEXTS = {
     "cann library missing": "ImportError: libhccl.so: cannot open shared object file: No such file",

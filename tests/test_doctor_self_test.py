@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ascend_kit.device.device import select_device
-from ascend_kit.device.doctor import run_self_test, self_test
-from ascend_kit.device.doctor.attention_inputs import AttentionCase, attention_cases, make_inputs
-from ascend_kit.device.doctor.comparison import Comparer, bound, relative_error
-from ascend_kit.device.doctor.graph_and_ranks import run_graph
-from ascend_kit.device.doctor.stages import PREFIX, OpCheck
 from ascend_kit.device.ops import OPS, reference
+from ascend_kit.doctor import run_self_test, self_test
+from ascend_kit.doctor.attention_inputs import AttentionCase, attention_cases, make_inputs
+from ascend_kit.doctor.comparison import Comparer, bound, relative_error
+from ascend_kit.doctor.graph_and_ranks import run_graph
+from ascend_kit.doctor.stages import PREFIX, OpCheck
 
 HEADS = (4, 2, 16)
 CPU = select_device("cpu")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from doctor_hosts import ascend_server, laptop
 
-from ascend_kit.device.doctor import Finding
-from ascend_kit.device.doctor.host import CommandResult
-from ascend_kit.device.doctor.machine import check_machine, check_tuning, check_workbench
-from ascend_kit.device.doctor.network import check_network
-from ascend_kit.device.doctor.variables import check_variables, effective_exec_timeout_s, visible_devices
+from ascend_kit.doctor import Finding
+from ascend_kit.doctor.host import CommandResult
+from ascend_kit.doctor.machine import check_machine, check_tuning, check_workbench
+from ascend_kit.doctor.network import check_network
+from ascend_kit.doctor.variables import check_variables, effective_exec_timeout_s, visible_devices
 
 
 def by_check(findings: list[Finding]) -> dict[str, Finding]:

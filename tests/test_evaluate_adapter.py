@@ -57,7 +57,7 @@ def hflm(tiny_qwen3_dir: Path):
 
 
 def adapter(engine, **options):
-    from ascend_kit.evaluate.adapter import EngineLM
+    from ascend_kit.evaluation.adapter import EngineLM
 
     return EngineLM(engine, **options)
 

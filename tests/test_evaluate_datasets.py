@@ -22,7 +22,7 @@ from evaluation_data import (
     write_table,
 )
 
-from ascend_kit.evaluate.datasets import (
+from ascend_kit.evaluation.datasets import (
     SETS,
     find_tasks,
     go_offline,
@@ -31,7 +31,7 @@ from ascend_kit.evaluate.datasets import (
     packaged_tasks,
     write_task_folder,
 )
-from ascend_kit.evaluate.files import DataError
+from ascend_kit.evaluation.files import DataError
 
 pytest.importorskip("lm_eval")
 ALL = list(SETS)

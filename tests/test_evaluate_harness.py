@@ -17,11 +17,11 @@ import pytest
 from evaluation_data import write_sets
 
 from ascend_kit import AscendInferEngine
-from ascend_kit.evaluate import judge
-from ascend_kit.evaluate.datasets import SETS, DataError, find_tasks, go_offline, groups_of, write_task_folder
-from ascend_kit.evaluate.harness import evaluate
-from ascend_kit.evaluate.perplexity import ratio, token_perplexity
-from ascend_kit.evaluate.scores import EvaluationError, load_documents, load_evaluation, load_scores
+from ascend_kit.evaluation import judge
+from ascend_kit.evaluation.datasets import SETS, DataError, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.harness import evaluate
+from ascend_kit.evaluation.perplexity import ratio, token_perplexity
+from ascend_kit.evaluation.scores import EvaluationError, load_documents, load_evaluation, load_scores
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder
 
@@ -502,7 +502,7 @@ def test_group_sizes_of_the_published_table_are_those_of_the_sets() -> None:
 
 def test_importing_the_harness_does_not_import_lm_eval_or_torch() -> None:
     code = (
-        "import sys, ascend_kit.evaluate.harness, ascend_kit.evaluate.scores; "
+        "import sys, ascend_kit.evaluation.harness, ascend_kit.evaluation.scores; "
         "print([m for m in ('lm_eval', 'torch', 'datasets', 'transformers') if m in sys.modules])"
     )
 
@@ -513,7 +513,7 @@ def test_importing_the_harness_does_not_import_lm_eval_or_torch() -> None:
 
 def test_evaluate_is_callable_whether_named_before_or_after_its_modules() -> None:
     code = (
-        "import ascend_kit.evaluate.scores, ascend_kit\n"
+        "import ascend_kit.evaluation.scores, ascend_kit\n"
         "from ascend_kit import evaluate\n"
         "try: evaluate(None, None)\n"
         "except TypeError as error: print(error)"

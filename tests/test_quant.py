@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ascend_kit.model.quant import dequantize_weight, encode, error_report, quantize_weight, search_clip, weight_scale
+from ascend_kit.model.int8 import dequantize_weight, encode, error_report, quantize_weight, search_clip, weight_scale
 
 
 def random_weight(rows: int = 24, columns: int = 40, seed: int = 0) -> torch.Tensor:

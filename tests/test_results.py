@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from ascend_kit.files import write_atomic
 from ascend_kit.params import build_experiment
-from ascend_kit.results import RunFolder, RunFolderError, list_runs, run_parameters, write_atomic
+from ascend_kit.results import RunFolder, RunFolderError, list_runs, run_parameters
 
 
 def experiment(tmp_path, **changes):

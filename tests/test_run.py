@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from ascend_kit.params import ParameterError
-from ascend_kit.run import RunError, read_states, run_experiment
 from ascend_kit.run.checks import parameter_defaults
+from ascend_kit.run.experiment import RunError, read_states, run_experiment
 
 PARAMETERS = 'experiment: str = "fake"\nrun: str = "default"\noutput_root: str = "outputs"\nseed: int = 0  # seed'
 FINISH = (

@@ -17,8 +17,8 @@ from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange
 from ascend_kit.device.ops import AttentionMeta, reference
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.int8 import dequantize_weight, encode
 from ascend_kit.model.layers import MLP, Attention, DecoderLayer, Linear, RMSNorm, Rotary
-from ascend_kit.model.quant import dequantize_weight, encode
 
 BLOCK_SIZE = 32
 HEAD_ROWS = 8192  # vocabulary rows of the output head in memory at once

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ascend_kit.checkpoint.quantized_layouts import pack_int8
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
-from ascend_kit.model.quant import dequantize_weight, encode, search_clip, weight_scale
+from ascend_kit.model.int8 import dequantize_weight, encode, search_clip, weight_scale
 
 BLOCK_BYTES = 1 << 20  # stays in the cache of a core from reading to writing
 

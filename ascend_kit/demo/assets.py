@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ascend_kit.results import cache_root
+from ascend_kit.files import cache_root
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment

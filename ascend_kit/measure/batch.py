@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.files import to_json, write_atomic
 from ascend_kit.measure.metrics import RequestRecord, e2e_s, record_from_output, summarize, tpot_s, ttft_s
-from ascend_kit.results import RunFolder, to_json, write_atomic
+from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
     import pandas

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ascend_kit.results import write_atomic
+from ascend_kit.files import write_atomic
 
 if TYPE_CHECKING:
     from jupyter_client import AsyncKernelClient, AsyncKernelManager

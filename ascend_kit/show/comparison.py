@@ -14,7 +14,7 @@ from ascend_kit.results import RunFolder, run_parameters
 if TYPE_CHECKING:
     import pandas
 
-    from ascend_kit.evaluate.tradeoff import Verdict
+    from ascend_kit.evaluation.tradeoff import Verdict
 
 # Parameters that name things or places; they tell nothing about how a run was made.
 NAMES = frozenset(
@@ -26,7 +26,7 @@ def differences(folders: Sequence[RunFolder]) -> pandas.DataFrame:
     """Every parameter in which the runs differ: a line per parameter, a column per run."""
     import pandas
 
-    from ascend_kit.evaluate.compare import run_name
+    from ascend_kit.evaluation.compare import run_name
 
     # A run of an older version knows fewer parameters; it was made with what are the defaults now.
     defaults = Experiment().model_dump()
@@ -56,7 +56,13 @@ def paired_tables(folders: Sequence[RunFolder], margin_points: float) -> tuple[p
     """
     import pandas
 
-    from ascend_kit.evaluate.compare import CompareError, compare_accuracy, compare_perplexity, pick_baseline, run_name
+    from ascend_kit.evaluation.compare import (
+        CompareError,
+        compare_accuracy,
+        compare_perplexity,
+        pick_baseline,
+        run_name,
+    )
 
     baseline = pick_baseline(folders)
     accuracy, perplexity = [], []
@@ -77,8 +83,8 @@ def verdict_or_reason(folders: Sequence[RunFolder], margin_points: float) -> Ver
     """The verdict; where nothing can be judged yet, one that names what is missing and recommends no run."""
     import pandas
 
-    from ascend_kit.evaluate.compare import CompareError, pick_baseline, run_name
-    from ascend_kit.evaluate.tradeoff import Verdict, verdict
+    from ascend_kit.evaluation.compare import CompareError, pick_baseline, run_name
+    from ascend_kit.evaluation.tradeoff import Verdict, verdict
 
     try:
         return verdict(folders, margin=margin_points / 100)

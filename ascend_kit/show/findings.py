@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
 
     from ascend_kit.checkpoint.convert import ConversionResult
-    from ascend_kit.evaluate.scores import EvaluationResult
+    from ascend_kit.evaluation.scores import EvaluationResult
 
 HIT_RATE_WORTH_A_WORD = 0.02
 

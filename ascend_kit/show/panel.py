@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
+from ascend_kit.files import write_atomic
 from ascend_kit.params import Experiment, ParameterError, build_experiment, parse_overrides
-from ascend_kit.results import write_atomic
 from ascend_kit.show.progress import in_browser
 from ascend_kit.show.tables import readable
 

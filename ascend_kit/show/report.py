@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.results import write_atomic
+from ascend_kit.files import write_atomic
 from ascend_kit.show import render
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

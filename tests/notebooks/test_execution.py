@@ -10,8 +10,8 @@ import yaml
 
 from ascend_kit.demo import ensure_data
 from ascend_kit.results import RunFolder
-from ascend_kit.run import run_experiment
 from ascend_kit.run.checks import find_notebooks
+from ascend_kit.run.experiment import run_experiment
 
 NAMES = [notebook.name for notebook in find_notebooks()]
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ascend_kit.results import cache_root
+from ascend_kit.files import cache_root
 
 FOLDER = Path(__file__).parent
 DISABLE_VARIABLE = "ASCEND_KIT_NATIVE"  # 0 = never build or use the kernels

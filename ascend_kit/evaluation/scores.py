@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluate.datasets import GroupSpec, LocalTask
-from ascend_kit.evaluate.perplexity import ratio
+from ascend_kit.evaluation.datasets import GroupSpec, LocalTask
+from ascend_kit.evaluation.perplexity import ratio
 from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:

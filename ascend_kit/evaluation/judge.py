@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluate.datasets import MULTIPLE_CHOICE_GROUP, LocalTask
+from ascend_kit.evaluation.datasets import MULTIPLE_CHOICE_GROUP, LocalTask
 from ascend_kit.params import Experiment
 
 if TYPE_CHECKING:

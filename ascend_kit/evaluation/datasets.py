@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ascend_kit.evaluate.files import (
+from ascend_kit.evaluation.files import (
     DataError,
     SplitFiles,
     check_file,

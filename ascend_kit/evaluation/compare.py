@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluate.paired import PairedCounts, bootstrap_ratio_difference, holm, paired_counts
-from ascend_kit.evaluate.scores import load_documents
+from ascend_kit.evaluation.paired import PairedCounts, bootstrap_ratio_difference, holm, paired_counts
+from ascend_kit.evaluation.scores import load_documents
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder, list_runs, run_parameters
 

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 import torch
 
 from ascend_kit.device.device import Device, select_device
-from ascend_kit.device.doctor.attention_inputs import HEADS, AttentionCase, attention_cases, make_inputs
-from ascend_kit.device.doctor.comparison import Comparer, bound, relative_error
-from ascend_kit.device.doctor.graph_and_ranks import run_collective, run_graph
-from ascend_kit.device.doctor.stages import OpCheck
 from ascend_kit.device.ops import reference, select_ops
+from ascend_kit.doctor.attention_inputs import HEADS, AttentionCase, attention_cases, make_inputs
+from ascend_kit.doctor.comparison import Comparer, bound, relative_error
+from ascend_kit.doctor.graph_and_ranks import run_collective, run_graph
+from ascend_kit.doctor.stages import OpCheck
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ascend_kit.device.doctor.findings import Section
-from ascend_kit.device.doctor.host import Host
-from ascend_kit.device.doctor.npu_smi import IDLE_HBM_MB, SmiInfo, parse_info, parse_topo
-from ascend_kit.device.doctor.versions import GRAPH_DRIVER, numbers
+from ascend_kit.doctor.findings import Section
+from ascend_kit.doctor.host import Host
+from ascend_kit.doctor.npu_smi import IDLE_HBM_MB, SmiInfo, parse_info, parse_topo
+from ascend_kit.doctor.versions import GRAPH_DRIVER, numbers
 
 DRIVER_INFO = "/usr/local/Ascend/driver/version.info"
 CANN_ROOTS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")

@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ascend_kit.device.doctor.checks import run_checks
-from ascend_kit.device.doctor.findings import Finding, render, render_sections, to_rows, totals, worst_status
-from ascend_kit.device.doctor.host import Host
-from ascend_kit.device.doctor.known_errors import Explanation, explain, render_explanations
-from ascend_kit.device.doctor.stages import OpCheck, probe_device, run_stage, trouble
+from ascend_kit.doctor.checks import run_checks
+from ascend_kit.doctor.findings import Finding, render, render_sections, to_rows, totals, worst_status
+from ascend_kit.doctor.host import Host
+from ascend_kit.doctor.known_errors import Explanation, explain, render_explanations
+from ascend_kit.doctor.stages import OpCheck, probe_device, run_stage, trouble
 
 if TYPE_CHECKING:
     import pandas

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from ascend_kit.evaluate import judge, scores
-from ascend_kit.evaluate.datasets import LocalTask, find_tasks, go_offline, groups_of, write_task_folder
-from ascend_kit.evaluate.perplexity import PAPER_CONTEXT_LEN, token_perplexity
-from ascend_kit.evaluate.scores import EvaluationResult, load_evaluation
+from ascend_kit.evaluation import judge, scores
+from ascend_kit.evaluation.datasets import LocalTask, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
+from ascend_kit.evaluation.scores import EvaluationResult, load_evaluation
 from ascend_kit.measure.load import LoadMeter
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
@@ -64,7 +64,7 @@ class _Session:
     def run(self) -> None:
         from lm_eval.tasks import TaskManager
 
-        from ascend_kit.evaluate.adapter import EngineLM
+        from ascend_kit.evaluation.adapter import EngineLM
 
         done = self.folder.done_keys("scores", SCORE_KEY)
         lm = EngineLM(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.device import Device
-from ascend_kit.device.doctor.known_errors import explain
-from ascend_kit.device.doctor.stages import OpCheck
+from ascend_kit.doctor.known_errors import explain
+from ascend_kit.doctor.stages import OpCheck
 
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 

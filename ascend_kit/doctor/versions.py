@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ascend_kit.device.doctor.findings import Section
+from ascend_kit.doctor.findings import Section
 
 GRAPH_DRIVER = (25, 5, 1)  # HDK from which the old budget of streams is gone (vllm-ascend release notes)
 SAFE_PAIR = "torch 2.12.0 + torch_npu 2.12.0.post2 + CANN 9.1.x"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ascend_kit.device.doctor.findings import Finding, Section
-from ascend_kit.device.doctor.host import Host
-from ascend_kit.device.doctor.variables import CONNECT_TIMEOUT_DEFAULT_S
+from ascend_kit.doctor.findings import Finding, Section
+from ascend_kit.doctor.host import Host
+from ascend_kit.doctor.variables import CONNECT_TIMEOUT_DEFAULT_S
 
 SECTION = "Several machines"
 INTERFACE_VARIABLES = ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")

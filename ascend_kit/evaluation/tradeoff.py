@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluate.compare import (
+from ascend_kit.evaluation.compare import (
     ALL_SETS,
     CONFIDENCE,
     DEFAULT_MARGIN,
@@ -22,8 +22,8 @@ from ascend_kit.evaluate.compare import (
     pick_baseline,
     run_name,
 )
-from ascend_kit.evaluate.paired import wilson_interval
-from ascend_kit.evaluate.scores import load_documents
+from ascend_kit.evaluation.paired import wilson_interval
+from ascend_kit.evaluation.scores import load_documents
 from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
 

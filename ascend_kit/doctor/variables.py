@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ascend_kit.device.doctor.findings import Section
-from ascend_kit.device.doctor.host import Host
+from ascend_kit.doctor.findings import Section
+from ascend_kit.doctor.host import Host
 
 CONNECT_TIMEOUT_RANGE_S = (120, 7200)
 CONNECT_TIMEOUT_DEFAULT_S = 120

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ascend_kit.device.doctor import hardware, machine
-from ascend_kit.device.doctor.findings import Finding, Section
-from ascend_kit.device.doctor.host import Host
-from ascend_kit.device.doctor.network import SECTION as NETWORK_SECTION
-from ascend_kit.device.doctor.network import check_network
-from ascend_kit.device.doctor.stages import add_stage, probe_device, trouble
-from ascend_kit.device.doctor.variables import check_variables
-from ascend_kit.device.doctor.versions import check_cann_pair, check_versions
+from ascend_kit.doctor import hardware, machine
+from ascend_kit.doctor.findings import Finding, Section
+from ascend_kit.doctor.host import Host
+from ascend_kit.doctor.network import SECTION as NETWORK_SECTION
+from ascend_kit.doctor.network import check_network
+from ascend_kit.doctor.stages import add_stage, probe_device, trouble
+from ascend_kit.doctor.variables import check_variables
+from ascend_kit.doctor.versions import check_cann_pair, check_versions
 
 NO_ASCEND = "no Ascend card or software on this machine"
 VENDOR_SECTIONS = ("Driver", "Device files", "CANN", "NNAL", "Versions")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ascend_kit.device.doctor.findings import Section
-from ascend_kit.device.doctor.host import Host
+from ascend_kit.doctor.findings import Section
+from ascend_kit.doctor.host import Host
 
 GIB = 2**30
 SYSCTLS = (  # path, wanted value, what another value costs

@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from ascend_kit.device.doctor.findings import Section
-from ascend_kit.device.doctor.host import CommandResult, Host
-from ascend_kit.device.doctor.known_errors import explain
+from ascend_kit.doctor.findings import Section
+from ascend_kit.doctor.host import CommandResult, Host
+from ascend_kit.doctor.known_errors import explain
 
 PREFIX = "ascend_kit-self-test "
 # First calls load kernels and set up channels: minutes are normal on a new machine.
@@ -54,14 +54,14 @@ def run_stage(
             if on_check:
                 on_check(checks[-1])
 
-    command = [host.python, "-m", "ascend_kit.device.doctor.self_test", "--stage", stage, "--device", device]
+    command = [host.python, "-m", "ascend_kit.doctor.self_test", "--stage", stage, "--device", device]
     result = host.run(command, timeout_s=TIMEOUT_S[stage], on_line=take)
     return checks, result
 
 
 def probe_device(host: Host, device: str) -> tuple[dict | None, CommandResult]:
     """What torch says of itself and of the device, asked in a child; None when it did not get that far."""
-    command = [host.python, "-m", "ascend_kit.device.doctor.probe", device]
+    command = [host.python, "-m", "ascend_kit.doctor.probe", device]
     result = host.run(command, timeout_s=TIMEOUT_S["probe"])
     lines = [line for line in result.stdout.splitlines() if line.startswith(PREFIX)]
     return (json.loads(lines[-1].removeprefix(PREFIX)) if lines else None), result

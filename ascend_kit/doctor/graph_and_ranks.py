@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.device import Device, select_device
-from ascend_kit.device.doctor.attention_inputs import HEADS, AttentionCase, AttentionInputs, make_inputs
-from ascend_kit.device.doctor.comparison import Comparer, bound, relative_error
-from ascend_kit.device.doctor.stages import OpCheck
 from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta, reference, select_ops
+from ascend_kit.doctor.attention_inputs import HEADS, AttentionCase, AttentionInputs, make_inputs
+from ascend_kit.doctor.comparison import Comparer, bound, relative_error
+from ascend_kit.doctor.stages import OpCheck
 
 GRAPH_HEADS = HEADS[1]
 _SCALE = GRAPH_HEADS[2] ** -0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from ascend_kit.device.doctor.stages import PREFIX
+from ascend_kit.doctor.stages import PREFIX
 
 
 def probe(device_name: str) -> dict:

@@ -1,0 +1,1 @@
+"""Does the model still answer correctly? lm-eval over the engine, local data, paired comparison of runs."""
