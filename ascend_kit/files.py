@@ -7,8 +7,12 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+GIB = 2**30
+Progress = Callable[[int, int], None]  # done, total
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
