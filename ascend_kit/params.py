@@ -66,6 +66,7 @@ class Experiment(BaseModel):
     run: str = Field("default", description="name of this variant: one folder below the experiment")
     output_root: str = Field("outputs", description="folder that holds all experiments")
     seed: int = Field(0, ge=0, description="seed of workloads and sampling")
+    params_file: str | None = Field(None, description="YAML file whose values stand in for the defaults")
     # model and conversion
     model_name: str = Field("demo", description="name shown in tables and used for the converted folder")
     input_model: str = Field("demo", description="checkpoint folder, or `demo` for the built-in model")
@@ -121,15 +122,23 @@ class Experiment(BaseModel):
     graph_mode: bool = Field(True, description="captured or compiled decode step")
     operator_fusion: bool = Field(True, description="fused operator table against the plain one")
     memory_optimize: bool = Field(True, description="KV blocks on demand with prefix reuse against a reservation")
+    plain_ops: list[str] = Field([], description="operators that stay plain although operator_fusion is on")
     # batch inference
     prompts_file: str = Field("demo", description="JSON lines with a `prompt` field, or a text file, one a line")
     max_new_tokens: int = Field(1024, ge=1, description="longest answer, tokens")
     temperature: float = Field(0.0, ge=0.0, description="0 = greedy")
     top_k: int | None = Field(None, ge=1, description="sample from the k most probable tokens")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability")
+    min_p: float = Field(0.0, ge=0.0, le=1.0, description="sample from tokens above this share of the best one's")
+    repetition_penalty: float = Field(1.0, gt=0.0, description="divides logits of tokens seen before; 1 = none")
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0, description="subtracted from logits of generated tokens")
+    sampling: Literal["given", "model"] = Field(
+        "given", description="values above as given, or `model`: those not set come from generation_config.json"
+    )
     concurrency: int = Field(32, ge=1, description="requests kept in flight")
     output_path: str | None = Field(None, description="answers as JSON; default generations.json in the run folder")
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
+    thinking: bool | None = Field(None, description="the template's enable_thinking; None = as the model has it")
     # throughput sweep
     sweep_concurrency: list[int] = Field([1, 4, 16], min_length=1, description="requests kept in flight")
     sweep_prompt_len: list[int] = Field([64], min_length=1, description="prompt lengths, tokens")

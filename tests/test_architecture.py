@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ascend_kit"
 FLOORS = [
     {"files"},
-    {"identity", "params"},
+    {"identity", "params", "prompts"},
     {"results"},
     {"device"},
     {"model"},

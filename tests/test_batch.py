@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ascend_kit.engine.engine import AscendInferEngine
-from ascend_kit.measure.batch import PromptsError, load_answers, load_metrics, read_prompts, run_batch
+from ascend_kit.measure.batch import load_answers, load_metrics, run_batch
 from ascend_kit.measure.correctness import Reference, WrongAnswerError, check_against, reference_answers
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
@@ -39,40 +39,6 @@ def experiment(tiny_qwen3_dir, tmp_path):
 def engine(experiment):
     with AscendInferEngine.from_experiment(experiment) as loaded:
         yield loaded
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.jsonl", '{"prompt": "x"}\n\n{"prompt": "y", "id": 3}\n'),
-        ("a.json", '["x", {"prompt": "y"}]'),
-        ("a.txt", "x\n\ny\n"),
-    ],
-)
-def test_prompts_are_read_from_three_formats(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-
-    assert read_prompts(tmp_path / name) == ["x", "y"]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        (
-            "a.jsonl",
-            '{"prompt": "x"}\n{"promt": "y"}\n',
-            r"entry 2: expected a `prompt` text, found fields \['promt'\]",
-        ),
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "line 2: not JSON"),
-        ("a.jsonl", '{"prompt": ""}\n', "entry 1"),
-        ("a.txt", "\n\n", "holds no prompt"),
-    ],
-)
-def test_faulty_prompts_file_is_named_with_its_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-
-    with pytest.raises(PromptsError, match=message):
-        read_prompts(tmp_path / name)
 
 
 def test_every_prompt_is_answered_in_file_order_as_generate_would(experiment, engine):

@@ -10,13 +10,7 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 
-from ascend_kit.checkpoint.calibration import (
-    collect_statistics,
-    plan_smoothing,
-    read_texts,
-    smoothing_factors,
-    tokenize_texts,
-)
+from ascend_kit.checkpoint.calibration import collect_statistics, plan_smoothing, smoothing_factors, tokenize_texts
 from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.huggingface import open_checkpoint
@@ -25,7 +19,6 @@ from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
 from ascend_kit.checkpoint.recipe import Recipe
 from ascend_kit.checkpoint.schema import linear_names
 from ascend_kit.checkpoint.sensitivity import choose_mix, compare_variants, decode_weight_bytes, measure_sensitivity
-from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.int8 import dequantize_weight, quantize_weight
 
@@ -92,28 +85,6 @@ def test_layerwise_logits_equal_those_of_transformers(tmp_path: Path, family: st
         with torch.no_grad():
             expected = model(torch.tensor([text])).logits[0]
         assert torch.allclose(logits, expected, atol=2e-5 * expected.abs().max().item())
-
-
-def test_texts_are_read_from_lines_and_from_json_lines(tmp_path: Path, calibration_file: Path):
-    (tmp_path / "plain.txt").write_text("one\n\ntwo\n")
-
-    assert read_texts(tmp_path / "plain.txt") == ["one", "two"]
-    assert read_texts(calibration_file, max_texts=2) == TEXTS[:2]
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        ("", "holds no text"),
-        ("{broken", "line 1 is not JSON"),
-        ('{"a": 1}', "none of the fields prompt, text, content"),
-    ],
-)
-def test_unusable_calibration_file_is_explained(tmp_path: Path, content: str, complaint: str):
-    (tmp_path / "texts.jsonl").write_text(content)
-
-    with pytest.raises(CheckpointError, match=complaint):
-        read_texts(tmp_path / "texts.jsonl")
 
 
 def test_texts_too_short_to_predict_anything_are_dropped_and_long_ones_cut(tiny_qwen3_dir: Path):

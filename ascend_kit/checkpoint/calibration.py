@@ -8,7 +8,6 @@ are powers of two, so folding rounds nothing, in bf16 as little as in float32.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,6 @@ from ascend_kit.checkpoint.tensor_jobs import ScaleChange
 
 MAX_TEXTS, MAX_TOKENS_PER_TEXT = 32, 256
 SMOOTHED_UNITS = ("qkv", "gate_up", "down_proj")  # o_proj's input is made by attention, which has nothing to fold into
-TEXT_KEYS = ("prompt", "text", "content")
 
 
 @dataclass
@@ -35,33 +33,6 @@ class InputStatistics:
     largest: dict[str, Tensor] = field(default_factory=dict)
     mean_square: dict[str, Tensor] = field(default_factory=dict)
     num_tokens: int = 0
-
-
-def read_texts(path: str | Path, max_texts: int = MAX_TEXTS) -> list[str]:
-    """Texts of a calibration file: JSON lines with `prompt`, `text` or `content`, or one text per line."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"calibration_file: no file at {path}")
-    texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            texts.append(_text_of(line, path, number) if path.suffix in (".jsonl", ".json") else line)
-        if len(texts) == max_texts:
-            break
-    if not texts:
-        raise CheckpointError(f"calibration_file {path} holds no text")
-    return texts
-
-
-def _text_of(line: str, path: Path, number: int) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise CheckpointError(f"calibration_file {path}, line {number} is not JSON: {error}") from error
-    value = row if isinstance(row, str) else next((row[key] for key in TEXT_KEYS if key in row), None)
-    if not isinstance(value, str):
-        raise CheckpointError(f"calibration_file {path}, line {number} has none of the fields {', '.join(TEXT_KEYS)}")
-    return value
 
 
 def tokenize_texts(

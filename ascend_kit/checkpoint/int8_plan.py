@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ascend_kit.checkpoint.calibration import (
+    MAX_TEXTS,
     InputStatistics,
     collect_statistics,
     plan_smoothing,
-    read_texts,
     tokenize_texts,
 )
 from ascend_kit.checkpoint.huggingface import Checkpoint
@@ -25,6 +25,7 @@ from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import Quantizer
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.prompts import read_prompts
 
 MIX_TOKENS = 1024  # tokens on which mixes are compared; hidden states of every variant are held for them
 
@@ -131,7 +132,7 @@ def plan_int8(
 def _texts(tokenizer_folder: Path, options: Int8Options) -> list[list[int]]:
     if options.calibration_file is None:
         return []
-    return tokenize_texts(read_texts(options.calibration_file), tokenizer_folder)
+    return tokenize_texts(read_prompts(options.calibration_file, "calibration_file")[:MAX_TEXTS], tokenizer_folder)
 
 
 def limit_tokens(texts: Sequence[Sequence[int]], max_tokens: int) -> list[Sequence[int]]:

@@ -5,7 +5,6 @@ Answers go to the table `answers` as they finish and, once all are there, into o
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections import deque
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import to_json, write_atomic
 from ascend_kit.measure.metrics import RequestRecord, e2e_s, record_from_output, summarize, tpot_s, ttft_s
+from ascend_kit.prompts import Prompt, PromptsError, read_prompts
 from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
@@ -26,12 +26,9 @@ if TYPE_CHECKING:
     from ascend_kit.params import Experiment
 
 Progress = Callable[[int, int, str], None]
+__all__ = ["BatchResult", "PromptsError", "load_answers", "load_metrics", "read_prompts", "run_batch"]
 TABLE = "answers"
 KEY = ("index", "prompt")
-
-
-class PromptsError(ValueError):
-    """The prompts file cannot be used; the text names the line and what is expected."""
 
 
 @dataclass(frozen=True)
@@ -40,40 +37,6 @@ class BatchResult:
 
     answers: pandas.DataFrame
     path: Path
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a file: JSON lines with a `prompt` field, a JSON list, or plain text, one prompt a line."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptsError(f"prompts_file {path} cannot be read as UTF-8 text: {error}") from None
-    if path.suffix == ".json":
-        entries = list(enumerate(_parse(path, 1, text), 1))
-    elif path.suffix == ".jsonl":
-        entries = [(n, _parse(path, n, line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    else:
-        entries = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    prompts = [_prompt(path, number, entry) for number, entry in entries]
-    if not prompts:
-        raise PromptsError(f"prompts_file {path} holds no prompt")
-    return prompts
-
-
-def _parse(path: Path, number: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PromptsError(f"{path}, line {number}: not JSON ({error})") from None
-
-
-def _prompt(path: Path, number: int, entry: Any) -> str:
-    prompt = entry.get("prompt") if isinstance(entry, dict) else entry
-    if not isinstance(prompt, str) or not prompt:
-        found = f"fields {sorted(entry)}" if isinstance(entry, dict) else repr(entry)
-        raise PromptsError(f"{path}, entry {number}: expected a `prompt` text, found {found}")
-    return prompt
 
 
 def run_batch(
@@ -124,10 +87,10 @@ def load_metrics(answers: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _serve(
-    engine: AscendInferEngine, experiment: Experiment, waiting: deque[tuple[int, str]]
-) -> Iterator[tuple[int, str, RequestOutput]]:
+    engine: AscendInferEngine, experiment: Experiment, waiting: deque[tuple[int, Prompt]]
+) -> Iterator[tuple[int, Prompt, RequestOutput]]:
     """Closed loop: a new request starts when one ends; requests left in flight are cancelled."""
-    in_flight: dict[int, tuple[int, str]] = {}
+    in_flight: dict[int, tuple[int, Prompt]] = {}
     try:
         while waiting or in_flight:
             while waiting and len(in_flight) < experiment.concurrency:
@@ -147,12 +110,10 @@ def _serve(
             engine.cancel(request)
 
 
-def _encode(engine: AscendInferEngine, experiment: Experiment, prompt: str) -> str | list[int]:
-    if not experiment.chat_template:
+def _encode(engine: AscendInferEngine, experiment: Experiment, prompt: Prompt) -> str | list[int]:
+    if not experiment.chat_template and prompt.messages is None:
         return prompt
-    text = engine.tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    text = engine.tokenizer.apply_chat_template(prompt.as_messages(), tokenize=False, add_generation_prompt=True)
     # The template has its own special tokens: the tokenizer must not add another set.
     return engine.tokenizer.encode(text, add_special_tokens=False)
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.checkpoint.calibration import read_texts, tokenize_texts
+from ascend_kit.checkpoint.calibration import tokenize_texts
 from ascend_kit.checkpoint.convert import open_source
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.parity import (
@@ -20,6 +20,7 @@ from ascend_kit.checkpoint.parity import (
     limits_for,
 )
 from ascend_kit.params import Experiment
+from ascend_kit.prompts import read_prompts
 
 SAMPLE_TEMPERATURE = 0.7
 
@@ -50,7 +51,7 @@ class ParityCheck:
         """The report; ParityError when a limit is missed."""
         experiment, result = self.experiment, open_checkpoint(folder)
         source = open_source(Path(experiment.input_model), experiment.framework, experiment.tokenizer_path)
-        texts = read_texts(experiment.prompts_file, self.num_prompts)
+        texts = read_prompts(experiment.prompts_file)[: self.num_prompts]
         prompts = tokenize_texts(texts, _tokenizer_folder(experiment, source), self.max_prompt_tokens)
         limits = self.limits or limits_for(
             experiment.precision, result.quantization.summary, **_replaced_limits(experiment)

@@ -1,0 +1,122 @@
+"""The one reader of prompt files: a JSON list, JSON lines, or text with one prompt a line.
+
+What a file is follows from its content; a suffix .json, .jsonl or .ndjson in any spelling only says that it must be
+JSON. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+FIELDS = ("prompt", "text", "content", "messages")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+# str.splitlines would also split at U+2028, U+0085 and form feeds, which are part of a prompt.
+LINE_END = re.compile(r"\r\n|\n|\r")
+EXPECTED = (
+    "expected a JSON list, JSON lines with one of the fields prompt, text, content or messages, or text with one "
+    "prompt a line"
+)
+
+
+class PromptsError(ValueError):
+    """A prompt file cannot be used; the text names the file, the line and what is expected."""
+
+
+class Prompt(str):
+    """One prompt. A conversation reads as its transcript and has its `messages`; they are None otherwise."""
+
+    messages: list[dict[str, str]] | None = None
+
+    @classmethod
+    def of_messages(cls, messages: list[dict[str, str]]) -> Prompt:
+        """The prompt of a conversation of {"role", "content"} messages."""
+        prompt = cls("\n".join(f"{message['role']}: {message['content']}" for message in messages))
+        prompt.messages = messages
+        return prompt
+
+    def as_messages(self) -> list[dict[str, str]]:
+        """What a chat template is applied to: the conversation, or the text as the user's only message."""
+        return self.messages or [{"role": "user", "content": str(self)}]
+
+
+def read_prompts(path: str | Path, parameter: str = "prompts_file") -> list[Prompt]:
+    """Every prompt of a file in its order. PromptsError names `parameter`, the file and the line of a fault."""
+    path = Path(path).expanduser()
+    where = f"{parameter} {path}"
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise PromptsError(f"{where} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise PromptsError(
+            f"{where} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
+        ) from None
+    lines = [(f"line {n}", line) for n, line in enumerate(LINE_END.split(text), 1) if line.strip()]
+    if not lines:
+        raise PromptsError(f"{where} holds no prompt; {EXPECTED}")
+    entries = _json_entries(text, lines, where, is_json=path.suffix.lower() in JSON_SUFFIXES)
+    return [_prompt(entry, f"{where}, {place}") for place, entry in entries]
+
+
+def _json_entries(text: str, lines: list[tuple[str, str]], where: str, *, is_json: bool) -> list[tuple[str, Any]]:
+    """(place, entry) of every prompt: the items of a JSON list, the values of JSON lines, else the lines themselves."""
+    whole = _loads(text)
+    if isinstance(whole, list):
+        if not whole:
+            raise PromptsError(f"{where} holds an empty JSON list")
+        return [(f"entry {number}", entry) for number, entry in enumerate(whole, 1)]
+    if isinstance(whole, dict) and len(lines) > 1:
+        raise PromptsError(f"{where} holds one JSON object with the fields {sorted(whole)}; {EXPECTED}")
+    values = [(place, line, _loads(line)) for place, line in lines]
+    objects = [place for place, _, value in values if isinstance(value, dict)]
+    if not is_json and not objects:
+        return [(place, line) for place, line in lines]
+    broken = next(((place, line) for place, line, value in values if isinstance(value, ValueError)), None)
+    if broken is not None:
+        why = "not JSON" if is_json else f"not JSON, but {objects[0]} is: text and JSON lines do not mix"
+        raise PromptsError(f"{where}, {broken[0]}: {why}: {_short(broken[1])}")
+    return [(place, value) for place, _, value in values]
+
+
+def _loads(text: str) -> Any:
+    """The JSON value of a text, or the ValueError that says why it is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except ValueError as error:
+        return error
+    except RecursionError:
+        return ValueError("nested too deeply")
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a field stands twice among {[key for key, _ in pairs]}")
+    return dict(pairs)
+
+
+def _prompt(entry: Any, where: str) -> Prompt:
+    value = entry
+    if isinstance(entry, dict):
+        if "role" in entry:
+            raise PromptsError(f"{where}: a message by itself; a conversation is a list of messages under `messages`")
+        value = next((entry[name] for name in FIELDS if name in entry), None)
+    if isinstance(value, str) and value:
+        return Prompt(value)
+    if isinstance(value, list) and value and all(_is_message(item) for item in value):
+        return Prompt.of_messages([{"role": item["role"], "content": item["content"]} for item in value])
+    found = f"an object with the fields {sorted(entry)}" if isinstance(entry, dict) else _short(repr(entry))
+    raise PromptsError(
+        f"{where}: expected a text, or an object with one of the fields {', '.join(FIELDS)} (a text, or a list of "
+        f'{{"role", "content"}}), found {found}'
+    )
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,104 @@
+"""Prompt files: what is taken for what, and how a fault reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ascend_kit.prompts import Prompt, PromptsError, read_prompts
+
+LINES = '{"prompt": "x"}\n\n{"text": "y", "id": 3}\n'
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", LINES),
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.json", LINES),
+        ("a.txt", LINES),
+        ("a.jsonl", LINES.replace("\n", "\r\n")),
+        ("a.jsonl", "\ufeff" + LINES),
+        ("a.json", '["x", {"content": "y"}]'),
+        ("a.jsonl", '[\n "x",\n {"prompt": "y"}\n]\n'),
+        ("a.jsonl", '"x"\n"y"\n'),
+        ("a.txt", "x\n\ny\n"),
+        ("a.txt", "\ufeffx\r\ny"),
+        ("noending", "x\ry\r"),
+    ],
+)
+def test_content_and_not_the_suffix_says_what_a_file_is(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+
+    assert read_prompts(tmp_path / name) == ["x", "y"]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c"])
+def test_separators_inside_a_prompt_do_not_end_it(tmp_path, separator):
+    prompts = [f"one{separator}two", "three"]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts[1:])
+    )
+    (tmp_path / "a.txt").write_bytes("\n".join(prompts).encode())
+
+    assert read_prompts(tmp_path / "a.txt") == prompts
+    assert read_prompts(tmp_path / "a.jsonl") == prompts[1:]
+
+
+def test_text_that_only_looks_like_json_stays_text(tmp_path):
+    lines = ["[INST] Hello [/INST]", '"Quoted"', "{x} is a set", "42"]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+
+    assert read_prompts(tmp_path / "a.txt") == lines
+
+
+@pytest.mark.parametrize("field", ["messages", "prompt"])
+def test_a_conversation_keeps_its_messages(tmp_path, field):
+    (tmp_path / "a.jsonl").write_text(json.dumps({field: TURNS}) + '\n{"prompt": "alone"}\n')
+
+    conversation, alone = read_prompts(tmp_path / "a.jsonl")
+
+    assert conversation.messages == conversation.as_messages() == TURNS
+    assert conversation == "system: Be brief.\nuser: Hello"
+    assert alone.messages is None and alone.as_messages() == [{"role": "user", "content": "alone"}]
+    assert isinstance(alone, Prompt)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{\n "prompts": ["x"]\n}', r"one JSON object with the fields \['prompts'\]"),
+        ("a.json", '{"prompts": ["x"]}', r"line 1: .*found an object with the fields \['prompts'\]"),
+        ("a.jsonl", '{"prompt": "x"}\n{"promt": "y"}\n', r"line 2: .*found an object with the fields \['promt'\]"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "line 2: not JSON"),
+        ("a.txt", '{"prompt": "x"}\nplain\n', "line 2: not JSON, but line 1 is"),
+        ("a.jsonl", '{"prompt": ""}\n', "line 1"),
+        ("a.jsonl", '{"prompt": null}\n', "line 1"),
+        ("a.jsonl", '{"prompt": "x", "prompt": "y"}\n', "line 1: not JSON"),
+        ("a.json", '["x", 3]', "entry 2: .*found 3"),
+        ("a.json", json.dumps(TURNS), "entry 1: a message by itself"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": ["x"]}]}', "line 1"),
+        ("a.json", "[]", "empty JSON list"),
+        ("a.json", "[" * 100_000, "line 1: not JSON"),
+        ("a.txt", "\n\n", "holds no prompt"),
+        ("a.txt", "\ufeff", "holds no prompt"),
+        ("a.txt", b"x\xff", "not UTF-8 text: byte 1 is 0xff"),
+    ],
+)
+def test_a_fault_names_parameter_file_and_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    with pytest.raises(PromptsError, match=message) as error:
+        read_prompts(path, "calibration_file")
+
+    assert str(error.value).startswith(f"calibration_file {path}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_what_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(PromptsError, match="cannot be read"):
+        read_prompts(tmp_path / name)
