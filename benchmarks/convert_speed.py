@@ -51,10 +51,10 @@ def make_model(folder: Path, size_gb: float) -> Path:
     """
     import torch
 
-    from ascend_kit.checkpoint.schema import expected_shapes
     from ascend_kit.checkpoint.tensor_jobs import OutputTensor
     from ascend_kit.checkpoint.writer import shard_header
     from ascend_kit.model.config import ModelConfig
+    from ascend_kit.model.tensors import expected_shapes
 
     config = {**SHAPE, "num_hidden_layers": 1}
     while _num_bytes(config) < size_gb * 1e9:
@@ -83,8 +83,8 @@ def make_model(folder: Path, size_gb: float) -> Path:
 def _num_bytes(config: dict) -> int:
     import torch
 
-    from ascend_kit.checkpoint.schema import expected_shapes
     from ascend_kit.model.config import ModelConfig
+    from ascend_kit.model.tensors import expected_shapes
 
     return 2 * sum(torch.Size(shape).numel() for shape in expected_shapes(ModelConfig.from_dict(config)).values())
 

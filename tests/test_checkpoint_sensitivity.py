@@ -17,10 +17,10 @@ from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.int8_plan import limit_tokens
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
 from ascend_kit.checkpoint.recipe import Recipe
-from ascend_kit.checkpoint.schema import linear_names
-from ascend_kit.checkpoint.sensitivity import choose_mix, compare_variants, decode_weight_bytes, measure_sensitivity
+from ascend_kit.checkpoint.sensitivity import choose_mix, compare_variants, measure_sensitivity
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.int8 import dequantize_weight, quantize_weight
+from ascend_kit.model.tensors import linear_names, weight_bytes
 
 TEXTS = [
     "A number that was given first is printed last.",
@@ -225,9 +225,9 @@ def test_decode_bytes_count_every_weight_once(tiny_qwen3_dir: Path):
     weights = load_file(tiny_qwen3_dir / "model.safetensors")
     expected = sum(t.numel() * 2 for name, t in weights.items() if name != "model.embed_tokens.weight")
 
-    assert decode_weight_bytes(config, {}, 2) == expected
+    assert weight_bytes(config, {}, 2).per_step == expected
     linear = "model.layers.0.mlp.down_proj"
-    saved = decode_weight_bytes(config, {}, 2) - decode_weight_bytes(config, {linear: "w8a8"}, 2)
+    saved = weight_bytes(config, {}, 2).per_step - weight_bytes(config, {linear: "w8a8"}, 2).per_step
     assert saved == 64 * 128 - 4 * 64  # one byte less per weight, four more per scale
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.manifest import verify
-from ascend_kit.checkpoint.schema import expected_shapes
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import expected_shapes
 
 SHARD_BYTES = 120_000  # cuts the tiny model into several shards
 

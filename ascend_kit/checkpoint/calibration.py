@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts, plain_linear
-from ascend_kit.checkpoint.schema import UNITS
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import ScaleChange
+from ascend_kit.model.tensors import UNITS
 
 MAX_TEXTS, MAX_TOKENS_PER_TEXT = 32, 256
 SMOOTHED_UNITS = ("qkv", "gate_up", "down_proj")  # o_proj's input is made by attention, which has nothing to fold into

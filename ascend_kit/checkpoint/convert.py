@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult
 from ascend_kit.checkpoint.destination import check_destination, existing_result
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.int8_plan import Int8Options, plan_int8
 from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_megatron
-from ascend_kit.checkpoint.recipe import DTYPES
-from ascend_kit.checkpoint.schema import check_tensors
 from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.device.device import select_device
-from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.config import DTYPES, ModelConfig
 from ascend_kit.params import Experiment
 
 QUANTIZE = ("none", "w8a8", "w8a16", "auto")

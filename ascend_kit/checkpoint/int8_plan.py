@@ -20,11 +20,11 @@ from ascend_kit.checkpoint.calibration import (
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel
 from ascend_kit.checkpoint.recipe import Recipe
-from ascend_kit.checkpoint.schema import kept_linears, linear_names
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import Quantizer
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import kept_linears, linear_names
 from ascend_kit.prompts import read_prompts
 
 MIX_TOKENS = 1024  # tokens on which mixes are compared; hidden states of every variant are held for them

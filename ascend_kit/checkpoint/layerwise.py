@@ -18,7 +18,7 @@ from ascend_kit.device.ops import AttentionMeta, reference
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.int8 import dequantize_weight, encode
-from ascend_kit.model.layers import MLP, Attention, DecoderLayer, Linear, RMSNorm, Rotary
+from ascend_kit.model.layers import DecoderLayer, Linear, RMSNorm, Rotary, build_layer
 
 BLOCK_SIZE = 32
 HEAD_ROWS = 8192  # vocabulary rows of the output head in memory at once
@@ -104,22 +104,20 @@ class LayerwiseModel:
 
     def build_layer(self, number: int, weights: Mapping[str, Tensor], make: LinearMaker = plain_linear) -> DecoderLayer:
         """The engine's decoder layer, each linear made by `make`."""
-        prefix, config = f"model.layers.{number}.", self.config
 
-        def linear(part: str) -> nn.Module:
-            name = prefix + part
-            return make(name, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        def each(names: Sequence[str]) -> list[nn.Module]:
+            return [make(name, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in names]
 
-        def norm(part: str) -> RMSNorm:
-            return RMSNorm(weights[f"{prefix}{part}.weight"], config.rms_norm_eps, reference)
+        def joined(names: Sequence[str]) -> nn.Module:
+            parts = each(names)
+            return parts[0] if len(parts) == 1 else SideBySide(parts)
 
-        parallel = TensorParallel()
-        qkv = nn.ModuleList([linear(f"self_attn.{letter}_proj") for letter in "qkv"])
-        head_norms = [norm(f"self_attn.{letter}_norm") if config.qk_norm else None for letter in "qk"]
-        attention = Attention(config, qkv, linear("self_attn.o_proj"), *head_norms, reference, parallel)
-        gate_up = SideBySide([linear("mlp.gate_proj"), linear("mlp.up_proj")])
-        mlp = MLP(gate_up, linear("mlp.down_proj"), reference, parallel)
-        return DecoderLayer(norm("input_layernorm"), attention, norm("post_attention_layernorm"), mlp)
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(weights[f"{name}.weight"], self.config.rms_norm_eps, reference)
+
+        return build_layer(
+            self.config, number, qkv=each, linear=joined, norm=norm, ops=reference, parallel=TensorParallel()
+        )
 
     def stored_layer(self, number: int) -> DecoderLayer:
         """A layer that computes what the files say: int8 linears in the arithmetic of their scheme."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
-from ascend_kit.checkpoint.schema import LAYER_PATTERN, expected_shapes, linear_names
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import (
     CastJob,
@@ -22,8 +21,8 @@ from ascend_kit.checkpoint.tensor_jobs import (
     TensorJob,
 )
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import LAYER_PATTERN, expected_shapes, linear_names
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized"}
 COMPARE_ROWS = 4096
 

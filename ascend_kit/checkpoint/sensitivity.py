@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
-from ascend_kit.checkpoint.schema import expected_shapes, linear_names, num_weights, unit_members, unit_names
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import linear_names, num_weights, unit_members, unit_names, weight_bytes
 
 POSITIONS_AT_ONCE = 256
 SHARE_STEPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # shares of units protected, tried from none upwards
@@ -169,19 +169,6 @@ def measure_sensitivity(
     ]
 
 
-def decode_weight_bytes(config: ModelConfig, schemes: Mapping[str, str], float_bytes: int) -> int:
-    """Bytes of weights that one decode step reads: everything but the embedding table, of which it reads
-    rows.
-    """
-    total = 0
-    for name, shape in expected_shapes(config).items():
-        linear, count = name.removesuffix(".weight"), torch.Size(shape).numel()
-        if name == "model.embed_tokens.weight" and not config.tie_embeddings:
-            continue
-        total += count + 4 * shape[0] if linear in schemes else count * float_bytes
-    return total
-
-
 def choose_mix(
     model: LayerwiseModel,
     texts: Sequence[Sequence[int]],
@@ -211,7 +198,7 @@ def choose_mix(
     found = compare_variants(model, texts, variants, report("layers, candidate mixes"))
     candidates = []
     for name, schemes in variants.items():
-        size = decode_weight_bytes(model.config, schemes, float_bytes)
+        size = weight_bytes(model.config, schemes, float_bytes).per_step
         step = size / bandwidth_bytes_per_s if bandwidth_bytes_per_s else None
         candidates.append(Candidate(name, schemes, size, step, found[name]))
     within = [c for c in candidates if _is_within(c.divergence, max_kl, max_accuracy_loss)]

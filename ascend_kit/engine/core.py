@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from ascend_kit.device.device import Device
 from ascend_kit.device.ops import select_ops
 from ascend_kit.device.parallel import TensorParallel
@@ -17,10 +15,9 @@ from ascend_kit.engine.pace import StepPace
 from ascend_kit.engine.runner import ModelRunner
 from ascend_kit.engine.scheduler import Scheduler
 from ascend_kit.engine.sequence import Sequence
-from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.config import DTYPES, ModelConfig
 
 GIB = 1 << 30
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Share of free memory given to KV blocks when no size is asked for. Device memory is ours alone, but a graph's
 # buffers and activations need some; host memory is shared with everything else on the machine.
 KV_SHARE = {"cpu": 0.4, "cuda": 0.85, "npu": 0.85}

@@ -1,4 +1,4 @@
-"""What a decoder looks like, read from config.json. No torch needed."""
+"""What a decoder looks like, read from config.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # the precisions by name
 FAMILIES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
 SHAPE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 
@@ -25,11 +28,12 @@ class ModelConfig:
     vocab_size: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
     max_position_embeddings: int = 32768
     tie_embeddings: bool = False
     attention_bias: bool = False  # bias on q, k, v
     output_bias: bool = False  # bias on o
+    mlp_bias: bool = False  # bias on gate, up and down
     qk_norm: bool = False
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -79,6 +83,7 @@ class ModelConfig:
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
             output_bias=family != "qwen2" and bool(raw.get("attention_bias", False)),
+            mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
             eos_token_ids=_ids(eos if eos is not None else raw.get("eos_token_id")),
             pad_token_id=raw.get("pad_token_id"),

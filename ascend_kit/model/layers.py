@@ -5,6 +5,7 @@ Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import UNITS, layer_prefix
 
 KVCache = tuple[Tensor, Tensor]  # keys and values, each [blocks, S, K, H]
 
@@ -202,6 +204,31 @@ class DecoderLayer(nn.Module):
             residual = residual.index_select(0, rows)
         x, residual = self.post_norm(x, residual)
         return self.mlp(x), residual
+
+
+def build_layer(
+    config: ModelConfig,
+    number: int,
+    *,
+    qkv: Callable[[list[str]], Sequence[nn.Module]],
+    linear: Callable[[list[str]], nn.Module],
+    norm: Callable[[str], RMSNorm],
+    ops: ModuleType,
+    parallel: TensorParallel,
+) -> DecoderLayer:
+    """A layer out of parts made from the full names of their tensors, without `.weight`.
+
+    `linear` gets the linears that form one product, in the order of its outputs; `qkv` those of q, k and v.
+    """
+    prefix = layer_prefix(number)
+
+    def unit(kind: str) -> list[str]:
+        return [prefix + part for part in UNITS[kind]]
+
+    head_norms = [norm(f"{prefix}self_attn.{letter}_norm") if config.qk_norm else None for letter in "qk"]
+    attention = Attention(config, nn.ModuleList(qkv(unit("qkv"))), linear(unit("o_proj")), *head_norms, ops, parallel)
+    mlp = MLP(linear(unit("gate_up")), linear(unit("down_proj")), ops, parallel)
+    return DecoderLayer(norm(f"{prefix}input_layernorm"), attention, norm(f"{prefix}post_attention_layernorm"), mlp)
 
 
 def _inverse_frequencies(config: ModelConfig) -> Tensor:
