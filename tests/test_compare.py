@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,7 @@ from ascend_kit.evaluation.paired import (
     wilson_interval,
 )
 from ascend_kit.evaluation.tradeoff import accuracy_throughput, answer_length_ratio, verdict
+from ascend_kit.identity import Identity
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder
 
@@ -142,43 +145,42 @@ def test_other_values_than_right_and_wrong_are_refused() -> None:
 # --- run folders --------------------------------------------------------------------------------------------
 
 
-def make_run(root: Path, name: str, correct: dict[str, list[int]], *, rates: list[float] = (), **changes) -> RunFolder:
-    """A run folder with documents (set -> right or wrong) and one sweep point, one row per rate."""
+def make_run(
+    root: Path,
+    name: str,
+    correct: dict[str, list[int]],
+    *,
+    rates: Sequence[float] = (),
+    asked: dict[str, Any] | None = None,
+    **changes: Any,
+) -> RunFolder:
+    """A run folder with documents (set -> right or wrong) and one sweep point, one row per rate.
+
+    `asked` replaces parts of the identity under which the documents were answered.
+    """
     experiment = build_experiment({"experiment": "e", "run": name, "output_root": str(root), **changes})
     with RunFolder.open(experiment, "05_evaluate") as folder:
         for suite, values in correct.items():
-            folder.append(
-                "scores",
-                {
-                    "task": f"{suite}_x",
-                    "set": suite,
-                    "kind": "task",
-                    "metric": "acc",
-                    "value": sum(values) / len(values),
-                    "n": len(values),
-                    "conditions": "c",
-                },
-            )
-            lines = [
-                json.dumps(
-                    {
-                        "task": f"{suite}_x",
-                        "set": suite,
-                        "doc_id": doc,
-                        "doc_hash": f"h{doc}",
-                        "prompt_hash": f"p{doc}",
-                        "acc": float(value),
-                        "status": "ok",
-                    }
-                )
-                + "\n"
-                for doc, value in enumerate(values)
-            ]
-            with open(folder.table_path("documents"), "a") as file:
-                file.writelines(lines)  # one write: `append` waits for the disk at every row
+            add_task(folder, suite, [{"acc": float(value)} for value in values], **(asked or {}))
         for repeat, rate in enumerate(rates):
             folder.append("rows", sweep_row(rate, repeat))
     return folder
+
+
+def add_task(folder: RunFolder, suite: str, values: list[dict[str, Any]], metric: str = "acc", **parts: Any) -> None:
+    """A finished task with a document per entry of `values`, and its identity among those asked for."""
+    task = {"version": 1, "num_fewshot": 5, "chat_template": None, **parts.pop("task", {})}
+    identity = Identity(**{"weights": folder.path.name, "data": "d", "task": task, **parts})
+    head = {"task": f"{suite}_x", "set": suite}
+    documents = [
+        {**head, "doc_id": doc, "doc_hash": f"h{doc}", "prompt_hash": f"p{doc}", **row}
+        for doc, row in enumerate(values)
+    ]
+    score = {**head, "kind": "task", "metric": metric, "value": 0.5, "n": len(values), "conditions": "c"}
+    folder.append_all("documents", documents, identity)
+    folder.append("scores", score, identity)
+    asked = (folder.read_json("evaluation") or {}).get("identities", {})
+    folder.write_json("evaluation", {"identities": {**asked, f"{suite}_x": identity.id}})
 
 
 def sweep_row(rate: float, repeat: int = 0, concurrency: int = 4, **changes) -> dict:
@@ -268,32 +270,9 @@ def test_perplexity_is_compared_on_common_pages(tmp_path: Path) -> None:
     folders = []
     for name, factor in (("base", 1.0), ("other", 1.1)):
         folder = make_run(tmp_path, name, {})
-        folder.append(
-            "scores",
-            {
-                "task": "wikitext",
-                "set": "wikitext",
-                "kind": "task",
-                "metric": "bits_per_byte",
-                "value": 1.0,
-                "n": 20,
-                "conditions": "c",
-            },
-        )
-        for doc in range(20):
-            size = 300 + 7 * doc
-            folder.append(
-                "documents",
-                {
-                    "task": "wikitext",
-                    "set": "wikitext",
-                    "doc_id": doc,
-                    "doc_hash": f"h{doc}",
-                    "prompt_hash": "p",
-                    "logprob": -factor * size * math.log(2),
-                    "bytes": size,
-                },
-            )
+        sizes = [300 + 7 * doc for doc in range(20)]
+        pages = [{"logprob": -factor * size * math.log(2), "bytes": size} for size in sizes]
+        add_task(folder, "wikitext", pages, metric="bits_per_byte")
         folders.append(folder)
 
     row = compare_perplexity(*folders)

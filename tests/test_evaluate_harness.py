@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from ascend_kit.evaluation.datasets import SETS, DataError, find_tasks, go_offli
 from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.evaluation.perplexity import ratio, token_perplexity
 from ascend_kit.evaluation.scores import EvaluationError, load_documents, load_evaluation, load_scores
+from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder
 
@@ -169,7 +171,7 @@ def test_rows_state_unit_shots_conditions_and_count(finished) -> None:
 
     row = tasks.loc[("ceval-valid_law", "acc")]
     assert (row["unit"], row["num_fewshot"], row["n"], row["status"], row["set"]) == ("fraction", 5, 5, "ok", "ceval")
-    assert row["conditions"].startswith("5-shot, plain prompt, all documents, context 2048 tokens, data ")
+    assert row["conditions"].startswith("5-shot, plain prompt, all documents, context 2048 tokens")
     assert tasks.loc[("wikitext", "bits_per_byte"), "unit"] == "bits/byte"
     assert finished.result.ok and not finished.result.failed
     finished.result.raise_if_failed()
@@ -288,6 +290,7 @@ def counting(engine):
         config=engine.config,
         max_seq_length=engine.max_seq_length,
         device=engine.device,
+        identity=Identity(weights="w", engine={"precision": "fp32"}, versions={"torch": "2"}),
         pairs=0,
         generate=engine.generate,
         score=engine.score,
@@ -354,6 +357,67 @@ def test_changed_data_is_not_answered_from_old_rows(engine, tmp_path) -> None:
     assert list(first.tasks["n"]) == [4] * 4 and list(second.tasks["n"]) == [3] * 4
     assert len(second.documents) == 3
     assert set(first.documents["doc_hash"]).isdisjoint(second.documents["doc_hash"])
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"weights": "shuffled"},
+        {"tokenizer": "other"},
+        {"engine": {"precision": "bf16"}},
+        {"versions": {"torch": "3"}},
+        {"device": {"name": "another card"}},
+    ],
+    ids=lambda parts: next(iter(parts)),
+)
+def test_answers_of_another_model_engine_or_version_are_not_reused(engine, data, tmp_path, parts) -> None:
+    experiment = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0)
+    first, second = counting(engine), counting(engine)
+    run(first, experiment)
+    second.identity = second.identity.with_parts(**parts)
+    scored: list[int] = []
+    second.score = lambda pairs: scored.append(len(pairs)) or engine.score(pairs)
+
+    result, folder = run(second, experiment)
+
+    assert sum(scored) == 2 * 5 * 4  # two subjects of five documents with four choices: all of them again
+    assert len(folder.load("documents")) == 20 and len(result.documents) == 10
+    assert set(result.documents["identity"]) == set(result.tasks["identity"])
+
+
+def test_another_seed_template_or_number_of_shots_is_another_evaluation(engine, data, tmp_path) -> None:
+    base = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0)
+    seen = set()
+    with RunFolder.open(base, "05_evaluate") as folder:
+        for name, value in [("seed", 7), ("eval_fewshot", 1), ("eval_chat_template", True), ("seed", 0)]:
+            result = evaluate(counting(engine), base.with_changes(**{name: value}), folder)
+            seen |= set(result.tasks["identity"])
+
+    assert len(seen) == 4 * 2
+
+
+def test_a_subject_removed_from_the_data_is_in_no_table(engine, tmp_path) -> None:
+    data = write_sets(tmp_path / "data", documents=4)
+    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["ceval"], eval_fewshot=0)
+    run(engine, experiment)
+    shutil.rmtree(data / "ceval" / "law")
+
+    result, _ = run(engine, experiment)
+
+    assert set(result.tasks["task"]) == set(result.documents["task"]) == {"ceval-valid_physician"}
+    assert set(result.groups["n"]) == {4}
+    group = result.groups.set_index("metric").loc["acc", "value"]
+    assert group == result.tasks.set_index("metric").loc["acc", "value"]
+
+
+def test_a_second_pass_adds_no_row(engine, data, tmp_path) -> None:
+    experiment = experiment_for(data, tmp_path, eval_datasets=["mmlu", "ceval"], eval_fewshot=0)
+    _, folder = run(engine, experiment)
+    before = {path.name: path.read_text() for path in folder.path.glob("*.jsonl")}
+
+    run(engine, experiment)
+
+    assert {path.name: path.read_text() for path in folder.path.glob("*.jsonl")} == before
 
 
 def test_a_failing_task_becomes_a_failed_row_and_the_others_go_on(engine, data, tmp_path) -> None:

@@ -17,15 +17,8 @@ from typing import Any
 
 import yaml
 
-from ascend_kit.evaluation.files import (
-    DataError,
-    SplitFiles,
-    check_file,
-    data_files,
-    hash_files,
-    set_folders,
-    subject_key,
-)
+from ascend_kit.evaluation.files import DataError, SplitFiles, check_file, data_files, set_folders, subject_key
+from ascend_kit.identity import file_hash, hash_value
 
 # Column -> kind, as the packaged lm-eval tasks read them.
 MMLU_COLUMNS = {"question": "string", "choices": "list of string", "answer": "integer"}
@@ -84,6 +77,7 @@ class LocalTask:
     output_type: str
     metrics: tuple[str, ...]
     data_hash: str
+    version: float
 
 
 @dataclass(frozen=True)
@@ -302,7 +296,8 @@ def _local_task(
         num_documents=rows[eval_split],
         num_fewshot=shots,
         output_type=config["output_type"],
-        data_hash=hash_files(files),
+        data_hash=hash_value({split: [file_hash(file) for file in paths] for split, paths in files.items()}),
+        version=config["metadata"]["version"],
         metrics=tuple(item["metric"] for item in config["metric_list"]),
     )
 

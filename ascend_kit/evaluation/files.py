@@ -7,7 +7,6 @@ the datasets library (owner___name/..., .arrow). Knows no benchmark: names and c
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -78,15 +77,6 @@ def check_file(path: Path, columns: dict[str, str]) -> int:
     if not num_rows:
         raise DataError(f"{path} has no rows")
     return num_rows
-
-
-def hash_files(files: SplitFiles) -> str:
-    """The first 12 hex digits of the SHA-256 of all the files' bytes."""
-    digest = hashlib.sha256()
-    for split in sorted(files):
-        for path in files[split]:
-            digest.update(split.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _snapshot(folder: Path) -> Path:

@@ -1,9 +1,10 @@
 """Run lm-eval's tasks on the engine and keep every answer: one task at a time, rows as they finish.
 
-Tables of the run folder: `scores` (a row per task or group and metric), `documents` (a row per document, with the
-log-probability of each choice) and `evaluation_cards` (a row per task and card); `evaluation.json` holds cautions and
-published figures. A task that was finished under the same conditions is not repeated; one that fails becomes a failed
-row and the others go on.
+Tables of the run folder: `scores` (a row per task and metric), `documents` (a row per document, with the
+log-probability of each choice) and `evaluation_cards` (a row per task and card), every row with the identity of what
+produced it; `evaluation.json` says which identity was asked for, and holds groups, cautions and published figures. A
+finished task is not repeated where its identity is the one asked for; one that fails becomes a failed row and the
+others go on.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 from ascend_kit.evaluation import judge, scores
 from ascend_kit.evaluation.datasets import LocalTask, find_tasks, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
 from ascend_kit.evaluation.scores import EvaluationResult, load_evaluation
+from ascend_kit.identity import Identity, hash_value
 from ascend_kit.measure.load import LoadMeter
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
@@ -28,7 +31,6 @@ Progress = Callable[[int, int, str], None]  # documents done, documents in all, 
 CARDS = "evaluation_cards"
 TABLES = ("scores", "documents", CARDS, "evaluation")
 FEWSHOT_SEED = 1234  # lm-eval's default; the sets here take the first shots anyway
-SCORE_KEY = ("task", "metric", "conditions")
 
 
 def evaluate(
@@ -58,6 +60,8 @@ class _Session:
         self.uses_chat = experiment.eval_chat_template
         self.limit = experiment.eval_limit
         self.max_length = min(experiment.eval_max_seq_length, engine.max_seq_length)
+        self.chat_template_args = judge.chat_template_args(engine.tokenizer)
+        self.identities = {task.task: self._identity(task) for task in tasks}
         self.total = sum(self._size(task) for task in tasks)
         self.num_finished = 0
 
@@ -66,35 +70,53 @@ class _Session:
 
         from ascend_kit.evaluation.adapter import EngineLM
 
-        done = self.folder.done_keys("scores", SCORE_KEY)
+        self._write_summary()  # from now on rows of anything else are out of the tables
+        done = scores.finished(self.folder, self.identities)
         lm = EngineLM(
             self.engine,
             max_length=self.max_length,
             # Every replica gets a full batch; a stand-in without replicas counts as one.
             batch_size=self.experiment.eval_batch_size * getattr(self.engine, "num_replicas", 1),
-            chat_template_args=judge.chat_template_args(self.engine.tokenizer),
+            chat_template_args=self.chat_template_args,
         )
         with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
             write_task_folder(self.tasks, scratch)
             manager = TaskManager(include_path=scratch, include_defaults=False)
             for task in self.tasks:
                 self.on_progress(self.num_finished, self.total, task.task)
-                keys = [(task.task, metric, self.conditions(task)) for metric in scores.metrics_of(task)]
-                if not done.issuperset(keys):
+                keys = {(task.task, metric, self._size(task)) for metric in scores.metrics_of(task)}
+                if not keys <= done:
                     self._record(lm, task, manager)
                 self.num_finished += self._size(task)
         self.on_progress(self.num_finished, self.total, "")
         self._finish(lm.num_truncated)
 
+    def _identity(self, task: LocalTask) -> Identity:
+        """What the answers to a task depend on: the engine's identity, the data, and how the task is asked."""
+        base: Identity = getattr(self.engine, "identity", Identity())
+        template = hash_value(self.engine.tokenizer.chat_template) if self.uses_chat else None
+        return base.with_parts(
+            data=task.data_hash,
+            task={
+                "name": task.task,
+                "version": task.version,
+                "num_fewshot": task.num_fewshot,
+                "chat_template": template,
+                "thinking": self.chat_template_args.get("enable_thinking") if self.uses_chat else None,
+                "metrics": scores.metrics_of(task),
+            },
+            engine={**(base.engine or {}), "eval_max_length": self.max_length, "seed": self.experiment.seed},
+            versions={**(base.versions or {}), "lm_eval": version("lm-eval")},
+        )
+
     def conditions(self, task: LocalTask) -> str:
-        """Everything besides the model that changes a score; a row made otherwise is not reused."""
+        """How the task is asked, for people; what a row belongs to is its identity."""
         return ", ".join(
             (
                 f"{task.num_fewshot}-shot",
                 "chat template" if self.uses_chat else "plain prompt",
                 f"first {self.limit} documents" if self.limit else "all documents",
                 f"context {self.max_length} tokens",
-                f"data {task.data_hash}",
             )
         )
 
@@ -110,6 +132,7 @@ class _Session:
             "num_fewshot": task.num_fewshot,
             "conditions": self.conditions(task),
         }
+        identity = self.identities[task.task]
         start, load = time.perf_counter(), LoadMeter(self.engine)
         try:
             score_rows, document_rows = self._run(lm, task, manager)
@@ -125,13 +148,14 @@ class _Session:
                     "status": "failed",
                     "error": f"{type(error).__name__}: {error}",
                 },
+                identity,
             )
             return
         wall_s = time.perf_counter() - start
         facts = {"task": task.task, "set": task.set_name}
-        self.folder.append_all(CARDS, [{**facts, **row} for row in load.rows()])
-        self.folder.append_all("documents", [{**facts, **row} for row in document_rows])
-        self.folder.append_all("scores", [{**head, **row, "wall_s": wall_s} for row in score_rows])
+        self.folder.append_all(CARDS, [{**facts, **row} for row in load.rows()], identity)
+        self.folder.append_all("documents", [{**facts, **row} for row in document_rows], identity)
+        self.folder.append_all("scores", [{**head, **row, "wall_s": wall_s} for row in score_rows], identity)
 
     def _run(self, lm: Any, task: LocalTask, manager: Any) -> tuple[list[dict], list[dict]]:
         from lm_eval import evaluator
@@ -178,29 +202,28 @@ class _Session:
         }
 
     def _finish(self, num_truncated: int) -> None:
-        table = scores.load_scores(self.folder)
-        conditions = {task.task: self.conditions(task) for task in self.tasks}
-        for group in groups_of(self.tasks):
-            for row in scores.group_rows(group, table, conditions):
-                self.folder.append("scores", row)
         table, documents = scores.load_scores(self.folder), scores.load_documents(self.folder)
-        self.folder.write_json(
-            "evaluation",
-            {
-                "flags": judge.flags(self.experiment, self.engine, self.tasks, table, documents, num_truncated),
-                "published": judge.published(self.experiment, self.engine, table),
-                "conditions": {
-                    "chat_template": self.uses_chat,
-                    "eval_limit": self.limit,
-                    "max_length": self.max_length,
-                    "dataset_path": self.experiment.dataset_path,
-                    "device": self.engine.device.name,
-                    "precision": self.experiment.precision,
-                    "harness": _harness_version(),
-                    "num_fewshot": {task.set_name: task.num_fewshot for task in self.tasks},
-                },
-            },
+        groups = [row for group in groups_of(self.tasks) for row in scores.group_rows(group, table)]
+        whole = scores.with_groups(table, groups)
+        self._write_summary(
+            groups=groups,
+            flags=judge.flags(self.experiment, self.engine, self.tasks, whole, documents, num_truncated),
+            published=judge.published(self.experiment, self.engine, whole),
         )
+
+    def _write_summary(self, **found: Any) -> None:
+        conditions = {
+            "chat_template": self.uses_chat,
+            "eval_limit": self.limit,
+            "max_length": self.max_length,
+            "dataset_path": self.experiment.dataset_path,
+            "device": self.engine.device.name,
+            "precision": self.experiment.precision,
+            "harness": f"lm-eval {version('lm-eval')}",
+            "num_fewshot": {task.set_name: task.num_fewshot for task in self.tasks},
+        }
+        identities = {task: identity.id for task, identity in self.identities.items()}
+        self.folder.write_json("evaluation", {"identities": identities, "conditions": conditions, **found})
 
 
 class _Counter:
@@ -235,9 +258,3 @@ def _quiet() -> Iterator[None]:
     finally:
         module.tqdm = bar
         logger.setLevel(level)
-
-
-def _harness_version() -> str:
-    from importlib.metadata import version
-
-    return f"lm-eval {version('lm-eval')}"

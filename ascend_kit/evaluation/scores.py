@@ -5,11 +5,13 @@ folder.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.evaluation.datasets import GroupSpec, LocalTask
 from ascend_kit.evaluation.perplexity import ratio
+from ascend_kit.identity import Identity
 from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ UNITS = {
     "bits_per_byte": "bits/byte",
     "token_perplexity": "per token",
 }
+COLUMNS = ["task", "kind", "metric", "status"]
 LOWER_IS_BETTER = frozenset(UNITS) - {"acc", "acc_norm"}
 
 
@@ -41,6 +44,7 @@ class EvaluationResult:
     tasks: pandas.DataFrame
     groups: pandas.DataFrame
     documents: pandas.DataFrame
+    cards: pandas.DataFrame
     flags: list[str]
     published: pandas.DataFrame
     conditions: dict[str, Any]
@@ -66,16 +70,15 @@ class EvaluationResult:
 
 
 def load_evaluation(folder: RunFolder) -> EvaluationResult:
-    """The evaluation of a run folder, from its files alone: no engine, no lm-eval. Empty where there is
-    none.
-    """
+    """The evaluation of a run folder, from its files alone: no engine, no lm-eval. Empty where there is none."""
     import pandas
 
-    table, summary = load_scores(folder), folder.read_json("evaluation") or {}
+    summary = folder.read_json("evaluation") or {}
     return EvaluationResult(
-        tasks=table[table["kind"] == "task"].reset_index(drop=True),
-        groups=table[table["kind"] == "group"].reset_index(drop=True),
+        tasks=load_scores(folder),
+        groups=with_groups(pandas.DataFrame(columns=COLUMNS), summary.get("groups", [])),
         documents=load_documents(folder),
+        cards=pandas.DataFrame(list(_asked_rows(folder, "evaluation_cards"))),
         flags=summary.get("flags", []),
         published=pandas.DataFrame(summary.get("published", [])),
         conditions=summary.get("conditions", {}),
@@ -83,33 +86,53 @@ def load_evaluation(folder: RunFolder) -> EvaluationResult:
 
 
 def load_scores(folder: RunFolder) -> pandas.DataFrame:
-    """`scores` with the last row of each task and metric; a later outcome of a task replaces an earlier
-    one.
-    """
+    """The last outcome of every task that was asked for: a row per metric, or one row of a failure."""
     import pandas
 
     latest: dict[str, dict[str | None, dict[str, Any]]] = {}
-    for row in folder.rows("scores"):
+    for row in _asked_rows(folder, "scores"):
         rows = latest.setdefault(row["task"], {})
-        if any(_supersedes(row, earlier) for earlier in rows.values()):
+        if row["status"] != "ok" or None in rows:
             rows.clear()
         rows[row["metric"]] = row
     found = [row for rows in latest.values() for row in rows.values()]
-    return pandas.DataFrame(found, columns=None if found else ["task", "kind", "metric", "status"])
+    return pandas.DataFrame(found, columns=None if found else COLUMNS)
 
 
 def load_documents(folder: RunFolder) -> pandas.DataFrame:
-    """`documents` with the last row of each (task, doc_id): a task interrupted while writing appears once.
-
-    A task that was scored again on fewer documents keeps only those of its last scores.
-    """
+    """The documents behind `load_scores`, each once: the last answer to each of a task's scored documents."""
     import pandas
 
     table = load_scores(folder)
-    scored = table[(table["kind"] == "task") & (table["status"] == "ok")]
-    counts = dict(zip(scored["task"], scored["n"], strict=True)) if len(scored) else {}
-    latest = {(row["task"], row["doc_id"]): row for row in folder.rows("documents")}
+    counts = dict(zip(table["task"], table["n"], strict=True)) if len(table) else {}
+    latest = {(row["task"], row["doc_id"]): row for row in _asked_rows(folder, "documents")}
     return pandas.DataFrame([row for (task, doc), row in latest.items() if doc < counts.get(task, 0)])
+
+
+def finished(folder: RunFolder, identities: Mapping[str, Identity]) -> set[tuple[str, str, int]]:
+    """(task, metric, number of documents) of every score row that agrees with the identity asked for of its task."""
+    known = folder.identities()
+    return {
+        (row["task"], row["metric"], row["n"])
+        for row in folder.rows("scores")
+        if row["status"] == "ok"
+        and row["task"] in identities
+        and row.get("identity") in known
+        and identities[row["task"]].agrees(known[row["identity"]], "resume")
+    }
+
+
+def with_groups(table: pandas.DataFrame, groups: list[dict[str, Any]]) -> pandas.DataFrame:
+    """`table` with rows of groups below it."""
+    import pandas
+
+    return pandas.concat([table, pandas.DataFrame(groups)], ignore_index=True) if groups else table
+
+
+def _asked_rows(folder: RunFolder, name: str) -> Iterator[dict[str, Any]]:
+    """The rows that belong to what the run's evaluation was last asked for; all others take part in nothing."""
+    asked = (folder.read_json("evaluation") or {}).get("identities", {})
+    return (row for row in folder.rows(name) if row.get("identity", "") == asked.get(row["task"]))
 
 
 def metrics_of(task: LocalTask) -> tuple[str, ...]:
@@ -155,23 +178,22 @@ def document_row(task: LocalTask, sample: dict[str, Any], finish_reasons: dict[s
     return row | {metric: float(sample[metric]) for metric in task.metrics}
 
 
-def group_rows(group: GroupSpec, table: pandas.DataFrame, conditions: dict[str, str]) -> list[dict[str, Any]]:
+def group_rows(group: GroupSpec, table: pandas.DataFrame) -> list[dict[str, Any]]:
     """Rows of one group: lm-eval's mean weighted by documents and its pooled standard error, per metric.
 
-    `conditions` are the current ones of each task; rows made under others do not count. A group with a failed
-    member gets a failed row: a mean over the rest would look like the same figure.
+    A group with a failed member gets a failed row: a mean over the rest would look like the same figure.
     """
     members = table[table["task"].isin(group.tasks) & (table["status"] == "ok")]
-    members = members[members["conditions"] == members["task"].map(conditions)]
-    shared = sorted({text.rpartition(", data")[0] for text in members["conditions"]})
     head = {
         "task": group.group,
         "set": group.set_name,
         "kind": "group",
         "num_tasks": len(group.tasks),
         "num_packaged_tasks": group.num_packaged,
-        "conditions": " / ".join(shared),
+        "conditions": " / ".join(sorted(set(members["conditions"]))),
         "num_fewshot": int(members["num_fewshot"].iloc[0]) if len(members) else None,
+        "status": "ok",
+        "error": None,
     }
     return [
         {**head, **_group_value(metric, members[members["metric"] == metric], len(group.tasks))}
@@ -193,13 +215,6 @@ def _group_value(metric: str, rows: pandas.DataFrame, num_tasks: int) -> dict[st
         "value": float(aggregate_subtask_metrics(list(rows["value"].astype(float)), sizes)),
         "stderr": None if stderrs.isna().any() else float(pooled_sample_stderr(list(stderrs), sizes)),
     }
-
-
-def _supersedes(row: dict[str, Any], earlier: dict[str, Any]) -> bool:
-    """Whether `row` makes an earlier row of the same task worthless: another outcome or other conditions."""
-    if row["kind"] == "group":
-        return False
-    return row["status"] != earlier["status"] or row["conditions"] != earlier["conditions"]
 
 
 def _perplexity_stderr(metric: str, value: float, documents: list[dict[str, Any]]) -> float | None:
