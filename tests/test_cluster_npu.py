@@ -22,12 +22,12 @@ TESTS = str(Path(__file__).parent)
 class Simulated(Worker):
     """A worker that starts the simulated NPU before anything imports torch_npu, and remembers what it saw."""
 
-    def load(self, plan, role):
+    def load(self, settings, role):
         sys.path.insert(0, TESTS)
         import npu_sim
 
         npu_sim.start(2)
-        facts = super().load(plan, role)
+        facts = super().load(settings, role)
         import os
 
         import torch

@@ -80,24 +80,20 @@ def run_rank(rank: int, folder: str, out: str, modes: dict[str, dict]) -> None:
 
 def load_core(folder, device, rank, graph_mode, precision="fp32"):
     from ascend_kit.device.parallel import TensorParallel
+    from ascend_kit.engine.config import EngineConfig
     from ascend_kit.engine.core import EngineCore
     from ascend_kit.model.config import ModelConfig
 
-    return EngineCore(
+    settings = EngineConfig(
         folder,
-        ModelConfig.from_folder(folder),
-        device,
         precision=precision,
         max_seq_length=256,
         batch_size=4,
         graph_mode=graph_mode,
-        operator_fusion=True,
-        memory_optimize=True,
-        block_size=None,
         max_tokens_per_step=64,
         kv_cache_gib=0.02,
-        parallel=TensorParallel(rank, 2),
     )
+    return EngineCore(settings, ModelConfig.from_folder(folder), device, parallel=TensorParallel(rank, 2))
 
 
 def generate(core):

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from ascend_kit.device.device import Device, auto_kind, parse_device
 from ascend_kit.engine.block_manager import BlockManager
+from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.core import StopCheck, why_refused
 from ascend_kit.engine.dispatch import Dispatcher, Job, ReplicasLost
 from ascend_kit.engine.ray_session import RaySession
 from ascend_kit.engine.replica import ABANDONED, CALLS_AHEAD, FAILED, READY, STARTING, Replica, plain
-from ascend_kit.engine.replica_plan import ReplicaPlan
 from ascend_kit.engine.sequence import Sequence
 from ascend_kit.engine.worker import Order, Progress, Report
 from ascend_kit.model.config import ModelConfig
@@ -68,12 +68,12 @@ class ClusterDevice(Device):
 class ClusterCore:
     """Replicas of one model, with the interface of one EngineCore."""
 
-    def __init__(self, plan: ReplicaPlan, ray_address: str | None = None, first_card: int = 0):
-        kind = parse_device(plan.device)[0]
-        self.plan = replace(plan, device=auto_kind() if kind == "auto" else kind)
-        self.config = ModelConfig.from_folder(plan.model_path)
-        self.session = RaySession(self.plan.device, plan.replicas * plan.tensor_parallel, ray_address, first_card)
-        self.replicas = [Replica(number, self.plan, self.session) for number in range(plan.replicas)]
+    def __init__(self, settings: EngineConfig):
+        kind, first_card = parse_device(settings.device, settings.device_id)
+        self.settings = replace(settings, device=auto_kind() if kind == "auto" else kind)
+        self.config = ModelConfig.from_folder(settings.model_path)
+        self.session = RaySession(self.settings.device, settings.cards, settings.ray_address, first_card)
+        self.replicas = [Replica(number, self.settings, self.session) for number in range(settings.replicas)]
         self.sequences: dict[int, Sequence] = {}
         self._tickets: dict[int, int] = {}  # sequence id -> ticket, never used again
         self._waiting: dict[int, Sequence] = {}  # ticket -> sequence
@@ -102,15 +102,15 @@ class ClusterCore:
             # A broken barrier is the echo of another replica's failure.
             errors = [one.error for one in failed if not isinstance(one.error, threading.BrokenBarrierError)]
             raise errors[0] if errors else failed[0].error
-        facts, settings = self.replicas[0].facts, self.plan.settings
+        facts, settings = self.replicas[0].facts, self.settings
         self.block_size = facts[0]["block_size"]
         smallest = min(one.facts[0]["num_blocks"] for one in self.replicas)
         self.blocks = BlockManager(
-            smallest, self.block_size, on_demand=settings["memory_optimize"], max_seq_length=settings["max_seq_length"]
+            smallest, self.block_size, on_demand=settings.memory_optimize, max_seq_length=settings.max_seq_length
         )
         self.device = ClusterDevice(**vars(facts[0]["device"]), core=self)
         self.dispatcher = Dispatcher(
-            slots=settings["batch_size"], tokens_per_step=settings["max_tokens_per_step"], block_size=self.block_size
+            slots=settings.batch_size, tokens_per_step=settings.max_tokens_per_step, block_size=self.block_size
         )
         self._welcome()
         if len({place.host for place in self.replicas[0].places}) > 1:
@@ -132,9 +132,9 @@ class ClusterCore:
     def has_unfinished(self) -> bool:
         return bool(self.sequences) or bool(self._ended)
 
-    def refusal(self, sequence: Sequence, max_seq_length: int) -> str | None:
+    def refusal(self, sequence: Sequence) -> str | None:
         """Why this request can never run, or None."""
-        return why_refused(sequence, self.config.vocab_size, self.blocks, max_seq_length)
+        return why_refused(sequence, self.config.vocab_size, self.blocks, self.settings.max_seq_length)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that `refusal` has passed."""
@@ -261,7 +261,7 @@ class ClusterCore:
     def _has_room(self) -> bool:
         """Whether the machines that are alive have cards for one replica more."""
         living = sum(one.state in (READY, STARTING) for one in self.replicas)
-        return self.session.total_cards() >= (living + 1) * self.plan.tensor_parallel
+        return self.session.total_cards() >= (living + 1) * self.settings.tensor_parallel
 
     def _lose(self, one: Replica, error: BaseException) -> None:
         """A replica died: its requests wait again, those that killed too often fail, and it starts anew."""

@@ -10,14 +10,15 @@ from ascend_kit.device.device import Device
 from ascend_kit.device.ops import select_ops
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.engine.block_manager import BlockManager
+from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.loader import load_decoder
 from ascend_kit.engine.pace import StepPace
 from ascend_kit.engine.runner import ModelRunner
 from ascend_kit.engine.scheduler import Scheduler
 from ascend_kit.engine.sequence import Sequence
+from ascend_kit.files import GIB
 from ascend_kit.model.config import DTYPES, ModelConfig
 
-GIB = 1 << 30
 # Share of free memory given to KV blocks when no size is asked for. Device memory is ours alone, but a graph's
 # buffers and activations need some; host memory is shared with everything else on the machine.
 KV_SHARE = {"cpu": 0.4, "cuda": 0.85, "npu": 0.85}
@@ -30,52 +31,52 @@ class EngineCore:
 
     def __init__(
         self,
-        model_path: str,
+        settings: EngineConfig,
         config: ModelConfig,
         device: Device,
         *,
-        precision: str,
-        max_seq_length: int,
-        batch_size: int,
-        graph_mode: bool,
-        operator_fusion: bool,
-        memory_optimize: bool,
-        block_size: int | None,
-        max_tokens_per_step: int,
-        kv_cache_gib: float | None,
         parallel: TensorParallel | None = None,
         ranks_on_host: int = 1,
     ):
-        self.config, self.device = config, device
-        dtype = DTYPES[precision]
-        ops = select_ops(device.kind, operator_fusion)
-        self.block_size = block_size or device.default_block_size
+        self.settings, self.config, self.device = settings, config, device
+        dtype = DTYPES[settings.precision]
+        ops = select_ops(device.kind, settings.operator_fusion)
+        self.block_size = settings.block_size or device.default_block_size
         self.decoder = load_decoder(
-            model_path, config, dtype=dtype, device=device, ops=ops, max_positions=max_seq_length, parallel=parallel
+            settings.model_path,
+            config,
+            dtype=dtype,
+            device=device,
+            ops=ops,
+            max_positions=settings.max_seq_length,
+            parallel=parallel,
         )
         device.assert_on_device(self.decoder)
         self.block_bytes = (
             2 * config.num_layers * self.decoder.num_kv_heads * config.head_dim * self.block_size * dtype.itemsize
         )
-        num_blocks = self._pool_size(max_seq_length, batch_size, kv_cache_gib, ranks_on_host)
+        num_blocks = self._pool_size(ranks_on_host)
         if parallel is not None:  # one plan for all ranks: block numbers must exist everywhere
             num_blocks = parallel.smallest(num_blocks)
         self.blocks = BlockManager(
-            num_blocks, self.block_size, on_demand=memory_optimize, max_seq_length=max_seq_length
+            num_blocks, self.block_size, on_demand=settings.memory_optimize, max_seq_length=settings.max_seq_length
         )
-        self.scheduler = Scheduler(self.blocks, max_sequences=batch_size, max_tokens_per_step=max_tokens_per_step)
+        self.scheduler = Scheduler(
+            self.blocks, max_sequences=settings.batch_size, max_tokens_per_step=settings.max_tokens_per_step
+        )
         self.pace = StepPace()
         self.runner = ModelRunner(
             self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size, dtype=dtype
         )
-        if graph_mode:
-            self.runner.enable_graphs(batch_size, max_seq_length)
+        if settings.graph_mode:
+            self.runner.enable_graphs(settings.batch_size, settings.max_seq_length)
         self.sequences: dict[int, Sequence] = {}
         self.counts = {"steps": 0, "prompt_tokens": 0, "cached_prompt_tokens": 0, "output_tokens": 0}
 
-    def _pool_size(self, max_seq_length: int, batch_size: int, kv_cache_gib: float | None, ranks_on_host: int) -> int:
+    def _pool_size(self, ranks_on_host: int) -> int:
         """Blocks in the pool: what all slots can use at most, within the memory given or found free; plus block 0."""
-        useful = batch_size * -(-max_seq_length // self.block_size)
+        kv_cache_gib = self.settings.kv_cache_gib
+        useful = self.settings.batch_size * -(-self.settings.max_seq_length // self.block_size)
         share = KV_SHARE[self.device.kind] / (ranks_on_host if self.device.kind == "cpu" else 1)
         room = kv_cache_gib * GIB if kv_cache_gib else share * self.device.free_memory_bytes()
         affordable = int(room // self.block_bytes)
@@ -90,9 +91,9 @@ class EngineCore:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
-    def refusal(self, sequence: Sequence, max_seq_length: int) -> str | None:
+    def refusal(self, sequence: Sequence) -> str | None:
         """Why this request can never run, or None."""
-        return why_refused(sequence, self.config.vocab_size, self.blocks, max_seq_length)
+        return why_refused(sequence, self.config.vocab_size, self.blocks, self.settings.max_seq_length)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that `refusal` has passed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ import numpy as np
 from ascend_kit.checkpoint.manifest import verify
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.parallel import check_division
-from ascend_kit.engine.core import DTYPES, EngineCore
+from ascend_kit.engine.config import EngineConfig
+from ascend_kit.engine.core import EngineCore
 from ascend_kit.engine.dispatch import ReplicasLost
 from ascend_kit.engine.ranks import Ranks, environment_ranks
-from ascend_kit.engine.replica_plan import ReplicaPlan
 from ascend_kit.engine.scoring import ScoreSheet, score_sequences
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, Sequence
 from ascend_kit.engine.stopping import StopRules
 from ascend_kit.engine.streaming import StreamEvent, TokenStream
+from ascend_kit.identity import Identity
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.params import PRECISIONS, Experiment
+from ascend_kit.params import Experiment
 
 Prompt = str | list[int]
 Progress = Callable[[int, int], None]
@@ -31,66 +33,43 @@ Follower = Callable[[Sequence], None]  # called after each step that touched the
 
 
 class AscendInferEngine:
-    """Runs one model with continuous batching over a paged KV cache.
+    """Runs one model with continuous batching over a paged KV cache. Its parameters are those of EngineConfig."""
 
-    `cards` devices hold cards / `tensor_parallel` copies of it, each split over `tensor_parallel` devices. Several
-    cards are processes on this machine, or on those of the Ray cluster at `ray_address` ("auto" or host:port).
+    def __init__(self, model_path: str | Path, **names: Any):
+        self._open(EngineConfig.from_names(model_path, names))
 
-    Lengths are in tokens. `batch_size` is how many requests are computed together; more may be waiting.
-    `graph_mode` captures or compiles the decode step, `operator_fusion` picks the device's fused operators,
-    `memory_optimize` takes KV blocks on demand and shares equal prefixes.
-    """
+    @classmethod
+    def from_experiment(cls, experiment: Experiment, model_path: str | Path | None = None) -> AscendInferEngine:
+        """An engine as the parameters describe it, on the converted checkpoint or the source."""
+        engine = cls.__new__(cls)
+        engine._open(EngineConfig.from_experiment(experiment, model_path))
+        return engine
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        tokenizer_path: str | Path | None = None,
-        precision: str = "bf16",
-        device: str = "auto",
-        device_id: int = 0,
-        max_seq_length: int = 8192,
-        batch_size: int = 16,
-        graph_mode: bool = False,
-        operator_fusion: bool = True,
-        memory_optimize: bool = True,
-        block_size: int | None = None,
-        max_tokens_per_step: int = 2048,
-        kv_cache_gib: float | None = None,
-        seed: int = 0,
-        cards: int = 1,
-        tensor_parallel: int = 1,
-        ray_address: str | None = None,
-        check_all_bytes: bool = False,
-    ):
-        if precision.lower() not in PRECISIONS:
-            raise ValueError(f"precision={precision!r}; allowed: {', '.join(PRECISIONS)}")
-        self.model_path, self.tokenizer_path = str(model_path), str(tokenizer_path or model_path)
-        self.config = ModelConfig.from_folder(model_path)
-        if max_seq_length > self.config.max_position_embeddings:
+    def _open(self, settings: EngineConfig) -> None:
+        """Everything that needs no device: the model's config must be there and fit."""
+        self.model_path, self.max_seq_length = settings.model_path, settings.max_seq_length
+        self.config = ModelConfig.from_folder(settings.model_path)
+        if settings.max_seq_length > self.config.max_position_embeddings:
             raise ValueError(
-                f"max_seq_length={max_seq_length} is above the model's max_position_embeddings="
+                f"max_seq_length={settings.max_seq_length} is above the model's max_position_embeddings="
                 f"{self.config.max_position_embeddings}"
             )
-        self.precision, self.max_seq_length, self.batch_size = PRECISIONS[precision.lower()], max_seq_length, batch_size
-        self.seed = seed
         self._ranks = environment_ranks()
-        self.cards, self.tensor_parallel = _checked_cards(cards, tensor_parallel, self._ranks, self.config)
-        self.ray_address = ray_address
-        self.check_all_bytes = check_all_bytes
-        self._device_name, self._device_id = device, device_id
-        self._settings = {
-            "graph_mode": graph_mode,
-            "operator_fusion": operator_fusion,
-            "memory_optimize": memory_optimize,
-            "block_size": block_size,
-            "max_tokens_per_step": max_tokens_per_step,
-            "kv_cache_gib": kv_cache_gib,
-        }
+        self.settings = _on_ranks(settings, self._ranks)
+        check_division(
+            settings.tensor_parallel,
+            {
+                "num_attention_heads": self.config.num_heads,
+                "num_key_value_heads": self.config.num_kv_heads,
+                "intermediate_size": self.config.intermediate_size,
+                "vocab_size": self.config.vocab_size,
+                "hidden_size": self.config.hidden_size,
+            },
+        )
         self.core: EngineCore | None = None  # or a core with the same methods that drives other processes
         self.device: Device | None = None
         self.tokenizer: Any = None
-        self._stop = StopRules(lambda: self.tokenizer, self.config.eos_token_ids, max_seq_length)
+        self._stop = StopRules(lambda: self.tokenizer, self.config.eos_token_ids, settings.max_seq_length)
         # Streams advance the engine from threads of their own. Whoever advances it hands each request's news to its
         # follower; what nobody follows waits for `step`.
         self._lock = threading.RLock()
@@ -98,33 +77,6 @@ class AscendInferEngine:
         self._ended: list[RequestOutput] = []
         self._num_requests = 0
         self._num_scored = 0
-
-    @classmethod
-    def from_experiment(cls, experiment: Experiment, model_path: str | Path | None = None) -> AscendInferEngine:
-        """An engine as the parameters describe it, on the converted checkpoint or the source."""
-        if model_path is None:
-            converted = experiment.use_model == "converted"
-            model_path = experiment.converted_folder if converted else experiment.input_model
-        names = (
-            "precision",
-            "device",
-            "device_id",
-            "max_seq_length",
-            "batch_size",
-            "graph_mode",
-            "operator_fusion",
-            "memory_optimize",
-            "block_size",
-            "max_tokens_per_step",
-            "kv_cache_gib",
-            "seed",
-            "cards",
-            "tensor_parallel",
-            "ray_address",
-        )
-        return cls(
-            model_path, tokenizer_path=experiment.tokenizer_path, **{name: getattr(experiment, name) for name in names}
-        )
 
     # --- life -------------------------------------------------------------------------------------------------
 
@@ -136,42 +88,28 @@ class AscendInferEngine:
         """
         if self.core is not None:
             return self
-        verify(self.model_path, full=self.check_all_bytes)
+        verify(self.model_path, full=self.settings.check_all_bytes)
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.settings.tokenizer_folder)
         self.core = self._open_core()
         self.device = self.core.device
         return self
 
     def _open_core(self) -> Any:
         """One card in this process, the ranks this process was started with, or replicas on Ray."""
-        settings = {
-            "precision": self.precision,
-            "max_seq_length": self.max_seq_length,
-            "batch_size": self.batch_size,
-            **self._settings,
-        }
-        if self._ranks is None and self.cards == 1 and self.ray_address is None:
-            device = select_device(self._device_name, self._device_id)
-            device.seed(self.seed)
-            return EngineCore(self.model_path, self.config, device, **settings)
-        plan = ReplicaPlan(
-            self.model_path,
-            self.tokenizer_path,
-            self._device_name,
-            self.seed,
-            settings,
-            replicas=self.cards // self.tensor_parallel,
-            tensor_parallel=self.tensor_parallel,
-        )
+        settings = self.settings
         if self._ranks is not None:
             from ascend_kit.engine.rank_core import RankCore
 
-            return RankCore(plan, self._ranks)
-        from ascend_kit.engine.cluster import ClusterCore
+            return RankCore(settings, self._ranks)
+        if settings.cards > 1 or settings.ray_address is not None:
+            from ascend_kit.engine.cluster import ClusterCore
 
-        return ClusterCore(plan, self.ray_address, first_card=self._device_id)
+            return ClusterCore(settings)
+        device = select_device(settings.device, settings.device_id)
+        device.seed(settings.seed)
+        return EngineCore(settings, self.config, device)
 
     def close(self) -> None:
         """Free weights and cache, and end the processes that hold them."""
@@ -188,14 +126,17 @@ class AscendInferEngine:
         self.close()
 
     @property
-    def num_replicas(self) -> int:
-        """Copies of the model, each with its own slots and KV cache."""
-        return self.cards // self.tensor_parallel
+    def identity(self) -> Identity:
+        """What the answers and speeds of this engine depend on; device and versions once it is loaded."""
+        if self.device is None:
+            return Identity(engine=self.settings.identity())
+        facts = {"kind": self.device.kind, "name": self.device.name}
+        return Identity(engine=self.settings.identity(), versions=self.device.versions(), device=facts)
 
     @property
-    def dtype(self) -> Any:
-        """torch dtype of activations and KV cache."""
-        return DTYPES[self.precision]
+    def num_replicas(self) -> int:
+        """Copies of the model, each with its own slots and KV cache."""
+        return self.settings.replicas
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes since load; see EngineCore.stats."""
@@ -302,7 +243,7 @@ class AscendInferEngine:
         with self._lock:
             sequences = score_sequences(ids, self.config.vocab_size, first=self._num_scored)
             for sequence in sequences:
-                refusal = core.refusal(sequence, self.max_seq_length)
+                refusal = core.refusal(sequence)
                 if refusal is not None:
                     raise ValueError(f"pair {sequence.targets[0].pair}: {refusal}")
             self._num_scored += len(sequences)
@@ -394,7 +335,7 @@ class AscendInferEngine:
                 self._followers[sequence.id] = follower
                 if is_watched:
                     self._stop.follow(sequence)
-            refusal = core.refusal(sequence, self.max_seq_length)
+            refusal = core.refusal(sequence)
             if refusal is None:
                 core.add(sequence)
             else:
@@ -449,25 +390,16 @@ class AscendInferEngine:
         return 0
 
 
-def _checked_cards(cards: int, tensor_parallel: int, ranks: Ranks | None, config: ModelConfig) -> tuple[int, int]:
-    """Both numbers when they can work; ranks of the environment stand for the cards when none were asked for."""
-    if ranks is not None and cards not in (1, ranks.size):
+def _on_ranks(settings: EngineConfig, ranks: Ranks | None) -> EngineConfig:
+    """The settings with the ranks this process was started with as cards, when none were asked for."""
+    if ranks is not None and settings.cards not in (1, ranks.size):
         raise ValueError(
-            f"cards={cards}, but this process was started as one of {ranks.size} ranks; leave cards out, "
-            f"or start {cards} ranks"
+            f"cards={settings.cards}, but this process was started as one of {ranks.size} ranks; leave cards out, "
+            f"or start {settings.cards} ranks"
         )
-    cards = ranks.size if ranks is not None else cards
-    if cards < 1 or tensor_parallel < 1 or cards % tensor_parallel:
+    settings = settings if ranks is None else replace(settings, cards=ranks.size)
+    cards, size = settings.cards, settings.tensor_parallel
+    if cards % size:
         allowed = [n for n in range(1, cards + 1) if cards % n == 0]
-        raise ValueError(f"tensor_parallel={tensor_parallel} does not divide cards={cards}; allowed: {allowed}")
-    check_division(
-        tensor_parallel,
-        {
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "intermediate_size": config.intermediate_size,
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-        },
-    )
-    return cards, tensor_parallel
+        raise ValueError(f"tensor_parallel={size} does not divide cards={cards}; allowed: {allowed}")
+    return settings

@@ -17,9 +17,9 @@ from typing import Any
 
 from ascend_kit.device.device import auto_kind, parse_device, select_device
 from ascend_kit.device.parallel import BACKENDS, NEVER, TensorParallel, leave_group
+from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.core import EngineCore, StopCheck
 from ascend_kit.engine.ranks import Ranks
-from ascend_kit.engine.replica_plan import ReplicaPlan
 from ascend_kit.engine.sequence import Sequence
 from ascend_kit.model.config import ModelConfig
 
@@ -30,14 +30,14 @@ LEAVE_S = 10.0
 class RankCore:
     """One rank's part, with the interface of EngineCore. Calls must be made on all ranks alike."""
 
-    def __init__(self, plan: ReplicaPlan, ranks: Ranks):
+    def __init__(self, settings: EngineConfig, ranks: Ranks):
         import torch.distributed as dist
 
-        self._dist, self.ranks, self.plan = dist, ranks, plan
-        kind = parse_device(plan.device)[0]
+        self._dist, self.ranks = dist, ranks
+        kind = parse_device(settings.device)[0]
         kind = auto_kind() if kind == "auto" else kind
         self.device = select_device(kind, 0 if kind == "cpu" else ranks.local_rank)
-        self.device.seed(plan.seed)
+        self.device.seed(settings.seed)
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
             dist.init_process_group(
@@ -45,13 +45,12 @@ class RankCore:
             )
         self._counter = dist.distributed_c10d._get_default_store()
         self._epoch = self._agree_on_epoch()
-        parallel = self._parallel(plan.tensor_parallel)
+        parallel = self._parallel(settings.tensor_parallel)
         on_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks.size)))
         self.core = EngineCore(
-            plan.model_path,
-            ModelConfig.from_folder(plan.model_path),
+            settings,
+            ModelConfig.from_folder(settings.model_path),
             self.device,
-            **plan.settings,
             parallel=parallel,
             ranks_on_host=on_host,
         )
@@ -84,9 +83,9 @@ class RankCore:
     def has_unfinished(self) -> bool:
         return bool(self.sequences)
 
-    def refusal(self, sequence: Sequence, max_seq_length: int) -> str | None:
+    def refusal(self, sequence: Sequence) -> str | None:
         """Why this request can never run, or None."""
-        return self.core.refusal(sequence, max_seq_length)
+        return self.core.refusal(sequence)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that `refusal` has passed."""

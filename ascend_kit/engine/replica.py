@@ -7,8 +7,8 @@ import time
 from collections import Counter, deque
 from typing import Any
 
+from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.ray_session import RaySession
-from ascend_kit.engine.replica_plan import ReplicaPlan
 from ascend_kit.engine.worker import Order, Place, Report, Role, Worker
 
 STARTING, READY, FAILED, ABANDONED = "starting", "ready", "failed", "abandoned"
@@ -19,8 +19,8 @@ CALLS_AHEAD = 2  # calls sent before an answer, so that a replica never waits fo
 class Replica:
     """`state` is starting, ready, failed (`error` says why) or abandoned. Starts in a thread of its own."""
 
-    def __init__(self, number: int, plan: ReplicaPlan, session: RaySession):
-        self.number, self.plan, self.session = number, plan, session
+    def __init__(self, number: int, settings: EngineConfig, session: RaySession):
+        self.number, self.settings, self.session = number, settings, session
         self.state, self.error = STARTING, None
         self.restarts = self.num_failures = self.num_finished = 0
         self.places: list[Place] = []
@@ -76,7 +76,7 @@ class Replica:
 
     def card_names(self) -> list[str]:
         """The card of each rank, as its machine numbers it; a CPU has none, so there ranks are counted."""
-        kind, first = self.plan.device, self.number * self.plan.tensor_parallel
+        kind, first = self.settings.device, self.number * self.settings.tensor_parallel
         return [
             f"{place.address} {kind} {first + rank if place.card is None else place.card}"
             for rank, place in enumerate(self.places)
@@ -89,7 +89,7 @@ class Replica:
 
     def _bring_up(self, barrier: threading.Barrier | None, everyone: list[Replica]) -> None:
         try:
-            self.actors, self.group = self.session.create(Worker, self.plan.tensor_parallel)
+            self.actors, self.group = self.session.create(Worker, self.settings.tensor_parallel)
             self.places = self._answers([actor.place.remote(self.session.resource) for actor in self.actors], START_S)
             if barrier is not None:
                 barrier.wait()  # how many share a machine is known once all have a place
@@ -113,7 +113,7 @@ class Replica:
             self._role(rank, self.session.ranks_on(place.address, hosts.count(place.host)), store)
             for rank, place in enumerate(self.places)
         ]
-        loads = [actor.load.remote(self.plan, role) for actor, role in zip(self.actors, roles, strict=True)]
+        loads = [actor.load.remote(self.settings, role) for actor, role in zip(self.actors, roles, strict=True)]
         self.facts = self._answers(loads, None)
         self.clock_offset_s = self._clock_offset(own[0])
         self.followers = [actor.follow.remote() for actor in self.actors[1:]]

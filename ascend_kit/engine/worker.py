@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ascend_kit.engine.replica_plan import ReplicaPlan
+from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.sequence import SamplingParams, ScoreTarget, Sequence, TokenLogprobs
 
 MEETING_FOLDER = "ascend-meeting-"  # and the process id of rank 0, by which what a killed one leaves is found
@@ -110,9 +110,9 @@ class Worker:
         self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return f"{address}:{self._store.port}"
 
-    def load(self, plan: ReplicaPlan, role: Role) -> dict[str, Any]:
+    def load(self, settings: EngineConfig, role: Role) -> dict[str, Any]:
         """Read this rank's part of the model; facts about the core. ValueError as the engine core raises."""
-        kind_of_device = plan.device.partition(":")[0]
+        kind_of_device = settings.device.partition(":")[0]
         if role.visible is not None:
             os.environ[VISIBLE[kind_of_device]] = role.visible
         import torch
@@ -125,18 +125,18 @@ class Worker:
 
         torch.set_num_threads(max(1, _num_cores() // role.ranks_on_host))
         device = select_device(kind_of_device, role.device_id if role.visible is not None else 0)
-        device.seed(plan.seed)
-        config = ModelConfig.from_folder(plan.model_path)
+        device.seed(settings.seed)
+        config = ModelConfig.from_folder(settings.model_path)
         parallel = None
-        if plan.tensor_parallel > 1:
-            join_group(device.kind, role.rank, plan.tensor_parallel, self._join_store(role, plan.tensor_parallel))
-            parallel = TensorParallel(role.rank, plan.tensor_parallel)
-        self.core = EngineCore(
-            plan.model_path, config, device, **plan.settings, parallel=parallel, ranks_on_host=role.ranks_on_host
-        )
+        if settings.tensor_parallel > 1:
+            join_group(
+                device.kind, role.rank, settings.tensor_parallel, self._join_store(role, settings.tensor_parallel)
+            )
+            parallel = TensorParallel(role.rank, settings.tensor_parallel)
+        self.core = EngineCore(settings, config, device, parallel=parallel, ranks_on_host=role.ranks_on_host)
         self._remove_meeting_folder()
         self._stop = StopRules(
-            lambda: _tokenizer(plan.tokenizer_path), config.eos_token_ids, plan.settings["max_seq_length"]
+            lambda: _tokenizer(settings.tokenizer_folder), config.eos_token_ids, settings.max_seq_length
         )
         return {
             "device": device,

@@ -15,6 +15,7 @@ from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.quantized_layouts import QuantizationInfo
 from ascend_kit.device.device import select_device
 from ascend_kit.engine import loader
+from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.core import EngineCore
 from ascend_kit.engine.sequence import SamplingParams, Sequence
 from ascend_kit.measure import costs
@@ -82,20 +83,15 @@ def _run(
     sim: Simulator, config: ModelConfig, batch: int, context: int, quantize: str, graph_mode: bool, fused: bool
 ) -> tuple[Counts, float]:
     with shapes_only(sim), mock.patch.object(loader, "open_checkpoint", lambda _: _checkpoint(config, quantize)):
-        core = EngineCore(
+        settings = EngineConfig(
             "shapes only",
-            config,
-            select_device("npu"),
-            precision="bf16",
             max_seq_length=context + 128,
             batch_size=batch,
             graph_mode=graph_mode,
             operator_fusion=fused,
-            memory_optimize=True,
-            block_size=None,
             max_tokens_per_step=batch * context,  # all prompts in the first step
-            kv_cache_gib=None,
         )
+        core = EngineCore(settings, config, select_device("npu"))
         for index in range(batch):
             prompt = [index + 1] * (context - 2)  # two tokens follow, the second in the counted step
             sampling = SamplingParams(max_new_tokens=100, ignore_eos=True)
