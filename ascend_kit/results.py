@@ -1,15 +1,14 @@
-"""A run's folder: parameters, manifest, append-only rows and figures, written so that a kill loses at most one row.
+"""A run's folder: its record, append-only rows and figures, written so that a kill loses at most one row.
 
-Layout: outputs/<experiment>/<run>/ with params.yaml, manifest.json, <name>.jsonl tables, <name>.json, figures/.
+Layout: outputs/<experiment>/<run>/ with run.json, <name>.jsonl tables, <name>.json, figures/.
 Nothing here imports torch; versions and device facts are handed in by the caller.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,23 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import to_json, write_atomic
 from ascend_kit.identity import Identity, Use
-from ascend_kit.params import Experiment, read_yaml
+from ascend_kit.params import Experiment
+from ascend_kit.stages import RunFolderError, RunRecord, Stage, StageLock, admit, changing_stage
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 1
-# Parameters that may differ between two stages of one run without making their rows incomparable.
-FREE_PARAMETERS = frozenset({"if_exists", "compare_runs", "output_path", "if_model_exists"})
-
-
-class RunFolderError(RuntimeError):
-    """The run folder exists, belongs to other parameters or is being written by someone else."""
-
-
-# Locks held by this process: a notebook cell that is run again takes over its own lock instead of failing on it.
-_held: dict[Path, Any] = {}
+__all__ = ["RunFolder", "RunFolderError", "list_runs", "run_parameters"]
 
 
 class RunFolder:
@@ -42,27 +32,24 @@ class RunFolder:
     def __init__(self, path: str | Path, stage: str | None = None):
         self.path = Path(path)
         self.stage = stage
-        self._lock: Any = None
+        self._lock: StageLock | None = None
+        self._opened_s = time.monotonic()
         self._recorded_ids: set[str] = set()
 
     @classmethod
     def open(cls, experiment: Experiment, stage: str, *, facts: dict[str, Any] | None = None) -> RunFolder:
         """The folder of `experiment`, created or checked against its if_exists rule, locked for `stage`.
 
-        `facts` (device, versions, peaks) go into the manifest. Raises RunFolderError when another process holds
-        the stage, or when earlier rows were made with other parameters and resuming would mix them.
+        `facts` (device, versions, peaks) go into the record. Raises RunFolderError when another process holds the
+        stage, or when earlier rows were made with other parameters and resuming would mix them.
         """
         folder = cls(experiment.run_folder, stage)
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder._take_lock()
+        folder._lock = StageLock(folder.path, stage)
         try:
-            folder._admit(experiment)
-            # The first stage states the run's parameters; a later notebook may know fewer of them.
-            if experiment.if_exists == "overwrite" or not (folder.path / "params.yaml").exists():
-                write_atomic(folder.path / "params.yaml", experiment.to_yaml())
-            folder._update_manifest(experiment, facts or {})
+            folder._start(experiment, facts or {})
         except BaseException:
-            folder.close()
+            folder._lock.close()
             raise
         return folder
 
@@ -159,105 +146,88 @@ class RunFolder:
         os.replace(temporary, path)
         return path
 
-    # --- opening and closing ------------------------------------------------------------------------------------
+    # --- the stage ----------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Give the stage's lock back."""
-        if self._lock is not None:
+    def begin(self, experiment: Experiment, *tables: str, identity: Identity | None = None) -> None:
+        """Note what the stage writes and what does its work, before the first row; a closed stage is opened again."""
+        assert self.stage is not None, "open the folder for a stage with RunFolder.open"
+        if self._lock is None:
+            self._lock, self._opened_s = StageLock(self.path, self.stage), time.monotonic()
+        with changing_stage(self.path, self.stage, experiment) as stage:
+            stage.state = "running"
+            stage.tables = list(dict.fromkeys([*stage.tables, *tables]))
+            stage.identity = {} if identity is None else identity.to_row()
+
+    def alarm(self, key: str, text: str, **values: Any) -> None:
+        """The stage's result must not be trusted, and why: the stage will end as `alarm`. A key replaces itself."""
+        with self._changing() as stage:
+            others = [alarm for alarm in stage.alarms if alarm["key"] != key]
+            stage.alarms = [*others, {"key": key, "text": text, "values": values}]
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Mark the stage as done, or as failed with `error`, and give its lock back."""
+        if self._lock is None:
+            return
+        word = "ok" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        try:
+            with self._changing() as stage:
+                stage.end(word, text, time.monotonic() - self._opened_s)
+        finally:
             self._lock.close()
             self._lock = None
 
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.close(error)
 
-    def _take_lock(self) -> None:
-        path = (self.path / f".{self.stage}.lock").resolve()
-        if path in _held:
-            _held.pop(path).close()
-        lock = open(path, "a+")  # noqa: SIM115 - held until close()
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise RunFolderError(
-                f"{self.path}: stage {self.stage} is being written by another process; wait for it, "
-                "or give this run another name with `run`"
-            ) from None
-        self._lock = _held[path] = lock
+    def _changing(self) -> contextlib.AbstractContextManager[Stage]:
+        assert self.stage is not None, "open the folder for a stage with RunFolder.open"
+        return changing_stage(self.path, self.stage)
 
-    def _admit(self, experiment: Experiment) -> None:
-        done = self.path / f"{self.stage}.stage.json"
-        if not done.exists():
-            return
-        if experiment.if_exists == "refuse":
-            raise RunFolderError(
-                f"{self.path} already holds stage {self.stage}; set if_exists to resume or overwrite, "
-                "or choose another `run`"
-            )
-        if experiment.if_exists == "overwrite":
-            self.clear(*json.loads(done.read_text()).get("tables", []))
-            done.unlink()
-            return
-        before = json.loads(done.read_text())["parameters"]
-        now = json.loads(to_json(experiment.model_dump()))
-        changed = [key for key in now if key not in FREE_PARAMETERS and before.get(key) != now[key]]
-        if changed:
-            text = ", ".join(f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in changed[:4])
-            raise RunFolderError(
-                f"{self.path} holds stage {self.stage} made with other parameters ({text}); choose "
-                "another `run`, or set if_exists: overwrite"
-            )
-
-    def begin(self, experiment: Experiment, *tables: str) -> None:
-        """Note which tables the stage writes, so that resume and overwrite know what is its own."""
-        self.write_json(f"{self.stage}.stage", {"tables": list(tables), "parameters": experiment.model_dump()})
-
-    def _update_manifest(self, experiment: Experiment, facts: dict[str, Any]) -> None:
-        with open(self.path / ".manifest.lock", "a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another stage of the run may be opening at the same time
-            self._write_manifest(experiment, facts)
-
-    def _write_manifest(self, experiment: Experiment, facts: dict[str, Any]) -> None:
-        manifest = self.read_json("manifest") or {
-            "schema_version": SCHEMA_VERSION,
-            "created": _now(),
-            "experiment": experiment.experiment,
-            "run": experiment.run,
-            "seed": experiment.seed,
-            "source": source_state(),
-            "stages": {},
-        }
-        manifest["stages"][self.stage] = {"opened": _now(), **facts}
-        self.write_json("manifest", manifest)
+    def _start(self, experiment: Experiment, facts: dict[str, Any]) -> None:
+        assert self._lock is not None and self.stage is not None
+        by_hand = not self._lock.is_parents  # else the command line has admitted and started the stage
+        with changing_stage(self.path, self.stage, experiment) as stage:
+            if by_hand:
+                admit(stage, experiment, experiment.if_exists)
+            if experiment.if_exists == "overwrite":
+                self.clear(*stage.tables)
+                stage.tables = []
+            if by_hand:
+                stage.start(experiment)
+                stage.notebook = executed_notebook()
+            stage.facts = json.loads(to_json(facts))
 
 
-def source_state() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout this package runs from; None where it is no checkout."""
-
-    def git(*words: str) -> str | None:
-        folder = Path(__file__).resolve().parent
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+def executed_notebook() -> str | None:
+    """The file of the notebook that this kernel executes, as far as JupyterLab or papermill's command line tell."""
+    in_lab = os.environ.get("JPY_SESSION_NAME")
+    if in_lab:
+        return in_lab
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return None
+    papers = [word for word in words if word.endswith(".ipynb")]
+    return os.path.abspath(papers[1]) if len(papers) > 1 and any("papermill" in word for word in words) else None
 
 
 def list_runs(output_root: str | Path, experiment: str) -> list[RunFolder]:
-    """Every run folder of an experiment that has a manifest, by name."""
+    """Every run folder of an experiment that has a record, by name."""
     folder = Path(output_root) / experiment
-    return [RunFolder(path.parent) for path in sorted(folder.glob("*/manifest.json"))]
+    return [RunFolder(path.parent) for path in sorted(folder.glob("*/run.json"))]
 
 
-def run_parameters(folder: RunFolder) -> dict[str, Any]:
-    """The resolved parameters a run was made with."""
-    return read_yaml(folder.path / "params.yaml")
+def run_parameters(folder: RunFolder, stage: str | None = None) -> dict[str, Any]:
+    """The resolved parameters of a stage; without a name, of the one that measured or evaluated, else of the first."""
+    stages = RunRecord.read(folder.path).stages
+    if stage is not None:
+        return stages[stage].parameters if stage in stages else {}
+    measured = [entry for entry in stages.values() if {"rows", "scores"} & set(entry.tables)]
+    return next((entry.parameters for entry in [*measured, *stages.values()] if entry.parameters), {})
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -268,7 +238,3 @@ def _ends_with_newline(path: Path) -> bool:
 
 def _hashable(value: Any) -> Any:
     return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

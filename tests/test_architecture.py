@@ -14,6 +14,7 @@ PACKAGE = ROOT / "ascend_kit"
 FLOORS = [
     {"files"},
     {"identity", "params", "prompts"},
+    {"stages"},
     {"results"},
     {"device"},
     {"model"},

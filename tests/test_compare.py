@@ -16,7 +16,6 @@ from ascend_kit.evaluation.compare import (
     compare_accuracy,
     compare_perplexity,
     load_runs,
-    measured_parameters,
     pick_baseline,
     run_name,
 )
@@ -31,7 +30,7 @@ from ascend_kit.evaluation.paired import (
 from ascend_kit.evaluation.tradeoff import accuracy_throughput, answer_length_ratio, verdict
 from ascend_kit.identity import Identity
 from ascend_kit.params import build_experiment
-from ascend_kit.results import RunFolder
+from ascend_kit.results import RunFolder, run_parameters
 
 # --- statistics ---------------------------------------------------------------------------------------------
 
@@ -436,7 +435,7 @@ def test_parameters_are_those_of_the_measurement_not_of_the_last_stage(tmp_path:
     with RunFolder.open(compared, "06_compare") as folder:
         folder.begin(compared, "comparison")
 
-    assert measured_parameters(folder)["quantize"] == "w8a8"
+    assert run_parameters(folder)["quantize"] == "w8a8"
 
 
 def test_runs_are_found_by_name_experiment_or_path(tmp_path: Path) -> None:

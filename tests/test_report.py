@@ -54,16 +54,16 @@ def run_folder(tmp_path):
     )
     nbformat.write(good, folder / "01_good.ipynb")
     nbformat.write(bad, folder / "02_bad.ipynb")
-    states = [
-        {"name": "01_good", "state": "ok", "duration_s": 1.26, "error": None},
-        {"name": "02_bad", "state": "failed", "duration_s": 2.0, "error": HOSTILE},
-        {"name": "03_missing", "state": "skipped", "duration_s": None, "error": "needs 02_bad"},
-    ]
-    (folder / "run.json").write_text(json.dumps({"state": "failed", "notebooks": states}))
-    (folder / "01_good.json").write_text(json.dumps({"findings": [f"fast {HOSTILE}"]}))
-    (folder / "params.yaml").write_text(f"model_name: '{HOSTILE}'\n")
     device = {"kind": "npu", "name": "Ascend910B3", "total_memory_bytes": 64 * 2**30, "versions": {"cann": "8.5"}}
-    (folder / "manifest.json").write_text(json.dumps({"seed": 7, "stages": {"01_good": {"device": device}}}))
+    good_stage = {"state": "ok", "duration_s": 1.26, "facts": {"device": device}, "parameters": {"model_name": HOSTILE}}
+    stages = {
+        "01_good": good_stage,
+        "02_bad": {"state": "failed", "duration_s": 2.0, "error": HOSTILE},
+        "03_missing": {"state": "skipped", "error": "needs 02_bad"},
+    }
+    record = {"schema_version": 2, "created": "2026-01-01T00:00:00+0000", "seed": 7, "stages": stages}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "01_good.json").write_text(json.dumps({"findings": [f"fast {HOSTILE}"]}))
     return folder
 
 
@@ -107,7 +107,6 @@ def test_report_shows_state_time_error_figures_and_facts(run_folder):
 
 def test_report_of_a_folder_without_run_json_still_renders_the_notebooks(run_folder):
     (run_folder / "run.json").unlink()
-    (run_folder / "manifest.json").write_text("{ torn")
 
     page = write_report(run_folder).read_text(encoding="utf-8")
 

@@ -12,6 +12,7 @@ import pytest
 from ascend_kit.files import write_atomic
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder, RunFolderError, list_runs, run_parameters
+from ascend_kit.stages import RunRecord
 
 
 def experiment(tmp_path, **changes):
@@ -40,13 +41,15 @@ def test_a_torn_line_costs_one_row_and_not_its_neighbour(tmp_path):
         assert [row["x"] for row in folder.rows("rows")] == [1, 3]
 
 
-def test_the_manifest_and_parameters_are_written_on_opening(tmp_path):
+def test_the_record_holds_facts_parameters_and_state(tmp_path):
     e = experiment(tmp_path, seed=7)
     with RunFolder.open(e, "s", facts={"device": "cpu"}) as folder:
-        manifest = folder.read_json("manifest")
+        record = folder.read_json("run")
 
-    assert manifest["stages"]["s"]["device"] == "cpu" and manifest["seed"] == 7
-    assert run_parameters(folder)["seed"] == 7
+    assert record["stages"]["s"]["facts"]["device"] == "cpu" and record["seed"] == 7
+    assert record["state"] == record["stages"]["s"]["state"] == "running"
+    assert folder.read_json("run")["state"] == "ok"
+    assert run_parameters(folder, "s")["seed"] == 7
     assert [run.path.name for run in list_runs(tmp_path, "e")] == ["r"]
 
 
@@ -101,3 +104,51 @@ def test_json_is_strict(tmp_path):
     folder.write_json("x", {"a": float("inf"), "b": np.array([1, 2]), "c": (1, 2), "d": tmp_path})
 
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1, 2], "c": [1, 2], "d": str(tmp_path)}
+
+
+def test_a_stage_that_asks_for_more_points_goes_on_and_keeps_its_rows(tmp_path):
+    before = experiment(tmp_path, sweep_concurrency=[1, 4])
+    with RunFolder.open(before, "04_throughput") as folder:
+        folder.begin(before, "rows")
+        folder.append("rows", {"concurrency": 1})
+
+    with RunFolder.open(experiment(tmp_path, sweep_concurrency=[1, 4, 8]), "04_throughput") as again:
+        assert [row["concurrency"] for row in again.rows("rows")] == [1]
+
+
+def test_an_alarm_marks_the_stage_and_an_exception_fails_it(tmp_path):
+    with RunFolder.open(experiment(tmp_path), "05_evaluate") as folder:
+        folder.alarm("chance", "mmlu: 25.0 % is what guessing gives", set="mmlu")
+    with pytest.raises(ValueError), RunFolder.open(experiment(tmp_path), "04_throughput"):
+        raise ValueError("no such point")
+
+    stages = folder.read_json("run")["stages"]
+    assert stages["05_evaluate"]["state"] == "alarm" and stages["05_evaluate"]["alarms"][0]["key"] == "chance"
+    assert stages["04_throughput"]["error"] == "ValueError: no such point"
+    assert folder.read_json("run")["state"] == "failed"
+
+
+def test_stages_opened_at_the_same_time_lose_nothing_of_each_other(tmp_path):
+    code = (
+        "import sys; from ascend_kit import *; from ascend_kit.params import build_experiment\n"
+        f"e = build_experiment(dict(output_root={str(tmp_path)!r}, experiment='e', run='r'))\n"
+        "with RunFolder.open(e, sys.argv[1]) as folder:\n"
+        "    for n in range(20): folder.alarm(f'{sys.argv[1]}-{n}', 'x')"
+    )
+    names = ["04_throughput", "05_evaluate"]
+    for process in [subprocess.Popen([sys.executable, "-c", code, name]) for name in names]:
+        assert process.wait(60) == 0
+
+    stages = json.loads((tmp_path / "e" / "r" / "run.json").read_text())["stages"]
+    assert [len(stages[name]["alarms"]) for name in names] == [20, 20]
+
+
+def test_a_stage_whose_process_is_gone_is_interrupted(tmp_path):
+    code = (
+        "import os; from ascend_kit import *; from ascend_kit.params import build_experiment\n"
+        f"e = build_experiment(dict(output_root={str(tmp_path)!r}, experiment='e', run='r'))\n"
+        "RunFolder.open(e, 's'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+
+    assert RunRecord.read(tmp_path / "e" / "r").state == "interrupted"

@@ -12,8 +12,10 @@ import psutil
 import pytest
 
 from ascend_kit.params import ParameterError
+from ascend_kit.results import RunFolderError
 from ascend_kit.run.checks import parameter_defaults
-from ascend_kit.run.experiment import RunError, read_states, run_experiment
+from ascend_kit.run.experiment import RunError, run_experiment
+from ascend_kit.stages import RunRecord
 
 PARAMETERS = 'experiment: str = "fake"\nrun: str = "default"\noutput_root: str = "outputs"\nseed: int = 0  # seed'
 FINISH = (
@@ -224,8 +226,44 @@ def test_resume_with_other_parameters_of_a_finished_notebook_is_refused(project)
     write_notebook(project / "notebooks", "01_first")
     run_experiment("fake.yaml", notebooks="notebooks", echo=lambda line: None)
 
-    with pytest.raises(RunError, match=r"seed: 7 -> 8"):
+    with pytest.raises(RunFolderError, match=r"seed: 7 -> 8"):
         run_experiment("fake.yaml", notebooks="notebooks", resume=True, overrides={"seed": 8}, echo=lambda line: None)
+
+
+def test_a_stage_whose_checkpoint_was_overwritten_is_not_done_before(project):
+    (project / "model").mkdir()
+    (project / "model" / "model.safetensors").write_bytes(b"weights of Monday")
+    declared = PARAMETERS + '\ninput_model: str = "demo"'
+    write_notebook(project / "notebooks", "01_first", "open('log.txt', 'a').write('one ')", parameters=declared)
+    overrides = {"input_model": "model"}
+    run_experiment("fake.yaml", notebooks="notebooks", overrides=overrides, echo=lambda line: None)
+    lines = []
+
+    run_experiment("fake.yaml", notebooks="notebooks", overrides=overrides, resume=True, echo=lines.append)
+    (project / "model" / "model.safetensors").write_bytes(b"weights of Friday")
+    run_experiment("fake.yaml", notebooks="notebooks", overrides=overrides, resume=True, echo=lines.append)
+
+    assert "[1/1] 01_first: done before" in lines and any("other inputs (weights: " in line for line in lines)
+    assert (project / "log.txt").read_text() == "one one "
+
+
+def test_an_alarm_is_told_counts_as_done_and_gives_no_success(project):
+    raises = (
+        "from ascend_kit import RunFolder\nfrom ascend_kit.params import build_experiment\n"
+        "values = {'experiment': experiment, 'run': run, 'output_root': output_root, 'seed': seed}\n"
+        "with RunFolder.open(build_experiment(values), '05_evaluate') as opened:\n"
+        "    opened.alarm('chance', 'what guessing gives')"
+    )
+    write_notebook(project / "notebooks", "05_evaluate", raises)
+    write_notebook(project / "notebooks", "06_compare")
+    lines = []
+
+    report = run_experiment("fake.yaml", notebooks="notebooks", echo=lines.append)
+    again = run_experiment("fake.yaml", notebooks="notebooks", resume=True, echo=lines.append)
+
+    assert [stage.state for stage in report.notebooks] == ["alarm", "ok"]
+    assert report.state == again.state == "alarm" and not report.ok
+    assert "      ALARM what guessing gives" in lines and "[1/2] 05_evaluate: done before" in lines
 
 
 def test_only_takes_prefixes_and_names_the_closest_for_a_wrong_one(project):
@@ -276,21 +314,21 @@ def test_interrupted_notebook_is_kept_and_marked(project):
     with pytest.raises(KeyboardInterrupt):
         run_experiment("fake.yaml", notebooks="notebooks", echo=lambda line: None)
 
-    assert read_states(run_folder(project))["01_first"].state == "interrupted"
+    assert RunRecord.read(run_folder(project)).stages["01_first"].state == "interrupted"
     copy = nbformat.read(run_folder(project) / "01_first.ipynb", as_version=4)
     assert copy.cells[3].outputs[0].text == "begun\n"
     assert copy.cells[4].outputs[-1].ename == "KeyboardInterrupt"
 
 
-def test_two_runs_of_one_folder_exclude_each_other(project):
+def test_two_runs_of_one_stage_exclude_each_other(project):
     import fcntl
 
     write_notebook(project / "notebooks", "01_first")
     run_folder(project).mkdir(parents=True)
-    with open(run_folder(project) / ".run.lock", "a") as lock:
+    with open(run_folder(project) / ".01_first.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
-        with pytest.raises(RunError, match="in use by another run"):
+        with pytest.raises(RunFolderError, match="in use by another process"):
             run_experiment("fake.yaml", notebooks="notebooks", echo=lambda line: None)
 
 

@@ -1,6 +1,6 @@
 """Runs side by side: which ones, and their accuracy and perplexity on the same documents.
 
-Reads run folders only (`documents`, params.yaml); no engine and no lm-eval.
+Reads run folders only (`documents`, run.json); no engine and no lm-eval.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load_runs(experiment: Experiment) -> list[RunFolder]:
 def _find_run(name: str, experiment: Experiment, known: list[str]) -> RunFolder:
     root = Path(experiment.output_root)
     for path in (root / experiment.experiment / name, root / name, Path(name)):
-        if (path / "manifest.json").is_file():
+        if (path / "run.json").is_file():
             return RunFolder(path)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -61,25 +61,12 @@ def pick_baseline(folders: Sequence[RunFolder]) -> RunFolder:
     """The plainest run: not quantised, the source checkpoint, fewest switches on; the first of equals."""
 
     def tricks(folder: RunFolder) -> tuple:
-        values = measured_parameters(folder)
+        values = run_parameters(folder)
         switches = ("graph_mode", "operator_fusion", "memory_optimize")
         num_on = sum(values[switch] for switch in switches)
         return (values["quantize"] != "none", values["use_model"] != "source", num_on)
 
     return min(folders, key=tricks)
-
-
-def measured_parameters(folder: RunFolder) -> dict[str, Any]:
-    """The parameters that the run's sweep or evaluation was made with.
-
-    params.yaml is rewritten by whatever stage was opened last, be it a comparison with other parameters; each
-    stage keeps its own.
-    """
-    for path in sorted(folder.path.glob("*.stage.json")):
-        stage = folder.read_json(path.name.removesuffix(".json"))
-        if {"rows", "scores"} & set(stage["tables"]):
-            return stage["parameters"]
-    return run_parameters(folder)
 
 
 def run_name(folder: RunFolder) -> str:

@@ -18,14 +18,13 @@ from ascend_kit.evaluation.compare import (
     PAIR_ON,
     CompareError,
     compare_accuracy,
-    measured_parameters,
     pick_baseline,
     run_name,
 )
 from ascend_kit.evaluation.paired import wilson_interval
 from ascend_kit.evaluation.scores import load_documents
 from ascend_kit.params import ENGINE_SWITCHES
-from ascend_kit.results import RunFolder
+from ascend_kit.results import RunFolder, run_parameters
 
 if TYPE_CHECKING:
     import pandas
@@ -57,7 +56,7 @@ def accuracy_throughput(
     point = point or _heaviest_common_point([rows for rows in rates.values() if len(rows)])
     rows = []
     for folder in folders:
-        name, values = run_name(folder), measured_parameters(folder)
+        name, values = run_name(folder), run_parameters(folder)
         shown = {key: values[key] for key in ENGINE_SWITCHES}
         shown |= _layout_of(rates[name])
         rows.append({"run": name, **accuracy.get(name, {}), **_rate_at(folder, rates[name], point), **shown})
@@ -96,7 +95,7 @@ def _engine_rows(folder: RunFolder) -> pandas.DataFrame:
     rows = rows[(rows["status"] == "ok") & (rows["backend"] == ENGINE_BACKEND)]
     if rows.empty or not set(LAYOUT) <= set(rows):
         return rows
-    values = measured_parameters(folder)
+    values = run_parameters(folder)
     own = rows[(rows[LAYOUT] == [values[name] for name in LAYOUT]).all(axis=1)]
     fastest = rows.loc[rows[RATE].idxmax(), LAYOUT]
     return own if len(own) else rows[(rows[LAYOUT] == fastest).all(axis=1)]

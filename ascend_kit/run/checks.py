@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ascend_kit.params import Experiment, ParameterError
+
+STAGE_NAME = re.compile(r"\d\d_\w+")
 
 
 class RunError(ValueError):
@@ -29,7 +32,8 @@ def find_notebooks(folder: str | Path | None = None) -> list[Notebook]:
     """Every notebook `NN_name.ipynb` of the folder in order, each with a valid parameters cell."""
     candidates = [Path(folder)] if folder else [Path(__file__).resolve().parents[2] / "notebooks", Path("notebooks")]
     found = next((path for path in candidates if path.is_dir()), None)
-    paths = sorted(found.glob("[0-9][0-9]_*.ipynb")) if found else []
+    # JupyterLab's copies, 04_throughput-Copy1.ipynb, are no stages.
+    paths = sorted(path for path in found.glob("*.ipynb") if STAGE_NAME.fullmatch(path.stem)) if found else []
     if not paths:
         raise RunError(
             f"no notebooks NN_name.ipynb in {', '.join(map(str, candidates))}; name their folder with --notebooks"

@@ -58,6 +58,7 @@ def execute(
     parameters: dict[str, Any],
     *,
     marker: Path | None = None,
+    lock: dict[str, Any] | None = None,
     echo: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Run `source` with `parameters`; the executed copy lies at `target` afterwards, whatever happens.
@@ -74,7 +75,7 @@ def execute(
     started = time.monotonic()
     failure: BaseException | None = None
     code = None
-    with open(log, "w+b") as kernel_log, kernel(kernel_log) as manager:
+    with open(log, "w+b") as kernel_log, kernel(kernel_log, lock or {}) as manager:
         try:
             _papermill(source, partial, parameters, manager, echo)
         except (Exception, KeyboardInterrupt) as error:
@@ -168,10 +169,11 @@ class _Lines:
 
 
 @contextlib.contextmanager
-def kernel(log: IO[bytes]) -> Iterator[AsyncKernelManager]:
+def kernel(log: IO[bytes], lock: dict[str, Any]) -> Iterator[AsyncKernelManager]:
     """A running kernel of this very interpreter; it and its children are gone afterwards.
 
     `log` takes what the process itself writes (crashes, messages of C libraries); cells are heard otherwise.
+    `lock` holds the arguments of Popen under which it may write its stage.
     """
     from ipykernel.kernelspec import make_ipkernel_cmd
     from jupyter_client import AsyncKernelManager
@@ -184,10 +186,12 @@ def kernel(log: IO[bytes]) -> Iterator[AsyncKernelManager]:
             return KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python")
 
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisInterpreter())
-    environment = {**os.environ, **KERNEL_ENVIRONMENT}
+    environment = {**os.environ, **KERNEL_ENVIRONMENT, **lock.get("env", {})}
     for name in BROWSER_VARIABLES:
         environment.pop(name, None)
-    run_sync(manager.start_kernel)(cwd=os.getcwd(), env=environment, stdout=log, stderr=log)
+    run_sync(manager.start_kernel)(
+        cwd=os.getcwd(), env=environment, stdout=log, stderr=log, pass_fds=lock.get("pass_fds", ())
+    )
     group = getattr(manager.provisioner, "pgid", None)
     try:
         yield manager

@@ -12,13 +12,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ascend_kit.files import write_atomic
+from ascend_kit.results import RunFolder, run_parameters
 from ascend_kit.show import render
+from ascend_kit.stages import RunRecord, Stage
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 SKIPPED_TAGS = frozenset(("papermill-error-cell-tag",))
 STATES = {
     "ok": "ok",
+    "alarm": "alarm",
     "failed": "failed",
     "skipped": "skipped",
     "interrupted": "interrupted",
@@ -28,18 +33,19 @@ STATES = {
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write report.html from a run folder's JSON files, parameters and executed notebooks."""
+    """Write report.html from a run folder's record, JSON files and executed notebooks."""
     folder = Path(run_folder)
-    run = _read_json(folder / "run.json")
-    names = [path.stem for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
-    states = {entry["name"]: entry for entry in run.get("notebooks", [])}
-    sections = [_section(folder, name, states.get(name, {})) for name in sorted({*names, *states})]
+    run = RunRecord.read(folder)
+    names = [path.stem for path in folder.glob("*.ipynb")]
+    sections = [
+        _section(folder, name, run.stages.get(name) or Stage(name, "unknown")) for name in sorted({*names, *run.stages})
+    ]
     body = "\n".join(
         [
             _header(folder, run),
             _status_table(sections),
             _brief(folder, sections),
-            _facts(folder),
+            _facts(run),
             _parameters(folder),
             *[section["html"] for section in sections],
         ]
@@ -58,12 +64,12 @@ def _run_title(folder: Path) -> str:
     return f"{path.parent.name} / {path.name}"
 
 
-def _header(folder: Path, run: dict[str, Any]) -> str:
-    state = run.get("state", "unknown")
+def _header(folder: Path, run: RunRecord) -> str:
+    state = run.state if run.stages else "unknown"
     return (
         f'<header id="top"><h1>{escape(_run_title(folder))} {_badge(state)}</h1>'
         f'<p class="note">Qwen inference on Ascend: speed and correctness of one run. '
-        f"Last change {escape(str(run.get('updated', 'unknown')))}.</p></header>"
+        f"Last change {escape(run.updated or 'unknown')}.</p></header>"
     )
 
 
@@ -95,15 +101,14 @@ def _brief(folder: Path, sections: list[dict[str, Any]]) -> str:
     return f'<h2 id="findings">Findings</h2>{"".join(parts)}' if parts else ""
 
 
-def _facts(folder: Path) -> str:
-    manifest = _read_json(folder / "manifest.json")
-    if not manifest:
+def _facts(run: RunRecord) -> str:
+    if not run.created:
         return ""
-    source = manifest.get("source") or {}
+    source = run.source
     commit = (source.get("commit") or "unknown")[:12] + (" with local changes" if source.get("dirty") else "")
-    rows = {"created": manifest.get("created"), "source commit": commit, "seed": manifest.get("seed")}
-    for stage in manifest.get("stages", {}).values():
-        rows |= _stage_facts(stage)
+    rows = {"created": run.created, "source commit": commit, "seed": run.seed}
+    for stage in run.stages.values():
+        rows |= _stage_facts(stage.facts)
     cells = "".join(
         f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>"
         for key, value in rows.items()
@@ -126,28 +131,27 @@ def _stage_facts(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(folder: Path) -> str:
-    path = folder / "params.yaml"
-    if not path.is_file():
+    values = run_parameters(RunFolder(folder))
+    if not values:
         return ""
-    text = escape(path.read_text(encoding="utf-8"))
-    folded = f'<details><summary>params.yaml</summary><pre class="plain">{text}</pre></details>'
+    text = escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    folded = f'<details><summary>all parameters</summary><pre class="plain">{text}</pre></details>'
     return f'<h2 id="parameters">Parameters</h2>{folded}'
 
 
 # --- one notebook -----------------------------------------------------------------------------------------
 
 
-def _section(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Any]:
+def _section(folder: Path, name: str, stage: Stage) -> dict[str, Any]:
     """One notebook: id, title, headings for the table of contents, status texts and its HTML."""
-    duration = state.get("duration_s")
     section = {
         "name": name,
         "id": f"nb-{name}",
         "title": name,
         "headings": [],
-        "state": state.get("state", "unknown"),
-        "error": state.get("error") or "",
-        "duration": "" if duration is None else f"{duration:.1f}",
+        "state": stage.state,
+        "error": stage.error or "; ".join(alarm["text"] for alarm in stage.alarms),
+        "duration": "" if stage.duration_s is None else f"{stage.duration_s:.1f}",
     }
     path = folder / f"{name}.ipynb"
     cells = _read_json(path).get("cells", [])
@@ -257,7 +261,7 @@ figure img { max-width: min(100%, 900px); height: auto; }
 .badge { font-size: 12px; font-weight: 600; padding: 2px 9px; border-radius: 10px; background: #e8ebf0;
   color: #3d4757; white-space: nowrap; }
 .badge.ok { background: #dff3e4; color: #14622d; }
-.badge.failed { background: #fbe0de; color: #99221a; }
+.badge.failed, .badge.alarm { background: #fbe0de; color: #99221a; }
 .badge.skipped, .badge.interrupted, .badge.running { background: #fdeecb; color: #7a5200; }
 h1 .badge { vertical-align: middle; }
 .error { border-left: 4px solid #c8372d; background: #fdf1f0; padding: 8px 14px; margin: 10px 0; }

@@ -1,0 +1,277 @@
+"""run.json, the one record of what happened to each stage of a run, and the lock of the stage's writer.
+
+It is written by whoever runs a stage: the command line, plain papermill or a session in JupyterLab.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+from ascend_kit.files import cache_root, to_json, write_atomic
+from ascend_kit.params import Experiment
+
+SCHEMA_VERSION = 2
+DONE = frozenset({"ok", "alarm"})
+# Parameters that say what to do with results, not how they are made.
+FREE = frozenset({"if_exists", "if_model_exists", "compare_runs", "output_path", "output_root"})
+# Parameters by which rows are keyed or whose content stands in a row's identity: a stage that asks for others goes on,
+# keeps its rows and adds what is missing.
+GROWING = frozenset({
+    "sweep_concurrency", "sweep_prompt_len", "sweep_output_len", "sweep_repeats", "sweep_cards",
+    "sweep_tensor_parallel", "sweep_baseline", "prompts_file", "eval_datasets", "dataset_path",
+})  # fmt: skip
+HELD_BY_PARENT = "ASCEND_KIT_STAGE_LOCK"  # environment variable: the lock that the command line holds for its kernel
+
+
+class RunFolderError(RuntimeError):
+    """The run folder belongs to other parameters, is being written by someone else or cannot be read."""
+
+
+@dataclass
+class Stage:
+    """What is known of one stage: waiting, running, ok, alarm, failed, interrupted or skipped, and how it came to that.
+
+    `parameters` are resolved; `inputs` are the parts of the identity known before the work (weights, tokenizer, data,
+    versions), `identity` those of what did the work; `notebook` is the file that is executed by hand.
+    """
+
+    name: str
+    state: str = "waiting"
+    started: str | None = None
+    duration_s: float | None = None
+    error: str | None = None
+    cell: int | None = None
+    traceback: str | None = None
+    notebook: str | None = None
+    tables: list[str] = field(default_factory=list)
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, experiment: Experiment) -> None:
+        """The stage runs from now on; what an earlier try said of itself is gone, its tables are not."""
+        self.state, self.started = "running", now()
+        self.duration_s = self.error = self.cell = self.traceback = self.notebook = None
+        self.alarms, self.inputs = [], {}
+        self.parameters = parameter_values(experiment)
+
+    def end(self, state: str, error: str | None = None, duration_s: float | None = None) -> None:
+        """The stage has come to `state`; success with an alarm is `alarm`."""
+        self.state = "alarm" if state == "ok" and self.alarms else state
+        self.error, self.duration_s = error, duration_s
+
+
+@dataclass
+class RunRecord:
+    """The content of run.json."""
+
+    experiment: str = ""
+    run: str = ""
+    created: str | None = None
+    updated: str | None = None
+    seed: int | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    parameter_file: str | None = None
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """One word for the whole run: running, interrupted, failed, alarm or ok."""
+        states = {stage.state for stage in self.stages.values()}
+        if states & {"running", "waiting"}:
+            return "interrupted" if "interrupted" in states else "running"
+        order = {"interrupted": "interrupted", "failed": "failed", "skipped": "failed", "alarm": "alarm"}
+        return next((word for state, word in order.items() if state in states), "ok")
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """run.json of a folder, empty when there is none. A stage that nobody is running any more is interrupted.
+
+        Raises RunFolderError when the file is damaged.
+        """
+        record = cls._from_file(folder / "run.json")
+        for stage in record.stages.values():
+            if stage.state in ("running", "waiting") and is_free(folder, stage.name):
+                stage.error = stage.error or ("its process is gone" if stage.state == "running" else "not started")
+                stage.state = "interrupted"
+        return record
+
+    @classmethod
+    def _from_file(cls, path: Path) -> RunRecord:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"schema version {values['schema_version']}, this version reads {SCHEMA_VERSION}")
+            stages = {name: Stage(name, **entry) for name, entry in values["stages"].items()}
+            header = {item.name for item in fields(cls)} - {"stages"}
+            return cls(**{key: value for key, value in values.items() if key in header}, stages=stages)
+        except FileNotFoundError:
+            return cls()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunFolderError(f"{path} cannot be read ({error}); use --overwrite to start again") from None
+
+    def to_row(self) -> dict[str, Any]:
+        """The record as run.json holds it."""
+        stages = {name: asdict(stage) for name, stage in sorted(self.stages.items())}
+        for stage in stages.values():
+            del stage["name"]
+        header = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "stages"}
+        return {"schema_version": SCHEMA_VERSION, "state": self.state, **header, "stages": stages}
+
+
+@contextlib.contextmanager
+def changing(folder: Path, experiment: Experiment | None = None) -> Iterator[RunRecord]:
+    """The record of a run, to be changed in the block and written at its end; other stages' writers wait meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".run.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = RunRecord.read(folder)
+        if experiment is not None and record.created is None:
+            record.created, record.source = now(), source_state()
+            record.experiment, record.run, record.seed = experiment.experiment, experiment.run, experiment.seed
+        yield record
+        record.updated = now()
+        write_atomic(folder / "run.json", to_json(record.to_row(), indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def changing_stage(folder: Path, name: str, experiment: Experiment | None = None) -> Iterator[Stage]:
+    """One stage of a run's record, to be changed in the block."""
+    with changing(folder, experiment) as record:
+        yield record.stages.setdefault(name, Stage(name))
+
+
+def parameter_values(experiment: Experiment) -> dict[str, Any]:
+    """The resolved parameters as plain JSON values; the built-in example stays the word `demo`, wherever it lies."""
+    built_in = str(cache_root() / "demo-")
+    values = json.loads(to_json(experiment.model_dump()))
+    return {
+        key: "demo" if isinstance(value, str) and value.startswith(built_in) else value for key, value in values.items()
+    }
+
+
+def changed_parameters(
+    stage: Stage, experiment: Experiment, names: Collection[str] | None = None, *, without: frozenset[str] = FREE
+) -> list[str]:
+    """Parameters, all or those in `names`, that differ from what the stage was made with, as `name: old -> new`."""
+    values = parameter_values(experiment)
+    return [
+        f"{key}: {stage.parameters[key]!r} -> {values[key]!r}"
+        for key in (values if names is None else names)
+        if key in stage.parameters and key not in without and stage.parameters[key] != values[key]
+    ]
+
+
+def admit(stage: Stage | None, experiment: Experiment, mode: str, names: Collection[str] | None = None) -> None:
+    """RunFolderError when a stage that holds results must not go on with these parameters (`names`: those it uses).
+
+    `mode` is refuse, resume or overwrite. Rows that belong to other inputs are told apart by their identity.
+    """
+    if stage is None or not (stage.tables or stage.state in DONE) or mode == "overwrite":
+        return
+    where = f"{experiment.run_folder} already holds stage {stage.name}"
+    if mode == "refuse":
+        raise RunFolderError(f"{where}; set if_exists to resume or overwrite, or choose another `run`")
+    changed = changed_parameters(stage, experiment, names, without=FREE | GROWING)
+    if changed:
+        raise RunFolderError(
+            f"{where} made with other parameters ({'; '.join(changed[:4])}); choose another `run`, or start the "
+            "stage again with if_exists: overwrite (--overwrite)"
+        )
+
+
+# --- locks ------------------------------------------------------------------------------------------------------------
+
+
+# Held by this process: a notebook cell that is run again takes over its own lock instead of failing on it.
+_held: dict[Path, IO[str]] = {}
+
+
+class StageLock:
+    """The right to write a stage: one process at a time has it, and it goes with that process, however it ends."""
+
+    def __init__(self, folder: Path, stage: str):
+        self.path = lock_path(folder, stage)
+        self._file: IO[str] | None = None
+        self.is_parents = os.environ.get(HELD_BY_PARENT) == str(self.path)
+        if self.is_parents:
+            return
+        if self.path in _held:
+            _held.pop(self.path).close()
+        file = open(self.path, "a")  # noqa: SIM115 - held until close()
+        if not (_try(file) or _try(file, after_s=0.1)):  # a reader asks for it for some microseconds
+            file.close()
+            raise RunFolderError(
+                f"{folder}: stage {stage} is in use by another process; wait for it, or choose another `run`"
+            )
+        self._file = _held[self.path] = file
+
+    def for_child(self) -> dict[str, Any]:
+        """Arguments of Popen with which a child works under this lock; the child also keeps it if we die first."""
+        assert self._file is not None
+        return {"pass_fds": (self._file.fileno(),), "env": {HELD_BY_PARENT: str(self.path)}}
+
+    def close(self) -> None:
+        """Give the right back."""
+        if self._file is not None:
+            _held.pop(self.path, None)
+            self._file.close()
+            self._file = None
+
+
+def lock_path(folder: Path, stage: str) -> Path:
+    """The file of a stage's lock; it stays when the lock is given back."""
+    return (folder / f".{stage}.lock").resolve()
+
+
+def is_free(folder: Path, stage: str) -> bool:
+    """Whether no process is writing the stage."""
+    path = lock_path(folder, stage)
+    if not path.exists():
+        return True
+    with open(path) as file:
+        return _try(file)
+
+
+def _try(file: IO[str], after_s: float = 0) -> bool:
+    time.sleep(after_s)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def source_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout this package runs from; None where it is no checkout."""
+
+    def git(*words: str) -> str | None:
+        folder = Path(__file__).resolve().parent
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+
+
+def now() -> str:
+    """The local time with its offset, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
