@@ -56,6 +56,14 @@ def test_the_cpu_reports_itself():
     assert device.describe()["name"] == device.name
 
 
+def test_versions_are_those_of_packages_and_facts_those_of_the_machine():
+    device = select_device("cpu")
+
+    assert {"torch", "transformers", "tokenizers", "lm_eval", "ascend_kit"} == set(device.versions())
+    assert device.facts() == {"name": device.name}
+    assert {"python", "torch"} <= set(device.describe()["versions"])
+
+
 def test_peak_memory_on_a_cpu_sees_what_came_and_went():
     device = select_device("cpu")
     device.reset_peak_memory()
@@ -209,7 +217,8 @@ def test_an_npu_reports_name_memory_and_versions(device):
     assert (selected.kind, selected.collective_backend, selected.default_block_size) == ("npu", "hccl", 128)
     assert selected.name.startswith("Ascend")
     assert selected.peak == find_peak(selected.name, selected.total_memory_bytes)
-    assert {"torch", "torch_npu", "cann", "driver"} <= set(selected.versions())
+    assert {"torch", "torch_npu", "ascend_kit"} <= set(selected.versions())
+    assert set(selected.facts()) == {"name", "driver", "cann"}
 
 
 @pytest.mark.npu

@@ -33,6 +33,7 @@ TEXTS = {
     "port in use": "RuntimeError: The server socket has failed to bind: Address already in use",
     "non-contiguous tensor in a collective": "RuntimeError: HCCL does not support non-contiguous tensors",
     "distributed wrapper (ERR02200)": "[ERROR] ERR02200 DIST call hccl api failed.",
+    "task queue level 2 with graphs": "Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture",
     "slow decode": "decode is very slow, 7 tokens per second",
     "slow first request": "the first request takes very long",
     "slow under load": "TPOT explodes when 64 clients come",
@@ -90,3 +91,17 @@ def test_rendered_explanation_names_line_meaning_and_actions():
     text = render_explanations(explain(TEXTS["initialisation 500001"]))
 
     assert "line 1" in text and "operator package" in text and "\n  - " in text
+
+
+REFUSED_LEVEL = "Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture, please export TASK_QUEUE_ENABLE=1/0."
+
+
+def test_capture_refused_at_level_2_is_explained_by_the_doctor_and_by_the_graphs():
+    from ascend_kit.device import graphs
+
+    assert explain(REFUSED_LEVEL)[0].key == "task queue level 2 with graphs"
+    assert "TASK_QUEUE_ENABLE=1" in graphs.explain(RuntimeError(REFUSED_LEVEL))
+
+
+def test_nothing_recommends_level_2():
+    assert not [known.key for known in KNOWN_ERRORS if "TASK_QUEUE_ENABLE=2" in " ".join(known.actions)]

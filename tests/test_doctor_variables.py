@@ -63,9 +63,15 @@ def test_launch_blocking_fails_and_its_absence_is_silent():
     assert "launch blocking" not in variables(ASCEND_LAUNCH_BLOCKING="0")
 
 
-@pytest.mark.parametrize(("value", "status"), [("0", "warn"), ("1", "ok"), ("2", "ok")])
+@pytest.mark.parametrize(("value", "status"), [("0", "warn"), ("1", "ok"), ("2", "fail")])
 def test_task_queue_levels(value, status):
     assert variables(TASK_QUEUE_ENABLE=value)["task queue"].status == status
+
+
+def test_level_2_is_only_a_warning_where_no_graph_is_captured():
+    found = by_check(check_variables(ascend_server(env={"TASK_QUEUE_ENABLE": "2"}), 8, graph_mode=False))["task queue"]
+
+    assert found.status == "warn" and "TASK_QUEUE_ENABLE=1" in found.remedy
 
 
 @pytest.mark.parametrize(

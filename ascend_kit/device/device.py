@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -26,6 +27,7 @@ from ascend_kit.device.peaks import HardwarePeak, find_peak
 
 KINDS = ("auto", "cpu", "cuda", "npu")
 ALIASES = {"ascend": "npu", "gpu": "cuda"}
+PACKAGES = ("transformers", "tokenizers", "lm-eval", "ascend-kit")  # beside torch, those that decide a result
 
 
 class DeviceError(ValueError):
@@ -157,13 +159,26 @@ class Device:
         return Event(self)
 
     def versions(self) -> dict[str, str]:
-        """Versions that decide results and speed: python, torch, then those of the vendor's stack."""
-        found = {"python": platform.python_version(), "torch": torch.__version__}
+        """Versions of the installed packages that decide results and speed (an identity's `versions`)."""
+        found = {"torch": torch.__version__}
+        if self.kind == "npu":
+            found["torch_npu"] = import_torch_npu().__version__
+        for package in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[package.replace("-", "_")] = importlib.metadata.version(package)
+        return found
+
+    def facts(self) -> dict[str, str]:
+        """The hardware and what drives it (an identity's `device`): name, and driver and CANN or CUDA."""
+        found = {"name": self.name}
         if self.kind == "cuda":
             found["cuda"] = str(torch.version.cuda)
         if self.kind == "npu":
-            found |= _npu_versions()
+            found |= {"driver": _driver_version(), "cann": _cann_version()}
         return found
+
+    def _stack(self) -> dict[str, str]:
+        return {name: value for name, value in self.facts().items() if name != "name"}
 
     def assert_on_device(self, tensors: torch.nn.Module | Iterable[torch.Tensor]) -> None:
         """Raise DeviceError unless every tensor (or parameter and buffer of a module) lies on this device."""
@@ -183,7 +198,7 @@ class Device:
             "name": self.name,
             "total_memory_bytes": self.total_memory_bytes,
             "peak": None if self.peak is None else dict(vars(self.peak)),
-            "versions": self.versions(),
+            "versions": {"python": platform.python_version(), **self.versions(), **self._stack()},
         }
 
 
@@ -289,17 +304,18 @@ def _check_index(kind: str, index: int, count: int, variable: str) -> None:
     raise DeviceError(f"device {kind}:{index} does not exist: {count} visible, numbered from 0 ({hint})")
 
 
-def _npu_versions() -> dict[str, str]:
-    found = {"torch_npu": import_torch_npu().__version__, "cann": "unknown", "driver": "unknown"}
+def _cann_version() -> str:
     with contextlib.suppress(ImportError, RuntimeError):
         from torch_npu.npu.utils import get_cann_version
 
-        found["cann"] = get_cann_version() or "unknown"
+        return get_cann_version() or "unknown"
+    return "unknown"
+
+
+def _driver_version() -> str:
     info = Path("/usr/local/Ascend/driver/version.info")
     match = re.search(r"(?im)^version\s*=\s*(\S+)", info.read_text()) if info.is_file() else None
-    if match:
-        found["driver"] = match.group(1)
-    return found
+    return match.group(1) if match else "unknown"
 
 
 def _cpu_name() -> str:

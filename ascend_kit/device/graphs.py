@@ -40,6 +40,7 @@ DEFAULT_TIMEOUT_S = 120.0
 UPDATE_FIRST_VARIABLE = "ASCEND_KIT_GRAPH_UPDATE_FIRST"
 
 _ADVICE = {
+    "TASK_QUEUE_ENABLE": "export TASK_QUEUE_ENABLE=1 before Python starts: graphs cannot be captured at level 2",
     "207008": "the device is out of streams: capture fewer sizes, or update the driver (25.5.1) and CANN",
     "207005": "a device resource ran out: capture fewer sizes, or update driver and CANN",
     "Alloc sq cq": "the driver allows no more graphs: capture fewer sizes, or install driver 25.5.1 or newer",

@@ -34,12 +34,14 @@ def run_checks(
     device: str = "auto",
     peers: Sequence[str] = (),
     use_device: bool = True,
+    graph_mode: bool = True,
     on_section: OnSection | None = None,
 ) -> list[Finding]:
     """The whole checklist as findings, in order.
 
     `device` as in the parameters ("npu" makes a missing card a failure); `peers` are card addresses on
-    other machines; `use_device=False` only reads, and starts nothing on a card; `on_section` receives each
+    other machines; `use_device=False` only reads, and starts nothing on a card; `graph_mode` as in the
+    parameters; `on_section` receives each
     section when it is done.
     """
     host = host or Host()
@@ -58,7 +60,7 @@ def run_checks(
         done(section.findings)
     for section in _device_sections(host, found, device, is_ascend, use_device):
         done(section.findings)
-    done(check_variables(host, found.num_cards) if is_ascend else _not_here("Environment variables"))
+    done(check_variables(host, found.num_cards, graph_mode) if is_ascend else _not_here("Environment variables"))
     done(machine.check_tuning(host, is_ascend).findings)
     npu_ids = sorted({chip.npu for chip in found.smi.chips}) if found.smi else []
     done(check_network(host, npu_ids, peers, found.is_a3) if is_ascend or peers else _not_here(NETWORK_SECTION))

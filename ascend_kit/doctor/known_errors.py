@@ -187,6 +187,13 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         ["unset ASCEND_LAUNCH_BLOCKING and start a new process"],
         "vllm-ascend faqs",
     ),
+    _known(
+        "task queue level 2 with graphs",
+        [r"TASK_QUEUE_ENABLE ?= ?2"],
+        "torch_npu refuses to capture graphs while TASK_QUEUE_ENABLE is 2.",
+        ["export TASK_QUEUE_ENABLE=1 and start a new process", "or graph_mode: false"],
+        "NPUGraph.cpp of torch_npu 2.12.0 to 2.14.0",
+    ),
     # operators
     _known(
         "attention parameter check",
@@ -310,7 +317,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         ],
         "Steps far above the floor of the card mean that the host is the limit: too many launches, one by one.",
         [
-            "graph_mode: true, TASK_QUEUE_ENABLE=2, CPU governor performance, CPU_AFFINITY_CONF=1",
+            "graph_mode: true, TASK_QUEUE_ENABLE=1, CPU governor performance, CPU_AFFINITY_CONF=1",
             "unset ASCEND_LAUNCH_BLOCKING; end profilers; compare with the floor that 01_environment prints",
         ],
         "vllm-ascend #111, #12113, #10401",

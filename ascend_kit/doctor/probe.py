@@ -19,7 +19,7 @@ def probe(device_name: str) -> dict:
         "kind": device.kind,
         "index": device.index,
         "name": device.name,
-        "versions": device.versions(),
+        "versions": device.describe()["versions"],
         "count": 1 if device.kind == "cpu" else device.backend.device_count(),
         "free_bytes": device.free_memory_bytes(),
         "total_bytes": device.total_memory_bytes,

@@ -53,13 +53,13 @@ def effective_exec_timeout_s(env: Mapping[str, str]) -> int | None:
     return asked or None
 
 
-def check_variables(host: Host, num_cards: int) -> list:
+def check_variables(host: Host, num_cards: int, graph_mode: bool = True) -> list:
     """Findings on every variable that is set to something noteworthy, or whose absence costs speed."""
     section = Section("Environment variables")
     env = host.env
     _allocator(section, env)
     _visible(section, env, num_cards)
-    _launching(section, env)
+    _launching(section, env, graph_mode)
     _collectives(section, env, num_cards)
     _timeouts(section, env)
     _threads(section, env, num_cards)
@@ -111,7 +111,7 @@ def _visible(section: Section, env: Mapping[str, str], num_cards: int) -> None:
         section.ok(check, f"{shown}: {len(taken)} cards, numbered again from 0 inside the process")
 
 
-def _launching(section: Section, env: Mapping[str, str]) -> None:
+def _launching(section: Section, env: Mapping[str, str], graph_mode: bool) -> None:
     if env.get("ASCEND_LAUNCH_BLOCKING") == "1":
         section.fail(
             "launch blocking",
@@ -119,14 +119,15 @@ def _launching(section: Section, env: Mapping[str, str]) -> None:
             "a debugging switch: unset it; it forbids graph_mode and cancels TASK_QUEUE_ENABLE",
         )
     queue = env.get("TASK_QUEUE_ENABLE", "1")
+    shown = f"TASK_QUEUE_ENABLE={queue}" + ("" if "TASK_QUEUE_ENABLE" in env else " (default)")
     if queue == "0":
-        section.warn("task queue", "TASK_QUEUE_ENABLE=0", "1 (default) or 2; 0 puts every launch on the Python thread")
+        section.warn("task queue", shown, "export TASK_QUEUE_ENABLE=1; 0 puts every launch on the Python thread")
+    elif queue == "2" and graph_mode:
+        section.fail("task queue", shown, "export TASK_QUEUE_ENABLE=1: torch_npu refuses to capture graphs at level 2")
+    elif queue == "2":
+        section.warn("task queue", shown, "export TASK_QUEUE_ENABLE=1 before graph_mode: true, which level 2 forbids")
     else:
-        section.ok(
-            "task queue",
-            f"TASK_QUEUE_ENABLE={queue}" + ("" if "TASK_QUEUE_ENABLE" in env else " (default)"),
-            "" if queue == "2" else "2 is faster for eager steps and takes more memory; with graph_mode 1 is enough",
-        )
+        section.ok("task queue", shown)
     if "CPU_AFFINITY_CONF" in env:
         section.ok("cpu affinity", f"CPU_AFFINITY_CONF={env['CPU_AFFINITY_CONF']}")
     else:
