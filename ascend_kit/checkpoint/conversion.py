@@ -14,31 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.checkpoint.destination import source_name
-from ascend_kit.checkpoint.huggingface import Checkpoint
-from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, hash_file, new_manifest
+from ascend_kit.checkpoint.huggingface import Checkpoint, companion_files
+from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, new_manifest, source_name
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
 from ascend_kit.checkpoint.source_hashes import SourceHashes
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard, writing
+from ascend_kit.identity import file_hash, hash_file, remember_hash
 from ascend_kit.model.config import ModelConfig
 
 MAX_WORKERS = 4
-COPIED_SUFFIXES = (".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-OTHER_FILES = ("configuration.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,7 @@ class Conversion:
         self.plan, self.checkpoint, self.model = plan, plan.checkpoint, plan.model
         self.recipe, self.settings = plan.recipe, plan.settings
         self.destination, self.tokenizer_path = destination, Path(tokenizer_path) if tokenizer_path else None
-        self.small_files = small_files(self.checkpoint.config_folder, self.tokenizer_path)
+        self.companions = companion_files(self.checkpoint.config_folder, self.tokenizer_path)
         self.on_progress = on_progress
         self._stopped, self._counting = threading.Event(), threading.Lock()
         self.shards = plan_shards(plan_jobs(self.checkpoint, self.model, self.recipe), max_shard_bytes)
@@ -126,6 +112,10 @@ class Conversion:
             if before_publish:
                 before_publish(partial.path)
             partial.publish()
+        for path, value in sources.items():
+            remember_hash(path, value)
+        for entry in manifest["files"]:
+            remember_hash(self.destination / entry["name"], entry["hash"])
         return ConversionResult(
             self.destination,
             False,
@@ -184,7 +174,7 @@ class Conversion:
     def _write_small_files(self, folder: Path) -> None:
         if len(self.shards) > 1:
             _write_json(folder / "model.safetensors.index.json", self._index())
-        for path in self.small_files:
+        for path in self.companions[1:]:  # the first is config.json, which is written anew
             shutil.copyfile(path, folder / path.name)
         _write_json(folder / "config.json", result_config(self.checkpoint.config, self.model, self.recipe))
 
@@ -194,15 +184,24 @@ class Conversion:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
     def _write_manifest(self, partial: PartialFolder, source_hashes: dict[Path, str]) -> dict[str, Any]:
+        folder = self.checkpoint.folder
         sources = [
-            {**describe_file(path, source_hashes[path]), "name": source_name(self.checkpoint, path)}
+            {**describe_file(path, source_hashes[path]), "name": source_name(folder, path)}
             for path in self.checkpoint.files
+        ]
+        companions = [
+            {**describe_file(path, file_hash(path)), "name": source_name(folder, path)} for path in self.companions
         ]
         present = {path.name for path in partial.path.iterdir() if not path.name.startswith(".")}
         names = sorted(present - {MANIFEST_NAME})
         files = [describe_file(partial.path / name, self._hash(partial, name)) for name in names]
         manifest = new_manifest(
-            source={"folder": str(self.checkpoint.folder), "framework": self.checkpoint.framework, "files": sources},
+            source={
+                "folder": str(folder),
+                "framework": self.checkpoint.framework,
+                "files": sources,
+                "companions": companions,
+            },
             settings=self.settings,
             files=files,
             quantization=summarise(self.recipe.schemes, self.model) | self._describe_mix(),
@@ -224,25 +223,6 @@ class Conversion:
     def _hash(self, partial: PartialFolder, name: str) -> str:
         entry = partial.finished.get(name)
         return entry["hash"] if entry else hash_file(partial.path / name)
-
-
-def small_files(folder: Path, tokenizer_path: Path | None) -> list[Path]:
-    """Tokenizer, generation settings, licence and the like; `tokenizer_path` replaces what it also has.
-
-    Weights, their index and program files (*.py) are not copied: a model folder must not bring code along.
-    """
-    found = {path.name: path for path in sorted(folder.iterdir()) if _is_small_file(path)}
-    if tokenizer_path is not None:
-        if not tokenizer_path.is_dir():
-            raise CheckpointError(f"tokenizer_path: no folder at {tokenizer_path}")
-        found |= {name: tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()}
-    return list(found.values())
-
-
-def _is_small_file(path: Path) -> bool:
-    known = path.name in TOKENIZER_FILES or path.name in OTHER_FILES or path.suffix in COPIED_SUFFIXES
-    legal = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-    return path.is_file() and (known or legal) and not path.name.startswith(".")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

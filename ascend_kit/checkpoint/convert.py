@@ -100,7 +100,8 @@ def convert(
     check_tensors(checkpoint, model)
     settings = {"precision": precision, "framework": checkpoint.framework, **options.settings()}
     if destination.exists():
-        manifest = existing_result(destination, checkpoint, settings, if_exists)
+        texts = Path(tokenizer_path) if tokenizer_path else None
+        manifest = existing_result(destination, checkpoint, settings, if_exists, texts)
         if manifest is not None:
             return ConversionResult(destination, True, manifest)
     recipe, mix = plan_int8(

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.checkpoint.huggingface import Checkpoint
-from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, hash_file, read_manifest, verify
+from ascend_kit.checkpoint.huggingface import Checkpoint, companion_files
+from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_manifest, verify
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 
 
@@ -26,7 +26,7 @@ def check_destination(source: Path, destination: Path) -> None:
 
 
 def existing_result(
-    destination: Path, checkpoint: Checkpoint, settings: dict[str, Any], if_exists: str
+    destination: Path, checkpoint: Checkpoint, settings: dict[str, Any], if_exists: str, tokenizer_path: Path | None
 ) -> dict[str, Any] | None:
     """The manifest of a result to reuse, None when it is to be overwritten; CheckpointError otherwise."""
     manifest = read_manifest(destination) if destination.is_dir() else None
@@ -43,35 +43,22 @@ def existing_result(
     if if_exists == "overwrite":
         return None
     verify(destination)
-    _check_same(destination, manifest, checkpoint, settings)
+    _check_same(destination, manifest, checkpoint, settings, tokenizer_path)
     return manifest
 
 
-def _check_same(destination: Path, manifest: dict[str, Any], checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+def _check_same(
+    destination: Path,
+    manifest: dict[str, Any],
+    checkpoint: Checkpoint,
+    settings: dict[str, Any],
+    tokenizer_path: Path | None,
+) -> None:
     way_out = "use if_exists=overwrite (if_model_exists in a parameter file) or another output_model"
     for key in sorted(settings.keys() | manifest["settings"].keys()):
         was, now = manifest["settings"].get(key), settings.get(key)
         if was != now:
             raise CheckpointError(f"{destination} was converted with {key}={was}, now {key}={now}; {way_out}")
-    entries = {entry["name"]: entry for entry in manifest["source"]["files"]}
-    for path in checkpoint.files:
-        name = source_name(checkpoint, path)
-        if name not in entries or not _is_same_file(path, entries.pop(name)):
-            raise CheckpointError(f"{destination} was made from another version of {path}; {way_out}")
-    if entries:
-        raise CheckpointError(
-            f"{destination} was made from more files than {checkpoint.folder} has now: {', '.join(entries)}; {way_out}"
-        )
-
-
-def _is_same_file(path: Path, entry: dict[str, Any]) -> bool:
-    now = describe_file(path)
-    if now["size"] != entry["size"] or now["header_hash"] != entry["header_hash"]:
-        return False
-    # The same time stamp is trusted; a copied or touched file is compared byte for byte.
-    return now["mtime_ns"] == entry["mtime_ns"] or hash_file(path) == entry["hash"]
-
-
-def source_name(checkpoint: Checkpoint, path: Path) -> str:
-    """A source file's name in the manifest, relative to the checkpoint when it lies inside."""
-    return path.relative_to(checkpoint.folder).as_posix() if path.is_relative_to(checkpoint.folder) else path.name
+    companions = companion_files(checkpoint.config_folder, tokenizer_path)
+    for text in changed_sources(checkpoint.folder, checkpoint.files, companions, manifest):
+        raise CheckpointError(f"{destination} was made from another version of {checkpoint.folder}: {text}; {way_out}")

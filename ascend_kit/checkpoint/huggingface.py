@@ -14,6 +14,20 @@ from ascend_kit.checkpoint.quantized_layouts import QuantizationInfo, present_qu
 from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource
 from ascend_kit.checkpoint.torch_file import read_torch_file
 
+COPIED_SUFFIXES = (".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    *TEMPLATE_FILES,
+    "generation_config.json",
+)
+OTHER_FILES = ("configuration.json", "preprocessor_config.json")
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "_extra_state")
 
 
@@ -78,7 +92,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {folder}")
     config = read_config(folder)
-    index, files = _find_weights(folder)
+    index, files = find_weights(folder)
     sources: dict[str, TensorSource] = {}
     for path in files:
         for name, source in _open_weights(path).items():
@@ -110,7 +124,7 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     return value
 
 
-def _find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
+def find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
     """The index (tensor -> file name), if there is one, and the weight files in order."""
     for suffix, single in ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin")):
         indexes = sorted(folder.glob(f"*{suffix}.index.json"))
@@ -166,3 +180,22 @@ def _check_index(folder: Path, index: dict[str, str], sources: dict[str, TensorS
     for name, source in sources.items():
         if name not in index:
             raise CheckpointError(f"{source.origin} holds tensor {name}, which the index does not know")
+
+
+def companion_files(folder: Path, tokenizer_path: Path | None) -> list[Path]:
+    """config.json, then tokenizer, generation settings, licence and the like; `tokenizer_path` replaces what it has.
+
+    Weights, their index and program files (*.py) are not copied: a model folder must not bring code along.
+    """
+    found = {path.name: path for path in sorted(folder.iterdir()) if _is_small_file(path)}
+    if tokenizer_path is not None:
+        if not tokenizer_path.is_dir():
+            raise CheckpointError(f"tokenizer_path: no folder at {tokenizer_path}")
+        found |= {name: tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()}
+    return [folder / "config.json", *found.values()]
+
+
+def _is_small_file(path: Path) -> bool:
+    known = path.name in TOKENIZER_FILES or path.name in OTHER_FILES or path.suffix in COPIED_SUFFIXES
+    legal = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+    return path.is_file() and (known or legal) and not path.name.startswith(".")

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import xxhash
 
 from ascend_kit import __version__
 from ascend_kit.checkpoint.tensor_file import MAX_HEADER_BYTES, CheckpointError
+from ascend_kit.identity import file_hash, hash_file
 
 MANIFEST_NAME = "ascend_manifest.json"
 SCHEMA_VERSION = 1
 HASH_ALGORITHM = "xxh3_128"
-HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,6 @@ class VerifyResult:
     status: str  # ok | no manifest
     num_files: int
     full: bool
-
-
-def new_hash() -> xxhash.xxh3_128:
-    """An empty hash of the kind that manifests hold."""
-    return xxhash.xxh3_128()
-
-
-def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Hash of a file, hexadecimal, read in blocks."""
-    digest, buffer = new_hash(), bytearray(HASH_BLOCK_BYTES)
-    view = memoryview(buffer)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(view[:count])
-                if on_bytes:
-                    on_bytes(count)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def header_hash(path: Path) -> str:
@@ -156,3 +136,37 @@ def _check_entry(path: Path, entry: dict[str, Any], full: bool) -> None:
         raise CheckpointError(f"{path} has another header than its manifest says: {again}")
     if full and hash_file(path) != entry["hash"]:
         raise CheckpointError(f"{path} does not have the hash in its manifest: its contents are damaged or changed")
+
+
+def changed_sources(
+    folder: Path, weights: Iterable[Path], companions: Iterable[Path], manifest: dict[str, Any], *, content: bool = True
+) -> Iterator[str]:
+    """What differs between the source files that a manifest names and those that `folder` has now, one text each.
+
+    With `content` a file is compared by its content hash, wherever it lies now (read once, then remembered by stat);
+    without, by size and header alone. Companions are the small files that were copied.
+    """
+    source = manifest["source"]
+    pairs = [(source["files"], list(weights))]
+    if "companions" in source:
+        pairs.append((source["companions"], list(companions)))
+    for recorded, present in pairs:
+        entries = {entry["name"]: entry for entry in recorded}
+        for path in present:
+            entry = entries.pop(source_name(folder, path), None)
+            if entry is None:
+                yield f"{path} is new"
+            elif not _is_same_file(path, entry, content):
+                yield f"{path} has other contents"
+        yield from (f"{name} is not there any more" for name in entries)
+
+
+def _is_same_file(path: Path, entry: dict[str, Any], content: bool) -> bool:
+    if path.stat().st_size != entry["size"]:
+        return False
+    return file_hash(path) == entry["hash"] if content else header_hash(path) == entry["header_hash"]
+
+
+def source_name(folder: Path, path: Path) -> str:
+    """A source file's name in the manifest, relative to the checkpoint when it lies inside."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name

@@ -147,6 +147,11 @@ def open_megatron(folder: str | Path, tokenizer_path: str | Path | None) -> Chec
     return Checkpoint(folder, sources, config, files=files, framework="megatron", config_folder=Path(tokenizer_path))
 
 
+def shard_files(folder: Path) -> list[Path]:
+    """The shard files of a Megatron checkpoint, found without opening them."""
+    return [path for stage in _rank_grid(_iteration_folder(folder)) for path in stage]
+
+
 def _distributed_file(folder: Path) -> Path | None:
     candidates = [*folder.glob("*.distcp"), *folder.glob(".metadata")]
     described = folder / "metadata.json"

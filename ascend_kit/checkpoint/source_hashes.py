@@ -10,9 +10,11 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import xxhash
+
 from ascend_kit.checkpoint.huggingface import Checkpoint
-from ascend_kit.checkpoint.manifest import HASH_BLOCK_BYTES, hash_file, new_hash
 from ascend_kit.checkpoint.tensor_file import RawTensor, ReadFile
+from ascend_kit.identity import HASH_BLOCK_BYTES, hash_file
 
 
 class StreamHash:
@@ -20,7 +22,7 @@ class StreamHash:
 
     def __init__(self, path: Path) -> None:
         self.file, self.position = ReadFile(path), 0
-        self._digest = new_hash()
+        self._digest = xxhash.xxh3_128()
 
     def feed(self, offset: int, data: memoryview) -> None:
         """Bytes at `offset` were read; parts seen before are ignored."""

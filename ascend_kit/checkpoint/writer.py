@@ -21,11 +21,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from torch import Tensor
 
-from ascend_kit.checkpoint.manifest import hash_file, new_hash
 from ascend_kit.checkpoint.tensor_file import CODE_OF_DTYPE, CheckpointError, as_bytes
 from ascend_kit.checkpoint.tensor_jobs import OutputTensor, TensorJob
+from ascend_kit.identity import hash_file
 
 PROGRESS_NAME = ".progress.json"
 LOCK_NAME = ".lock"
@@ -191,7 +192,7 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
     the processor's cache: handing blocks to other threads costs more than it hides.
     """
     path, temporary = folder / shard.name, folder / (shard.name + WRITING_SUFFIX)
-    digest, header, size = new_hash(), shard.header(), shard.file_bytes
+    digest, header, size = xxhash.xxh3_128(), shard.header(), shard.file_bytes
     try:
         with writing(path), open(temporary, "wb", buffering=0) as file, Flusher(file.fileno()) as flusher:
             reserve(file.fileno(), size)

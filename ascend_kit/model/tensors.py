@@ -61,7 +61,7 @@ def layer_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     for part, (rows, columns, split, shared, has_bias) in linears.items():
         tensors[f"{part}.weight"] = TensorSpec((rows, columns), split, *shared)
         if has_bias:  # of a linear whose input is shared, the bias is added once
-            tensors[f"{part}.bias"] = TensorSpec((rows,), *((0, *shared) if split == 0 else ()))
+            tensors[f"{part}.bias"] = TensorSpec((rows,), 0, *shared) if split == 0 else TensorSpec((rows,))
     return tensors
 
 
