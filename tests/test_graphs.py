@@ -120,6 +120,16 @@ def test_a_replay_that_never_ends_is_reported_with_advice(sim, monkeypatch, devi
 
 
 @pytest.mark.npu
+def test_a_capture_at_task_queue_level_2_is_refused_with_the_level_to_set(device):
+    torch.npu.set_task_queue_enable(2)
+    try:
+        with pytest.raises(GraphError, match="TASK_QUEUE_ENABLE=1 before Python starts"):
+            make_graphs(TinyStep(device, "npu"), select_device(device)).capture()
+    finally:
+        torch.npu.set_task_queue_enable(1)
+
+
+@pytest.mark.npu
 def test_a_host_read_inside_the_step_is_reported_as_such(device):
     step = TinyStep(device, "npu")
 

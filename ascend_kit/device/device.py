@@ -177,6 +177,16 @@ class Device:
             found |= {"driver": _driver_version(), "cann": _cann_version()}
         return found
 
+    def task_queue_level(self) -> int | None:
+        """TASK_QUEUE_ENABLE in force in this process: 1 launches from a thread of its own. None without an NPU.
+
+        torch_npu sets 0 in interactive kernels whatever was asked for.
+        """
+        if self.kind != "npu":
+            return None
+        ask = getattr(self.backend, "get_task_queue_enable", None)  # from 2.12.0.post3 on
+        return int(ask()) if ask else int(os.environ.get("TASK_QUEUE_ENABLE", "1"))
+
     def _stack(self) -> dict[str, str]:
         return {name: value for name, value in self.facts().items() if name != "name"}
 
@@ -198,6 +208,7 @@ class Device:
             "name": self.name,
             "total_memory_bytes": self.total_memory_bytes,
             "peak": None if self.peak is None else dict(vars(self.peak)),
+            "task_queue_level": self.task_queue_level(),
             "versions": {"python": platform.python_version(), **self.versions(), **self._stack()},
         }
 

@@ -232,6 +232,8 @@ class DecodeGraphs:
 
     def capture(self) -> dict[str, Any]:
         """Record every size, largest first so that the smaller ones reuse its memory; returns `info()`."""
+        if self.device.task_queue_level() == 2:
+            raise GraphError(f"graphs cannot be captured at TASK_QUEUE_ENABLE=2: {_ADVICE['TASK_QUEUE_ENABLE']}")
         start = time.perf_counter()
         before = self.device.memory_in_use_bytes()
         if self._compiled is not None:

@@ -27,8 +27,12 @@ def start(devices: int = 1) -> Any:
         return _simulator
     if "torch_npu" in sys.modules:
         raise Unavailable("torch_npu was imported before the simulation started")
-    # The stub answers at once; the host-side task queue would only move its calls to another thread.
-    os.environ |= {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "NPU_SIM_DEVICES": str(devices), "TASK_QUEUE_ENABLE": "0"}
+    # Level 1 as on hardware: calls of the launch thread come late, and capture refuses level 2.
+    os.environ |= {
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "NPU_SIM_DEVICES": str(devices),
+        "TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "1"),
+    }
     wheel, stub = ensure()
     sys.path.append(str(wheel))
     from npu_sim.runtime import Runtime

@@ -2,6 +2,7 @@
  * which is host memory. Everything else reports success. Arithmetic happens above the dispatcher, in Python; what
  * only the runtime sees (graph capture, replay, synchronisation, device-side waits) is handed to Python through `hook`,
  * whose non-zero return is the error code torch_npu gets, with the text of npu_sim_error(). */
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,8 +22,33 @@ void npu_sim_error(const char *text) { strncpy(error_text, text, sizeof error_te
 const char *aclGetRecentErrMsg(void) { return error_text; }
 
 #define U(x) ((uint64_t)(uintptr_t)(x))
+/* torch_npu's launch thread (TASK_QUEUE_ENABLE=1) must not wait for the interpreter, which may be waiting for it: what it
+ * calls is kept here, in order, until a thread of the interpreter takes it. */
+#define MAX_KEPT 65536
+typedef struct { uint64_t kind, object, stream, value, flag; } call_t;
+static call_t kept[MAX_KEPT];
+static unsigned first_kept, next_kept;
+static pthread_mutex_t kept_lock = PTHREAD_MUTEX_INITIALIZER;
+static _Thread_local int is_python;
+void npu_sim_mark_thread(void) { is_python = 1; }
+int npu_sim_take(call_t *out) {
+    pthread_mutex_lock(&kept_lock);
+    int found = first_kept != next_kept;
+    if (found) *out = kept[first_kept++ % MAX_KEPT];
+    pthread_mutex_unlock(&kept_lock);
+    return found;
+}
+static int keep(int kind, uint64_t object, uint64_t stream, uint64_t value, uint64_t flag) {
+    pthread_mutex_lock(&kept_lock);
+    int full = next_kept - first_kept == MAX_KEPT;
+    if (!full) kept[next_kept++ % MAX_KEPT] = (call_t){(uint64_t)kind, object, stream, value, flag};
+    pthread_mutex_unlock(&kept_lock);
+    return full ? 507899 : 0;
+}
 static int call(int kind, void *object, void *stream, uint64_t value, uint64_t flag) {
-    return hook ? hook(kind, U(object), U(stream), value, flag) : kind == IS_DONE;
+    if (!hook) return kind == IS_DONE;
+    if (!is_python) return keep(kind, U(object), U(stream), value, flag);
+    return hook(kind, U(object), U(stream), value, flag);
 }
 static int handle(void **h) { return (*h = calloc(1, 64)) ? 0 : 207001; }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +39,17 @@ class Runtime:
         self._library.npu_sim_error.argtypes = [ctypes.c_char_p]
         self._library.npu_sim_is_pinned.argtypes = [ctypes.c_void_p]
         self._hook = None
+        self.mark_thread()
+
+    def mark_thread(self) -> None:
+        """Let calls of this thread reach the hook at once; those of torch_npu's launch thread wait for `taken`."""
+        self._library.npu_sim_mark_thread()
+
+    def taken(self) -> Iterator[tuple[int, ...]]:
+        """The calls of the launch thread that were not taken yet, in order."""
+        call = (ctypes.c_uint64 * 5)()
+        while self._library.npu_sim_take(call):
+            yield tuple(call)
 
     def set_hook(self, hook: Hook) -> None:
         """`hook(kind, object, stream, value, flag)` answers the runtime; an exception becomes its error."""

@@ -54,14 +54,28 @@ class Simulator(TorchDispatchMode):
 
     def __init__(self, runtime_: Runtime) -> None:
         super().__init__()
-        self.runtime, self.graphs, self.counts = runtime_, Graphs(), Counts()
+        self.runtime, self.graphs, self._counts = runtime_, Graphs(), Counts()
         self.shapes_only = False
         self._nz_storages: dict[int, StorageWeakRef] = {}
         runtime_.set_hook(self._on_runtime_call)
 
+    @property
+    def counts(self) -> Counts:
+        """What was counted, calls that still were in torch_npu's task queue included."""
+        self.catch_up()
+        return self._counts
+
     def reset(self) -> None:
         """Start counting anew."""
-        self.counts = Counts()
+        self.catch_up()
+        self._counts = Counts()
+
+    def catch_up(self) -> None:
+        """Everything that torch_npu queued so far has happened: the simulated device has no time of its own."""
+        if hasattr(torch, "npu") and torch.npu.is_initialized():
+            _ = torch.npu.current_stream().npu_stream  # the bare handle is given out once the queue is empty
+        for call in self.runtime.taken():
+            self._happen(*call)
 
     # Entry points: an operator from the dispatcher, a call from the runtime.
 
@@ -75,6 +89,7 @@ class Simulator(TorchDispatchMode):
         wants_npu = any(x.type == "npu" for x in targets)
         if not on_npu and not wants_npu:
             return func(*args, **kwargs)
+        self.catch_up()
         if _is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -101,22 +116,27 @@ class Simulator(TorchDispatchMode):
             )
         return self._operator(func, name, args, kwargs, on_npu, targets)
 
-    def _on_runtime_call(self, kind: int, object_: int, stream: int, value: int, flag: int) -> int:
+    def _on_runtime_call(self, *call: int) -> int:
+        for earlier in self.runtime.taken():
+            self._happen(*earlier)
+        return self._happen(*call)
+
+    def _happen(self, kind: int, object_: int, stream: int, value: int, flag: int) -> int:
         graphs = self.graphs
         if kind == runtime.IS_DONE:
             return 0 if graphs.unfinished else 1
         if kind == runtime.SYNCHRONIZE:
             if graphs.recording is not None:
                 raise CaptureError("synchronisation during graph capture")
-            self.counts.syncs["synchronize"] += 1
+            self._counts.syncs["synchronize"] += 1
             graphs.check_finished("synchronisation")
         elif kind == runtime.CAPTURE_BEGIN:
-            self.counts.captures += 1
+            self._counts.captures += 1
             graphs.begin(object_, stream)
         elif kind == runtime.CAPTURE_END:
             graphs.end()
         elif kind == runtime.REPLAY:
-            self.counts.replays += 1
+            self._counts.replays += 1
             graphs.replay(object_)
         elif kind == runtime.DESTROY:
             graphs.destroy(object_)
@@ -152,9 +172,9 @@ class Simulator(TorchDispatchMode):
             return self._reissue(updated, func, name, args, kwargs, on_npu)
         graphs.check_finished(name)
         if synchronises:
-            self.counts.syncs[name] += 1
+            self._counts.syncs[name] += 1
         else:
-            self.counts.launches[name] += 1
+            self._counts.launches[name] += 1
         device = on_npu[0].device if on_npu else next(d for d in targets if d.type == "npu")
         if graphs.recording is not None:
             return self._record(func, name, args, kwargs, on_npu, device)
@@ -222,7 +242,7 @@ class Simulator(TorchDispatchMode):
         """Inside an update the launch replaces the recorded one and runs when the replay reaches it."""
         if kernel.name != name:
             raise CaptureError(f"an update re-issues {name}, the task group recorded {kernel.name}")
-        self.counts.updates += 1
+        self._counts.updates += 1
         kernel.run = self._runner(func, name, args, kwargs, on_npu, [])
         return kwargs.get("out")
 
@@ -236,8 +256,8 @@ class Simulator(TorchDispatchMode):
         known = lowered.forget_owners()  # the device knows addresses: nothing here keeps npu memory alive
 
         def run() -> None:
-            self.counts.kernels[name] += 1
-            self.counts.bytes += moved
+            self._counts.kernels[name] += 1
+            self._counts.bytes += moved
             if self.shapes_only:
                 return
             out = tree_leaves(func(*lowered.args, **lowered.kwargs))
@@ -251,8 +271,8 @@ class Simulator(TorchDispatchMode):
     def _count_kernel(self, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor], result: Any) -> None:
         known = {id(t) for t in on_npu}
         new = [t for t in traits.tensors_in(tree_leaves(result)) if id(t) not in known]
-        self.counts.kernels[name] += 1
-        self.counts.bytes += traits.bytes_moved(name, args, kwargs, on_npu, new)
+        self._counts.kernels[name] += 1
+        self._counts.bytes += traits.bytes_moved(name, args, kwargs, on_npu, new)
 
     # Copies between host and device.
 
@@ -270,12 +290,12 @@ class Simulator(TorchDispatchMode):
         self.graphs.check_finished(name)
         if to_host:
             # Even without waiting the host has to wait later, before it may look at the result.
-            self.counts.syncs[f"{name} to host"] += 1
+            self._counts.syncs[f"{name} to host"] += 1
         elif waits:
-            self.counts.syncs[f"{name} to device, blocking"] += 1
+            self._counts.syncs[f"{name} to device, blocking"] += 1
         else:
             self._check_pinned(name, source)
-            self.counts.uploads += 1
+            self._counts.uploads += 1
         if self.shapes_only:
             return self._transfer_shape(name, args, kwargs, to_host)
         if name == "aten::copy_":
@@ -342,7 +362,7 @@ class Simulator(TorchDispatchMode):
             raise RuntimeError("npu_format_cast to FRACTAL_NZ needs torch.npu.config.allow_internal_format = True")
         if not source.is_contiguous():
             raise RuntimeError(f"npu_format_cast of a strided tensor {tuple(source.shape)} {source.stride()}")
-        self.counts.launches["npu::npu_format_cast"] += 1
+        self._counts.launches["npu::npu_format_cast"] += 1
         result = torch.empty_strided(source.size(), source.stride(), dtype=source.dtype, device=source.device)
         if not self.shapes_only:
             to, data = host_alias(result), host_alias(source)
@@ -439,6 +459,7 @@ def in_every_thread(mode: Simulator) -> None:
     run = threading.Thread.run
 
     def run_simulated(self: threading.Thread) -> None:
+        mode.runtime.mark_thread()
         with mode:
             run(self)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,7 +192,7 @@ def test_a_replay_without_update_raises_instead_of_hanging():
         out.cpu()
 
 
-def test_an_event_after_a_waiting_replay_is_not_reached():
+def test_an_event_after_a_waiting_replay_is_not_reached(sim):
     attend = PagedAttention()
     graph, _ = record(lambda: attend([5, 130]), auto_dispatch_capture=True)
 
@@ -198,6 +202,7 @@ def test_an_event_after_a_waiting_replay_is_not_reached():
 
     assert not event.query()
     update(graph, [5, 130])
+    sim.catch_up()
     assert event.query()
 
 
@@ -272,3 +277,27 @@ def test_graphs_of_one_pool_reuse_memory_and_stay_correct():
     assert a.tolist() == [2, 4, 6, 8]
     second.replay()
     assert b.tolist() == [12, 16, 20, 24]
+
+
+def test_the_suite_runs_at_task_queue_level_1():
+    assert torch.npu.get_task_queue_enable() == 1
+
+
+def test_level_2_refuses_capture_as_the_wheel_does():
+    # In a process of its own: after the refusal torch_npu's capturing stream stays current.
+    code = """
+import npu_sim; npu_sim.start()
+import torch
+with torch.npu.graph(torch.npu.NPUGraph(), stream=torch.npu.Stream()):
+    pass
+"""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TASK_QUEUE_ENABLE": "2", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode and "Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture" in done.stderr
