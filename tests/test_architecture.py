@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ascend_kit"
 FLOORS = [
-    {"files"},
+    {"files", "messages"},
     {"identity", "params", "prompts"},
     {"stages"},
     {"results"},

@@ -8,9 +8,10 @@ import pandas
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from ascend_kit.show import tables
 from ascend_kit.show.render import markdown, output, sanitize
 from ascend_kit.show.report import write_report
-from ascend_kit.show.tables import cell_text, facts, readable
+from ascend_kit.show.tables import cell_text, facts, readable, shorten
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -116,10 +117,10 @@ def test_report_of_a_folder_without_run_json_still_renders_the_notebooks(run_fol
 @pytest.mark.parametrize(
     ("markup", "expected"),
     [
-        ("<table><tr><td>1</td></tr></table>", "<table><tr><td>1</td></tr></table>"),
-        ("<td style='text-align: right; position: fixed'>1</td>", '<td style="text-align: right">1</td>'),
-        ("<a href='javascript:alert(1)'>x</a>", "<a>x</a>"),
-        ("<a href=' java\tscript:alert(1)'>x</a>", "<a>x</a>"),
+        ("<table><tr><td>1</td></tr></table>", "<table><tbody><tr><td>1</td></tr></tbody></table>"),
+        ("<b style='text-align: right; position: fixed'>1</b>", '<b style="text-align:right">1</b>'),
+        ("<a href='javascript:alert(1)'>x</a>", '<a rel="noopener noreferrer">x</a>'),
+        ("<a href=' java\tscript:alert(1)'>x</a>", '<a rel="noopener noreferrer">x</a>'),
         ("<p onclick=alert(1)>x</p>", "<p>x</p>"),
         ("<script>alert(1)</script>after", "after"),
         ("<svg><script>alert(1)</script></svg>after", "after"),
@@ -175,7 +176,80 @@ def test_readable_table_escapes_and_does_not_cut_text():
     markup = readable(table).data
 
     assert "a" * 120 in markup and "<script" not in markup and "NaN" not in markup
-    assert readable(pandas.DataFrame()).data == "<p>Nothing to show.</p>"
+    assert readable(pandas.DataFrame()) is None
+
+
+def columns_of(markup):
+    return [len(re.findall("<th scope=.col", table)) for table in markup.split("<table>")[1:]]
+
+
+def test_table_shows_eight_columns_and_the_rest_in_a_fold_with_the_key_again():
+    table = pandas.DataFrame([{f"column_{i}": i for i in range(17)}])
+
+    markup = readable(table).data
+
+    assert columns_of(markup) == [8, 8, 3]
+    shown, folded = markup.split("<details>")
+    assert "column_<wbr>7" in shown and "column_<wbr>8" not in shown and "9 more columns" in folded
+    assert folded.count("column_<wbr>0<") == 2
+
+
+def test_columns_without_a_value_are_left_out():
+    assert "empty" not in readable(pandas.DataFrame([{"a": 1, "empty": None}])).data
+
+
+def test_130_tasks_become_sets_ten_best_ten_worst_and_a_fold():
+    rows = [{"kind": "task", "set": "mmlu", "task": f"task_{i:03}", "metric": metric, "value": i / 130, "stderr": 0.01,
+             "unit": "fraction", "n": 100} for i in range(130) for metric in ("acc", "acc_norm")]  # fmt: skip
+    rows += [{**rows[0], "kind": "group", "task": "mmlu", "value": 0.5}]
+
+    shown, folded = tables.scores(pandas.DataFrame(rows)).data.split("<details>")
+
+    assert re.findall(r">(task_\d+|mmlu)</td><td[^>]*>acc<", shown) == (
+        ["mmlu", *[f"task_{i:03}" for i in range(129, 119, -1)], *[f"task_{i:03}" for i in range(9, -1, -1)]]
+    )
+    assert "240 more rows" in folded and folded.count("<tr>") == 241
+
+
+def answer(prompt, text="fine"):
+    return pandas.DataFrame([{"index": 0, "prompt": prompt, "text": text}])
+
+
+def test_a_long_chinese_prompt_is_shortened_by_characters():
+    prompt = "请用一句话说明什么是大语言模型以及它为什么会产生幻觉。" * 10
+
+    assert prompt[:88] + " …" in tables.answers(answer(prompt)).data
+    assert shorten("one two " * 40, 90).endswith("two …") and len(shorten("one two " * 40, 90)) <= 90
+
+
+def test_dollar_signs_are_no_formula_and_control_and_bidi_characters_are_visible():
+    markup = tables.answers(answer("From $100 to $200?", "a\x00b\u202ec")).data
+
+    assert not re.search(r"\$[^<]*\$", markup)
+    assert "a⟨U+0000⟩b⟨U+202E⟩c" in markup
+    assert tables.visible("\ud800 一\n👩\u200d💻") == "⟨U+D800⟩ 一\n👩\u200d💻"
+
+
+def test_checks_that_are_fine_stand_in_a_fold_and_what_is_wrong_above_it():
+    rows = [
+        {"section": "CANN", "check": f"check {i}", "status": "ok", "evidence": "e", "remedy": ""} for i in range(26)
+    ]
+
+    fine = tables.checks(pandas.DataFrame(rows)).data
+    rows[3] |= {"status": "warn", "remedy": "mend it"}
+    wrong = tables.checks(pandas.DataFrame(rows)).data
+
+    assert fine.startswith("<details><summary>26 checks, nothing to mend</summary>")
+    assert "check 3" in wrong.split("<details>")[0] and "check 4" not in wrong.split("<details>")[0]
+    assert "25 other checks" in wrong
+
+
+def test_parity_figures_say_what_they_mean():
+    markup = tables.parity(
+        pandas.DataFrame([{"figure": "greedy_share", "value": 0.906}, {"figure": "new", "value": 1}])
+    ).data
+
+    assert "rounding" in markup
 
 
 def test_facts_unfold_inner_mappings():

@@ -91,15 +91,3 @@ def verdict_or_reason(folders: Sequence[RunFolder], margin_points: float) -> Ver
     except CompareError as error:
         name = run_name(pick_baseline(folders))
         return Verdict("none", name, f"No verdict: {error}.", pandas.DataFrame())
-
-
-def comparison_findings(decision: Verdict, perplexity: pandas.DataFrame) -> list[str]:
-    """The verdict and its cautions in sentences."""
-    lines = [line for line in decision.text.splitlines() if line.strip()]
-    lines += [f"Caution: {text}." for text in decision.cautions]
-    lines += [
-        f"{row.candidate}: {row.candidate_bits_per_byte:.4f} bits per byte of WikiText against "
-        f"{row.baseline_bits_per_byte:.4f} of {row.baseline} ({row.outcome})."
-        for row in perplexity.itertuples()
-    ]
-    return lines

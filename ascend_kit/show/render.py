@@ -1,4 +1,4 @@
-"""Notebook cells as HTML that is safe to open: text is escaped, markup filtered, nothing is loaded.
+"""Notebook cells as HTML that is safe to open: text is escaped, markup filtered by nh3, nothing is loaded.
 
 Generated text counts as hostile: a prompt may hold a script element, and reports are opened by other people.
 """
@@ -9,12 +9,17 @@ import base64
 import re
 from collections.abc import Callable
 from html import escape
-from html.parser import HTMLParser
 from typing import Any
 
+import nh3
+
+from ascend_kit.messages import translate
+from ascend_kit.show.tables import markup, visible
+
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+OVERWRITTEN = re.compile(r"[^\n]*\r")  # a terminal shows what was printed after the carriage return
 LONG_OUTPUT_LINES = 40
-ALLOWED_TAGS = frozenset(
+TAGS = set(
     [
         "table",
         "thead",
@@ -36,6 +41,7 @@ ALLOWED_TAGS = frozenset(
         "code",
         "pre",
         "br",
+        "wbr",
         "hr",
         "ul",
         "ol",
@@ -58,73 +64,26 @@ ALLOWED_TAGS = frozenset(
         "dd",
     ]
 )
-VOID_TAGS = frozenset(("br", "hr", "img", "col"))
 # Elements that go together with what they hold.
-DROPPED_WITH_CONTENT = frozenset(
-    ("script", "style", "iframe", "object", "template", "noscript", "svg", "math", "title")
-)
-ALLOWED_ATTRIBUTES = frozenset(("colspan", "rowspan", "scope", "title", "alt", "width", "height", "align"))
-SAFE_LINK = re.compile(r"^(https?://|#|mailto:)", re.IGNORECASE)
+DROPPED_WITH_CONTENT = set(["script", "style", "iframe", "object", "template", "noscript", "svg", "math", "title"])
+ATTRIBUTES = set(["colspan", "rowspan", "scope", "title", "alt", "width", "height", "align", "style"])
+STYLES = {"text-align", "color", "background-color", "font-weight", "font-style", "white-space"}
 SAFE_IMAGE = re.compile(r"^data:image/(png|jpeg|gif|svg\+xml);base64,[A-Za-z0-9+/=\s]+$")
-SAFE_STYLE = re.compile(
-    r"^\s*(text-align|min-width|color|background-color|font-weight|font-style|white-space)\s*:\s*[\w#%. -]+$"
-)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-class _Sanitizer(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.out: list[str] = []
-        self.open: list[str] = []
-        self.dropping = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in DROPPED_WITH_CONTENT:
-            self.dropping += 1
-        elif not self.dropping and tag in ALLOWED_TAGS:
-            self.out.append(f"<{tag}{''.join(_attribute(name, value or '') for name, value in attrs)}>")
-            if tag not in VOID_TAGS:
-                self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID_TAGS:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in DROPPED_WITH_CONTENT:
-            self.dropping = max(0, self.dropping - 1)
-        elif not self.dropping and tag in self.open:
-            while self.open:
-                last = self.open.pop()
-                self.out.append(f"</{last}>")
-                if last == tag:
-                    break
-
-    def handle_data(self, data: str) -> None:
-        if not self.dropping:
-            self.out.append(escape(data))
-
-
-def _attribute(name: str, value: str) -> str:
-    if name == "style":
-        value = "; ".join(part.strip() for part in value.split(";") if SAFE_STYLE.match(part))
-        keep = bool(value)
-    else:
-        keep = (
-            name in ALLOWED_ATTRIBUTES
-            or (name == "href" and bool(SAFE_LINK.match(value)))
-            or (name == "src" and bool(SAFE_IMAGE.match(value)))
-        )
-    return f' {name}="{escape(value)}"' if keep else ""
-
-
-def sanitize(markup: str) -> str:
+def sanitize(text: str) -> str:
     """The markup with only harmless elements and attributes left, every element closed."""
-    parser = _Sanitizer()
-    parser.feed(markup)
-    parser.close()
-    return "".join(parser.out) + "".join(f"</{tag}>" for tag in reversed(parser.open))
+    return nh3.clean(
+        text,
+        tags=TAGS,
+        clean_content_tags=DROPPED_WITH_CONTENT,
+        attributes={"*": ATTRIBUTES, "a": {"href"}, "img": {"src"}},
+        attribute_filter=lambda tag, name, value: value if name != "src" or SAFE_IMAGE.match(value) else None,
+        url_schemes={"http", "https", "mailto", "data"},
+        filter_style_properties=STYLES,
+        link_rel="noopener noreferrer",
+    )
 
 
 def markdown(text: str, heading: Callable[[int, str], str]) -> str:
@@ -139,17 +98,19 @@ def markdown(text: str, heading: Callable[[int, str], str]) -> str:
             # Nothing may be loaded from outside; an embedded image may stay.
             return f'<img src="{escape(url)}" alt="{text}">' if SAFE_IMAGE.match(url) else f"[{text}]"
 
-    return mistune.create_markdown(renderer=Renderer(escape=True), plugins=["table", "strikethrough"])(text)
+    return str(
+        mistune.create_markdown(renderer=Renderer(escape=True), plugins=["table", "strikethrough"])(visible(text))
+    )
 
 
-def code(source: str) -> str:
-    """Highlighted Python source, folded."""
+def code(source: str, name: str) -> str:
+    """Highlighted Python source in a fold called `name`."""
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    body = highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
-    return f'<details class="code"><summary>code</summary><pre>{body}</pre></details>'
+    body = highlight(visible(source), PythonLexer(), HtmlFormatter(nowrap=True))
+    return f'<details class="code"><summary>{markup(name)}</summary><pre>{body}</pre></details>'
 
 
 def joined_streams(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,27 +126,15 @@ def joined_streams(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def output(item: dict[str, Any]) -> str:
-    """One cell output as HTML."""
+    """One cell output as HTML; figures are for `report`, which numbers them."""
     kind = item["output_type"]
     if kind == "stream":
-        return _text(_joined(item["text"]), f"stream {item.get('name', 'stdout')}")
+        return _text(_joined(item["text"]), f"stream {escape(item.get('name', 'stdout'))}")
     if kind == "error":
-        trace = ANSI.sub("", "\n".join(item.get("traceback") or [])) or f"{item['ename']}: {item['evalue']}"
-        head = f"<b>{escape(item['ename'])}: {escape(item['evalue'][:600])}</b>"
-        return f'<div class="error">{head}{_text(trace, "trace")}</div>'
-    return _rich(item.get("data", {}), item.get("metadata", {}))
-
-
-def _rich(data: dict[str, Any], metadata: dict[str, Any]) -> str:
-    for kind in ("image/png", "image/jpeg"):
-        if kind in data:
-            packed = re.sub(r"\s", "", _joined(data[kind]))
-            return _image(kind, packed, metadata.get(kind, {}), data)
-    if "image/svg+xml" in data:
-        packed = base64.b64encode(_joined(data["image/svg+xml"]).encode()).decode()
-        return _image("image/svg+xml", packed, {}, data)
-    if "application/vnd.jupyter.widget-view+json" in data:
-        return '<p class="note">An interactive control stands here when the notebook is open in JupyterLab.</p>'
+        return error(item["ename"], item["evalue"], "\n".join(item.get("traceback") or []))
+    data = item.get("data", {})
+    if WIDGET in data and "text/html" not in data:
+        return f'<p class="note">{escape(translate("report.widget"))}</p>'
     if "text/html" in data:
         return f'<div class="scroll">{sanitize(_joined(data["text/html"]))}</div>'
     if "text/markdown" in data:
@@ -195,23 +144,37 @@ def _rich(data: dict[str, Any], metadata: dict[str, Any]) -> str:
     return _text(_joined(data.get("text/plain", "")), "plain")
 
 
-def _image(kind: str, packed: str, metadata: Any, data: dict[str, Any]) -> str:
-    metadata = metadata if isinstance(metadata, dict) else {}
-    alt = str(metadata.get("alt") or _joined(data.get("text/plain", "figure")))
-    width = metadata.get("width")
-    size = f' width="{int(width)}"' if isinstance(width, (int, float)) else ""
-    return f'<figure><img src="data:{kind};base64,{escape(packed)}" alt="{escape(alt)}"{size}></figure>'
+def error(name: str, text: str, trace: str = "") -> str:
+    """What went wrong in one line; the traceback in a fold."""
+    frames = _text(trace, "trace")
+    folded = f"<details><summary>{escape(translate('report.traceback'))}</summary>{frames}</details>" if frames else ""
+    return f'<div class="error"><b>{markup(f"{name}: {text}"[:600])}</b>{folded}</div>'
+
+
+def image(item: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """(data URL, metadata) of an output that is a picture, else None."""
+    data, metadata = item.get("data", {}), item.get("metadata", {})
+    for kind in ("image/png", "image/jpeg"):
+        if kind in data:
+            about = metadata.get(kind)
+            packed = escape(re.sub(r"\s", "", _joined(data[kind])))
+            return f"data:{kind};base64,{packed}", about if isinstance(about, dict) else {}
+    if "image/svg+xml" in data:
+        packed = base64.b64encode(_joined(data["image/svg+xml"]).encode()).decode()
+        return f"data:image/svg+xml;base64,{packed}", {}
+    return None
 
 
 def _text(text: str, style: str) -> str:
-    text = ANSI.sub("", text).rstrip()
+    text = OVERWRITTEN.sub("", ANSI.sub("", text).replace("\r\n", "\n")).rstrip()
     if not text:
         return ""
-    body = f'<pre class="{style}">{escape(text)}</pre>'
+    body = f'<pre class="{style}">{escape(visible(text))}</pre>'
     lines = text.count("\n") + 1
     if lines <= LONG_OUTPUT_LINES:
         return body
-    return f'<details class="long"><summary>{lines} lines of output</summary>{body}</details>'
+    title = escape(translate("report.long_output", count=lines))
+    return f'<details class="long"><summary>{title}</summary>{body}</details>'
 
 
 def _joined(text: str | list[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ascend_kit.files import write_atomic
+from ascend_kit.messages import Finding
 from ascend_kit.results import RunFolder, run_parameters
 from ascend_kit.show import render
 from ascend_kit.stages import RunRecord, Stage
@@ -95,7 +96,7 @@ def _brief(folder: Path, sections: list[dict[str, Any]]) -> str:
     parts = []
     for section in sections:
         findings = _read_json(folder / f"{section['name']}.json").get("findings") or []
-        items = "".join(f"<li>{escape(str(text))}</li>" for text in findings)
+        items = "".join(f"<li>{escape(str(Finding.from_row(row)))}</li>" for row in findings)
         if items:
             parts.append(f'<h3><a href="#{section["id"]}">{escape(section["title"])}</a></h3><ul>{items}</ul>')
     return f'<h2 id="findings">Findings</h2>{"".join(parts)}' if parts else ""
@@ -170,8 +171,17 @@ def _cell(cell: dict[str, Any], section: dict[str, Any]) -> str:
         return f'<div class="prose">{prose}</div>'
     if cell["cell_type"] != "code" or not source.strip():
         return ""
-    outputs = "".join(render.output(item) for item in render.joined_streams(cell.get("outputs", [])))
-    return f'<div class="cell">{render.code(source)}{outputs}</div>'
+    outputs = "".join(map(_output, render.joined_streams(cell.get("outputs", []))))
+    return f'<div class="cell">{render.code(source, cell.get("id", "code"))}{outputs}</div>'
+
+
+def _output(item: dict[str, Any]) -> str:
+    picture = render.image(item)
+    if picture is None:
+        return render.output(item)
+    url, about = picture
+    size = f' width="{int(about["width"])}"' if isinstance(about.get("width"), (int, float)) else ""
+    return f'<figure><img src="{url}" alt="{escape(str(about.get("alt", "figure")))}"{size}></figure>'
 
 
 def _heading(level: int, text: str, section: dict[str, Any]) -> str:

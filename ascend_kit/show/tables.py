@@ -1,50 +1,91 @@
-"""Tables for people: few digits, no cut-off text, empty cells for what is unknown, all text escaped."""
+"""Tables for people: at most eight columns, few digits, no cut-off text, all text escaped and visible.
+
+What does not fit in eight columns, and what is beyond the first lines, stands in a fold below. pandas' Styler is not
+used: it needs a style element, which JupyterLab, nbconvert and the report take out of a table for safety.
+"""
 
 from __future__ import annotations
 
 import math
-import textwrap
+import unicodedata
 from html import escape
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.measure.load import total_load
+from ascend_kit.messages import keys as known_keys
+from ascend_kit.messages import translate
 
 if TYPE_CHECKING:
     import pandas
+    from IPython.display import HTML
 
 LONGEST_TEXT = 300
 WIDE_TEXT = 40
 PROMPT_START = 90
 FACTS_DEPTH = 2
+MOST_COLUMNS = 8
+MOST_LINES = 40
+BEST_AND_WORST = 10
 SWEEP = [
-    *("backend", "concurrency", "prompt_len", "output_len", "repeat", "output_tokens_per_s", "ceiling_share"),
-    *("ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms", "e2e_p99_ms", "requests_per_s", "goodput_requests_per_s"),
-    *("mbu", "mfu", "status", "error"),
+    *("backend", "concurrency", "prompt_len", "output_len", "output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"),
+    *("ceiling_share", "repeat", "cards", "tensor_parallel", "itl_p99_ms", "e2e_p99_ms", "requests_per_s"),
+    *("goodput_requests_per_s", "mbu", "mfu", "ran_with", "status", "error"),
 ]
-LAYOUT = ["cards", "tensor_parallel"]
-SCORES = ["kind", "set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "status", "error"]
+SCORES = ["set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "kind", "status", "error"]
 PAIRED = [
-    *("candidate", "set", "n", "baseline_percent", "candidate_percent", "difference_points"),
-    *("low_points", "high_points", "p_holm", "outcome"),
+    *("candidate", "set", "n", "difference_points", "low_points", "high_points", "p_holm", "outcome"),
+    *("baseline_percent", "candidate_percent"),
 ]
 ANSWERS = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
+CHECKS = ["section", "check", "status", "evidence", "remedy"]
+SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
+JOINERS = "\u200c\u200d"  # a part of ordinary words and emoji
 
 
-def readable(table: pandas.DataFrame) -> Any:
-    """The table as HTML for a notebook; the index only where it means something. Units stand in column names."""
+def readable(table: pandas.DataFrame, *, keys: int = 1) -> HTML | None:
+    """The table as HTML for a notebook, None where it is empty; the index only where it means something.
+
+    Columns without any value are left out. The first `keys` columns stand again before those in the fold.
+    """
     from IPython.display import HTML
 
+    table = table.dropna(axis="columns", how="all")
     if table.empty:
-        return HTML("<p>Nothing to show.</p>")
+        return None
+    names = list(table.columns)
+    shown = table[names[:MOST_COLUMNS]]
+    step = max(1, MOST_COLUMNS - keys)
+    rest = [names[:keys] + names[at : at + step] for at in range(MOST_COLUMNS, len(names), step)]
+    folded = fold(translate("table.more_columns", count=len(names) - MOST_COLUMNS), *(_lines(table[c]) for c in rest))
+    return HTML(_lines(shown) + (folded if rest else ""))
+
+
+def _lines(table: pandas.DataFrame) -> str:
+    """The first lines as a table, the others in a fold below it."""
+    if len(table) <= MOST_LINES + 1:
+        return _html(table)
+    more = fold(translate("table.more_lines", count=len(table) - MOST_LINES), _html(table[MOST_LINES:]))
+    return _html(table[:MOST_LINES]) + more
+
+
+def fold(title: str, *parts: str) -> str:
+    """HTML parts that are hidden until the title is clicked."""
+    return f"<details><summary>{markup(title)}</summary>{''.join(parts)}</details>"
+
+
+def _html(table: pandas.DataFrame) -> str:
     has_names = not _is_counter(table.index)
     head = ([table.index.name or ""] if has_names else []) + list(table.columns)
-    lines = [f"<tr>{''.join(f'<th>{escape(str(name))}</th>' for name in head)}</tr>"]
-    lines.append("</thead><tbody>")
+    lines = [f"<tr>{''.join(_head(name) for name in head)}</tr></thead><tbody>"]
     for name, row in zip(table.index, table.itertuples(index=False, name=None), strict=True):
-        first = f"<th>{escape(str(name))}</th>" if has_names else ""
+        first = f'<th scope="row">{markup(str(name))}</th>' if has_names else ""
         lines.append(f"<tr>{first}{''.join(_cell(value) for value in row)}</tr>")
-    return HTML(f"<table><thead>{''.join(lines)}</tbody></table>")
+    return f"<table><thead>{''.join(lines)}</tbody></table>"
+
+
+def _head(name: Any) -> str:
+    return f'<th scope="col">{markup(str(name)).replace("_", "_<wbr>")}</th>'  # long names break where words end
 
 
 def _is_counter(index: pandas.Index) -> bool:
@@ -54,16 +95,41 @@ def _is_counter(index: pandas.Index) -> bool:
 
 
 def _cell(value: Any) -> str:
-    """Numbers to the right, so that digits stand below each other; long text with room to be read."""
+    """Numbers to the right, so that digits stand below each other; short text in one line."""
     text = cell_text(value)
     if isinstance(value, Number) and not isinstance(value, bool):
         style = "text-align: right"
     else:
-        style = "text-align: left; " + ("min-width: 20em" if len(text) > WIDE_TEXT else "white-space: nowrap")
-    return f'<td style="{style}">{escape(text)}</td>'
+        style = "text-align: left" + ("" if len(text) > WIDE_TEXT else "; white-space: nowrap")
+    return f'<td style="{style}">{markup(text)}</td>'
 
 
-def facts(values: dict[str, Any], *, title: str = "value") -> Any:
+def markup(text: str) -> str:
+    """Text as HTML that shows it as it is: escaped, no formula between dollar signs, nothing invisible."""
+    return escape(visible(text)).replace("$", "<span>$</span>")
+
+
+def visible(text: str) -> str:
+    """The text with control, format and bidi characters and lone surrogates written out, as ⟨U+202E⟩."""
+    return "".join(
+        f"⟨U+{ord(sign):04X}⟩" if unicodedata.category(sign) in _UNSEEN and sign not in "\n\t" + JOINERS else sign
+        for sign in text
+    )
+
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def shorten(text: str, most: int) -> str:
+    """At most `most` characters; cut between words where the last third has a gap, else between characters."""
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    cut = text[: most - 2]
+    return cut[: max(cut.rfind(" "), 0) if cut.rfind(" ") > most * 2 // 3 else len(cut)] + " …"
+
+
+def facts(values: dict[str, Any], *, title: str = "value") -> HTML | None:
     """A mapping as a table of two columns; inner mappings become `outer.inner` rows."""
     import pandas
 
@@ -92,9 +158,7 @@ def _number(value: float) -> str:
         return ""
     if math.isinf(value) or value == 0:
         return f"{value:g}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) -> dict[str, Any]:
@@ -109,42 +173,72 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) ->
     return rows
 
 
-def sweep(rows: pandas.DataFrame) -> Any:
+# --- tables of the notebooks --------------------------------------------------------------------------------
+
+
+def sweep(rows: pandas.DataFrame) -> HTML | None:
     """The columns of a sweep that answer its question; everything else stays in the file."""
-    layouts = [name for name in LAYOUT if name in rows and rows[name].nunique() > 1]
-    shared = ["ran_with"] if "ran_with" in rows and (rows["ran_with"].str.len() > 0).any() else []
-    columns = ["cell"] * bool(shared) + SWEEP[:1] + layouts + SWEEP[1:-2] + shared + SWEEP[-2:]
-    return readable(rows.reindex(columns=columns))
+    return readable(_chosen(rows, SWEEP), keys=4)
 
 
-def cards(rows: pandas.DataFrame) -> Any:
+def _chosen(table: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
+    """Those columns that the table has; layouts of cards only where there are several."""
+    alike = {name for name in ("cards", "tensor_parallel") if name in table and table[name].nunique() <= 1}
+    return table[[name for name in columns if name in table and name not in alike]]
+
+
+def cards(rows: pandas.DataFrame) -> HTML | None:
     """What each card did in all measured stretches together."""
     return readable(total_load(rows))
 
 
-def scores(table: pandas.DataFrame) -> Any:
-    """Scores with their standard error and the number of documents behind them."""
-    return readable(table.reindex(columns=SCORES))
+def scores(table: pandas.DataFrame) -> HTML | None:
+    """Scores with their standard error; of very many tasks the sets, ten best and ten worst, the rest folded."""
+    from IPython.display import HTML
+
+    shown = _chosen(table, SCORES)
+    if len(shown) <= MOST_LINES or "kind" not in shown:
+        return readable(shown, keys=3)
+    import pandas
+
+    tasks = shown[(shown["kind"] == "task") & (shown["metric"] == "acc")].sort_values("value", ascending=False)
+    if len(tasks) <= 2 * BEST_AND_WORST:
+        return readable(shown, keys=3)
+    ends = pandas.concat([shown[shown["kind"] == "group"], tasks[:BEST_AND_WORST], tasks[-BEST_AND_WORST:]])
+    rest = shown.drop(ends.index)
+    folded = fold(translate("table.more_tasks", count=len(rest)), _html(rest[[c for c in rest if c != "kind"][:8]]))
+    return HTML(_html(ends.dropna(axis="columns", how="all").iloc[:, :MOST_COLUMNS]) + folded)
 
 
-def answers(table: pandas.DataFrame) -> Any:
+def answers(table: pandas.DataFrame) -> HTML | None:
     """The first answers; all of them, and the whole prompts, are in the JSON file."""
-    first = table.reindex(columns=ANSWERS).head(20)
-    return readable(first.assign(prompt=first["prompt"].map(lambda text: textwrap.shorten(text, PROMPT_START))))
+    first = _chosen(table, ANSWERS).head(20)
+    return readable(first.assign(prompt=first["prompt"].map(lambda text: shorten(str(text), PROMPT_START))))
 
 
-def paired(table: pandas.DataFrame) -> Any:
-    """Each run against the baseline per set: percent, points and their interval, corrected p-value."""
-    return readable(table.reindex(columns=PAIRED) if len(table) else table)
+def paired(table: pandas.DataFrame) -> HTML | None:
+    """Each run against the baseline per set: points with their interval, corrected p-value, then the percentages."""
+    return readable(_chosen(table, PAIRED), keys=2)
 
 
-def runs(table: pandas.DataFrame) -> Any:
+def runs(table: pandas.DataFrame) -> HTML | None:
     """One line per run, its name first."""
     return readable(table[["run", *table.columns.drop("run")]])
 
 
-def checks(table: pandas.DataFrame) -> Any:
-    """The doctor's findings, the most serious first."""
-    order = {"fail": 0, "warn": 1, "ok": 2, "n/a": 3}
-    shown = table.sort_values("status", key=lambda column: column.map(order), kind="stable")
-    return readable(shown.reindex(columns=["section", "check", "status", "evidence", "remedy"]))
+def checks(table: pandas.DataFrame) -> HTML:
+    """What the doctor found wrong, the most serious first; what is fine in a fold."""
+    from IPython.display import HTML
+
+    order = table["status"].map(SERIOUS_FIRST.index)
+    shown = table.iloc[order.argsort(kind="stable")].reindex(columns=CHECKS)
+    bad = shown["status"].isin(["fail", "warn"])
+    title = translate("table.checks_fine" if not bad.any() else "table.checks_rest", count=int((~bad).sum()))
+    return HTML((_html(shown[bad]) if bad.any() else "") + fold(title, _html(shown[~bad])))
+
+
+def parity(figures: pandas.DataFrame) -> HTML | None:
+    """Figures of a parity check with what each of them says."""
+    known = known_keys()
+    meaning = figures["figure"].map(lambda name: translate(f"parity.{name}") if f"parity.{name}" in known else "")
+    return readable(figures.assign(meaning=meaning))
