@@ -13,6 +13,7 @@ from typing import Any
 
 GIB = 2**30
 Progress = Callable[[int, int], None]  # done, total
+Table = Any  # a pandas.DataFrame: pandas' own annotations make every selected column a Series, a frame or unknown
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

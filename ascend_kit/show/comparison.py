@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ascend_kit.files import Table
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder, run_parameters
 
 if TYPE_CHECKING:
-    import pandas
-
     from ascend_kit.evaluation.tradeoff import Verdict
 
 # Parameters that name things or places; they tell nothing about how a run was made.
@@ -22,7 +21,7 @@ NAMES = frozenset(
 )
 
 
-def differences(folders: Sequence[RunFolder]) -> pandas.DataFrame:
+def differences(folders: Sequence[RunFolder]) -> Table:
     """Every parameter in which the runs differ: a line per parameter, a column per run."""
     import pandas
 
@@ -36,7 +35,7 @@ def differences(folders: Sequence[RunFolder]) -> pandas.DataFrame:
     return table[~is_equal & ~table.index.isin(NAMES)]
 
 
-def interval_points(table: pandas.DataFrame) -> pandas.DataFrame:
+def interval_points(table: Table) -> Table:
     """Rows of `accuracy_throughput` that have both values, as `plots.accuracy_vs_throughput` wants them."""
     table = table.dropna(subset=["accuracy_percent", "output_tokens_per_s"])
     spread = table["accuracy_high_percent"].astype(float) - table["accuracy_low_percent"].astype(float)
@@ -49,7 +48,7 @@ def interval_points(table: pandas.DataFrame) -> pandas.DataFrame:
     )
 
 
-def paired_tables(folders: Sequence[RunFolder], margin_points: float) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+def paired_tables(folders: Sequence[RunFolder], margin_points: float) -> tuple[Table, Table]:
     """Accuracy per set and bits per byte of every run against the baseline, paired on common documents.
 
     `margin_points`: the loss of accuracy, in points, that still counts as `within margin`.

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.files import Table
 from ascend_kit.params import ENGINE_SWITCHES
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -24,7 +24,7 @@ SWITCHES = ("run", *ENGINE_SWITCHES)
 LENGTHS = ["prompt_len", "output_len"]
 
 
-def config_labels(rows: pandas.DataFrame) -> pandas.Series:
+def config_labels(rows: Table) -> Table:
     """A short name per row: the engine, and those switches in which the rows of one engine differ."""
     names = rows["backend"].astype(str) if "backend" in rows else rows["run"].astype(str)
     labels = names.copy()
@@ -53,7 +53,7 @@ def _switch_text(switch: str, value: Any) -> str:
     return f", {switch}" if value else f", no {switch}"
 
 
-def finished_rows(rows: pandas.DataFrame) -> pandas.DataFrame:
+def finished_rows(rows: Table) -> Table:
     return rows[rows["status"] == "ok"] if "status" in rows else rows
 
 
@@ -74,7 +74,7 @@ def make_grid(lines: int, columns: int, *, height: float, width: float = 4.4) ->
     return figure, grid
 
 
-def make_panels(rows: pandas.DataFrame) -> tuple[Figure, list[tuple[Axes, pandas.DataFrame]]]:
+def make_panels(rows: Table) -> tuple[Figure, list[tuple[Axes, Table]]]:
     """One panel per (prompt, output) length, at most three in a line; every panel knows all
     configurations.
     """
@@ -96,9 +96,7 @@ def lengths_text(lengths: Sequence[int]) -> str:
     return f"prompt {lengths[0]:,}, output {lengths[1]:,} tokens"
 
 
-def series(
-    axes: Axes, rows: pandas.DataFrame, column: str, *, style: str = "-", points: bool = True, named: bool = True
-) -> None:
+def series(axes: Axes, rows: Table, column: str, *, style: str = "-", points: bool = True, named: bool = True) -> None:
     """A line through the median of the repeats per configuration, and the repeats themselves as points."""
     if "_label" not in rows:
         rows = rows.assign(_label=config_labels(rows))
@@ -110,7 +108,7 @@ def series(
             axes.plot(part["concurrency"], part[column], "o", color=colour, markersize=5, alpha=0.75)
 
 
-def reference_line(axes: Axes, rows: pandas.DataFrame, column: str, style: str, text: str) -> None:
+def reference_line(axes: Axes, rows: Table, column: str, style: str, text: str) -> None:
     """A ceiling or prediction per configuration, in its colour; equal ones are drawn once, in grey."""
     if column not in rows or rows[column].isna().all():
         return
@@ -123,12 +121,12 @@ def reference_line(axes: Axes, rows: pandas.DataFrame, column: str, style: str, 
         axes.plot(own[name].index, own[name], style, color=colour, label=label)
 
 
-def limit_line(axes: Axes, rows: pandas.DataFrame, column: str) -> None:
+def limit_line(axes: Axes, rows: Table, column: str) -> None:
     if column in rows and rows[column].notna().any():
         axes.axhline(rows[column].dropna().iloc[0], color="#C00000", linewidth=1, label="stated limit")
 
 
-def log2_axis(axes: Axes, values: pandas.Series) -> None:
+def log2_axis(axes: Axes, values: Table) -> None:
     ticks = sorted(values.unique())
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks], minor=False)

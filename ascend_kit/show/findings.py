@@ -10,19 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.messages import Finding, say
+from ascend_kit.files import Table
+from ascend_kit.messages import Finding, Level, say
 from ascend_kit.results import RunFolder
 from ascend_kit.show.drawing import config_labels
 
 if TYPE_CHECKING:
-    import pandas
-
     from ascend_kit.checkpoint.convert import ConversionResult
     from ascend_kit.evaluation.scores import EvaluationResult
     from ascend_kit.evaluation.tradeoff import Verdict
 
 HIT_RATE_WORTH_A_WORD = 0.02
-CAUTIOUS = {"fail": "failed", "warn": "caution"}
+CAUTIOUS: dict[str, Level] = {"fail": "failed", "warn": "caution"}
 
 
 def conclude(folder: RunFolder, findings: Iterable[Finding], files: Iterable[str | Path] = ()) -> Path:
@@ -37,7 +36,7 @@ def conclude(folder: RunFolder, findings: Iterable[Finding], files: Iterable[str
     return folder.write_json(str(folder.stage), value)
 
 
-def environment_findings(checks: pandas.DataFrame, ceilings: dict[str, Any]) -> list[Finding]:
+def environment_findings(checks: Table, ceilings: dict[str, Any]) -> list[Finding]:
     """What the doctor found wrong, and the measured ceilings in words."""
     bad = checks[checks["status"].isin(list(CAUTIOUS))]
     found = [
@@ -65,7 +64,7 @@ def conversion_findings(manifest: dict[str, Any], result: ConversionResult) -> l
     return [say("convert.written", **values, seconds=result.seconds, mb_per_s=result.mb_per_s or 0.0)]
 
 
-def sweep_findings(rows: pandas.DataFrame) -> list[Finding]:
+def sweep_findings(rows: Table) -> list[Finding]:
     """Best point of each engine and layout, distance from the ceiling, gain over the baseline, and what failed."""
     from ascend_kit.measure.sweep import failed_points
 
@@ -79,14 +78,14 @@ def sweep_findings(rows: pandas.DataFrame) -> list[Finding]:
         found.append(say("sweep.prefix_hits", "caution", share=float(done["prefix_hit_rate"].max())))
     if "num_preemptions" in done and done["num_preemptions"].fillna(0).sum() > 0:
         found.append(say("sweep.preemptions", "caution", count=int(done["num_preemptions"].sum())))
+    point = ["concurrency", "prompt_len", "output_len"]
     return found + [
-        say("sweep.failed", "failed", concurrency=int(row.concurrency), prompt_len=int(row.prompt_len),
-            output_len=int(row.output_len), engine=row.backend, error=str(row.error))
-        for row in failed_points(rows).itertuples()
-    ]  # fmt: skip
+        say("sweep.failed", "failed", engine=row["backend"], error=str(row["error"]), **{k: int(row[k]) for k in point})
+        for row in failed_points(rows).to_dict("records")
+    ]
 
 
-def _best_point(name: str, group: pandas.DataFrame) -> Finding:
+def _best_point(name: str, group: Table) -> Finding:
     """The best point by the mean of its repeats, as 06 counts it: a single lucky repeat is no headline."""
     point = ["concurrency", "prompt_len", "output_len"]
     numbers = group.groupby(point, sort=False)[_PER_POINT].mean()
@@ -105,7 +104,7 @@ def _best_point(name: str, group: pandas.DataFrame) -> Finding:
 _PER_POINT = ["output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"]
 
 
-def _gain(done: pandas.DataFrame) -> list[Finding]:
+def _gain(done: Table) -> list[Finding]:
     """Our throughput over the baseline's at equal points, worst and best."""
     point = ["concurrency", "prompt_len", "output_len"]
     table = done.pivot_table(index=point, columns="engine", values="output_tokens_per_s", aggfunc="median")
@@ -119,7 +118,7 @@ def _gain(done: pandas.DataFrame) -> list[Finding]:
     ]
 
 
-def _shared(done: pandas.DataFrame) -> list[Finding]:
+def _shared(done: Table) -> list[Finding]:
     """A caution where points were measured while others ran on the same machine."""
     shared = done[done["ran_with"].str.len() > 0] if "ran_with" in done else done[:0]
     if shared.empty:
@@ -128,7 +127,7 @@ def _shared(done: pandas.DataFrame) -> list[Finding]:
     return [say(f"sweep.shared_{where}", "caution", shared=len(shared), total=len(done))]
 
 
-def batch_findings(answers: pandas.DataFrame) -> list[Finding]:
+def batch_findings(answers: Table) -> list[Finding]:
     """How many prompts were answered, how long it took per request, how the answers ended, what failed."""
     done, failed = answers[answers["status"] == "ok"], answers[answers["status"] != "ok"]
     tokens = int(done["num_output_tokens"].sum())
@@ -149,7 +148,7 @@ def batch_findings(answers: pandas.DataFrame) -> list[Finding]:
 
 def evaluation_findings(result: EvaluationResult) -> list[Finding]:
     """Accuracy of each set with its standard error, perplexities, cautions and failed tasks."""
-    found = [_score(row) for row in _whole_sets(result)]
+    found = [_score(row) for row in _whole_sets(result.groups, result.tasks)]
     found += [_caution(flag) for flag in result.flags]
     return found + [
         say("scores.failed", "failed", task=task, error=str(error)) for task, error in result.failed.items()
@@ -160,15 +159,15 @@ def _caution(flag: Any) -> Finding:
     return say("text", "caution", text=flag) if isinstance(flag, str) else Finding.from_row(flag)
 
 
-def _whole_sets(result: EvaluationResult) -> list[Any]:
+def _whole_sets(groups: Table, tasks: Table) -> list[Any]:
     """The widest finished group of each set, and the measures of running text; the table has the rest."""
     rows = []
-    if len(result.groups):
-        done = result.groups[(result.groups["status"] == "ok") & (result.groups["metric"] == "acc")]
+    if len(groups):
+        done = groups[(groups["status"] == "ok") & (groups["metric"] == "acc")]
         widest = done.sort_values("n", ascending=False).drop_duplicates("set")
         rows += list(widest.sort_index().itertuples())
-    if len(result.tasks):
-        done = result.tasks[(result.tasks["status"] == "ok") & (result.tasks["set"] == "wikitext")]
+    if len(tasks):
+        done = tasks[(tasks["status"] == "ok") & (tasks["set"] == "wikitext")]
         rows += list(done.itertuples())
     return rows
 
@@ -183,7 +182,7 @@ def _score(row: Any) -> Finding:
     return say(f"scores.{kind}_with_error", **values, stderr=float(row.stderr) * (100 if percent else 1))
 
 
-def comparison_findings(decision: Verdict, perplexity: pandas.DataFrame) -> list[Finding]:
+def comparison_findings(decision: Verdict, perplexity: Table) -> list[Finding]:
     """The verdict and its cautions, and how running text compares."""
     lines = [line for line in decision.text.splitlines() if line.strip()]
     found = [say("compare.verdict", text=line) for line in lines[:1]] + [say("text", text=line) for line in lines[1:]]

@@ -42,7 +42,7 @@ class ParameterPanel:
         """Value and meaning of every parameter that is not at its default."""
         import pandas
 
-        defaults = Experiment()
+        defaults = build_experiment({})
 
         rows = [
             {
@@ -79,7 +79,7 @@ class ParameterPanel:
         message = self.check()
         if not message.startswith("fine"):
             return message
-        defaults = Experiment().model_dump()
+        defaults = build_experiment({}).model_dump()
         changed = {key: value for key, value in self.experiment.model_dump().items() if value != defaults[key]}
         write_atomic(Path(path), yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
         return f"written to {path}; run it with: python -m ascend_kit run {path}"

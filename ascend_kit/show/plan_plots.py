@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ascend_kit.files import Table
+
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.figure import Figure
 
 from ascend_kit.show.drawing import FONT, PALETTE, finish, log2_axis, make_grid, nothing, value_axis
 
 
-def layouts_by_load(plans: pandas.DataFrame) -> Figure:
+def layouts_by_load(plans: Table) -> Figure:
     """Predicted output tokens/s against requests in flight, a line per tensor-parallel size, a panel per `model` and
     number of `cards`. A split that does not divide the model, or a load that does not fit, has no point."""
     drawable = plans.dropna(subset=["output_tokens_per_s"]) if not plans.empty else plans

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ascend_kit.files import Table
+
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -42,7 +43,7 @@ GIB = 2**30
 CEILING_LINES = (("ceiling_tokens_per_s", "--", "ceiling"), ("predicted_tokens_per_s", ":", "prediction"))
 
 
-def throughput(rows: pandas.DataFrame) -> Figure:
+def throughput(rows: Table) -> Figure:
     """Output tokens/s against concurrency, one panel per pair of lengths, ceilings dashed, prediction
     dotted.
     """
@@ -59,7 +60,7 @@ def throughput(rows: pandas.DataFrame) -> Figure:
     return finish(figure, "Throughput")
 
 
-def latency(rows: pandas.DataFrame) -> Figure:
+def latency(rows: Table) -> Figure:
     """TTFT, TPOT and ITL against concurrency: median solid, p90 dashed, p99 dotted; stated limits in red."""
     rows = finished_rows(rows)
     if rows.empty:
@@ -78,7 +79,7 @@ def latency(rows: pandas.DataFrame) -> Figure:
     return finish(figure, "Latency")
 
 
-def tradeoff(rows: pandas.DataFrame) -> Figure:
+def tradeoff(rows: Table) -> Figure:
     """Throughput against median TPOT; each point carries its concurrency. Up and to the left is better."""
     rows = finished_rows(rows).dropna(subset=["tpot_p50_ms"]) if not rows.empty else rows
     if rows.empty:
@@ -96,7 +97,7 @@ def tradeoff(rows: pandas.DataFrame) -> Figure:
     return finish(figure, "Throughput against latency (numbers: requests in flight)")
 
 
-def memory(rows: pandas.DataFrame) -> Figure:
+def memory(rows: Table) -> Figure:
     """Peak memory of all cards against concurrency in GiB; the weights alone, of every replica, are the dashed line."""
     rows = finished_rows(rows)
     if rows.empty:
@@ -112,7 +113,7 @@ def memory(rows: pandas.DataFrame) -> Figure:
     return finish(figure, "Memory")
 
 
-def speedup(rows: pandas.DataFrame, baseline: str = "transformers") -> Figure:
+def speedup(rows: Table, baseline: str = "transformers") -> Figure:
     """Throughput over the baseline's at the same point, as bars; range over repeats as a line."""
     rows = finished_rows(rows)
     if rows.empty or not (rows["backend"] == baseline).any() or not (rows["backend"] != baseline).any():
@@ -133,9 +134,7 @@ def speedup(rows: pandas.DataFrame, baseline: str = "transformers") -> Figure:
     return finish(figure, f"Speed-up over {baseline}")
 
 
-def _ratio_bars(
-    axes: Axes, part: pandas.DataFrame, base: pandas.Series, name: str, colour: str, place: int, count: int
-) -> None:
+def _ratio_bars(axes: Axes, part: Table, base: Table, name: str, colour: str, place: int, count: int) -> None:
     width = 0.8 / count
     for x, (concurrency, reference) in enumerate(base.items()):
         ratios = part[part["concurrency"] == concurrency]["output_tokens_per_s"] / reference
@@ -147,7 +146,7 @@ def _ratio_bars(
         axes.annotate(f"{middle:.1f}x", (left, ratios.max()), (0, 3), textcoords="offset points", ha="center")
 
 
-def request_timeline(requests: pandas.DataFrame, max_requests: int = 64) -> Figure:
+def request_timeline(requests: Table, max_requests: int = 64) -> Figure:
     """When each request waited, was prefilled and decoded: time on the x axis, one line per request."""
     if requests.empty:
         return nothing("no request to draw")
@@ -174,7 +173,7 @@ def request_timeline(requests: pandas.DataFrame, max_requests: int = 64) -> Figu
 # ----------------------------------------------------------------------------------------------- accuracy
 
 
-def accuracy(scores: pandas.DataFrame, metric: str = "acc", chance: dict[str, float] | None = None) -> Figure:
+def accuracy(scores: Table, metric: str = "acc", chance: dict[str, float] | None = None) -> Figure:
     """Bars of a metric per task with one standard error; one bar per `run` where the table has several.
 
     `chance` gives the score of guessing per task, drawn as a short line: a bar at that height is an alarm.
@@ -207,7 +206,7 @@ def accuracy(scores: pandas.DataFrame, metric: str = "acc", chance: dict[str, fl
     return finish(figure, "Accuracy", legend=len(runs) > 1 or bool(chance))
 
 
-def accuracy_vs_throughput(table: pandas.DataFrame) -> Figure:
+def accuracy_vs_throughput(table: Table) -> Figure:
     """One point per run with 95 % intervals on both axes. Up and to the right is better.
 
     Columns: run, accuracy and accuracy_stderr (fractions), tokens_per_s, and where repeats were made
@@ -230,7 +229,7 @@ def accuracy_vs_throughput(table: pandas.DataFrame) -> Figure:
     return finish(figure, "Accuracy against throughput")
 
 
-def sensitivity(rows: pandas.DataFrame, schemes: Mapping[str, str] | None = None) -> Figure:
+def sensitivity(rows: Table, schemes: Mapping[str, str] | None = None) -> Figure:
     """KL divergence that quantising one linear alone causes, by layer and kind of linear.
 
     `rows`: one per linear, with linear (its full name), layer, part and kl (nats per token). `schemes` is the
@@ -256,7 +255,7 @@ def sensitivity(rows: pandas.DataFrame, schemes: Mapping[str, str] | None = None
     return finish(figure, "Cost of quantising one linear alone")
 
 
-def mixes(candidates: pandas.DataFrame, chosen: str | None = None, max_kl: float | None = None) -> Figure:
+def mixes(candidates: Table, chosen: str | None = None, max_kl: float | None = None) -> Figure:
     """Every measured mix of schemes: KL divergence against the weight bytes that a decode step reads.
 
     Columns: candidate (its name), weight_bytes, kl (nats per token). `max_kl` is drawn as a limit.
@@ -308,7 +307,7 @@ def _mix_kind(candidate: str) -> str:
 # ------------------------------------------------------------------------------------------------ planning
 
 
-def planner(plans: pandas.DataFrame) -> Figure:
+def planner(plans: Table) -> Figure:
     """Predicted output tokens/s by cards, a bar per tensor-parallel size; a panel per `model` where given.
 
     Hatched bars break a limit. A split that does not fit or does not divide has no bar.

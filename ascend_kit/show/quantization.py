@@ -29,7 +29,7 @@ def show_choice(folder: RunFolder, quantization: dict[str, Any], max_kl: float |
     columns = {
         "candidate": candidates["candidate"],
         "read per step, MB": candidates["weight_bytes"] / 1e6,
-        "predicted step, ms": pandas.to_numeric(candidates["predicted_step_s"]) * 1e3,
+        "predicted step, ms": candidates["predicted_step_s"].astype(float) * 1e3,
         "KL, nats/token": candidates["kl"],
         "accuracy lost, %": candidates["accuracy_loss"] * 100,
     }

@@ -12,12 +12,12 @@ from html import escape
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.files import Table
 from ascend_kit.measure.load import total_load
 from ascend_kit.messages import keys as known_keys
 from ascend_kit.messages import translate
 
 if TYPE_CHECKING:
-    import pandas
     from IPython.display import HTML
 
 LONGEST_TEXT = 300
@@ -43,7 +43,7 @@ SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
 JOINERS = "\u200c\u200d"  # a part of ordinary words and emoji
 
 
-def readable(table: pandas.DataFrame, *, keys: int = 1) -> HTML | None:
+def readable(table: Table, *, keys: int = 1) -> HTML | None:
     """The table as HTML for a notebook, None where it is empty; the index only where it means something.
 
     Columns without any value are left out. The first `keys` columns stand again before those in the fold.
@@ -61,7 +61,7 @@ def readable(table: pandas.DataFrame, *, keys: int = 1) -> HTML | None:
     return HTML(_lines(shown) + (folded if rest else ""))
 
 
-def _lines(table: pandas.DataFrame) -> str:
+def _lines(table: Table) -> str:
     """The first lines as a table, the others in a fold below it."""
     if len(table) <= MOST_LINES + 1:
         return _html(table)
@@ -74,7 +74,7 @@ def fold(title: str, *parts: str) -> str:
     return f"<details><summary>{markup(title)}</summary>{''.join(parts)}</details>"
 
 
-def _html(table: pandas.DataFrame) -> str:
+def _html(table: Table) -> str:
     has_names = not _is_counter(table.index)
     head = ([table.index.name or ""] if has_names else []) + list(table.columns)
     lines = [f"<tr>{''.join(_head(name) for name in head)}</tr></thead><tbody>"]
@@ -88,7 +88,7 @@ def _head(name: Any) -> str:
     return f'<th scope="col">{markup(str(name)).replace("_", "_<wbr>")}</th>'  # long names break where words end
 
 
-def _is_counter(index: pandas.Index) -> bool:
+def _is_counter(index: Any) -> bool:
     import pandas
 
     return index.name is None and pandas.api.types.is_integer_dtype(index)
@@ -176,23 +176,23 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) ->
 # --- tables of the notebooks --------------------------------------------------------------------------------
 
 
-def sweep(rows: pandas.DataFrame) -> HTML | None:
+def sweep(rows: Table) -> HTML | None:
     """The columns of a sweep that answer its question; everything else stays in the file."""
     return readable(_chosen(rows, SWEEP), keys=4)
 
 
-def _chosen(table: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
+def _chosen(table: Table, columns: list[str]) -> Table:
     """Those columns that the table has; layouts of cards only where there are several."""
     alike = {name for name in ("cards", "tensor_parallel") if name in table and table[name].nunique() <= 1}
     return table[[name for name in columns if name in table and name not in alike]]
 
 
-def cards(rows: pandas.DataFrame) -> HTML | None:
+def cards(rows: Table) -> HTML | None:
     """What each card did in all measured stretches together."""
     return readable(total_load(rows))
 
 
-def scores(table: pandas.DataFrame) -> HTML | None:
+def scores(table: Table) -> HTML | None:
     """Scores with their standard error; of very many tasks the sets, ten best and ten worst, the rest folded."""
     from IPython.display import HTML
 
@@ -210,23 +210,23 @@ def scores(table: pandas.DataFrame) -> HTML | None:
     return HTML(_html(ends.dropna(axis="columns", how="all").iloc[:, :MOST_COLUMNS]) + folded)
 
 
-def answers(table: pandas.DataFrame) -> HTML | None:
+def answers(table: Table) -> HTML | None:
     """The first answers; all of them, and the whole prompts, are in the JSON file."""
     first = _chosen(table, ANSWERS).head(20)
     return readable(first.assign(prompt=first["prompt"].map(lambda text: shorten(str(text), PROMPT_START))))
 
 
-def paired(table: pandas.DataFrame) -> HTML | None:
+def paired(table: Table) -> HTML | None:
     """Each run against the baseline per set: points with their interval, corrected p-value, then the percentages."""
     return readable(_chosen(table, PAIRED), keys=2)
 
 
-def runs(table: pandas.DataFrame) -> HTML | None:
+def runs(table: Table) -> HTML | None:
     """One line per run, its name first."""
     return readable(table[["run", *table.columns.drop("run")]])
 
 
-def checks(table: pandas.DataFrame) -> HTML:
+def checks(table: Table) -> HTML:
     """What the doctor found wrong, the most serious first; what is fine in a fold."""
     from IPython.display import HTML
 
@@ -237,7 +237,7 @@ def checks(table: pandas.DataFrame) -> HTML:
     return HTML((_html(shown[bad]) if bad.any() else "") + fold(title, _html(shown[~bad])))
 
 
-def parity(figures: pandas.DataFrame) -> HTML | None:
+def parity(figures: Table) -> HTML | None:
     """Figures of a parity check with what each of them says."""
     known = known_keys()
     meaning = figures["figure"].map(lambda name: translate(f"parity.{name}") if f"parity.{name}" in known else "")
