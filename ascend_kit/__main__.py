@@ -1,6 +1,7 @@
 """`python -m ascend_kit`: run, check, convert, doctor, report.
 
-Exit status: 0 done, 1 something that was run has failed, 2 the request itself is wrong, 130 interrupted.
+Exit status: 0 done, 1 something that was run has failed or is an alarm, 2 the request itself is wrong, 130 stopped by
+Ctrl-C, 143 by another signal.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ def _guarded(command: Any) -> int:
     except (ParameterError, RunError, RunFolderError) as error:
         print(f"ascend_kit: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("ascend_kit: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"ascend_kit: {error or 'interrupted'}", file=sys.stderr)
+        return getattr(error, "status", 130)
     except BrokenPipeError:
         return 141
 

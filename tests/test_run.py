@@ -298,7 +298,7 @@ def test_ended_run_leaves_no_kernel_and_resumes_with_the_missing_part(project, n
     (project / "go").touch()
     report = run_experiment("fake.yaml", notebooks="notebooks", resume=True, echo=lambda line: None)
 
-    assert process.returncode == (-9 if number == signal.SIGKILL else 130), output
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], output
     assert report.ok and (project / "log.txt").read_text() == "one "
 
 

@@ -1,9 +1,8 @@
-"""Execute one notebook headless and say truthfully how it ended.
+"""The life of one stage: its notebook is started, run, stopped if a signal says so, and judged from its evidence.
 
-Knows nothing of experiments: a source notebook, parameters, an output path, and the file that the notebook
-must have written. papermill does the execution; what it gets wrong is put right here (seen with papermill 2.7
-and nbclient 0.11): it takes whatever kernel is called python3, marks every cell completed after a killed
-kernel, takes `sys.exit(0)` for success, and writes the copy in place.
+papermill works in a thread; the main thread only waits, so that a signal at any moment finds it able to end the
+kernel. Knows nothing of experiments: a source notebook, parameters, an output path, and the file that the notebook
+must have written.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ import contextlib
 import os
 import re
 import signal
-import sys
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import write_atomic
+from ascend_kit.run.signals import SIGNALS, StopRequest
 
 if TYPE_CHECKING:
-    from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from nbformat import NotebookNode
 
 # A kernel must not reach for a network, must draw inline, and must not believe that it has a browser.
@@ -37,113 +36,196 @@ KERNEL_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 BROWSER_VARIABLES = ("JPY_SESSION_NAME", "VSCODE_PID")
-KERNEL_START_S = 120
+POLL_S = 0.1
+GRACE_S = 5  # for a cell to clear up after an interrupt, before its kernel is killed
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one execution ended: state is ok, failed or interrupted; `error` one line, `traceback` its end."""
+    """How one execution ended: state is ok, failed or interrupted; `error` one line, `traceback` its end.
+
+    `signal` is the one that interrupted it.
+    """
 
     state: str
     duration_s: float
     error: str | None = None
     cell: int | None = None
     traceback: str | None = None
+    signal: int | None = None
 
 
-def execute(
-    source: Path,
-    target: Path,
-    parameters: dict[str, Any],
-    *,
-    marker: Path | None = None,
-    lock: dict[str, Any] | None = None,
-    echo: Callable[[str], None] | None = None,
-) -> Outcome:
-    """Run `source` with `parameters`; the executed copy lies at `target` afterwards, whatever happens.
+class Stopped(Exception):
+    """The run is to stop before the next cell."""
 
-    The kernel is this interpreter, started in the current folder. `marker` is the file that the notebook
-    writes last: without a fresh one the outcome is failed. `echo` gets the kernel's printed lines.
-    """
-    partial = target.with_name(f".{target.stem}.partial.ipynb")
-    log = target.with_name(f".{target.stem}.log")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for old in (marker, target):
-        if old is not None:
-            old.unlink(missing_ok=True)
-    started = time.monotonic()
-    failure: BaseException | None = None
-    code = None
-    with open(log, "w+b") as kernel_log, kernel(kernel_log, lock or {}) as manager:
+
+class Execution:
+    """One notebook and its kernel, which is this interpreter started in the current folder."""
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        parameters: dict[str, Any],
+        *,
+        marker: Path | None = None,
+        popen: dict[str, Any] | None = None,
+        stop: StopRequest | None = None,
+        echo: Callable[[str], None] | None = None,
+    ):
+        """The executed copy lies at `target` from the first moment on. `marker` is the file that the notebook writes
+        last: without a fresh one the outcome is failed. `popen` is added to the arguments of the kernel's process;
+        `echo` gets its printed lines.
+        """
+        self.source, self.target, self.parameters, self.marker = source, target, parameters, marker
+        self.popen, self.stop, self.echo = popen or {}, stop or StopRequest(), echo
+        self.log, self.connection = working_files(target.parent, target.stem)
+        self.failure: Exception | None = None
+        self._manager: Any = None
+        self._process: subprocess.Popen | None = None
+        self._code: int | None = None  # of the kernel, None while it lives
+        self._stopping_s: float | None = None
+
+    def run(self) -> Outcome:
+        """Run the notebook and say truthfully how it ended. Neither its kernel nor its children are left."""
+        started = time.monotonic()
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        for old in (self.marker, self.target):
+            if old is not None:
+                old.unlink(missing_ok=True)
+        worker = threading.Thread(target=self._work, name=f"papermill {self.target.stem}", daemon=True)
+        with self.stop.ending(self.kill):
+            worker.start()
+            while worker.is_alive():
+                worker.join(POLL_S)
+                self._process = self._process or getattr(getattr(self._manager, "provisioner", None), "process", None)
+                if self.stop.number is not None:
+                    self._end_kernel()
+            self._code = self._process.poll() if self._process is not None else None
+            self.kill()
+        outcome = self._judge(time.monotonic() - started)
+        for leftover in (self.log, self.connection):
+            leftover.unlink(missing_ok=True)
+        return outcome
+
+    def _work(self) -> None:
         try:
-            _papermill(source, partial, parameters, manager, echo)
-        except (Exception, KeyboardInterrupt) as error:
-            failure = error
-            code = _exit_code(manager)
-    outcome, notebook = _judge(partial, failure, code, marker, time.monotonic() - started)
-    if code is not None:  # the last words of a dead kernel are nowhere else
-        outcome = replace(outcome, traceback=_last_words(log))
-    if notebook is not None:
-        import nbformat
+            with open(self.log, "wb") as log:
+                self._execute(log)
+        except Exception as error:
+            self.failure = error
 
-        write_atomic(target, nbformat.writes(notebook) + "\n")
-    for leftover in (partial, log):
-        leftover.unlink(missing_ok=True)
-    return outcome
+    def _execute(self, log: Any) -> None:
+        import logging
 
+        import papermill
 
-def _papermill(
-    source: Path,
-    partial: Path,
-    parameters: dict[str, Any],
-    manager: AsyncKernelManager,
-    echo: Callable[[str], None] | None,
-) -> None:
-    import logging
+        from ascend_kit.run import engine
 
-    import papermill
-    import papermill.log
-
-    # What it warns of (an unknown parameter, no tag) was found before as an error; its errors are raised.
-    papermill.log.logger.setLevel(logging.CRITICAL)
-    lines = _Lines(echo) if echo else None
-    with _client(manager) as client:
+        # What it warns of (an unknown parameter, no tag) was found before as an error; its errors are raised.
+        engine.logger.setLevel(logging.CRITICAL)
+        environment = {**os.environ, **KERNEL_ENVIRONMENT, **self.popen.get("env", {})}
+        for name in BROWSER_VARIABLES:
+            environment.pop(name, None)
+        lines = _Lines(self.echo) if self.echo else None
+        self._manager = engine.kernel_manager(self.connection)
         papermill.execute_notebook(
-            _literal_path(source),
-            _literal_path(partial),
-            parameters=parameters,
+            str(self.source).replace("{", "{{").replace("}", "}}"),  # papermill takes braces for placeholders
+            None,
+            parameters=self.parameters,
+            engine_name=engine.NAME,
             kernel_name="python3",
-            progress_bar=False,
-            km=manager,
-            kc=client,
             stdout_file=lines,
             stderr_file=lines,
-            shell_timeout_interval=1,
-            iopub_timeout=60,
+            copy=lambda notebook: engine.ExecutedCopy(notebook, self.target, self._before_cell),
+            manager=self._manager,
+            popen={**self.popen, "env": environment, "cwd": os.getcwd(), "stdout": log, "stderr": log},
         )
-    if lines:
-        lines.end()
+        if lines:
+            lines.end()
+
+    def _before_cell(self) -> None:
+        if self.stop.number is not None:
+            raise Stopped
+
+    # --- the end of the kernel --------------------------------------------------------------------------------
+
+    def _end_kernel(self) -> None:
+        """Interrupt the cell that runs, so that it can clear up; kill the kernel when it does not."""
+        if self._process is None:
+            return
+        if self._stopping_s is None:
+            self._stopping_s = time.monotonic()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGINT)
+        elif time.monotonic() - self._stopping_s > GRACE_S:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the kernel and what it started and left behind; it leads a process group of its own."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    # --- the verdict ------------------------------------------------------------------------------------------
+
+    def _judge(self, duration_s: float) -> Outcome:
+        """The outcome, also noted in the notebook itself at the cell where it stopped."""
+        state, name, text, by, traceback = self._ending()
+        notebook = self._notebook()
+        cells = [index for index, cell in enumerate(notebook.cells) if _is_code(cell)]
+        last = max((index for index in cells if _began(notebook.cells[index])), default=None)
+        pending = next((index for index in cells if notebook.cells[index].execution_count is None), None)
+        if state == "ok" and pending is not None:
+            state, name, last = "failed", "Unfinished", pending
+            text = "the notebook ended before this cell without an error (sys.exit or an ended kernel)"
+        elif state == "ok" and self.marker is not None and not self.marker.exists():
+            state, name = "failed", "NoResult"
+            text = f"every cell ran, but the result file {self.marker.name} was not written"
+        if state == "ok":
+            return Outcome("ok", duration_s)
+        if not _holds_error(notebook, last):
+            _note(notebook, last, name, text)
+        with contextlib.suppress(OSError):  # without space for the note, the copy as it was saved has to do
+            _write(self.target, notebook)
+        return Outcome(state, duration_s, text, last, traceback, by)
+
+    def _ending(self) -> tuple[str, str, str, int | None, str | None]:
+        """State, kind of error, text, signal and traceback as far as exceptions and the kernel's end tell."""
+        from nbclient.exceptions import DeadKernelError
+        from papermill.exceptions import PapermillExecutionError
+
+        error, code = self.failure, self._code
+        if error is None:
+            return "ok", "", "", None, None
+        if self.stop.number is not None:
+            return "interrupted", "KeyboardInterrupt", "interrupted", self.stop.number, None
+        if isinstance(error, PapermillExecutionError):
+            state, by = ("interrupted", signal.SIGINT) if error.ename == "KeyboardInterrupt" else ("failed", None)
+            tail = [line for line in ANSI.sub("", "\n".join(error.traceback)).splitlines() if line.strip()][-8:]
+            return state, error.ename, f"{error.ename}: {_one_line(error.evalue)}", by, "\n".join(tail)
+        began = self.target.exists()
+        if isinstance(error, DeadKernelError) or (code and began):
+            by = -code if code is not None and -code in SIGNALS else None
+            state = "failed" if by is None else "interrupted"
+            return state, "DeadKernelError", _kernel_death(code or 0), by, _last_words(self.log)
+        what = "" if began else "the notebook could not be started: "
+        return "failed", type(error).__name__, f"{what}{type(error).__name__}: {_one_line(error)}", None, None
+
+    def _notebook(self) -> NotebookNode:
+        """The copy as far as it got; the source itself when nothing was saved."""
+        import nbformat
+
+        notebook = nbformat.read(self.target if self.target.exists() else self.source, as_version=4)
+        for cell in notebook.cells:
+            cell.metadata.setdefault("papermill", {"status": "pending"})
+        return notebook
 
 
-def _literal_path(path: Path) -> str:
-    """papermill takes braces in a path for placeholders."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-@contextlib.contextmanager
-def _client(manager: AsyncKernelManager) -> Iterator[AsyncKernelClient]:
-    """A connection to the running kernel; papermill does not close one that it opened to a given kernel."""
-    from jupyter_core.utils import run_sync
-
-    client = manager.client()
-    client.start_channels()
-    try:
-        run_sync(client.wait_for_ready)(timeout=KERNEL_START_S)
-        client.allow_stdin = False
-        yield client
-    finally:
-        client.stop_channels()
+def working_files(folder: Path, stage: str) -> tuple[Path, Path]:
+    """Log and connection file of a stage's kernel; they are there only while it runs."""
+    return folder / f".{stage}.log", folder / f".{stage}.kernel.json"
 
 
 class _Lines:
@@ -165,130 +247,20 @@ class _Lines:
             self.write("\n")
 
 
-# --- the kernel -------------------------------------------------------------------------------------------
+def _is_code(cell: NotebookNode) -> bool:
+    return cell.cell_type == "code" and bool(cell.source.strip())
 
 
-@contextlib.contextmanager
-def kernel(log: IO[bytes], lock: dict[str, Any]) -> Iterator[AsyncKernelManager]:
-    """A running kernel of this very interpreter; it and its children are gone afterwards.
-
-    `log` takes what the process itself writes (crashes, messages of C libraries); cells are heard otherwise.
-    `lock` holds the arguments of Popen under which it may write its stage.
-    """
-    from ipykernel.kernelspec import make_ipkernel_cmd
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-    from jupyter_core.utils import run_sync
-
-    class ThisInterpreter(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            # The kernelspec named python3 may belong to another environment.
-            return KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python")
-
-    manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisInterpreter())
-    environment = {**os.environ, **KERNEL_ENVIRONMENT, **lock.get("env", {})}
-    for name in BROWSER_VARIABLES:
-        environment.pop(name, None)
-    run_sync(manager.start_kernel)(
-        cwd=os.getcwd(), env=environment, stdout=log, stderr=log, pass_fds=lock.get("pass_fds", ())
-    )
-    group = getattr(manager.provisioner, "pgid", None)
-    try:
-        yield manager
-    finally:
-        with _uninterrupted():
-            try:
-                run_sync(manager.shutdown_kernel)(now=sys.exc_info()[0] is not None)
-            finally:
-                _kill_group(group)
+def _began(cell: NotebookNode) -> bool:
+    return bool(cell.metadata.papermill.get("start_time"))
 
 
-def _kill_group(group: int | None) -> None:
-    """End what the kernel started and left behind (it leads a process group of its own)."""
-    if group and group != os.getpgrp():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)
-
-
-def _exit_code(manager: AsyncKernelManager) -> int | None:
-    """The kernel's exit code when it is dead (negative: the signal), else None."""
-    from jupyter_core.utils import run_sync
-
-    with contextlib.suppress(Exception):
-        return run_sync(manager.provisioner.poll)()
-    return None
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C must not leave the kernel behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# --- the verdict ------------------------------------------------------------------------------------------
-
-
-def _judge(
-    partial: Path, failure: BaseException | None, code: int | None, marker: Path | None, duration_s: float
-) -> tuple[Outcome, NotebookNode | None]:
-    import nbformat
-
-    notebook = nbformat.read(partial, as_version=4) if partial.exists() else None
-    if notebook is None:
-        return Outcome("failed", duration_s, f"the notebook could not be started: {_one_line(failure)}"), None
-    _mark_unfinished_cells(notebook)
-    cells = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
-    pending = next((index for index in cells if notebook.cells[index].execution_count is None), None)
-    running = max(
-        (index for index in cells if notebook.cells[index].metadata.papermill.get("start_time")), default=None
-    )
-
-    if isinstance(failure, KeyboardInterrupt):
-        _note(notebook, running, "KeyboardInterrupt", "the run was interrupted in this cell")
-        return Outcome("interrupted", duration_s, "interrupted", running), notebook
-    if failure is not None and hasattr(failure, "ename"):
-        tail = [line for line in ANSI.sub("", "\n".join(failure.traceback)).splitlines() if line.strip()][-8:]
-        text = f"{failure.ename}: {_one_line(failure.evalue)}"
-        return Outcome("failed", duration_s, text, _raising_cell(notebook, failure.ename), "\n".join(tail)), notebook
-    if failure is not None:
-        text = _kernel_death(code) if code is not None else f"{type(failure).__name__}: {_one_line(failure)}"
-        _note(notebook, running, type(failure).__name__, text)
-        return Outcome("failed", duration_s, text, running), notebook
-    if pending is not None:
-        text = "the notebook ended before this cell without an error (sys.exit or an ended kernel)"
-        _note(notebook, pending, "Unfinished", text)
-        return Outcome("failed", duration_s, text, pending), notebook
-    if marker is not None and not marker.exists():
-        text = f"every cell ran, but the result file {marker.name} was not written"
-        _note(notebook, cells[-1] if cells else None, "NoResult", text)
-        return Outcome("failed", duration_s, text, cells[-1] if cells else None), notebook
-    return Outcome("ok", duration_s), notebook
-
-
-def _raising_cell(notebook: NotebookNode, name: str) -> int | None:
-    for index, cell in enumerate(notebook.cells):
-        if any(output.get("ename") == name for output in cell.get("outputs", [])):
-            return index
-    return None
-
-
-def _mark_unfinished_cells(notebook: NotebookNode) -> None:
-    """papermill calls every cell completed once the notebook ended; only cells with a count have run."""
-    for cell in notebook.cells:
-        state = cell.metadata.setdefault("papermill", {})
-        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
-            state["status"] = "pending"
+def _holds_error(notebook: NotebookNode, index: int | None) -> bool:
+    return index is not None and any(output.output_type == "error" for output in notebook.cells[index].outputs)
 
 
 def _note(notebook: NotebookNode, index: int | None, name: str, text: str) -> None:
-    """Put the reason into the notebook itself, as the error output of the cell where it stopped."""
+    """Put the reason into the notebook, as the error output of the cell where it stopped."""
     import nbformat
 
     if index is None:
@@ -297,6 +269,12 @@ def _note(notebook: NotebookNode, index: int | None, name: str, text: str) -> No
     cell = notebook.cells[index]
     cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"]))
     cell.metadata.papermill["status"] = "failed"
+
+
+def _write(target: Path, notebook: NotebookNode) -> None:
+    import nbformat
+
+    write_atomic(target, nbformat.writes(notebook) + "\n")
 
 
 def _kernel_death(code: int) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
-import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,14 @@ from typing import Any
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, load_experiment
 from ascend_kit.run.checks import Notebook, RunError, check_paths, find_notebooks, select_notebooks
-from ascend_kit.run.execute import execute
+from ascend_kit.run.execute import Execution, working_files
 from ascend_kit.run.inputs import stage_inputs
+from ascend_kit.run.signals import StopRequest
 from ascend_kit.stages import DONE, RunRecord, Stage, StageLock, admit, changed_parameters, changing, changing_stage
 
 # Which stages a stage cannot do without. The conversion counts only where its result is used.
 NEEDS = {"03_generate": ("02_convert",), "04_throughput": ("02_convert",), "05_evaluate": ("02_convert",)}
+OLD_S = 600  # a file that is being written in one step is younger
 WORK_FOLDER = "work"  # below the run folder: working copies of notebooks, which no run touches
 __all__ = ["RunError", "RunReport", "check_experiment", "run_experiment"]
 
@@ -65,13 +66,15 @@ def run_experiment(
     mode = _mode(experiment, resume, overwrite)
     folder = experiment.run_folder
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_sigterm_as_interrupt())
+        stop = stack.enter_context(StopRequest().listening())
         locks = {}
         folder.mkdir(parents=True, exist_ok=True)
         for notebook in chosen:
             locks[notebook.name] = stack.enter_context(contextlib.closing(StageLock(folder, notebook.name)))
         _admit(folder, experiment, chosen, mode, whole=only is None)
-        return _Run(folder, experiment, str(path), locks, mode, echo).execute(chosen)
+        for leftover in _remove_leftovers(folder, chosen):
+            echo(f"removed {leftover}, which an earlier run left behind")
+        return _Run(folder, experiment, str(path), locks, mode, stop, echo).execute(chosen)
 
 
 def _mode(experiment: Experiment, resume: bool, overwrite: bool) -> str:
@@ -106,22 +109,16 @@ def _admit(folder: Path, experiment: Experiment, chosen: list[Notebook], mode: s
         admit(stages.get(notebook.name), experiment, mode, notebook.defaults)
 
 
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP take the same way out as Ctrl-C, so that no kernel outlives the run."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _remove_leftovers(folder: Path, chosen: list[Notebook]) -> Iterator[Path]:
+    """Remove what killed runs left in the folder and nobody owns: their locks are ours now."""
+    working = [path for notebook in chosen for path in working_files(folder, notebook.name)]
+    parts = [
+        path for path in folder.glob(".*.????????") if time.time() - path.stat().st_mtime > OLD_S
+    ]  # write_atomic's
+    for path in [*working, *parts]:
+        if path.exists():
+            path.unlink()
+            yield path
 
 
 # --- the run itself ---------------------------------------------------------------------------------------
@@ -137,10 +134,11 @@ class _Run:
         source: str,
         locks: dict[str, StageLock],
         mode: str,
+        stop: StopRequest,
         echo: Callable[[str], None],
     ):
         self.folder, self.experiment, self.source, self.locks = folder, experiment, source, locks
-        self.mode, self.echo = mode, echo
+        self.mode, self.stop, self.echo = mode, stop, echo
 
     def execute(self, notebooks: list[Notebook]) -> RunReport:
         self.echo(
@@ -155,16 +153,14 @@ class _Run:
                 stage = record.stages.setdefault(notebook.name, Stage(notebook.name))
                 if notebook.name not in done:
                     stage.state, stage.error = "waiting", None
-        try:
-            for number, notebook in enumerate(notebooks, 1):
-                label = f"[{number}/{len(notebooks)}] {notebook.name}"
-                if notebook.name in done and self._is_done(notebook):  # an earlier stage may have made its input anew
-                    self.echo(f"{label}: done before")
-                else:
-                    self._one(notebook, label)
-        except KeyboardInterrupt:
-            self.echo("interrupted; `--resume` goes on from here")
-            raise
+        for number, notebook in enumerate(notebooks, 1):
+            label = f"[{number}/{len(notebooks)}] {notebook.name}"
+            if self.stop.number is not None:
+                break
+            if notebook.name in done and self._is_done(notebook):  # an earlier stage may have made its input anew
+                self.echo(f"{label}: done before")
+            else:
+                self._one(notebook, label)
         return self._finish([notebook.name for notebook in notebooks])
 
     def _is_done(self, notebook: Notebook) -> bool:
@@ -195,21 +191,21 @@ class _Run:
         inputs = stage_inputs(self.experiment, notebook.defaults)
         with changing_stage(self.folder, notebook.name) as stage:
             stage.start(self.experiment)
-        outcome = execute(
+        outcome = Execution(
             notebook.path,
             self.folder / f"{notebook.name}.ipynb",
             self._injected(notebook),
             marker=self.folder / f"{notebook.name}.json",
-            lock=self.locks[notebook.name].for_child(),
+            popen=self.locks[notebook.name].for_child(),
+            stop=self.stop,
             echo=lambda line: self.echo(f"      {line}"),
-        )
+        ).run()
         after = stage_inputs(self.experiment, notebook.defaults)  # the demo and the conversion make theirs meanwhile
         with changing_stage(self.folder, notebook.name) as stage:
             stage.inputs = {**after.to_row(), **inputs.to_row()}
             stage.end(outcome.state, outcome.error, outcome.duration_s)
             stage.cell, stage.traceback = outcome.cell, outcome.traceback
-        if stage.state == "interrupted":
-            raise KeyboardInterrupt
+        self.stop.number = self.stop.number or outcome.signal  # one that was sent to the kernel stops the run too
         self._tell(stage)
 
     def _failed_needs(self, name: str) -> str | None:
@@ -231,6 +227,9 @@ class _Run:
         if stage.state == "ok":
             self.echo(f"      ok, {duration}")
             return
+        if stage.state == "interrupted":
+            self.echo(f"      interrupted after {duration}")
+            return
         if stage.state == "alarm":
             for alarm in stage.alarms:
                 self.echo(f"      ALARM {alarm['text']}")
@@ -245,11 +244,18 @@ class _Run:
     def _finish(self, asked_for: list[str]) -> RunReport:
         from ascend_kit.show.report import write_report
 
-        stages = RunRecord.read(self.folder).stages
+        with changing(self.folder) as record:
+            stages = record.stages
+            for name in asked_for:
+                if stages[name].state == "waiting":
+                    stages[name].end("interrupted", "not started")
         failed = [name for name in asked_for if stages[name].state not in DONE]
         alarmed = [name for name in asked_for if stages[name].state == "alarm"]
         report = write_report(self.folder)
         self.echo(f"report: {report}")
+        if self.stop.number is not None:
+            self.echo("interrupted; `--resume` goes on from here")
+        self.stop.check()
         if failed:
             self.echo(f"FAILED: {', '.join(failed)}; mend the cause and run again with --resume")
         if alarmed:
