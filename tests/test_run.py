@@ -232,6 +232,7 @@ def test_resume_with_other_parameters_of_a_finished_notebook_is_refused(project)
 
 def test_a_stage_whose_checkpoint_was_overwritten_is_not_done_before(project):
     (project / "model").mkdir()
+    (project / "model" / "config.json").write_text("{}")
     (project / "model" / "model.safetensors").write_bytes(b"weights of Monday")
     declared = PARAMETERS + '\ninput_model: str = "demo"'
     write_notebook(project / "notebooks", "01_first", "open('log.txt', 'a').write('one ')", parameters=declared)

@@ -34,8 +34,12 @@ def _model(experiment: Experiment, names: Collection[str]) -> Identity:
     model = experiment.converted_folder if runs_converted else source
     if model is None or not model.exists():
         return Identity()
-    tokenizer = _path(experiment, "tokenizer_path")
-    return Identity(weights=_content([model]), tokenizer=_content([tokenizer]) if tokenizer else None)
+    from ascend_kit.checkpoint.identity import model_identity
+
+    try:
+        return model_identity(model, _path(experiment, "tokenizer_path"))
+    except (ValueError, OSError):
+        return Identity()  # damaged: the stage says how
 
 
 def _path(experiment: Experiment, key: str) -> Path | None:
