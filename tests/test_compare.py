@@ -11,26 +11,19 @@ from typing import Any
 
 import pytest
 
-from ascend_kit.evaluation.compare import (
-    CompareError,
-    compare_accuracy,
-    compare_perplexity,
-    load_runs,
-    pick_baseline,
-    run_name,
-)
+from ascend_kit.evaluation.compare import compare_accuracy, compare_perplexity, pair_documents
 from ascend_kit.evaluation.paired import (
     PairedCounts,
-    binomial_two_sided,
+    accuracy_interval,
     bootstrap_ratio_difference,
     holm,
     paired_counts,
-    wilson_interval,
 )
-from ascend_kit.evaluation.tradeoff import accuracy_throughput, answer_length_ratio, verdict
+from ascend_kit.evaluation.runs import CompareError, Run, differences, load_runs, pick_baseline
+from ascend_kit.evaluation.tradeoff import Comparison, answer_length_ratio
 from ascend_kit.identity import Identity
 from ascend_kit.params import build_experiment
-from ascend_kit.results import RunFolder, run_parameters
+from ascend_kit.results import RunFolder
 
 # --- statistics ---------------------------------------------------------------------------------------------
 
@@ -50,13 +43,6 @@ def test_mcnemar_by_hand() -> None:
     # Three against three: every split is at least as likely, so the probability is capped at 1.
     assert PairedCounts(0, 3, 3, 0).p_value == 1.0
     assert PairedCounts(80, 0, 0, 20).p_value == 1.0
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 1), (0, 8), (3, 10), (7, 10), (40, 120), (600, 1300)])
-def test_the_exact_test_equals_scipys_binomial_test(successes: int, trials: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-
-    assert binomial_two_sided(successes, trials) == pytest.approx(stats.binomtest(successes, trials).pvalue, rel=1e-9)
 
 
 def test_the_interval_by_hand() -> None:
@@ -105,12 +91,68 @@ def test_documents_needed_shrink_with_the_margin_squared() -> None:
     assert counts.documents_needed(0.01) == pytest.approx(4 * counts.documents_needed(0.02), rel=1e-3)
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 10), (7, 10), (10, 10), (300, 1346)])
-def test_the_accuracy_interval_equals_scipys(right: int, n: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    expected = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+def test_the_accuracy_interval_by_hand() -> None:
+    # Wilson: 7 of 10 with z = 1.96: centre (0.7 + z^2/20) / (1 + z^2/10), half z/(1 + z^2/10) sqrt(.21/10 + z^2/400).
+    z = 1.959964
+    centre, scale = (0.7 + z * z / 20) / (1 + z * z / 10), z / (1 + z * z / 10)
+    half = scale * math.sqrt(0.21 / 10 + z * z / 400)
 
-    assert wilson_interval(right, n) == (pytest.approx(expected.low, abs=1e-9), pytest.approx(expected.high, abs=1e-9))
+    low, high = accuracy_interval([1] * 7 + [0] * 3, [None] * 10)
+
+    assert (low, high) == (pytest.approx(centre - half, abs=1e-6), pytest.approx(centre + half, abs=1e-6))
+    assert accuracy_interval([1] * 5, [None] * 5)[1] == 1.0
+
+
+def test_the_interval_over_passages_by_hand() -> None:
+    # Two passages of two questions, differences (1, 1) and (0, 0), and the two documents +1 and -1 that are added:
+    # mean 2 / 6; squares (2 - 2/3)^2 + (0 - 2/3)^2 + (1 - 1/3)^2 + (-1 - 1/3)^2 = 40/9; four clusters; t with 1 degree.
+    counts = paired_counts([0, 0, 1, 1], [1, 1, 1, 1], ["a", "a", "b", "b"])
+    half = 12.7062047 * math.sqrt(40 / 9 * 4 / 3) / 6
+
+    assert counts.interval() == (pytest.approx(max(-1, 1 / 3 - half)), pytest.approx(min(1, 1 / 3 + half)))
+    assert counts.p_value == 1.0  # one passage changed: heads or tails of a single coin
+
+
+def test_the_exact_test_over_passages_by_hand() -> None:
+    # Passages won by 2, 1 and 1 and none lost: all heads or all tails of three coins.
+    counts = paired_counts([0, 0, 0, 0, 1], [1, 1, 1, 1, 1], ["a", "a", "b", "c", "d"])
+
+    assert counts.p_value == pytest.approx(2 / 8)
+    # Won by 2, lost by 1: |sum| of +-2 +-1 reaches 1 always.
+    assert paired_counts([0, 0, 1, 1], [1, 1, 0, 1], ["a", "a", "b", "b"]).p_value == 1.0
+
+
+def test_passages_of_one_document_are_the_independent_form() -> None:
+    rnd = random.Random(3)
+    ours, theirs = ([rnd.randrange(2) for _ in range(200)] for _ in range(2))
+    alone, known = PairedCounts(*_cells(ours, theirs)), paired_counts(ours, theirs, list(range(200)))
+
+    assert known == alone and known.passages is None
+    assert (known.interval(), known.p_value) == (alone.interval(), alone.p_value)
+
+
+def _cells(ours: list[int], theirs: list[int]) -> list[int]:
+    pairs = list(zip(ours, theirs, strict=True))
+    return [pairs.count(cell) for cell in ((1, 1), (1, 0), (0, 1), (0, 0))]
+
+
+@pytest.mark.parametrize("are_known", [True, False], ids=["passages known", "passages in order"])
+def test_intervals_cover_where_questions_share_passages(are_known: bool) -> None:
+    numpy = pytest.importorskip("numpy")
+    rng = numpy.random.default_rng(0)
+    passages = [passage for passage in range(45) for _ in range(6)]
+    hits = {"difference": 0, "accuracy": 0}
+    for _ in range(600):
+        ours = rng.random(270) < numpy.repeat(rng.beta(3, 2, 45), 6)  # accuracy 0.6, passages easy or hard
+        shift = numpy.repeat(rng.choice([0, 1, -1], 45, p=[0.9, 0.05, 0.05]), 6)
+        theirs = numpy.where(shift == 0, ours, shift > 0)
+        ours, theirs = ours.astype(int).tolist(), theirs.astype(int).tolist()
+        low, high = paired_counts(ours, theirs, passages if are_known else None).interval()
+        hits["difference"] += low <= 0.05 * (0.4 - 0.6) <= high
+        low, high = accuracy_interval(ours, passages)
+        hits["accuracy"] += low <= 0.6 <= high
+
+    assert 0.93 <= hits["difference"] / 600 <= 0.99 and 0.93 <= hits["accuracy"] / 600 <= 0.97
 
 
 def test_holm_by_hand() -> None:
@@ -152,8 +194,8 @@ def make_run(
     rates: Sequence[float] = (),
     asked: dict[str, Any] | None = None,
     **changes: Any,
-) -> RunFolder:
-    """A run folder with documents (set -> right or wrong) and one sweep point, one row per rate.
+) -> Run:
+    """A run with documents (set -> right or wrong) and one sweep point, one row per rate.
 
     `asked` replaces parts of the identity under which the documents were answered.
     """
@@ -163,7 +205,7 @@ def make_run(
             add_task(folder, suite, [{"acc": float(value)} for value in values], **(asked or {}))
         for repeat, rate in enumerate(rates):
             folder.append("rows", sweep_row(rate, repeat))
-    return folder
+    return Run(folder)
 
 
 def add_task(folder: RunFolder, suite: str, values: list[dict[str, Any]], metric: str = "acc", **parts: Any) -> None:
@@ -206,49 +248,107 @@ def answers(n: int, wrong: int = 0, flipped: int = 0) -> list[int]:
     return values
 
 
+def by_set(baseline: Run, candidate: Run, **options: Any) -> dict[str, dict[str, Any]]:
+    return {row["set"]: row for row in compare_accuracy(baseline, candidate, **options)}
+
+
+def table_of(runs: Sequence[Run], **options: Any) -> dict[str, dict[str, Any]]:
+    return {row["run"]: row for row in Comparison(runs, **options).table.to_dict("records")}
+
+
 def test_runs_are_compared_per_set_and_over_all_documents(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", {"mmlu": [1, 1, 1, 0, 0], "ceval": [1, 0, 1, 0]})
     other = make_run(tmp_path, "other", {"mmlu": [1, 0, 1, 1, 0], "ceval": [0, 0, 0, 0]})
 
-    table = compare_accuracy(base, other).set_index("set")
+    rows = by_set(base, other)
 
-    assert list(table.index) == ["mmlu", "ceval", "all"]
-    assert table.loc["mmlu", ["n", "only_baseline", "only_candidate"]].tolist() == [5, 1, 1]
-    assert table.loc["ceval", "difference_points"] == -50.0
-    assert table.loc["all", ["n", "only_baseline", "only_candidate"]].tolist() == [9, 3, 1]
-    assert table.loc["all", "difference_points"] == pytest.approx(-200 / 9)
-    assert table.loc["ceval", "p_value"] == 0.5 and table.loc["ceval", "p_holm"] == 1.0
-    assert set(table["outcome"]) == {"undecided"}
-    assert "documents would settle it" in table.loc["all", "verdict"]
-    assert (table["baseline"] == "e/base").all()
-
-
-def test_only_documents_with_the_same_content_are_paired(tmp_path: Path) -> None:
-    base = make_run(tmp_path, "base", {"mmlu": [1, 1, 0]})
-    other = make_run(tmp_path, "other", {"mmlu": [1, 0, 0, 1]})
-    changed = other.table_path("documents")
-    changed.write_text(changed.read_text().replace('"doc_hash": "h1"', '"doc_hash": "edited"'))
-
-    table = compare_accuracy(base, other).set_index("set")
-
-    assert table.loc["all", "n"] == 2
+    assert list(rows) == ["mmlu", "ceval", "all"]
+    assert [rows["mmlu"][key] for key in ("n", "only_baseline", "only_candidate")] == [5, 1, 1]
+    assert rows["ceval"]["difference_points"] == -50.0
+    assert [rows["all"][key] for key in ("n", "only_baseline", "only_candidate")] == [9, 3, 1]
+    assert rows["all"]["difference_points"] == pytest.approx(-200 / 9)
+    assert rows["ceval"]["p_value"] == pytest.approx(0.5) and rows["ceval"]["p_holm"] == 1.0
+    assert {row["outcome"] for row in rows.values()} == {"undecided"}
+    assert "documents would settle it" in rows["all"]["verdict"]
+    assert rows["all"]["baseline"] == "e/base"
 
 
-def test_other_prompts_are_counted(tmp_path: Path) -> None:
-    base = make_run(tmp_path, "base", {"mmlu": [1, 1, 0]})
-    other = make_run(tmp_path, "other", {"mmlu": [1, 1, 0]})
-    path = other.table_path("documents")
-    path.write_text(path.read_text().replace('"prompt_hash": "p2"', '"prompt_hash": "chat"'))
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"task": {"num_fewshot": 1}}, "shots: 5 -> 1"),
+        ({"task": {"chat_template": "a" * 32}}, "chat template: None -> aaaaaaaaaaaa"),
+        ({"task": {"version": 2}}, "task version: 1 -> 2"),
+        ({"task": {"thinking": True}}, "thinking: None -> True"),
+        ({"data": "edited"}, "data: 'd' -> 'edited'"),
+    ],
+    ids=["shots", "template", "version", "thinking", "data"],
+)
+def test_runs_that_were_asked_otherwise_are_not_paired_and_the_words_say_why(tmp_path, asked, words) -> None:
+    answered = {"mmlu": answers(3000)}
+    base = make_run(tmp_path, "base", answered, rates=[100.0])
+    other = make_run(tmp_path, "other", answered, rates=[150.0], asked=asked)
 
-    assert compare_accuracy(base, other).set_index("set").loc["all", "other_prompts"] == 1
+    comparison = Comparison([base, other], 1.0, baseline=base)
+
+    (row,) = compare_accuracy(base, other)
+    assert row["outcome"] == "not paired" and words in row["verdict"]
+    assert comparison.verdict.best == "e/base" and words in comparison.verdict.text
+    assert words in table_of([base, other], baseline=base)["e/other"]["lacks"]
 
 
-def test_runs_without_a_common_document_are_refused(tmp_path: Path) -> None:
-    base = make_run(tmp_path, "base", {"mmlu": [1, 1]})
-    other = make_run(tmp_path, "other", {"ceval": [1, 1]})
+def test_weights_tokenizer_precision_and_versions_may_differ(tmp_path: Path) -> None:
+    base = make_run(tmp_path, "base", {"mmlu": [1, 0]})
+    asked = {"tokenizer": "t", "engine": {"precision": "fp16"}, "versions": {"torch": "3"}, "device": {"name": "npu"}}
+    other = make_run(tmp_path, "other", {"mmlu": [1, 0]}, asked=asked)
 
-    with pytest.raises(CompareError, match=r"no common document with 'acc' \(documents: .*e/base.: 2"):
-        compare_accuracy(base, other)
+    assert by_set(base, other)["all"]["n"] == 2
+
+
+def test_what_was_asked_alike_is_compared_although_another_set_was_not(tmp_path: Path) -> None:
+    base = make_run(tmp_path, "base", {"mmlu": answers(3000), "ceval": [1, 0]}, rates=[100.0])
+    other = make_run(tmp_path, "other", {"mmlu": answers(3000)}, rates=[150.0])
+    add_task(other.folder, "ceval", [{"acc": 1.0}, {"acc": 0.0}], task={"num_fewshot": 1})
+
+    rows = by_set(base, other)
+
+    assert rows["mmlu"]["n"] == rows["all"]["n"] == 3000
+    assert rows["ceval"]["outcome"] == "not paired"
+    assert Comparison([base, other], baseline=base).verdict.best == "e/base"  # unlike runs get no verdict
+
+
+def test_only_documents_with_the_same_content_and_prompt_are_paired(tmp_path: Path) -> None:
+    base = make_run(tmp_path, "base", {"mmlu": [1, 1, 0, 1]})
+    other = make_run(tmp_path, "other", {"mmlu": [1, 0, 0, 1, 1]})
+    changed = other.folder.table_path("documents")
+    text = changed.read_text().replace('"doc_hash": "h1"', '"doc_hash": "edited"')
+    changed.write_text(text.replace('"prompt_hash": "p2"', '"prompt_hash": "chat"'))
+
+    pairs = pair_documents(base, other, "acc")
+
+    assert [row["doc_id"] for row, _ in pairs.rows] == [0, 3]
+    assert "2 of 4 documents have other prompts" in pairs.why_not
+
+
+def test_a_document_cut_in_one_run_only_is_not_paired(tmp_path: Path) -> None:
+    base, other = (make_run(tmp_path, name, {}) for name in ("base", "other"))
+    add_task(base.folder, "mmlu", [{"acc": 1.0, "cut_tokens": 0}, {"acc": 1.0, "cut_tokens": 0}])
+    add_task(other.folder, "mmlu", [{"acc": 1.0, "cut_tokens": 9}, {"acc": 1.0, "cut_tokens": 0}])
+
+    assert [row["doc_id"] for row, _ in pair_documents(base, other, "acc").rows] == [1]
+
+
+def test_questions_on_one_passage_count_as_one_observation(tmp_path: Path) -> None:
+    base, other = (make_run(tmp_path, name, {}) for name in ("base", "other"))
+    for run, first in ((base, 0.0), (other, 1.0)):
+        values = [{"acc": first if doc < 6 else 1.0, "passage": f"passage {doc // 6}"} for doc in range(36)]
+        add_task(run.folder, "agieval", values)
+
+    row = by_set(base, other)["agieval"]
+
+    assert (row["n"], row["num_passages"], row["only_candidate"]) == (36, 6, 6)
+    assert row["p_value"] == 1.0  # six questions, one passage: no evidence, where McNemar would give 2/64
+    assert row["low_points"] < -16
 
 
 @pytest.mark.parametrize(
@@ -259,67 +359,70 @@ def test_outcomes(tmp_path: Path, wrong: int, flipped: int, n: int, outcome: str
     base = make_run(tmp_path, "base", {"mmlu": answers(n)})
     other = make_run(tmp_path, "other", {"mmlu": answers(n, wrong, flipped)})
 
-    row = compare_accuracy(base, other, margin=0.01).iloc[-1]
+    row = by_set(base, other, margin=0.01)["all"]
 
     assert row["outcome"] == outcome
     assert bool(row["low_points"] > -1.0) is (outcome == "within margin")
 
 
 def test_perplexity_is_compared_on_common_pages(tmp_path: Path) -> None:
-    folders = []
+    runs = []
     for name, factor in (("base", 1.0), ("other", 1.1)):
-        folder = make_run(tmp_path, name, {})
+        run = make_run(tmp_path, name, {})
         sizes = [300 + 7 * doc for doc in range(20)]
         pages = [{"logprob": -factor * size * math.log(2), "bytes": size} for size in sizes]
-        add_task(folder, "wikitext", pages, metric="bits_per_byte")
-        folders.append(folder)
+        add_task(run.folder, "wikitext", pages, metric="bits_per_byte")
+        runs.append(run)
 
-    row = compare_perplexity(*folders)
+    row = compare_perplexity(*runs)
 
+    assert row is not None
     assert row["baseline_bits_per_byte"] == pytest.approx(1.0)
     assert row["candidate_bits_per_byte"] == pytest.approx(1.1)
     assert row["difference_bits_per_byte"] == pytest.approx(0.1) and row["outcome"] == "worse"
-    assert compare_perplexity(make_run(tmp_path, "none", {"mmlu": [1]}), folders[0]) is None
+    assert compare_perplexity(make_run(tmp_path, "none", {"mmlu": [1]}), runs[0]) is None
 
 
 # --- accuracy against throughput, and the verdict -----------------------------------------------------------
 
 
 def test_the_table_has_intervals_on_both_axes(tmp_path: Path) -> None:
-    runs = [
-        make_run(tmp_path, "a", {"mmlu": answers(90)}, rates=[100.0, 110.0, 105.0]),
-        make_run(tmp_path, "b", {"mmlu": answers(90, wrong=3)}, rates=[200.0, 190.0]),
-    ]
+    table = table_of(
+        [
+            make_run(tmp_path, "a", {"mmlu": answers(90)}, rates=[100.0, 110.0, 105.0]),
+            make_run(tmp_path, "b", {"mmlu": answers(90, wrong=3)}, rates=[200.0, 190.0]),
+        ]
+    )
 
-    table = accuracy_throughput(runs).set_index("run")
-
-    assert table.loc["e/a", "output_tokens_per_s"] == pytest.approx(105.0)
-    assert table.loc["e/a", ["output_tokens_per_s_low", "output_tokens_per_s_high"]].tolist() == [100.0, 110.0]
-    assert table.loc["e/a", "rate_interval"] == "range of 3 repeats"
-    assert table.loc["e/a", "accuracy_percent"] == pytest.approx(100 * 60 / 90)
-    assert table.loc["e/b", "accuracy_percent"] == pytest.approx(100 * 57 / 90)
-    assert (table["accuracy_low_percent"] < table["accuracy_percent"]).all()
-    assert table.loc["e/b", ["concurrency", "prompt_len", "output_len"]].tolist() == [4, 64, 32]
+    a, b = table["e/a"], table["e/b"]
+    assert a["output_tokens_per_s"] == pytest.approx(105.0)
+    assert (a["output_tokens_per_s_low"], a["output_tokens_per_s_high"]) == (100.0, 110.0)
+    assert a["rate_interval"] == "range of 3 repeats"
+    assert a["accuracy_percent"] == pytest.approx(100 * 60 / 90)
+    assert b["accuracy_percent"] == pytest.approx(100 * 57 / 90)
+    assert a["accuracy_low_percent"] < a["accuracy_percent"] < a["accuracy_high_percent"]
+    assert (b["concurrency"], b["prompt_len"], b["output_len"], b["lacks"]) == (4, 64, 32, "")
 
 
 def test_accuracy_uses_only_documents_that_all_runs_answered(tmp_path: Path) -> None:
-    runs = [
-        make_run(tmp_path, "a", {"mmlu": [1, 0, 1, 1], "ceval": [0, 0]}, rates=[1.0]),
-        make_run(tmp_path, "b", {"mmlu": [1, 0]}, rates=[1.0]),
-    ]
+    table = table_of(
+        [
+            make_run(tmp_path, "a", {"mmlu": [1, 0, 1, 1], "ceval": [0, 0]}, rates=[1.0]),
+            make_run(tmp_path, "b", {"mmlu": [1, 0]}, rates=[1.0]),
+        ]
+    )
 
-    table = accuracy_throughput(runs).set_index("run")
-
-    assert table["n"].tolist() == [2, 2] and table.loc["e/a", "accuracy_percent"] == 50.0
+    assert [row["n"] for row in table.values()] == [2, 2] and table["e/a"]["accuracy_percent"] == 50.0
+    assert table["e/b"]["lacks"] == "only one of the runs has ceval"
 
 
 def test_a_single_measurement_gets_its_interval_from_its_own_course(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a", {"mmlu": [1, 0]}, rates=[100.0])
     steady = [i / 100 for i in range(1, 1001)]  # 100 tokens a second for ten seconds
-    run.append("requests", {"point_id": "4-0", "arrival_s": 0.0, "token_times_s": steady[::2]})
-    run.append("requests", {"point_id": "4-0", "arrival_s": 0.0, "token_times_s": steady[1::2]})
+    run.folder.append("requests", {"point_id": "4-0", "arrival_s": 0.0, "token_times_s": steady[::2]})
+    run.folder.append("requests", {"point_id": "4-0", "arrival_s": 0.0, "token_times_s": steady[1::2]})
 
-    row = accuracy_throughput([run]).iloc[0]
+    row = table_of([run])["e/a"]
 
     assert row["rate_interval"] == "10 windows of one measurement"
     assert 98 < row["output_tokens_per_s_low"] <= 100 <= row["output_tokens_per_s_high"] < 102
@@ -328,26 +431,49 @@ def test_a_single_measurement_gets_its_interval_from_its_own_course(tmp_path: Pa
 def test_runs_are_compared_at_the_heaviest_point_they_share(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, name, {"mmlu": [1, 0]}) for name in ("a", "b")]
     for concurrency in (1, 4, 16):
-        runs[0].append("rows", sweep_row(10.0 * concurrency, concurrency=concurrency))
+        runs[0].folder.append("rows", sweep_row(10.0 * concurrency, concurrency=concurrency))
     for concurrency in (1, 4):
-        runs[1].append("rows", sweep_row(11.0 * concurrency, concurrency=concurrency))
-    runs[1].append("rows", sweep_row(99.0, concurrency=16, status="failed", error="out of memory"))
-    runs[1].append("rows", sweep_row(99.0, concurrency=16, backend="transformers"))
+        runs[1].folder.append("rows", sweep_row(11.0 * concurrency, concurrency=concurrency))
+    runs[1].folder.append("rows", sweep_row(99.0, concurrency=16, status="failed", error="out of memory"))
+    runs[1].folder.append("rows", sweep_row(99.0, concurrency=16, backend="transformers"))
 
-    table = accuracy_throughput(runs).set_index("run")
+    table = table_of(runs)
 
-    assert table["concurrency"].tolist() == [4, 4]
-    assert table["output_tokens_per_s"].tolist() == [40.0, 44.0]
-    assert accuracy_throughput(runs, point=(1, 64, 32))["output_tokens_per_s"].tolist() == [10.0, 11.0]
+    assert [row["concurrency"] for row in table.values()] == [4, 4]
+    assert [row["output_tokens_per_s"] for row in table.values()] == [40.0, 44.0]
+    lighter = table_of(runs, point=(1, 64, 32))
+    assert [row["output_tokens_per_s"] for row in lighter.values()] == [10.0, 11.0]
 
 
-def test_runs_without_a_common_point_are_refused(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, name, {"mmlu": [1]}) for name in ("a", "b")]
-    runs[0].append("rows", sweep_row(1.0, concurrency=1))
-    runs[1].append("rows", sweep_row(1.0, concurrency=2))
+def test_a_run_with_other_points_or_without_evaluation_is_listed_and_stops_no_other(tmp_path: Path) -> None:
+    n = 3000
+    base = make_run(tmp_path, "base", {"mmlu": answers(n)}, rates=[100.0, 101.0], use_model="source")
+    good = make_run(tmp_path, "good", {"mmlu": answers(n)}, rates=[150.0, 149.0])
+    elsewhere = make_run(tmp_path, "elsewhere", {"mmlu": answers(n)})
+    elsewhere.folder.append("rows", sweep_row(300.0, concurrency=32))
+    killed = make_run(tmp_path, "killed", {}, rates=[500.0], use_model="source", quantize="none")
+    unlike = make_run(tmp_path, "unlike", {"ceval": [1, 0]}, rates=[120.0])
 
-    with pytest.raises(CompareError, match="no common sweep point"):
-        accuracy_throughput(runs)
+    comparison = Comparison([killed, base, good, elsewhere, unlike])
+    table = table_of(comparison.runs)
+
+    assert (comparison.baseline.name, comparison.verdict.best) == ("e/base", "e/good")
+    assert table["e/good"]["lacks"] == "" and table["e/good"]["n"] == n
+    assert table["e/killed"]["lacks"] == "no evaluation: run 05_evaluate"
+    assert (
+        "not measured at concurrency 4, prompt 64, output 32 (only at concurrency 32" in table["e/elsewhere"]["lacks"]
+    )
+    assert table["e/elsewhere"]["n"] == n
+    assert "only one of the runs has ceval" in table["e/unlike"]["lacks"]
+    assert set(comparison.paired["candidate"]) == {"e/good", "e/elsewhere", "e/killed", "e/unlike"}
+
+
+def test_runs_that_all_lack_something_get_no_verdict_but_a_reason(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "a", {"mmlu": [1, 0]}), make_run(tmp_path, "b", {}, rates=[1.0])]
+
+    found = Comparison(runs).verdict
+
+    assert found.best == "none" and "No verdict: the baseline e/a lacks something (no sweep: run 04" in found.text
 
 
 def test_the_verdict_takes_the_fastest_run_within_the_margin(tmp_path: Path) -> None:
@@ -357,7 +483,7 @@ def test_the_verdict_takes_the_fastest_run_within_the_margin(tmp_path: Path) -> 
     bad = make_run(tmp_path, "bad", {"mmlu": answers(n, 300)}, rates=[300.0, 300.0])
     slow = make_run(tmp_path, "slow", {"mmlu": answers(n)}, rates=[120.0, 121.0])
 
-    found = verdict([bad, base, good, slow])
+    found = Comparison([bad, base, good, slow]).verdict
     table = found.table.set_index("run")
 
     assert (found.best, found.baseline) == ("e/good", "e/base")
@@ -368,23 +494,35 @@ def test_the_verdict_takes_the_fastest_run_within_the_margin(tmp_path: Path) -> 
     assert found.cautions == []
 
 
+def test_a_run_with_an_alarm_is_never_recommended_nor_a_baseline_of_choice(tmp_path: Path) -> None:
+    base = make_run(tmp_path, "base", {"mmlu": answers(3000)}, rates=[100.0])
+    broken = make_run(tmp_path, "broken", {"mmlu": answers(3000)}, rates=[300.0], use_model="source")
+    broken.folder.alarm("evaluation.chance", "25 % is what guessing gives")
+
+    found = Comparison([broken, base])
+
+    assert found.baseline is base and found.verdict.best == "e/base"
+    assert "e/broken is 3.00 times" in found.verdict.text and "25 % is what guessing gives" in found.verdict.text
+    assert Comparison([broken]).verdict.best == "none"
+
+
 def test_too_few_documents_keep_the_baseline_and_say_what_is_missing(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", {"mmlu": answers(60)}, rates=[100.0])
     fast = make_run(tmp_path, "fast", {"mmlu": answers(60, 2, 2)}, rates=[150.0])
 
-    found = verdict([base, fast], baseline=base)
+    found = Comparison([base, fast], baseline=base).verdict
 
     assert found.best == "e/base"
     assert "no faster run is shown to lose at most 1 points" in found.text
     assert "cannot be excluded" in found.text and "documents would settle it" in found.text
-    assert verdict([base, fast], baseline=base, margin=0.2).best == "e/fast"
+    assert Comparison([base, fast], 20, baseline=base).verdict.best == "e/fast"
 
 
 def test_one_set_that_collapses_disqualifies_although_the_mean_holds(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", {"mmlu": answers(20000), "ceval": answers(100)}, rates=[100.0])
     other = make_run(tmp_path, "other", {"mmlu": answers(20000), "ceval": answers(100, wrong=40)}, rates=[150.0])
 
-    found = verdict([base, other], baseline=base)
+    found = Comparison([base, other], baseline=base).verdict
 
     assert found.table.set_index("run").loc["e/other", "outcome"] == "within margin"
     assert found.best == "e/base" and "ceval: less accurate" in found.text
@@ -393,26 +531,15 @@ def test_one_set_that_collapses_disqualifies_although_the_mean_holds(tmp_path: P
 def test_overlapping_speeds_and_short_answers_are_cautions(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", {"mmlu": answers(3000)}, rates=[100.0, 130.0])
     other = make_run(tmp_path, "other", {"mmlu": answers(3000)}, rates=[120.0, 125.0])
-    for folder, length in ((base, 100), (other, 80)):
+    for run, length in ((base, 100), (other, 80)):
         for index in range(3):
-            folder.append("answers", {"index": index, "prompt": "p", "num_output_tokens": length})
+            run.folder.append("answers", {"index": index, "prompt": "p", "num_output_tokens": length})
 
-    found = verdict([base, other], baseline=base)
+    found = Comparison([base, other], baseline=base).verdict
 
     assert answer_length_ratio(base, other) == pytest.approx(0.8)
     assert found.best == "e/other" and len(found.cautions) == 2
     assert "overlap" in found.cautions[0] and "80 % of the baseline's length" in found.cautions[1]
-
-
-def test_a_run_that_was_not_evaluated_does_not_qualify(tmp_path: Path) -> None:
-    base = make_run(tmp_path, "base", {"mmlu": answers(60)}, rates=[100.0])
-    other = make_run(tmp_path, "other", {}, rates=[150.0])
-
-    found = verdict([base, other], baseline=base)
-
-    assert found.best == "e/base" and "not evaluated" in found.text
-    with pytest.raises(CompareError, match="baseline run e/other has no accuracy_percent: run 05_evaluate"):
-        verdict([base, other], baseline=other)
 
 
 def test_the_plainest_run_is_the_baseline(tmp_path: Path) -> None:
@@ -422,20 +549,16 @@ def test_the_plainest_run_is_the_baseline(tmp_path: Path) -> None:
     source = make_run(tmp_path, "b", {}, use_model="source")
     int8 = make_run(tmp_path, "a", {}, quantize="w8a8")
 
-    assert run_name(pick_baseline([int8, source, plain])) == "e/z"
-    assert run_name(pick_baseline([int8, source])) == "e/b"
+    assert pick_baseline([int8, source, plain]) is plain
+    assert pick_baseline([int8, source]) is source
 
 
-def test_parameters_are_those_of_the_measurement_not_of_the_last_stage(tmp_path: Path) -> None:
-    values = {"experiment": "e", "run": "a", "output_root": str(tmp_path)}
-    measured = build_experiment({**values, "quantize": "w8a8"})
-    with RunFolder.open(measured, "04_throughput") as folder:
-        folder.begin(measured, "rows", "requests")
-    compared = build_experiment(values)
-    with RunFolder.open(compared, "06_compare") as folder:
-        folder.begin(compared, "comparison")
+def test_differences_show_what_the_runs_were_measured_with(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "a", {"mmlu": [1]}), make_run(tmp_path, "b", {"mmlu": [1]}, quantize="w8a8")]
 
-    assert run_parameters(folder)["quantize"] == "w8a8"
+    table = differences(runs)
+
+    assert list(table.index) == ["quantize"] and list(table.loc["quantize"]) == ["none", "w8a8"]
 
 
 def test_runs_are_found_by_name_experiment_or_path(tmp_path: Path) -> None:
@@ -447,8 +570,8 @@ def test_runs_are_found_by_name_experiment_or_path(tmp_path: Path) -> None:
     every = load_runs(build_experiment(values))
     some = load_runs(build_experiment({**values, "compare_runs": ["second", "e/first", str(tmp_path / "e/first")]}))
 
-    assert [run_name(folder) for folder in every] == ["e/first", "e/second"]
-    assert [run_name(folder) for folder in some] == ["e/second", "e/first", "e/first"]
+    assert [run.name for run in every] == ["e/first", "e/second"]
+    assert [run.name for run in some] == ["e/second", "e/first", "e/first"]
     with pytest.raises(CompareError, match="did you mean 'first'"):
         load_runs(build_experiment({**values, "compare_runs": ["frist"]}))
     with pytest.raises(CompareError, match="no run below"):
@@ -457,7 +580,7 @@ def test_runs_are_found_by_name_experiment_or_path(tmp_path: Path) -> None:
 
 def test_rows_survive_a_torn_last_line(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", {"mmlu": [1, 0, 1]})
-    with open(base.table_path("documents"), "a") as file:
+    with open(base.folder.table_path("documents"), "a") as file:
         file.write(json.dumps({"task": "mmlu_x"})[:9])
 
-    assert compare_accuracy(base, base).iloc[-1]["n"] == 3
+    assert by_set(base, base)["all"]["n"] == 3

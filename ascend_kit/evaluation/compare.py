@@ -1,130 +1,127 @@
-"""Runs side by side: which ones, and their accuracy and perplexity on the same documents.
-
-Reads run folders only (`documents`, run.json); no engine and no lm-eval.
-"""
+"""Two runs on the same documents: accuracy and perplexity, paired. Only what was asked alike is paired."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from ascend_kit.evaluation.paired import PairedCounts, bootstrap_ratio_difference, holm, paired_counts
-from ascend_kit.evaluation.scores import load_documents
-from ascend_kit.params import Experiment
-from ascend_kit.results import RunFolder, list_runs, run_parameters
+from ascend_kit.evaluation.runs import Run
 
-if TYPE_CHECKING:
-    import pandas
-
-PAIR_ON = ["task", "doc_id", "doc_hash"]
+Row = dict[str, Any]
+PAIR_ON = ("doc_id", "doc_hash", "prompt_hash")
 ALL_SETS = "all"
 DEFAULT_MARGIN = 0.01  # one point, in the order of MLPerf's 99 % of the reference accuracy
 CONFIDENCE = 0.95
+# Parts of an identity in the words of a benchmark.
+WORDS = {
+    "task.num_fewshot": "shots",
+    "task.chat_template": "chat template",
+    "task.thinking": "thinking",
+    "task.version": "task version",
+    "task.metrics": "metrics",
+}
 
 
-class CompareError(ValueError):
-    """The runs cannot be compared; the text says what is missing in which run."""
+@dataclass
+class Pairs:
+    """Documents that two runs were asked alike, as (baseline, candidate) rows, and what could not be paired.
 
-
-# --- which runs ---------------------------------------------------------------------------------------------
-
-
-def load_runs(experiment: Experiment) -> list[RunFolder]:
-    """The runs named in `compare_runs` (a run, experiment/run or a path), by default all that hold results.
-
-    Raises CompareError for a name without a folder, with the closest known one.
+    `refused`: set -> what differs, in words. `missing`: sets that only one of the runs has.
     """
-    every = list_runs(experiment.output_root, experiment.experiment)
-    known = [run for run in every if any(run.table_path(name).exists() for name in ("scores", "rows"))]
-    if not experiment.compare_runs:
-        if not known:
-            root = Path(experiment.output_root) / experiment.experiment
-            raise CompareError(f"no run below {root}: run 04_throughput or 05_evaluate first")
-        return known
-    return [_find_run(name, experiment, [folder.path.name for folder in known]) for name in experiment.compare_runs]
+
+    rows: list[tuple[Row, Row]] = field(default_factory=list)
+    refused: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def why_not(self) -> str:
+        """What could not be paired and why; empty where everything was."""
+        texts = [f"{name} is not paired ({'; '.join(dict.fromkeys(why))})" for name, why in self.refused.items()]
+        return "; ".join(texts + [f"only one of the runs has {name}" for name in self.missing])
 
 
-def _find_run(name: str, experiment: Experiment, known: list[str]) -> RunFolder:
-    root = Path(experiment.output_root)
-    for path in (root / experiment.experiment / name, root / name, Path(name)):
-        if (path / "run.json").is_file():
-            return RunFolder(path)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise CompareError(f"compare_runs: no run {name!r} (runs here: {', '.join(known) or 'none'}){hint}")
+def pair_documents(baseline: Run, candidate: Run, value: str) -> Pairs:
+    """The documents with `value` that both runs answered, of tasks whose data, shots, template and version agree."""
+    found = Pairs()
+    ours, theirs = baseline.answers(value), candidate.answers(value)
+    for task in (task for task in ours if task in theirs):
+        name = ours[task][0]["set"]
+        unlike = baseline.identities[task].differences(candidate.identities[task], "pair")
+        if unlike:
+            found.refused.setdefault(name, []).extend(map(_in_words, unlike))
+            continue
+        pairs = _same_documents(ours[task], theirs[task])
+        num_common = len({row["doc_id"] for row in ours[task]} & {row["doc_id"] for row in theirs[task]})
+        if len(pairs) < num_common:
+            text = (
+                f"{task}: {num_common - len(pairs)} of {num_common} documents have other prompts or were cut in one run"
+            )
+            found.refused.setdefault(name, []).append(text)
+        found.rows += pairs
+    found.missing = sorted({rows[0]["set"] for rows in ours.values()} ^ {rows[0]["set"] for rows in theirs.values()})
+    return found
 
 
-def pick_baseline(folders: Sequence[RunFolder]) -> RunFolder:
-    """The plainest run: not quantised, the source checkpoint, fewest switches on; the first of equals."""
-
-    def tricks(folder: RunFolder) -> tuple:
-        values = run_parameters(folder)
-        switches = ("graph_mode", "operator_fusion", "memory_optimize")
-        num_on = sum(values[switch] for switch in switches)
-        return (values["quantize"] != "none", values["use_model"] != "source", num_on)
-
-    return min(folders, key=tricks)
+def _same_documents(ours: list[Row], theirs: list[Row]) -> list[tuple[Row, Row]]:
+    known = {tuple(row[name] for name in PAIR_ON): row for row in theirs}
+    pairs = ((row, known.get(tuple(row[name] for name in PAIR_ON))) for row in ours)
+    return [(a, b) for a, b in pairs if b and bool(a.get("cut_tokens")) == bool(b.get("cut_tokens"))]
 
 
-def run_name(folder: RunFolder) -> str:
-    """<experiment>/<run> as shown in tables; unique within an output folder."""
-    return f"{folder.path.parent.name}/{folder.path.name}"
-
-
-# --- paired accuracy ----------------------------------------------------------------------------------------
+def _in_words(difference: str) -> str:
+    part, _, change = difference.partition(": ")
+    return f"{WORDS.get(part, part)}: {change}"
 
 
 def compare_accuracy(
-    baseline: RunFolder, candidate: RunFolder, *, metric: str = "acc", margin: float = DEFAULT_MARGIN
-) -> pandas.DataFrame:
-    """One row per set and one for all documents, paired on (task, doc_id, doc_hash).
+    baseline: Run, candidate: Run, *, metric: str = "acc", margin: float = DEFAULT_MARGIN
+) -> list[Row]:
+    """One row per set and one for all documents that can be paired; a set that cannot has a row that says why.
 
-    Percent and points; `p_value` is McNemar's exact test, `p_holm` corrected over the sets; the interval
-    covers 95 %. `outcome`: `within margin` (a loss above `margin`, a fraction, is excluded), `worse` (any
-    loss is certain, its size may exceed the margin) or `undecided`. Raises CompareError without common
-    documents.
+    Percent and points; `p_value` is exact, `p_holm` corrected over the sets; the interval covers 95 %, both over whole
+    passages where questions share them. `outcome`: `within margin` (a loss above `margin`, a fraction, is excluded),
+    `worse` (any loss is certain, its size may exceed the margin), `undecided` or `not paired`.
     """
-    import pandas
-
-    pairs = _pair(baseline, candidate, metric)
-    sets = list(dict.fromkeys(pairs["set"]))
-    parts = {name: pairs[pairs["set"] == name] for name in sets} | {ALL_SETS: pairs}
-    counts = {name: paired_counts(list(part["baseline"]), list(part["candidate"])) for name, part in parts.items()}
-    adjusted = [*holm([counts[name].p_value for name in sets]), counts[ALL_SETS].p_value]
-    names = {"baseline": run_name(baseline), "candidate": run_name(candidate)}
+    pairs = pair_documents(baseline, candidate, metric)
+    head = {"baseline": baseline.name, "candidate": candidate.name, "metric": metric}
+    sets: dict[str, list[tuple[Row, Row]]] = {}
+    for pair in pairs.rows:
+        sets.setdefault(pair[0]["set"], []).append(pair)
+    counts = {name: _counts(part, metric) for name, part in sets.items()}
+    adjusted = holm([counts[name].p_value for name in sets])
     rows = [
-        {
-            **names,
-            "set": name,
-            "metric": metric,
-            **_paired_row(counts[name], p_holm, margin),
-            "other_prompts": int((~part["same_prompt"]).sum()),
-        }
-        for (name, part), p_holm in zip(parts.items(), adjusted, strict=True)
+        {**head, "set": name, **_paired_row(counts[name], p_holm, margin)}
+        for name, p_holm in zip(sets, adjusted, strict=True)
     ]
-    return pandas.DataFrame(rows)
+    if pairs.rows:
+        total = _counts(pairs.rows, metric)
+        rows.append({**head, "set": ALL_SETS, **_paired_row(total, total.p_value, margin)})
+    for name, why in pairs.refused.items():
+        if name not in sets:
+            text = f"not paired: {'; '.join(dict.fromkeys(why))}"
+            rows.append({**head, "set": name, "outcome": "not paired", "verdict": text})
+    return rows
 
 
-def compare_perplexity(baseline: RunFolder, candidate: RunFolder) -> dict[str, Any] | None:
+def compare_perplexity(baseline: Run, candidate: Run) -> Row | None:
     """Bits per byte of the common WikiText pages: both, difference and its 95 % paired bootstrap interval.
 
-    None where either run has no page; bits per byte also compares across tokenizers.
+    None where no page can be paired; bits per byte also compares across tokenizers.
     """
-    pages = _merge(baseline, candidate, "logprob", also=["bytes"])
-    if pages.empty:
+    pages = pair_documents(baseline, candidate, "logprob").rows
+    if not pages:
         return None
-    bits = {side: -pages[side].astype(float) / math.log(2) for side in ("baseline", "candidate")}
-    size = pages["bytes"].astype(float)
-    change, low, high = bootstrap_ratio_difference(bits["baseline"], bits["candidate"], size)
+    bits = [[-row["logprob"] / math.log(2) for row in side] for side in zip(*pages, strict=True)]
+    sizes = [float(row["bytes"]) for row, _ in pages]
+    change, low, high = bootstrap_ratio_difference(bits[0], bits[1], sizes)
     return {
-        "baseline": run_name(baseline),
-        "candidate": run_name(candidate),
+        "baseline": baseline.name,
+        "candidate": candidate.name,
         "n": len(pages),
-        "baseline_bits_per_byte": bits["baseline"].sum() / size.sum(),
-        "candidate_bits_per_byte": bits["candidate"].sum() / size.sum(),
+        "baseline_bits_per_byte": sum(bits[0]) / sum(sizes),
+        "candidate_bits_per_byte": sum(bits[1]) / sum(sizes),
         "difference_bits_per_byte": change,
         "low_bits_per_byte": low,
         "high_bits_per_byte": high,
@@ -132,37 +129,21 @@ def compare_perplexity(baseline: RunFolder, candidate: RunFolder) -> dict[str, A
     }
 
 
-def _pair(baseline: RunFolder, candidate: RunFolder, metric: str) -> pandas.DataFrame:
-    pairs = _merge(baseline, candidate, metric)
-    if pairs.empty:
-        counts = {run_name(folder): len(load_documents(folder)) for folder in (baseline, candidate)}
-        raise CompareError(
-            f"no common document with {metric!r} (documents: {counts}); evaluate both runs on the same data sets"
-        )
-    return pairs
+def passage_of(row: Row) -> tuple[str, str] | None:
+    """What a document shares with others of its task; None for a document of its own."""
+    return (row["task"], row["passage"]) if row.get("passage") else None
 
 
-def _merge(baseline: RunFolder, candidate: RunFolder, value: str, also: Sequence[str] = ()) -> pandas.DataFrame:
-    """Documents of both runs that have `value`, as columns baseline and candidate."""
-    import pandas
-
-    tables = []
-    for folder, side in ((baseline, "baseline"), (candidate, "candidate")):
-        table = load_documents(folder)
-        if value not in table:
-            return pandas.DataFrame()
-        extra = ["set", *also] if side == "baseline" else []
-        table = table[table[value].notna()][[*PAIR_ON, *extra, "prompt_hash", value]]
-        tables.append(table.rename(columns={value: side, "prompt_hash": f"prompt_{side}"}))
-    pairs = tables[0].merge(tables[1], on=PAIR_ON, validate="one_to_one")
-    return pairs.assign(same_prompt=pairs["prompt_baseline"] == pairs["prompt_candidate"])
+def _counts(pairs: list[tuple[Row, Row]], metric: str) -> PairedCounts:
+    ours, theirs = ([row[metric] for row in side] for side in zip(*pairs, strict=True))
+    return paired_counts(ours, theirs, [passage_of(row) for row, _ in pairs])
 
 
-def _paired_row(counts: PairedCounts, p_holm: float, margin: float) -> dict[str, Any]:
+def _paired_row(counts: PairedCounts, p_holm: float, margin: float) -> Row:
     low, high = counts.interval(CONFIDENCE)
-    outcome = "within margin" if low > -margin else "worse" if high < 0 else "undecided"
     row = {
         "n": counts.n,
+        "num_passages": counts.n if counts.passages is None else len(counts.passages.sizes),
         "baseline_percent": 100 * counts.baseline_accuracy,
         "candidate_percent": 100 * counts.candidate_accuracy,
         "difference_points": 100 * counts.difference,
@@ -175,12 +156,12 @@ def _paired_row(counts: PairedCounts, p_holm: float, margin: float) -> dict[str,
         "min_detectable_points": 100 * counts.min_detectable(),
         "margin_points": 100 * margin,
         "documents_needed": counts.documents_needed(margin),
-        "outcome": outcome,
+        "outcome": "within margin" if low > -margin else "worse" if high < 0 else "undecided",
     }
     return {**row, "verdict": _accuracy_text(row)}
 
 
-def _accuracy_text(row: dict[str, Any]) -> str:
+def _accuracy_text(row: Row) -> str:
     shown = (
         f"{row['difference_points']:+.2f} points, 95 % interval {row['low_points']:+.2f} to "
         f"{row['high_points']:+.2f}, n = {row['n']}"

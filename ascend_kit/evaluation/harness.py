@@ -93,7 +93,7 @@ class _Session:
 
     def _identity(self, task: LocalTask) -> Identity:
         """What the answers to a task depend on: the engine's identity, the data, and how the task is asked."""
-        base: Identity = getattr(self.engine, "identity", Identity())
+        base: Identity = self.engine.identity
         template = hash_value(self.engine.tokenizer.chat_template) if self.uses_chat else None
         return base.with_parts(
             data=task.data_hash,
@@ -105,7 +105,7 @@ class _Session:
                 "thinking": self.chat_template_args.get("enable_thinking") if self.uses_chat else None,
                 "metrics": scores.metrics_of(task),
             },
-            engine={**(base.engine or {}), "eval_max_length": self.max_length, "seed": self.experiment.seed},
+            engine={**(base.engine or {}), "eval_max_length": self.max_length},
             versions={**(base.versions or {}), "lm_eval": version("lm-eval")},
         )
 

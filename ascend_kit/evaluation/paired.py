@@ -1,27 +1,89 @@
 """Is one run less accurate than another on the same documents? Paired statistics over plain numbers.
 
-Two runs of a benchmark share their documents, so most of the noise cancels: only documents that one run
-answers right and the other wrong carry information. Knows no run folder and no benchmark.
+Two runs of a benchmark share their documents, so most of the noise cancels: only documents that one run answers right
+and the other wrong carry information. Questions on one passage are right or wrong together; then the passages, and not
+the questions, are the independent observations (cluster-robust standard errors, arXiv 2411.00640). Knows no run folder
+and no benchmark.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 POWER = 0.8
+NEIGHBOURS = 11  # how far apart two questions of one passage may stand where nobody says which belong together
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Sums of a value over the documents of each passage; a document without a passage is one of its own."""
+
+    sizes: tuple[int, ...]
+    sums: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float], keys: Sequence[Hashable | None]) -> Passages | None:
+        """None where no two documents share a key: then the documents are independent."""
+        totals: dict[Hashable, tuple[int, float]] = {}
+        for place, (value, key) in enumerate(zip(values, keys, strict=True)):
+            name = (place,) if key is None else key
+            size, total = totals.get(name, (0, 0.0))
+            totals[name] = (size + 1, total + value)
+        if len(totals) == len(values):
+            return None
+        return cls(tuple(size for size, _ in totals.values()), tuple(total for _, total in totals.values()))
+
+    def mean_and_stderr(self) -> tuple[float, float]:
+        """The mean over documents and its cluster-robust standard error, with the factor K / (K - 1) of its square."""
+        n, count = sum(self.sizes), len(self.sizes)
+        mean = sum(self.sums) / n
+        squares = sum((total - size * mean) ** 2 for size, total in zip(self.sizes, self.sums, strict=True))
+        return mean, math.sqrt(squares * count / max(1, count - 1)) / n
+
+    def interval(self, added: Sequence[float], confidence: float) -> tuple[float, float]:
+        """Student's interval of the mean with K - 1 degrees of freedom, after adding some documents of one's own."""
+        from scipy.stats import t
+
+        wider = Passages((*self.sizes, *[1] * len(added)), (*self.sums, *added))
+        mean, stderr = wider.mean_and_stderr()
+        half = float(t.ppf(0.5 + confidence / 2, max(1, len(self.sizes) - 1))) * stderr
+        return mean - half, mean + half
+
+    def sign_test(self) -> float:
+        """Two-sided exact probability of a sum so far from 0 if every passage's sign fell like a coin.
+
+        Equals McNemar's exact test where every passage is one document.
+        """
+        import numpy
+
+        sums = [abs(round(total)) for total in self.sums if total]
+        chances = numpy.ones(1)  # chances[i]: the sum is i - (len - 1) / 2
+        for size in sums:
+            longer = numpy.zeros(len(chances) + 2 * size)
+            longer[: len(chances)] += chances / 2
+            longer[2 * size :] += chances / 2
+            chances = longer
+        middle, far = sum(sums), abs(round(sum(self.sums)))
+        return min(1.0, 2 * float(chances[middle + far :].sum())) if far else 1.0
 
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """How two runs answered the same documents. Differences are candidate minus baseline, as fractions."""
+    """How two runs answered the same documents. Differences are candidate minus baseline, as fractions.
+
+    `passages` holds the differences where documents share passages; `design_effect` is the factor of the variance that
+    neighbouring documents cause where passages are not known.
+    """
 
     both_right: int
     only_baseline: int
     only_candidate: int
     both_wrong: int
+    passages: Passages | None = field(default=None, compare=False)
+    design_effect: float = field(default=1.0, compare=False)
 
     @property
     def n(self) -> int:
@@ -46,24 +108,35 @@ class PairedCounts:
 
     @property
     def p_value(self) -> float:
-        """McNemar's exact test: two-sided probability of so uneven a split if both were equally accurate."""
-        return binomial_two_sided(self.only_candidate, self.discordant)
+        """Two-sided probability of so uneven a split if both were equally accurate: McNemar's exact test, over whole
+        passages where documents share them.
+        """
+        from scipy.stats import binomtest
+
+        if self.passages is not None:
+            return self.passages.sign_test()
+        return float(binomtest(self.only_candidate, self.discordant).pvalue) if self.discordant else 1.0
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval of the difference.
 
-        Bonett and Price (2012): a normal interval after adding one document to each discordant cell, which
-        keeps its coverage where the plain one collapses to a point (no discordant document at all).
+        Bonett and Price (2012): one document more that only the one run answers and one that only the other does, which
+        keeps the coverage where the plain interval collapses to a point. With passages the same two documents are added
+        and the standard error is cluster-robust.
         """
-        total = self.n + 2
-        gain, loss = (self.only_candidate + 1) / total, (self.only_baseline + 1) / total
-        half = _z(confidence) * math.sqrt((gain + loss - (gain - loss) ** 2) / total)
-        return max(-1.0, gain - loss - half), min(1.0, gain - loss + half)
+        if self.passages is not None:
+            low, high = self.passages.interval((1, -1), confidence)
+        else:
+            total = self.n + 2
+            gain, loss = (self.only_candidate + 1) / total, (self.only_baseline + 1) / total
+            half = self._quantile(confidence) * math.sqrt(
+                self.design_effect * (gain + loss - (gain - loss) ** 2) / total
+            )
+            low, high = gain - loss - half, gain - loss + half
+        return max(-1.0, low), min(1.0, high)
 
     def min_detectable(self, confidence: float = 0.95, power: float = POWER) -> float:
-        """The smallest true difference that this many documents, disagreeing this often, reveal with
-        `power`.
-        """
+        """The smallest true difference that this many documents, disagreeing this often, reveal with `power`."""
         return (_z(confidence) + NormalDist().inv_cdf(power)) * math.sqrt(self._disagreement() / self.n)
 
     def documents_needed(self, margin: float, confidence: float = 0.95, power: float = POWER) -> int:
@@ -72,34 +145,55 @@ class PairedCounts:
         return math.ceil(self._disagreement() * (spread / margin) ** 2)
 
     def _disagreement(self) -> float:
-        return (self.discordant + 2) / (self.n + 2)
+        """The variance of one document's difference as it counts in the mean."""
+        alone = (self.discordant + 2) / (self.n + 2)
+        if self.passages is None:
+            return alone * self.design_effect
+        return max(alone, self.passages.mean_and_stderr()[1] ** 2 * self.n)
+
+    def _quantile(self, confidence: float) -> float:
+        from scipy.stats import t
+
+        if self.design_effect == 1.0:
+            return _z(confidence)
+        return float(t.ppf(0.5 + confidence / 2, max(1, self.n / (NEIGHBOURS + 1))))
 
 
-def paired_counts(baseline: Sequence[float], candidate: Sequence[float]) -> PairedCounts:
-    """Counts from two equally long lists of 0 or 1 per document; ValueError for other values or no
-    document.
+def paired_counts(
+    baseline: Sequence[float], candidate: Sequence[float], passages: Sequence[Hashable | None] | None = None
+) -> PairedCounts:
+    """Counts from two equally long lists of 0 or 1 per document; ValueError for other values or no document.
+
+    `passages` names the passage of each document, None for a document of its own. Left out, the documents are taken to
+    stand in the benchmark's order and the correlation of neighbours is measured.
     """
     if len(baseline) != len(candidate) or not len(baseline):
         raise ValueError(f"need the same documents in both runs, got {len(baseline)} and {len(candidate)}")
     pairs = list(zip(baseline, candidate, strict=True))
     if any(value not in (0, 1) for pair in pairs for value in pair):
         raise ValueError("a paired test of accuracy takes 0 (wrong) or 1 (right) per document")
-    return PairedCounts(*(pairs.count(cell) for cell in ((1, 1), (1, 0), (0, 1), (0, 0))))
+    both, lost, won, neither = (pairs.count(cell) for cell in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    differences = [theirs - ours for ours, theirs in pairs]
+    if passages is None:
+        return PairedCounts(both, lost, won, neither, design_effect=_neighbour_effect(differences))
+    return PairedCounts(both, lost, won, neither, passages=Passages.of(differences, passages))
 
 
-def binomial_two_sided(successes: int, trials: int) -> float:
-    """Two-sided exact p-value of `successes` in `trials` fair coin tosses; 1.0 for no toss."""
-    few = min(successes, trials - successes)
-    tail = sum(math.comb(trials, k) for k in range(few + 1))
-    return min(1.0, 2 * tail / 2**trials)
+def accuracy_interval(
+    right: Sequence[float], passages: Sequence[Hashable | None], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Confidence interval of an accuracy from 0 or 1 per document: Wilson's, cluster-robust where passages are shared.
 
+    One right and one wrong answer are added to the latter, which keeps its coverage near the ends.
+    """
+    from scipy.stats import binomtest
 
-def wilson_interval(right: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of an accuracy of `right` out of `n`, inside 0..1 also near the ends (Wilson)."""
-    z, share = _z(confidence), right / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    clusters = Passages.of(right, passages)
+    if clusters is None:
+        found = binomtest(round(sum(right)), len(right)).proportion_ci(confidence, method="wilson")
+        return float(found.low), float(found.high)
+    low, high = clusters.interval((1, 0), confidence)
+    return max(0.0, low), min(1.0, high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -121,21 +215,33 @@ def bootstrap_ratio_difference(
     repeats: int = 4000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(difference, low, high) of sum(totals) / sum(sizes), candidate minus baseline, documents drawn in
-    pairs.
+    """(difference, low, high) of sum(totals) / sum(sizes), candidate minus baseline, documents drawn in pairs.
 
-    For bits per byte: totals are negative log-likelihoods of a page in bits, sizes its bytes. Percentile
-    interval.
+    For bits per byte: totals are negative log-likelihoods of a page in bits, sizes its bytes. Percentile interval.
     """
     import numpy
 
-    sizes = numpy.asarray(sizes, dtype=float)
+    weights = numpy.asarray(sizes, dtype=float)
     change = numpy.asarray(candidate, dtype=float) - numpy.asarray(baseline, dtype=float)
-    draws = numpy.random.default_rng(seed).integers(0, len(sizes), (repeats, len(sizes)))
-    values = change[draws].sum(axis=1) / sizes[draws].sum(axis=1)
+    draws = numpy.random.default_rng(seed).integers(0, len(weights), (repeats, len(weights)))
+    values = change[draws].sum(axis=1) / weights[draws].sum(axis=1)
     tail = 50 * (1 - confidence)
     low, high = numpy.percentile(values, [tail, 100 - tail])
-    return float(change.sum() / sizes.sum()), float(low), float(high)
+    return float(change.sum() / weights.sum()), float(low), float(high)
+
+
+def _neighbour_effect(differences: Sequence[float]) -> float:
+    """The factor that correlation between neighbours puts on the variance of the mean (Newey and West); at least 1."""
+    import numpy
+
+    values = numpy.asarray(differences, dtype=float)
+    values = values - values.mean()
+    alone = float(values @ values)
+    if not alone:
+        return 1.0
+    lags = range(1, min(NEIGHBOURS, len(values) - 1) + 1)
+    together = sum(2 * (1 - lag / (NEIGHBOURS + 1)) * float(values[lag:] @ values[:-lag]) for lag in lags)
+    return max(1.0, 1 + together / alone)
 
 
 def _z(confidence: float) -> float:

@@ -25,7 +25,7 @@ UNITS = {
     "bits_per_byte": "bits/byte",
     "token_perplexity": "per token",
 }
-COLUMNS = ["task", "kind", "metric", "status"]
+COLUMNS = ["task", "kind", "metric", "status", "n"]
 LOWER_IS_BETTER = frozenset(UNITS) - {"acc", "acc_norm"}
 
 
@@ -61,12 +61,18 @@ class EvaluationResult:
     def ok(self) -> bool:
         return not self.tasks.empty and not self.failed
 
+    @property
+    def error(self) -> EvaluationError | None:
+        """What ends the stage as failed: an error naming the failed tasks, None where every task was scored."""
+        if not self.failed:
+            return None
+        text = "; ".join(f"{task}: {error}" for task, error in list(self.failed.items())[:3])
+        return EvaluationError(f"{len(self.failed)} of {self.tasks['task'].nunique()} tasks failed ({text})")
+
     def raise_if_failed(self) -> None:
         """EvaluationError naming the failed tasks: what ends a notebook or a command with a failure."""
-        if self.failed:
-            text = "; ".join(f"{task}: {error}" for task, error in list(self.failed.items())[:3])
-            total = self.tasks["task"].nunique()
-            raise EvaluationError(f"{len(self.failed)} of {total} tasks failed ({text})")
+        if self.error is not None:
+            raise self.error
 
 
 def load_evaluation(folder: RunFolder) -> EvaluationResult:
@@ -103,10 +109,15 @@ def load_documents(folder: RunFolder) -> pandas.DataFrame:
     """The documents behind `load_scores`, each once: the last answer to each of a task's scored documents."""
     import pandas
 
+    return pandas.DataFrame(document_rows(folder))
+
+
+def document_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of `load_documents`, without pandas."""
     table = load_scores(folder)
-    counts = dict(zip(table["task"], table["n"], strict=True)) if len(table) else {}
+    counts = dict(zip(table["task"], table["n"], strict=True))
     latest = {(row["task"], row["doc_id"]): row for row in _asked_rows(folder, "documents")}
-    return pandas.DataFrame([row for (task, doc), row in latest.items() if doc < counts.get(task, 0)])
+    return [row for (task, doc), row in latest.items() if doc < counts.get(task, 0)]
 
 
 def finished(folder: RunFolder, identities: Mapping[str, Identity]) -> set[tuple[str, str, int]]:

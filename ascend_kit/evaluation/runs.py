@@ -1,0 +1,168 @@
+"""Run folders as a comparison sees them: which ones, what each holds and what it lacks. Reads files only."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ascend_kit.evaluation.scores import document_rows, load_scores
+from ascend_kit.files import Table
+from ascend_kit.identity import Identity
+from ascend_kit.params import Experiment
+from ascend_kit.results import RunFolder, list_runs, run_parameters
+from ascend_kit.stages import RunRecord
+
+POINT = ("concurrency", "prompt_len", "output_len")
+LAYOUT = ("cards", "tensor_parallel")
+RATE = "output_tokens_per_s"
+ENGINE_BACKEND = "ascend_kit"
+# Parameters that name things or places; they tell nothing about how a run was made.
+NAMES = frozenset(
+    ("experiment", "run", "output_root", "output_model", "output_path", "compare_runs", "if_exists", "if_model_exists")
+)
+Point = tuple[int, int, int]
+
+
+class CompareError(ValueError):
+    """A run that is named does not exist, or there is none; the text says where it was looked for."""
+
+
+class Run:
+    """One run folder, each of its files read once."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.name = f"{folder.path.parent.name}/{folder.path.name}"  # unique within an output folder
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """What its sweep or evaluation was made with."""
+        return run_parameters(self.folder)
+
+    @cached_property
+    def tasks(self) -> dict[str, list[dict[str, Any]]]:
+        """Task -> its answered documents."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in document_rows(self.folder):
+            found.setdefault(row["task"], []).append(row)
+        return found
+
+    @cached_property
+    def identities(self) -> dict[str, Identity]:
+        """Task -> what its documents belong to."""
+        known = self.folder.identities()
+        return {task: known[rows[0]["identity"]] for task, rows in self.tasks.items()}
+
+    def answers(self, value: str) -> dict[str, list[dict[str, Any]]]:
+        """Task -> its documents that have `value` (a metric, or logprob of running text), where there are any."""
+        having = {task: [row for row in rows if row.get(value) is not None] for task, rows in self.tasks.items()}
+        return {task: rows for task, rows in having.items() if rows}
+
+    def has(self, value: str) -> bool:
+        """Whether any document has `value`."""
+        return bool(self.answers(value))
+
+    @cached_property
+    def sweep(self) -> list[dict[str, Any]]:
+        """Measured points of its own layout of cards or, where the sweep left that out, of its fastest layout."""
+        rows = [
+            row
+            for row in self.folder.rows("rows")
+            if row.get("status") == "ok" and row.get("backend") == ENGINE_BACKEND and row.get(RATE) is not None
+        ]
+        if not rows or any(name not in row for row in rows for name in LAYOUT):
+            return rows
+        own = [self.parameters.get(name) for name in LAYOUT]
+        fastest = max(rows, key=lambda row: row[RATE])
+        layouts = (own, [fastest[name] for name in LAYOUT])
+        chosen = next(layout for layout in layouts if any([row[name] for name in LAYOUT] == layout for row in rows))
+        return [row for row in rows if [row[name] for name in LAYOUT] == chosen]
+
+    @cached_property
+    def points(self) -> set[Point]:
+        return {(row["concurrency"], row["prompt_len"], row["output_len"]) for row in self.sweep}
+
+    @cached_property
+    def alarms(self) -> list[str]:
+        """Why its results must not be trusted, as its stages recorded it."""
+        return [alarm["text"] for stage in RunRecord.read(self.folder.path).stages.values() for alarm in stage.alarms]
+
+    def lacks(self, point: Point | None = None) -> list[str]:
+        """What a comparison at `point` would need and does not find here."""
+        found = [] if self.has("acc") else ["no evaluation: run 05_evaluate"]
+        scores = load_scores(self.folder)
+        failed = sorted(set(scores[scores["status"] != "ok"]["task"]))
+        if failed:
+            found.append(f"failed tasks: {', '.join(failed)}")
+        if not self.sweep:
+            found.append("no sweep: run 04_throughput")
+        elif point is not None and point not in self.points:
+            found.append(f"not measured at {_point_text(point)} (only at {'; '.join(map(_point_text, self.points))})")
+        return found + [f"alarm: {text}" for text in self.alarms]
+
+    def plainness(self) -> tuple:
+        """What sorts the runs: complete and trusted ones first, then unquantised, from the source, few switches on."""
+        values = self.parameters
+        num_on = sum(bool(values.get(name)) for name in ("graph_mode", "operator_fusion", "memory_optimize"))
+        incomplete = not (self.has("acc") and self.sweep)
+        quantised, converted = values.get("quantize") != "none", values.get("use_model") != "source"
+        return bool(self.alarms), incomplete, quantised, converted, num_on
+
+
+def load_runs(experiment: Experiment) -> list[Run]:
+    """The runs named in `compare_runs` (a run, experiment/run or a path), by default all that hold results.
+
+    Raises CompareError for a name without a folder, with the closest known one.
+    """
+    every = list_runs(experiment.output_root, experiment.experiment)
+    known = [folder for folder in every if any(folder.table_path(name).exists() for name in ("scores", "rows"))]
+    if experiment.compare_runs:
+        names = [folder.path.name for folder in known]
+        return [Run(_find_folder(name, experiment, names)) for name in dict.fromkeys(experiment.compare_runs)]
+    if not known:
+        root = Path(experiment.output_root) / experiment.experiment
+        raise CompareError(f"no run below {root}: run 04_throughput or 05_evaluate first")
+    return [Run(folder) for folder in known]
+
+
+def _find_folder(name: str, experiment: Experiment, known: list[str]) -> RunFolder:
+    root, path = Path(experiment.output_root), Path(name).expanduser()
+    for wanted in (root / experiment.experiment / path, root / path, path):
+        wanted = wanted.absolute()
+        for folder in list_runs(wanted.parent.parent, wanted.parent.name):
+            if folder.path == wanted:
+                return folder
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise CompareError(f"compare_runs: no run {name!r} (runs here: {', '.join(known) or 'none'}){hint}")
+
+
+def pick_baseline(runs: Sequence[Run]) -> Run:
+    """The plainest of the runs that have both accuracy and throughput and no alarm; the first of equals."""
+    return min(runs, key=Run.plainness)
+
+
+def pick_point(runs: Sequence[Run], baseline: Run) -> Point | None:
+    """The point of the baseline's sweep that most runs have measured, the heaviest of equals."""
+    counts = Counter(point for run in runs for point in run.points)
+    points = baseline.points or set(counts)
+    return max(points, key=lambda point: (counts[point], point[0], point[1] + point[2]), default=None)
+
+
+def differences(runs: Sequence[Run]) -> Table:
+    """Every parameter in which the runs differ: a line per parameter, a column per run."""
+    import pandas
+
+    # A run of an older version knows fewer parameters; it was made with what are the defaults now.
+    defaults = Experiment().model_dump()
+    table = pandas.DataFrame({run.name: {**defaults, **run.parameters} for run in runs}, dtype=object)
+    is_equal = table.map(repr).nunique(axis=1) <= 1
+    return table[~is_equal & ~table.index.isin(list(NAMES))]
+
+
+def _point_text(point: Point) -> str:
+    return "concurrency {}, prompt {}, output {}".format(*point)
