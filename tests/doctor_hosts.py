@@ -121,6 +121,7 @@ def probe_output(kind: str, count: int, name: str, free: int, total: int, **vers
         "total_bytes": total,
         "peak": None if kind == "cpu" else "table",
         "threads": 8,
+        "task_queue_level": 1 if kind == "npu" else None,
     }
     return CommandResult(0, PREFIX + json.dumps(seen))
 
@@ -132,7 +133,7 @@ def laptop(**changes) -> FakeHost:
         "packages": {"torch": "2.13.0+cpu", "ascend-kit": "0.1.0"},
         "machine": "x86_64",
         "commands": {
-            "python -m ascend_kit.doctor.probe": probe_output(
+            "python -m ascend_kit.doctor.self_test --stage probe": probe_output(
                 "cpu", 1, "Test CPU", 60 * 2**30, 64 * 2**30, python="3.11.9", torch="2.13.0+cpu"
             ),
             "python -m ascend_kit.doctor.self_test --stage smoke": stage_output(
@@ -169,7 +170,7 @@ def ascend_server(**changes) -> FakeHost:
         "commands": {
             "npu-smi info": CommandResult(0, sample("info_910b")),
             "npu-smi info -t topo": CommandResult(0, sample("topo_910b")),
-            "python -m ascend_kit.doctor.probe": probe_output(
+            "python -m ascend_kit.doctor.self_test --stage probe": probe_output(
                 "npu", 8, "Ascend910B3", 60 * 2**30, 64 * 2**30, **versions
             ),
             run + "smoke": stage_output(OpCheck("smoke", "paged_attention", "bf16", "ok", 0.003, 0.016)),

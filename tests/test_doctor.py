@@ -86,7 +86,7 @@ def test_missing_cann_fails_there_and_the_import_error_is_explained():
         env={"ASCEND_HOME_PATH": None},
         files={name: None for name in ascend_server().files if name.startswith(ROOT)},
         commands={
-            "python -m ascend_kit.doctor.probe": CommandResult(
+            "python -m ascend_kit.doctor.self_test --stage probe": CommandResult(
                 1, stderr="ImportError: libhccl.so: cannot open shared object file: No such file or directory"
             )
         },
@@ -249,7 +249,9 @@ def test_python_without_a_wheel_of_torch_npu_213_fails():
 
 
 def test_device_is_left_alone_when_asked():
-    findings = run_checks(ascend_server(commands={"python -m ascend_kit.doctor.probe": None}), use_device=False)
+    findings = run_checks(
+        ascend_server(commands={"python -m ascend_kit.doctor.self_test --stage probe": None}), use_device=False
+    )
 
     assert find(findings, "Import", "all").status == "n/a"
     assert trouble(findings) == []
@@ -284,7 +286,7 @@ def test_wrong_numbers_on_the_device_fail_the_machine():
 
 def test_card_that_is_half_full_is_a_warning():
     probe = probe_output("npu", 8, "Ascend910B3", 20 * 2**30, 64 * 2**30, torch="2.12.0")
-    host = ascend_server(commands={"python -m ascend_kit.doctor.probe": probe})
+    host = ascend_server(commands={"python -m ascend_kit.doctor.self_test --stage probe": probe})
 
     assert find(run_checks(host), "Devices", "device").status == "warn"
 
@@ -315,7 +317,11 @@ def test_self_test_runs_every_stage_and_reports_a_dead_one():
 
 def test_self_test_without_a_working_import_ends_at_once():
     host = ascend_server(
-        commands={"python -m ascend_kit.doctor.probe": CommandResult(1, stderr="undefined symbol: GroupTopkParam")}
+        commands={
+            "python -m ascend_kit.doctor.self_test --stage probe": CommandResult(
+                1, stderr="undefined symbol: GroupTopkParam"
+            )
+        }
     )
 
     (check,) = run_self_test(host)

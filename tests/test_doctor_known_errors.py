@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ascend_kit.doctor.known_errors import KNOWN_ERRORS, explain, render_explanations
+from ascend_kit.device.advice import advice, explain, known_errors, render_explanations
 
 TEXTS = {
     "cann library missing": "ImportError: libhccl.so: cannot open shared object file: No such file",
@@ -34,6 +34,7 @@ TEXTS = {
     "non-contiguous tensor in a collective": "RuntimeError: HCCL does not support non-contiguous tensors",
     "distributed wrapper (ERR02200)": "[ERROR] ERR02200 DIST call hccl api failed.",
     "task queue level 2 with graphs": "Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture",
+    "process killed by the system": "the kernel was killed by SIGKILL",
     "slow decode": "decode is very slow, 7 tokens per second",
     "slow first request": "the first request takes very long",
     "slow under load": "TPOT explodes when 64 clients come",
@@ -51,11 +52,11 @@ def test_text_is_recognised_as(key):
 
 
 def test_every_entry_of_the_table_has_a_text_here():
-    assert {known.key for known in KNOWN_ERRORS} == set(TEXTS)
+    assert {known.key for known in known_errors()} == set(TEXTS)
 
 
 def test_patterns_compile_and_match_no_empty_text():
-    for known in KNOWN_ERRORS:
+    for known in known_errors():
         assert not any(re.search(pattern, "") for pattern in known.patterns), known.key
 
 
@@ -90,6 +91,7 @@ def test_words_of_a_symptom_inside_a_log_with_an_error_are_not_reported():
 def test_rendered_explanation_names_line_meaning_and_actions():
     text = render_explanations(explain(TEXTS["initialisation 500001"]))
 
+    assert "decorator" in text and "doctor" in text
     assert "line 1" in text and "operator package" in text and "\n  - " in text
 
 
@@ -97,11 +99,9 @@ REFUSED_LEVEL = "Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture, 
 
 
 def test_capture_refused_at_level_2_is_explained_by_the_doctor_and_by_the_graphs():
-    from ascend_kit.device import graphs
-
     assert explain(REFUSED_LEVEL)[0].key == "task queue level 2 with graphs"
-    assert "TASK_QUEUE_ENABLE=1" in graphs.explain(RuntimeError(REFUSED_LEVEL))
+    assert "TASK_QUEUE_ENABLE=1" in advice(REFUSED_LEVEL)
 
 
 def test_nothing_recommends_level_2():
-    assert not [known.key for known in KNOWN_ERRORS if "TASK_QUEUE_ENABLE=2" in " ".join(known.actions)]
+    assert not [known.key for known in known_errors() if "TASK_QUEUE_ENABLE=2" in " ".join(known.actions)]

@@ -12,8 +12,7 @@ import torch
 from ascend_kit.device.device import select_device
 from ascend_kit.device.ops import OPS, reference
 from ascend_kit.doctor import run_self_test, self_test
-from ascend_kit.doctor.attention_inputs import AttentionCase, attention_cases, make_inputs
-from ascend_kit.doctor.comparison import Comparer, bound, relative_error
+from ascend_kit.doctor.comparison import AttentionCase, Comparer, attention_cases, bound, make_inputs, relative_error
 from ascend_kit.doctor.graph_and_ranks import run_graph
 from ascend_kit.doctor.stages import PREFIX, OpCheck
 

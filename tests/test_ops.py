@@ -220,3 +220,17 @@ def test_argmax_names_the_first_of_equal_numbers(table, dtype):
 
     assert found.tolist() == [row.tolist().index(max(row.tolist())) for row in logits]
     assert table.argmax(logits[1:3]).tolist() == [400, 999]
+
+
+def test_a_plain_operator_takes_its_layout_with_it_and_leaves_the_others_fused():
+    fused, mixed = select_ops("cpu", True), select_ops("cpu", True, ["linear", "rotary"])
+
+    assert mixed.linear is reference.linear and mixed.pack_linear is reference.pack_linear
+    assert mixed.gather_rows is reference.gather_rows and mixed.rotary is reference.rotary
+    assert mixed.rms_norm is fused.rms_norm and mixed.paged_attention is fused.paged_attention
+    assert not getattr(mixed, "RECORDS", False), "a recorded step takes kernels only"
+
+
+def test_an_unknown_plain_operator_is_refused_with_the_one_that_was_meant():
+    with pytest.raises(ValueError, match=r"no operator 'rotery'; did you mean 'rotary'\?.*rms_norm"):
+        select_ops("npu", True, ["rotery"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -23,9 +24,11 @@ from typing import Any
 
 import torch
 
+from ascend_kit.device.advice import advice
 from ascend_kit.device.peaks import HardwarePeak, find_peak
 
 KINDS = ("auto", "cpu", "cuda", "npu")
+NOT_A_TRIPLE = "torch, torch_npu and CANN must be a published triple"
 ALIASES = {"ascend": "npu", "gpu": "cuda"}
 PACKAGES = ("transformers", "tokenizers", "lm-eval", "ascend-kit")  # beside torch, those that decide a result
 
@@ -47,23 +50,12 @@ def import_torch_npu() -> Any:
             f"{torch.__version__.split('+')[0]} (pip install torch-npu==<same version>), or set device: cpu"
         )
     try:
-        import torch_npu
+        return importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError) as error:
         raise DeviceError(
-            f"torch_npu is installed but cannot be imported: {error}. {_import_advice(str(error))} "
+            f"torch_npu is installed but cannot be imported: {error}. {advice(str(error), NOT_A_TRIPLE)}. "
             "`python -m ascend_kit doctor` checks the whole installation."
         ) from error
-    return torch_npu
-
-
-def _import_advice(text: str) -> str:
-    if re.search(r"lib(hccl|ascendcl|ge_runner|graph|opapi|acl\w*)\.so", text):
-        return "CANN is not on the library path: source /usr/local/Ascend/ascend-toolkit/set_env.sh."
-    if "libatb" in text:
-        return "NNAL is not on the library path: source /usr/local/Ascend/nnal/atb/set_env.sh."
-    if "undefined symbol" in text:
-        return "CANN and torch_npu do not belong together; compare both with the compatibility table."
-    return "torch, torch_npu and CANN must be a published triple."
 
 
 class Event:
@@ -84,7 +76,8 @@ class Event:
         """Seconds from this event to `end`; blocks until the device has reached `end`."""
         if self._native is None:
             return end._time_s - self._time_s
-        end._native.synchronize()
+        if end._native is not None:
+            end._native.synchronize()
         return self._native.elapsed_time(end._native) / 1000.0
 
 
@@ -160,7 +153,7 @@ class Device:
 
     def versions(self) -> dict[str, str]:
         """Versions of the installed packages that decide results and speed (an identity's `versions`)."""
-        found = {"torch": torch.__version__}
+        found = {"torch": str(torch.__version__)}
         if self.kind == "npu":
             found["torch_npu"] = import_torch_npu().__version__
         for package in PACKAGES:
@@ -278,17 +271,18 @@ def auto_kind() -> str:
 
 def _select_npu(index: int) -> Device:
     import_torch_npu()
-    _check_index("npu", index, torch.npu.device_count(), "ASCEND_RT_VISIBLE_DEVICES")
+    npu = getattr(torch, "npu")  # noqa: B009 - torch_npu puts it there
+    _check_index("npu", index, npu.device_count(), "ASCEND_RT_VISIBLE_DEVICES")
     try:
-        torch.npu.set_device(index)
-        torch.npu.set_compile_mode(jit_compile=False)  # binary kernels; True compiles once per shape
-        total = torch.npu.get_device_properties(index).total_memory
+        npu.set_device(index)
+        npu.set_compile_mode(jit_compile=False)  # binary kernels; True compiles once per shape
+        total = npu.get_device_properties(index).total_memory
     except RuntimeError as error:
         raise DeviceError(
-            f"npu:{index} cannot be opened: {error}. 500001 or SetPrecisionMode in the text means that CANN "
-            "and torch_npu do not belong together; `python -m ascend_kit doctor` checks this"
+            f"npu:{index} cannot be opened: {error}. {advice(str(error), NOT_A_TRIPLE)}. "
+            "`python -m ascend_kit doctor` checks the whole installation."
         ) from error
-    name = torch.npu.get_device_name(index)
+    name = npu.get_device_name(index)
     return Device("npu", index, name, total, find_peak(name, total))
 
 
@@ -317,9 +311,7 @@ def _check_index(kind: str, index: int, count: int, variable: str) -> None:
 
 def _cann_version() -> str:
     with contextlib.suppress(ImportError, RuntimeError):
-        from torch_npu.npu.utils import get_cann_version
-
-        return get_cann_version() or "unknown"
+        return importlib.import_module("torch_npu.npu.utils").get_cann_version() or "unknown"
     return "unknown"
 
 

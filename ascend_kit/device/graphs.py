@@ -17,7 +17,6 @@ live on the host, which is cheapest: all of it then crosses in one transfer.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ascend_kit.device.advice import advice
 from ascend_kit.device.device import Device
 from ascend_kit.device.ops import AttentionMeta
-from ascend_kit.device.ops.native import Arena, OnlyKernels, Recording
+from ascend_kit.device.ops.native import Arena, OnlyKernels, Recording, compiler
 
 StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
 
@@ -37,16 +37,9 @@ StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
 # 16.
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 DEFAULT_TIMEOUT_S = 120.0
+NO_ADVICE = "set graph_mode: false to go on without"
 UPDATE_FIRST_VARIABLE = "ASCEND_KIT_GRAPH_UPDATE_FIRST"
 
-_ADVICE = {
-    "TASK_QUEUE_ENABLE": "export TASK_QUEUE_ENABLE=1 before Python starts: graphs cannot be captured at level 2",
-    "207008": "the device is out of streams: capture fewer sizes, or update the driver (25.5.1) and CANN",
-    "207005": "a device resource ran out: capture fewer sizes, or update driver and CANN",
-    "Alloc sq cq": "the driver allows no more graphs: capture fewer sizes, or install driver 25.5.1 or newer",
-    "561002": "attention refused the lengths: list length, block-table rows and query rows must agree",
-    "task not supported": "unset HCCL_OP_EXPANSION_MODE=AIV, which not every version can record",
-}
 _HANG_ADVICE = (
     "A replay waits for its attention lengths; a missing or overtaking update is the usual cause. "
     "Try, in this order: unset HCCL_OP_EXPANSION_MODE when it is AIV and several cards are used; "
@@ -88,12 +81,6 @@ def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None
             raise GraphHang(f"{what} did not finish within {timeout_s:g} s. {_HANG_ADVICE}")
         if waited_s > 0.02:  # a step is usually over by then; do not burn a core on a long one
             time.sleep(0.0005)
-
-
-def explain(error: BaseException) -> str:
-    """What to try after a capture failed with `error`, from the error codes seen in the field."""
-    text = str(error)
-    return next((advice for code, advice in _ADVICE.items() if code in text), "set graph_mode: false to go on without")
 
 
 class _Unreadable(list):
@@ -233,7 +220,8 @@ class DecodeGraphs:
     def capture(self) -> dict[str, Any]:
         """Record every size, largest first so that the smaller ones reuse its memory; returns `info()`."""
         if self.device.task_queue_level() == 2:
-            raise GraphError(f"graphs cannot be captured at TASK_QUEUE_ENABLE=2: {_ADVICE['TASK_QUEUE_ENABLE']}")
+            level = "TASK_QUEUE_ENABLE=2"
+            raise GraphError(f"graphs cannot be captured at {level}. What to try: {advice(level)}.")
         start = time.perf_counter()
         before = self.device.memory_in_use_bytes()
         if self._compiled is not None:
@@ -267,7 +255,7 @@ class DecodeGraphs:
         captured = self._captured[size]
         self._wait_for_previous()
         captured.inputs.fill(token_ids, positions, meta)
-        self._replay(captured, [*meta.context_lens, *[1] * (size - batch)])
+        self._replay(captured, [*meta.context_lens, *[1] * (size - batch)] if self.host_lengths else None)
         return captured.logits[:batch]
 
     def wait(self) -> None:
@@ -277,8 +265,8 @@ class DecodeGraphs:
 
     def info(self) -> dict[str, Any]:
         """What was captured and how often it ran; plain values for a manifest."""
-        mode = {"npu": "npu_graph", "cuda": "cuda_graph"}.get(self.device.kind)
-        return {"mode": mode or self._compiled.mode, "sizes": list(self.sizes), **vars(self.counters)}
+        mode = f"{self.device.kind}_graph" if self._compiled is None else self._compiled.mode
+        return {"mode": mode, "sizes": list(self.sizes), **vars(self.counters)}
 
     def close(self) -> None:
         """Give the graphs' memory back."""
@@ -305,7 +293,7 @@ class DecodeGraphs:
             raise
         except RuntimeError as error:
             raise GraphError(f"the decode step for {size} sequences cannot be recorded: {error}. "
-                             f"What to try: {explain(error)}.") from error  # fmt: skip
+                             f"What to try: {advice(str(error), NO_ADVICE)}.") from error  # fmt: skip
         self.wait()
         return captured
 
@@ -325,16 +313,16 @@ class DecodeGraphs:
 
     def _replay(self, captured: _Captured, lengths: list[int] | None) -> None:
         """Replay, then update: layer i waits only for its own lengths, so the later updates cost no time."""
-        if self.host_lengths and self.update_first:
+        if lengths is not None and self.update_first:
             self._update(captured, lengths)
         captured.graph.replay()
-        if self.host_lengths and not self.update_first:
+        if lengths is not None and not self.update_first:
             self._update(captured, lengths)
         if self._done is None:
             self._done = self.device.backend.Event()
         self._done.record()
 
-    def _update(self, captured: _Captured, lengths: list[int] | None) -> None:
+    def _update(self, captured: _Captured, lengths: list[int]) -> None:
         captured.graph.update(
             cpu_update_input=[
                 {"actual_seq_lengths": list(range(1, len(lengths) + 1)), "actual_seq_lengths_kv": lengths}
@@ -349,6 +337,7 @@ class DecodeGraphs:
     def _run_both_shapes(self) -> None:
         # A size of 1 stays its own case under dynamic shapes. 3 and 5 because equal sizes would share one
         # symbol.
+        assert self._compiled is not None
         for batch in {1, min(3, self.sizes[-1])}:
             ids, positions, slots, lens = (torch.zeros(batch, dtype=torch.int32) for _ in range(4))
             table = torch.zeros(batch, min(5, self.max_blocks), dtype=torch.int32)
@@ -390,13 +379,15 @@ class _RecordedCalls:
 class _CompiledLayers:
     """The step with its decoder layers compiled. One compilation serves all layers, batches and contexts."""
 
+    mode = "compiled_inductor"
+
     def __init__(self, step_fn: StepFn, layers: Sequence[nn.Module]) -> None:
-        self.backend = "inductor" if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") else "eager"
-        # Rounding to bf16 between fused operators as the plain step does, or greedy tokens would differ
-        # from it.
-        options = {"emulate_precision_casts": True} if self.backend == "inductor" else None
-        compile_ = lambda fn: torch.compile(fn, dynamic=True, backend=self.backend, options=options)  # noqa: E731
-        self.mode, self.sizes = f"compiled_{self.backend}", None
+        if compiler() is None:
+            raise GraphError("graph_mode on a CPU needs a C++ compiler: install g++, or set graph_mode: false")
+        # Rounding to bf16 between fused operators as the plain step does, or greedy tokens would differ from it.
+        options: dict[str, Any] = {"emulate_precision_casts": True}
+        compile_ = lambda fn: torch.compile(fn, dynamic=True, backend="inductor", options=options)  # noqa: E731
+        self.sizes: list[int] = []
         self.layers = list(layers)
         self.compiled = [compile_(layer._call_impl) for layer in self.layers]
         self.step_fn = step_fn if self.layers else compile_(step_fn)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-GIB = 2**30
+from ascend_kit.files import GIB
 
 
 @dataclass(frozen=True)

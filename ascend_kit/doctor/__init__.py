@@ -1,28 +1,14 @@
 """`python -m ascend_kit doctor`: is this machine ready, what is wrong with it, and what to do about it.
 
-`run_checks()` returns findings for a notebook (`as_table`), `explain(text)` recognises known error texts,
-and `--self-test` compares every operator with its reference on the device: the first thing to run on real
-hardware. Importing this package does not import torch.
+Importing this package does not import torch.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import sys
-from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
-
+from ascend_kit.device.advice import Explanation, explain
 from ascend_kit.doctor.checks import run_checks
-from ascend_kit.doctor.findings import Finding, render, render_sections, to_rows, totals, worst_status
+from ascend_kit.doctor.command import main, run_self_test
+from ascend_kit.doctor.findings import Finding, as_table, render
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.known_errors import Explanation, explain, render_explanations
-from ascend_kit.doctor.stages import OpCheck, probe_device, run_stage, trouble
-
-if TYPE_CHECKING:
-    import pandas
+from ascend_kit.doctor.stages import OpCheck
 
 __all__ = [
     "Explanation",
@@ -36,103 +22,3 @@ __all__ = [
     "run_checks",
     "run_self_test",
 ]
-
-
-def as_table(items: Iterable[Finding | OpCheck]) -> pandas.DataFrame:
-    """One row per finding (or per comparison of the self-test)."""
-    import pandas
-
-    return pandas.DataFrame([asdict(item) for item in items])
-
-
-def run_self_test(host: Host | None = None, device: str = "auto", on_check=None) -> list[OpCheck]:
-    """Every operator, graph and collective of a device against the reference, each stage in a process.
-
-    A stage that hangs or dies ends in one more result with status fail that carries the explanation.
-    """
-    host = host or Host()
-    report = on_check or (lambda check: None)
-    seen, result = probe_device(host, device)
-    if seen is None:
-        evidence, remedy = trouble(result)
-        checks = [OpCheck("import", "import", device, "fail", detail=f"{evidence}. {remedy}")]
-        report(checks[0])
-        return checks
-    name = seen["kind"] if seen["kind"] == "cpu" else f"{seen['kind']}:{seen['index']}"
-    stages = ["ops", "graph"] + (["collective"] if seen["count"] > 1 or seen["kind"] == "cpu" else [])
-    checks = []
-    for stage in stages:
-        checks += _stage(host, stage, name, report)
-    return checks
-
-
-def _stage(host: Host, stage: str, device: str, report) -> list[OpCheck]:
-    checks, result = run_stage(host, stage, device, report)
-    if not result.is_ok and not any(check.status == "fail" for check in checks):
-        evidence, remedy = trouble(result)
-        checks.append(OpCheck(stage, f"{stage} process", device, "fail", detail=f"{evidence}. {remedy}"))
-        report(checks[-1])
-    return checks
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns 0 when nothing failed, 1 otherwise."""
-    arguments = _parser().parse_args(argv)
-    if arguments.explain:
-        return _explain(arguments.explain, arguments.json)
-    if arguments.self_test:
-        return _self_test(arguments.device, arguments.json)
-    show = None if arguments.json else (lambda section: print(render_sections(section), flush=True))
-    findings = run_checks(
-        device=arguments.device, peers=arguments.peers, use_device=not arguments.no_device, on_section=show
-    )
-    if arguments.json:
-        print(json.dumps(to_rows(findings), indent=1, ensure_ascii=False))
-    else:
-        print("\n" + totals(findings))
-    return int(worst_status(findings) == "fail")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ascend_kit doctor", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda[:N], npu[:N]; npu makes a missing card a failure"
-    )
-    parser.add_argument(
-        "--self-test", action="store_true", help="compare every operator with its reference on the device"
-    )
-    parser.add_argument(
-        "--explain", metavar="FILE", help="explain the errors in a log file, or in the standard input (-)"
-    )
-    parser.add_argument(
-        "--peers", nargs="*", default=(), metavar="ADDRESS", help="card addresses on other machines to ping"
-    )
-    parser.add_argument("--no-device", action="store_true", help="only read: start nothing on the device")
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
-    return parser
-
-
-def _explain(source: str, as_json: bool) -> int:
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(errors="replace")
-    except OSError as error:
-        print(
-            f"cannot read {source}: {error.strerror}; give a log file, or - and the text on the standard input",
-            file=sys.stderr,
-        )
-        return 1
-    found = explain(text)
-    print(json.dumps([asdict(item) for item in found], indent=1) if as_json else render_explanations(found))
-    return 0
-
-
-def _self_test(device: str, as_json: bool) -> int:
-    show = None if as_json else (lambda check: print(check.describe(), flush=True))
-    checks = run_self_test(device=device, on_check=show)
-    if as_json:
-        print(json.dumps([asdict(check) for check in checks], indent=1))
-    failed = [check for check in checks if check.status == "fail"]
-    if not as_json:
-        skipped = sum(check.status == "skip" for check in checks)
-        print(f"\n{len(checks) - len(failed) - skipped} ok, {len(failed)} fail, {skipped} skipped")
-    return int(bool(failed))

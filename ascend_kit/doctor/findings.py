@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas
 
 Status = Literal["ok", "warn", "fail", "n/a"]
 STATUSES: tuple[Status, ...] = ("ok", "warn", "fail", "n/a")
@@ -55,12 +58,22 @@ def worst_status(findings: Iterable[Finding]) -> Status:
     """The most serious status present: fail, warn, ok, or n/a when nothing applied."""
     seen = {finding.status for finding in findings}
     order: tuple[Status, ...] = ("fail", "warn", "ok")
-    return next((status for status in order if status in seen), "n/a")
+    for status in order:
+        if status in seen:
+            return status
+    return "n/a"
 
 
 def to_rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
     """One plain dict per finding: what `--json` prints and `pandas.DataFrame` takes."""
     return [asdict(finding) for finding in findings]
+
+
+def as_table(items: Iterable[Any]) -> pandas.DataFrame:
+    """One row per finding (or per comparison of the self-test)."""
+    import pandas
+
+    return pandas.DataFrame([asdict(item) for item in items])
 
 
 def render(findings: Sequence[Finding], width: int = 110) -> str:

@@ -7,13 +7,21 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
+import torch.multiprocessing.spawn as multiprocessing
 from torch import Tensor
 
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta, reference, select_ops
-from ascend_kit.doctor.attention_inputs import HEADS, AttentionCase, AttentionInputs, make_inputs
-from ascend_kit.doctor.comparison import Comparer, bound, relative_error
+from ascend_kit.doctor.comparison import (
+    HEADS,
+    AttentionCase,
+    AttentionInputs,
+    Comparer,
+    bound,
+    make_inputs,
+    relative_error,
+)
 from ascend_kit.doctor.stages import OpCheck
 
 GRAPH_HEADS = HEADS[1]
@@ -75,8 +83,11 @@ def run_collective(device: Device) -> Iterator[OpCheck]:
 
     def reduced() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(
-                _rank, args=(device.kind, device.index, device.collective_backend, folder), nprocs=2
+            multiprocessing.start_processes(
+                _rank,
+                args=(device.kind, device.index, device.collective_backend, folder),
+                nprocs=2,
+                start_method="spawn",
             )
         return 0.0  # a rank that sees a wrong sum raises
 

@@ -173,14 +173,14 @@ def _collect(process: subprocess.Popen, timeout_s: float, on_line: Callable[[str
     err: list[str] = []
 
     def drain_stdout() -> None:
-        for line in process.stdout:
+        for line in process.stdout or ():
             out.append(line)
             if on_line:
                 on_line(line.rstrip("\n"))
 
     readers = [
         threading.Thread(target=drain_stdout, daemon=True),
-        threading.Thread(target=lambda: err.extend(process.stderr), daemon=True),
+        threading.Thread(target=lambda: err.extend(process.stderr or ()), daemon=True),
     ]
     for reader in readers:
         reader.start()

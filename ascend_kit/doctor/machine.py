@@ -6,8 +6,8 @@ import re
 
 from ascend_kit.doctor.findings import Section
 from ascend_kit.doctor.host import Host
+from ascend_kit.files import GIB
 
-GIB = 2**30
 SYSCTLS = (  # path, wanted value, what another value costs
     ("/proc/sys/kernel/numa_balancing", 0, "kernel.numa_balancing", "moves pages under the launch threads"),
     ("/proc/sys/vm/swappiness", 0, "vm.swappiness", "weights in page cache may push the process to swap"),

@@ -9,17 +9,26 @@ called directly on a `Device`.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.ops import reference, select_ops
-from ascend_kit.doctor.attention_inputs import HEADS, AttentionCase, attention_cases, make_inputs
-from ascend_kit.doctor.comparison import Comparer, bound, relative_error
+from ascend_kit.doctor.comparison import (
+    HEADS,
+    AttentionCase,
+    Comparer,
+    attention_cases,
+    bound,
+    make_inputs,
+    relative_error,
+)
 from ascend_kit.doctor.graph_and_ranks import run_collective, run_graph
-from ascend_kit.doctor.stages import OpCheck
+from ascend_kit.doctor.stages import PREFIX, OpCheck
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -222,15 +231,31 @@ def _check_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
         yield comparer.check("int8_matmul", case, bound(dtype, 2), multiplied)
 
 
+def probe(device: Device) -> dict[str, Any]:
+    """Versions, device name, memory in bytes and number of devices, as seen from inside a process."""
+    described = device.describe()
+    return {
+        **{name: described[name] for name in ("kind", "index", "name", "versions", "task_queue_level")},
+        "count": 1 if device.kind == "cpu" else device.backend.device_count(),
+        "free_bytes": device.free_memory_bytes(),
+        "total_bytes": device.total_memory_bytes,
+        "peak": device.peak.source if device.peak else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
 STAGES = {"smoke": run_smoke, "ops": run_ops, "graph": run_graph, "collective": run_collective}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Child process: run one stage and print one line per result."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--stage", choices=(*STAGES, "probe"), required=True)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args(argv)
+    if arguments.stage == "probe":
+        print(PREFIX + json.dumps(probe(select_device(arguments.device))), flush=True)
+        return 0
     failed = False
     for check in STAGES[arguments.stage](select_device(arguments.device)):
         print(check.to_line(), flush=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
-from ascend_kit.doctor.findings import Section
+from ascend_kit.device.advice import explain
+from ascend_kit.doctor.findings import Section, Status
 from ascend_kit.doctor.host import CommandResult, Host
-from ascend_kit.doctor.known_errors import explain
 
 PREFIX = "ascend_kit-self-test "
 # First calls load kernels and set up channels: minutes are normal on a new machine.
@@ -26,7 +27,7 @@ class OpCheck:
     stage: str
     op: str
     case: str
-    status: str  # ok | fail | skip
+    status: Literal["ok", "fail", "skip"]
     error: float | None = None
     tolerance: float | None = None
     seconds: float = 0.0
@@ -61,7 +62,7 @@ def run_stage(
 
 def probe_device(host: Host, device: str) -> tuple[dict | None, CommandResult]:
     """What torch says of itself and of the device, asked in a child; None when it did not get that far."""
-    command = [host.python, "-m", "ascend_kit.doctor.probe", device]
+    command = [host.python, "-m", "ascend_kit.doctor.self_test", "--stage", "probe", "--device", device]
     result = host.run(command, timeout_s=TIMEOUT_S["probe"])
     lines = [line for line in result.stdout.splitlines() if line.startswith(PREFIX)]
     return (json.loads(lines[-1].removeprefix(PREFIX)) if lines else None), result
@@ -84,7 +85,7 @@ def add_stage(section: Section, host: Host, stage: str, device: str) -> None:
     """Run a stage and add one finding per result, and one more when its process did not end well."""
     checks, result = run_stage(host, stage, device)
     for check in checks:
-        status = {"ok": "ok", "fail": "fail", "skip": "n/a"}[check.status]
+        status: Status = "n/a" if check.status == "skip" else check.status
         error = "" if check.error is None else f"error {check.error:.1e} (allowed {check.tolerance:.0e}) "
         remedy = (
             ""

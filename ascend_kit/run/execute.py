@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.device.advice import explain
 from ascend_kit.files import write_atomic
 from ascend_kit.run.signals import SIGNALS, StopRequest
 
@@ -284,8 +285,9 @@ def _kernel_death(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    hint = "; the system does that when memory runs out: lower batch_size, kv_cache_gib or max_seq_length"
-    return f"the kernel was killed by {name}" + (hint if name == "SIGKILL" else "")
+    text = f"the kernel was killed by {name}"
+    known = explain(text)
+    return f"{text}. {known[0].meaning} {'; '.join(known[0].actions)}" if known else text
 
 
 def _last_words(log: Path) -> str | None:

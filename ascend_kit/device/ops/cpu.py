@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
     HOST_LENGTHS,
     MERGED_QKV,
@@ -29,6 +28,7 @@ from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
     swiglu,
     validate,
 )
+from ascend_kit.device.ops.table import AttentionMeta
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,7 +79,7 @@ def int8_matmul(
     xq: Tensor, act_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """As in reference, with the product in int32 through torch's int8 kernel."""
-    result = torch._int_mm(xq, weight).float() * act_scale.unsqueeze(-1) * weight_scale.float()
+    result = torch.ops.aten._int_mm(xq, weight).float() * act_scale.unsqueeze(-1) * weight_scale.float()
     return (result if bias is None else result + bias.float()).to(out_dtype)
 
 

@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ascend_kit.device.ops import AttentionMeta, cpu
+from ascend_kit.device.ops import cpu
 from ascend_kit.device.ops.cpu import HOST_LENGTHS, MERGED_QKV, make_mask  # noqa: F401 - part of this table
 from ascend_kit.device.ops.native import DTYPES, Recording, call, empty, packs
+from ascend_kit.device.ops.table import AttentionMeta
 
 RECORDS = True
 MAX_RECORDED = 64  # largest decode batch that is recorded; beyond it the Python in between no longer matters

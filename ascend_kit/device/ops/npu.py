@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.device import import_torch_npu
-from ascend_kit.device.ops import AttentionMeta, reference
+from ascend_kit.device.ops import reference
+from ascend_kit.device.ops.table import AttentionMeta
 
 # Slices of a merged product are strided, and rope, norm and cache write want contiguous tensors. So q is a
 # product of its own, and k and v come from one batched product.
@@ -55,7 +56,7 @@ def _npu() -> Any:
 def switch(name: str) -> str:
     """Value of one of this module's environment switches; ValueError names the allowed ones."""
     allowed = _SWITCHES[name]
-    value = os.environ.get(name, allowed[0])
+    value = os.environ.get(name) or allowed[0]
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}")
     return value
@@ -214,7 +215,7 @@ def pack_int8(weight: Tensor) -> Tensor:
     packed = weight.t().contiguous()
     if switch("ASCEND_KIT_NPU_WEIGHT_NZ") == "off":
         return packed
-    torch.npu.config.allow_internal_format = True
+    torch.npu.config.allow_internal_format = True  # type: ignore[attr-defined]
     return _npu().npu_format_cast(packed, FRACTAL_NZ)
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ascend_kit.device.ops import AttentionMeta
+from ascend_kit.device.ops.table import AttentionMeta
 
 MERGED_QKV = True
 HOST_LENGTHS = False

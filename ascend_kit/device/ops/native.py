@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascend_kit.files import cache_root
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).with_name("kernels")
 DISABLE_VARIABLE = "ASCEND_KIT_NATIVE"  # 0 = never build or use the kernels
 # Reassociation lets sums use vector registers. -ffast-math is avoided: linking with it makes the whole process flush
 # small numbers to zero.
@@ -92,7 +92,8 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def packs() -> bool:
     """Whether the kernels take packed weights here: AVX-512 with BF16, VNNI and VBMI, and no AMX (see tiles.h)."""
-    return library() is not None and bool(library().ak_packs())
+    loaded = library()
+    return loaded is not None and bool(loaded.ak_packs())
 
 
 def status() -> str:
@@ -189,7 +190,7 @@ class OnlyKernels(TorchDispatchMode):
 
 def _build() -> Path:
     """The shared library for this source, compiler and processor, from the cache or built now."""
-    command = [compiler(), *FLAGS]
+    command = [compiler() or "c++", *FLAGS]
     sources = b"".join(path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h"))
     key = hashlib.sha256(sources + " ".join(command).encode() + _processor().encode()).hexdigest()[:16]
     folder = cache_root() / "native"
