@@ -189,7 +189,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from ascend_kit import convert
     from ascend_kit.checkpoint.parity import ParityError
     from ascend_kit.demo import resolve
-    from ascend_kit.measure.parity import ParityCheck
+    from ascend_kit.measure.agreement import ParityCheck
     from ascend_kit.show.progress import Progress
     from ascend_kit.show.tables import cell_text
 

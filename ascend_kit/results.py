@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +213,16 @@ def executed_notebook() -> str | None:
         return None
     papers = [word for word in words if word.endswith(".ipynb")]
     return os.path.abspath(papers[1]) if len(papers) > 1 and any("papermill" in word for word in words) else None
+
+
+def newest_rows(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> dict[tuple, dict[str, Any]]:
+    """Values of `keys` -> the newest row that has them; a row whose status is ok is never replaced by a failed one."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(_hashable(row.get(name)) for name in keys)
+        if row.get("status") == "ok" or found.get(key, row).get("status") != "ok":
+            found[key] = row
+    return found
 
 
 def list_runs(output_root: str | Path, experiment: str) -> list[RunFolder]:

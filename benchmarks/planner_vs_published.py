@@ -1,7 +1,7 @@
 """Prints what the planner predicts beside what was published for Qwen3-8B and Qwen2.5-7B on Ascend cards.
 
 Run: python benchmarks/planner_vs_published.py. Needs no device. The planner's constants are general ones (see
-`ascend_kit.measure.planner.Card`) and none was chosen to fit a row; each row's own conditions are used where
+`ascend_kit.measure.forecast.Card`) and none was chosen to fit a row; each row's own conditions are used where
 they were published, and an assumption about a missing one is named. Published systems differ in software, so
 the ratio says how far a row is from the model's idea of a good implementation, not how good the model is.
 """
@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ascend_kit.device.peaks import PEAKS
-from ascend_kit.measure import costs
-from ascend_kit.measure.outlook import MODELS
-from ascend_kit.measure.planner import Card, Deployment
+from ascend_kit.measure.forecast import Card, Deployment
+from ascend_kit.measure.planner import MODELS
 from ascend_kit.model.config import ModelConfig
 
 QWEN3_8B, QWEN25_7B = MODELS["Qwen3-8B"], MODELS["Qwen2.5-7B"]
@@ -62,15 +61,15 @@ SERVING = (
 
 def deployment(row: Row) -> Deployment:
     """The planner's view of a row."""
-    card = Card.from_peak(PEAKS[row.card])
-    return Deployment(row.model, card, quantize=row.quantize, tp_size=row.tp_size, graph_mode=row.graph_mode)
+    return Deployment(
+        row.model, Card(PEAKS[row.card]), quantize=row.quantize, tp_size=row.tp_size, graph_mode=row.graph_mode
+    )
 
 
 def decode_figures(row: Row) -> tuple[float, float]:
     """`(floor, prediction)` of one decode step at batch 1, ms."""
     group, context = deployment(row), row.prompt_len + row.output_len / 2
-    floor = costs.decode_floor_s(row.model, group.floor(), group.weights.per_step, group.kv_token_bytes, 1, context)
-    return floor * 1e3, group.decode_s(1, context) * 1e3
+    return group.decode_floor_s(1, context) * 1e3, group.decode_s(1, context) * 1e3
 
 
 def serving_figures(row: Row) -> tuple[float, float, int]:

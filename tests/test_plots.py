@@ -9,7 +9,7 @@ import numpy as np
 import pandas
 import pytest
 
-from ascend_kit.measure.outlook import server_plans
+from ascend_kit.measure.planner import server_plans
 from ascend_kit.show import plots
 from ascend_kit.show.plan_plots import layouts_by_load
 

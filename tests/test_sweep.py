@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
-from ascend_kit.measure import backends, expectation, sweep
-from ascend_kit.measure.backends import EngineBackend, TransformersBackend, VllmBackend, quantize_scheme
-from ascend_kit.measure.expectation import SweepError
-from ascend_kit.measure.measurement import check_complete
+from ascend_kit.identity import Identity
+from ascend_kit.measure import engines, sweep
+from ascend_kit.measure.engines import EngineBackend, TransformersBackend, VllmBackend, quantize_scheme
 from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.points import PointForecast, check_complete
+from ascend_kit.measure.sweep import SweepError
 from ascend_kit.measure.workload import make_requests
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params import build_experiment
@@ -25,6 +26,12 @@ CONFIG = ModelConfig("qwen3", 2, 8, 2, 1, 4, 16, 1000, tie_embeddings=True, qk_n
 
 class StandInDevice(SimpleNamespace):
     kind, name, peak, total_memory_bytes = "cpu", "stand-in", None, 2**30
+
+    def versions(self):
+        return {"torch": "stand-in"}
+
+    def facts(self):
+        return {"name": "stand-in"}
 
     def synchronize(self):
         pass
@@ -39,11 +46,20 @@ class StandInDevice(SimpleNamespace):
 class StandInEngine:
     """One token per running request and step. `break_on` names prompt lengths whose step raises."""
 
-    def __init__(self, slots=4, break_on=(), short_on=(), step_s=0.0):
+    def __init__(self, slots=4, break_on=(), short_on=(), step_s=0.0, weights="weights", **settings):
+        self.identity = Identity(weights=weights, engine={"kind": "ascend_kit", **settings})
+        self.num_loads = 0
         self.config, self.device, self.max_seq_length = CONFIG, StandInDevice(), 512
         self.model_path = None
         self.slots, self.break_on, self.short_on, self.step_s = slots, set(break_on), set(short_on), step_s
         self.sequences, self.prompts, self.most_in_flight, self.cancelled = {}, [], 0, []
+
+    def load_model(self):
+        self.num_loads += 1
+        return self
+
+    def close(self):
+        self.sequences.clear()
 
     def stats(self):
         return {"weight_bytes": 4000}
@@ -95,8 +111,8 @@ def experiment_for(tmp_path, **changes):
 @pytest.fixture(autouse=True)
 def plain_weights(monkeypatch):
     """The stand-in engine has no checkpoint to read its scheme from."""
-    real = backends.quantize_scheme
-    monkeypatch.setattr(backends, "quantize_scheme", lambda folder: "none" if folder is None else real(folder))
+    real = engines.quantize_scheme
+    monkeypatch.setattr(engines, "quantize_scheme", lambda folder: "none" if folder is None else real(folder))
 
 
 @contextlib.contextmanager
@@ -195,15 +211,74 @@ def test_resume_measures_only_what_is_missing_or_failed(tmp_path):
     assert [text.endswith("already done") for *_, text in seen] == [False, False, True, True]
 
 
-def test_another_variant_is_not_taken_for_done(tmp_path):
+def test_a_sweep_grows_and_shows_what_is_asked(tmp_path):
     experiment = experiment_for(tmp_path)
     with opened(experiment) as folder:
-        sweep.run_sweep(StandInEngine(), experiment, folder, ceilings=CEILINGS)
-        plain, engine = experiment.with_changes(operator_fusion=False), StandInEngine()
-        rows = sweep.run_sweep(engine, plain, folder, ceilings=CEILINGS)
+        before = sweep.run_sweep(StandInEngine(), experiment, folder, ceilings=CEILINGS)
+        engine, more = StandInEngine(), experiment.with_changes(sweep_concurrency=[1, 2, 8])
+        grown = sweep.run_sweep(engine, more, folder, ceilings=CEILINGS)
+        fewer = sweep.run_sweep(engine, experiment.with_changes(sweep_concurrency=[8]), folder, ceilings=CEILINGS)
+        kept = list(folder.rows("rows"))
 
-    assert engine.prompts
-    assert sorted(rows["operator_fusion"]) == [False] * 4 + [True] * 4
+    assert engine.most_in_flight == 8 and len(engine.prompts) == 2 * (16 + 8)  # concurrency 8 alone, and its warm-up
+    assert list(grown["concurrency"]) == [1, 2, 8] * 2
+    assert set(before["point_id"]) <= set(grown["point_id"])
+    assert list(fewer["concurrency"]) == [8, 8]
+    assert len(kept) == 6  # what is not asked any more stays in its file
+
+
+@pytest.mark.parametrize("changed", [{"weights": "other"}, {"quantize": "w8a8"}, {"seed": 1}])
+def test_another_identity_is_measured_again_and_never_shown_beside_the_first(tmp_path, changed):
+    experiment = experiment_for(tmp_path)
+    with opened(experiment) as folder:
+        first = sweep.run_sweep(StandInEngine(), experiment, folder, ceilings=CEILINGS)
+        engine = StandInEngine(**changed)
+        rows = sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
+        again = sweep.run_sweep(StandInEngine(), experiment, folder, ceilings=CEILINGS)
+
+    assert engine.prompts and len(rows) == 4
+    assert not set(rows["point_id"]) & set(first["point_id"])
+    assert list(again["point_id"]) == list(first["point_id"])  # the first weights are back, and so are their rows
+
+
+def test_another_seed_or_limit_is_another_point(tmp_path):
+    experiment, engine = experiment_for(tmp_path), StandInEngine()
+    with opened(experiment) as folder:
+        sweep.run_sweep(StandInEngine(), experiment, folder, ceilings=CEILINGS)
+        rows = sweep.run_sweep(engine, experiment.with_changes(seed=3), folder, ceilings=CEILINGS)
+        limited = sweep.run_sweep(engine, experiment.with_changes(ttft_limit_ms=1e4), folder, ceilings=CEILINGS)
+
+    assert (rows["seed"] == 3).all() and len(rows) == 4
+    assert (limited["goodput_requests_per_s"] > 0).all() and len(limited) == 4
+
+
+def test_engine_is_loaded_by_the_first_point_that_needs_it_and_afresh_after_a_failure(tmp_path):
+    experiment, engine = experiment_for(tmp_path), StandInEngine(break_on=[8])
+    closed = []
+    engine.close = lambda: closed.append(len(engine.prompts))
+    with opened(experiment) as folder:
+        sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
+        idle = StandInEngine()
+        sweep.run_sweep(idle, experiment.with_changes(sweep_prompt_len=[16]), folder, ceilings=CEILINGS)
+
+    assert len(closed) == 2  # after each of the two failed points
+    assert idle.num_loads == 0
+
+
+def test_engine_that_cannot_be_loaded_fails_every_point_after_one_try(tmp_path):
+    experiment, engine = experiment_for(tmp_path), StandInEngine()
+    tries = []
+
+    def load():
+        tries.append(1)
+        raise MemoryError("no room for the weights")
+
+    engine.load_model = load
+    with opened(experiment) as folder:
+        rows = sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
+
+    assert len(tries) == 1
+    assert list(rows["error"]) == ["MemoryError: no room for the weights"] * 4
 
 
 def test_impossible_lengths_are_refused_before_any_work(tmp_path):
@@ -260,22 +335,20 @@ def test_replicas_read_their_weights_each_and_share_the_load(tmp_path):
     experiment = experiment_for(tmp_path, cards=2)
     engine = StandInEngine()
     engine.device.kind = "npu"
-    two = expectation.PointCosts(EngineBackend(engine, experiment), CEILINGS)
-    one = expectation.PointCosts(EngineBackend(engine, experiment_for(tmp_path)), CEILINGS)
-    points = expectation.sweep_points(experiment_for(tmp_path, sweep_concurrency=[1, 2, 4]))
+    two = PointForecast(EngineBackend(engine, experiment), 4000, CEILINGS)
+    one = PointForecast(EngineBackend(engine, experiment_for(tmp_path)), 4000, CEILINGS)
+    points = sweep.sweep_points(experiment_for(tmp_path, sweep_concurrency=[1, 2, 4]))
     single, double = points[0], points[1]
 
-    assert two.ceilings(double)["ceiling_tokens_per_s"] == pytest.approx(
-        2 * one.ceilings(single)["ceiling_tokens_per_s"]
-    )
-    assert two.ceilings(double)["prefill_floor_ms"] == one.ceilings(double)["prefill_floor_ms"]
+    assert two.limits(double)["ceiling_tokens_per_s"] == pytest.approx(2 * one.limits(single)["ceiling_tokens_per_s"])
+    assert two.limits(double)["prefill_floor_ms"] == one.limits(double)["prefill_floor_ms"]
 
 
 def test_expectations_are_known_before_anything_runs(tmp_path):
     experiment, engine = experiment_for(tmp_path), StandInEngine()
     with opened(experiment) as folder:
         folder.write_json("ceilings", CEILINGS)
-        table = expectation.expectations(engine, experiment, folder)
+        table = sweep.expectations(engine, experiment, folder)
 
     assert engine.prompts == []
     assert len(table) == 4

@@ -179,12 +179,15 @@ def _compare_logits(prompt: TokenIds, left: Tensor, right: Tensor) -> dict[str, 
     }
 
 
-def _compare_texts(left: TokenIds, right: TokenIds) -> dict[str, Any]:
+def equal_tokens(left: TokenIds, right: TokenIds) -> int:
     """Tokens before the first difference; a text that stops earlier differs where the other goes on."""
-    equal = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _compare_texts(left: TokenIds, right: TokenIds) -> dict[str, Any]:
     return {
         "greedy_tokens": max(len(left), len(right)),
-        "greedy_equal_tokens": equal,
+        "greedy_equal_tokens": equal_tokens(left, right),
         "greedy_source": list(left),
         "greedy_result": list(right),
     }

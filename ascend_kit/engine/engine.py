@@ -127,11 +127,10 @@ class AscendInferEngine:
 
     @property
     def identity(self) -> Identity:
-        """What the answers and speeds of this engine depend on; device and versions once it is loaded."""
-        if self.device is None:
-            return Identity(engine=self.settings.identity())
-        facts = {"kind": self.device.kind, "name": self.device.name}
-        return Identity(engine=self.settings.identity(), versions=self.device.versions(), device=facts)
+        """What the answers and speeds of this engine depend on; known before it is loaded."""
+        device = self.device or select_device(self.settings.device, self.settings.device_id)
+        facts = {"kind": device.kind, "name": device.name}
+        return Identity(engine=self.settings.identity(), versions=device.versions(), device=facts)
 
     @property
     def num_replicas(self) -> int:

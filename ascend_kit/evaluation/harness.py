@@ -23,7 +23,7 @@ from ascend_kit.evaluation.datasets import LocalTask, find_tasks, go_offline, gr
 from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
 from ascend_kit.evaluation.scores import EvaluationResult, load_evaluation
 from ascend_kit.identity import Identity, hash_value
-from ascend_kit.measure.load import LoadMeter
+from ascend_kit.measure.cards import CardMeter
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
 
@@ -133,7 +133,7 @@ class _Session:
             "conditions": self.conditions(task),
         }
         identity = self.identities[task.task]
-        start, load = time.perf_counter(), LoadMeter(self.engine)
+        start, load = time.perf_counter(), CardMeter(self.engine)
         try:
             score_rows, document_rows = self._run(lm, task, manager)
         except Exception as error:  # any failure of a task is a result; the next task may work

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.evaluation.scores import document_rows, load_scores
+from ascend_kit.measure.sweep import asked_rows
 from ascend_kit.files import Table
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment
@@ -71,7 +72,7 @@ class Run:
         """Measured points of its own layout of cards or, where the sweep left that out, of its fastest layout."""
         rows = [
             row
-            for row in self.folder.rows("rows")
+            for row in asked_rows(self.folder)
             if row.get("status") == "ok" and row.get("backend") == ENGINE_BACKEND and row.get(RATE) is not None
         ]
         if not rows or any(name not in row for row in rows for name in LAYOUT):

@@ -26,6 +26,7 @@ from ascend_kit.evaluation.compare import (
 from ascend_kit.evaluation.paired import accuracy_interval
 from ascend_kit.evaluation.runs import LAYOUT, POINT, RATE, Point, Run, pick_baseline, pick_point
 from ascend_kit.files import Table
+from ascend_kit.measure.batch import asked_answers
 from ascend_kit.params import ENGINE_SWITCHES
 
 SHORTEST_ANSWERS = 0.9  # MLPerf: at least 90 % of the reference's generated tokens
@@ -235,7 +236,7 @@ def answer_length_ratio(baseline: Run, candidate: Run) -> float | None:
     """Generated tokens of the candidate over the baseline's, on prompts both answered; None without any."""
     lengths = []
     for run in (baseline, candidate):
-        rows = [row for row in run.folder.rows("answers") if row["status"] == "ok"]
+        rows = [row for row in asked_answers(run.folder) if row["status"] == "ok"]
         lengths.append({(row["index"], row["prompt"]): row["num_output_tokens"] for row in rows})
     common = lengths[0].keys() & lengths[1].keys()
     total = sum(lengths[0][key] for key in common)

@@ -1,6 +1,9 @@
 """Batch inference: every prompt of a file answered, answers and request timelines kept, resumable.
 
-Answers go to the table `answers` as they finish and, once all are there, into one JSON file in prompt order.
+Answers go to the table `answers` as they finish; `batch` holds what was asked for last, and once every prompt was tried
+one JSON file holds its answers in the order of the prompts. An answer belongs to the text of its prompt and to the
+identity of what gave it: prompts that are gone, and answers of other weights, stay in the table and take part in
+nothing.
 """
 
 from __future__ import annotations
@@ -9,26 +12,24 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.engine.engine import AscendInferEngine
+from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
 from ascend_kit.files import to_json, write_atomic
+from ascend_kit.identity import Identity, hash_value
 from ascend_kit.measure.metrics import RequestRecord, e2e_s, record_from_output, summarize, tpot_s, ttft_s
-from ascend_kit.prompts import Prompt, PromptsError, read_prompts
-from ascend_kit.results import RunFolder
+from ascend_kit.params import Experiment
+from ascend_kit.prompts import Prompt, read_prompts
+from ascend_kit.results import RunFolder, newest_rows
 
 if TYPE_CHECKING:
     import pandas
 
-    from ascend_kit.engine.engine import AscendInferEngine
-    from ascend_kit.engine.sequence import RequestOutput, SamplingParams
-    from ascend_kit.params import Experiment
-
 Progress = Callable[[int, int, str], None]
-__all__ = ["BatchResult", "PromptsError", "load_answers", "load_metrics", "read_prompts", "run_batch"]
 TABLE = "answers"
-KEY = ("index", "prompt")
 
 
 @dataclass(frozen=True)
@@ -44,32 +45,67 @@ def run_batch(
 ) -> BatchResult:
     """Answer every prompt of `prompts_file` that has no answer yet, `concurrency` requests in flight.
 
-    A prompt that the engine refuses becomes a failed row and the others go on. The JSON file (`output_path`,
-    or generations.json in the run folder) is written once every prompt was tried.
+    The engine is loaded if it is not. A prompt that cannot be encoded, or that the engine refuses, becomes a failed row
+    and the others go on. The JSON file (`output_path`, or generations.json in the run folder) is written once every
+    prompt was tried. Empty answers are an alarm of the stage.
     """
     prompts = read_prompts(experiment.prompts_file)
-    folder.begin(experiment, TABLE, "generations")
-    done = folder.done_keys(TABLE, KEY)
-    waiting = deque((i, prompt) for i, prompt in enumerate(prompts) if (i, prompt) not in done)
+    identity = engine.load_model().identity.with_parts(task=_task(experiment))
+    hashes = [hash_value(prompt.messages or str(prompt)) for prompt in prompts]
+    folder.begin(experiment, TABLE, "batch", "generations", identity=identity)
+    folder.write_json("batch", {
+        "identity": identity.to_row(), "prompts": hashes, "is_sampled": experiment.temperature > 0,
+    })  # fmt: skip
+    known = load_answers(folder)
+    done = set(known["index"][known["status"] == "ok"]) if len(known) else set()
+    waiting = deque((i, prompt) for i, prompt in enumerate(prompts) if i not in done)
     finished, session = len(prompts) - len(waiting), uuid.uuid4().hex[:8]
     for index, prompt, output in _serve(engine, experiment, waiting):
         record = record_from_output(output)
-        folder.append(TABLE, {"session": session, **_row(index, prompt, output, record)})
+        row = _row(index, prompt, output, record)
+        folder.append(TABLE, {"session": session, "prompt_hash": hashes[index], **row}, identity)
         finished += 1
         if on_progress:
             on_progress(finished, len(prompts), f"{len(record.token_times_s)} tokens for prompt {index}")
     answers = load_answers(folder)
-    path = Path(experiment.output_path) if experiment.output_path else folder.path / "generations.json"
+    path = answers_file(experiment)
     write_atomic(path, to_json(_for_people(answers), indent=1) + "\n")
+    _raise_alarms(answers, folder)
     return BatchResult(answers, path)
 
 
+def answers_file(experiment: Experiment) -> Path:
+    """The JSON file that holds the answers: `output_path`, or generations.json in the run folder."""
+    return Path(experiment.output_path) if experiment.output_path else experiment.run_folder / "generations.json"
+
+
 def load_answers(folder: RunFolder) -> pandas.DataFrame:
-    """The newest row of each prompt, in prompt order."""
-    rows = folder.load(TABLE)
-    if rows.empty:
-        return rows
-    return rows.drop_duplicates("index", keep="last").sort_values("index").reset_index(drop=True)
+    """`asked_answers` as a table."""
+    import pandas
+
+    return pandas.DataFrame(asked_answers(folder))
+
+
+def asked_answers(folder: RunFolder) -> list[dict[str, Any]]:
+    """The newest answer to each prompt that was asked for last, in prompt order; reads files only.
+
+    All answers of a folder that says nothing of what was asked.
+    """
+    asked = folder.read_json("batch")
+    if asked is None:
+        return list(folder.rows(TABLE))
+    rows = list(folder.rows_of(TABLE, Identity.from_row(asked["identity"])))
+    in_place = newest_rows(rows, ("prompt_hash", "index"))
+    # A sampled answer depends on its place in the file, by its seed; a greedy one is the same wherever it stands.
+    anywhere = {} if asked["is_sampled"] else newest_rows(rows, ("prompt_hash",))
+    found = []
+    for index, text in enumerate(asked["prompts"]):
+        row = in_place.get((text, index))
+        if row is None or row["status"] != "ok":
+            row = anywhere.get((text,), row)
+        if row is not None:
+            found.append({**row, "index": index})
+    return found
 
 
 def load_metrics(answers: pandas.DataFrame) -> pandas.DataFrame:
@@ -95,12 +131,13 @@ def _serve(
         while waiting or in_flight:
             while waiting and len(in_flight) < experiment.concurrency:
                 index, prompt = waiting.popleft()
-                request = engine.add_request(
-                    _encode(engine, experiment, prompt),
-                    _sampling(experiment, index),
-                    arrival_s=time.perf_counter(),
-                    is_watched=False,
-                )
+                arrival = time.perf_counter()
+                try:
+                    text, sampling = _encode(engine, experiment, prompt), _sampling(experiment, index)
+                    request = engine.add_request(text, sampling, arrival_s=arrival, is_watched=False)
+                except (TypeError, ValueError) as error:  # half an emoji, a template that takes no system message
+                    yield index, prompt, _refused(index, arrival, error)
+                    continue
                 in_flight[request] = (index, prompt)
             for output in engine.step():
                 if output.index in in_flight:
@@ -119,22 +156,47 @@ def _encode(engine: AscendInferEngine, experiment: Experiment, prompt: Prompt) -
 
 
 def _sampling(experiment: Experiment, index: int) -> SamplingParams:
-    from ascend_kit.engine.sequence import SamplingParams
-
     # A seed of its own per prompt: the answer does not depend on what else runs, nor on a resumption.
-    return SamplingParams(
-        max_new_tokens=experiment.max_new_tokens, temperature=experiment.temperature, top_k=experiment.top_k,
-        top_p=experiment.top_p, seed=experiment.seed + index,
-    )  # fmt: skip
+    return SamplingParams(**_sampling_values(experiment), seed=experiment.seed + index)
+
+
+def _sampling_values(experiment: Experiment) -> dict[str, Any]:
+    """The sampling parameters that an experiment states; the seed is the prompt's own."""
+    names = [item.name for item in fields(SamplingParams) if item.name in Experiment.model_fields]
+    return {name: getattr(experiment, name) for name in names if name != "seed"}
+
+
+def _task(experiment: Experiment) -> dict[str, Any]:
+    """What is asked of the engine besides the prompts: the part of an answer's identity beside the engine's own."""
+    task = {**_sampling_values(experiment), "chat_template": experiment.chat_template, "thinking": experiment.thinking}
+    return {**task, "seed": experiment.seed} if experiment.temperature > 0 else task
+
+
+def _refused(index: int, arrival_s: float, error: Exception) -> RequestOutput:
+    """The output of a prompt that never reached the engine."""
+    timeline = Timeline(arrival_s, finished_s=time.perf_counter())
+    return RequestOutput(index, [], [], "", "error", f"{type(error).__name__}: {error}", None, timeline)
+
+
+def _raise_alarms(answers: pandas.DataFrame, folder: RunFolder) -> None:
+    empty = answers[(answers["status"] == "ok") & (answers["text"].str.strip() == "")]
+    if len(empty):
+        places = ", ".join(map(str, list(empty["index"])[:5]))
+        folder.alarm("empty_answers", f"{len(empty)} of {len(answers)} answers are empty (prompts {places})")
 
 
 def _row(index: int, prompt: str, output: RequestOutput, record: RequestRecord) -> dict[str, Any]:
     failed = output.finish_reason == "error"
     return {
-        **record.to_row(), "index": index, "prompt": prompt, "text": output.text,
+        **record.to_row(), "index": index, "prompt": _shown(prompt), "text": output.text,
         "ttft_ms": _ms(ttft_s(record)), "tpot_ms": _ms(tpot_s(record)), "e2e_ms": _ms(e2e_s(record)),
         "status": "failed" if failed else "ok", "error": output.error,
     }  # fmt: skip
+
+
+def _shown(prompt: str) -> str:
+    """The prompt with what is no character written out, such as half an emoji, which no table can hold."""
+    return prompt.encode("utf-8", "backslashreplace").decode()
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -144,4 +206,4 @@ def _ms(seconds: float | None) -> float | None:
 def _for_people(answers: pandas.DataFrame) -> list[dict[str, Any]]:
     """What the JSON file holds per prompt: the text and how it ended; timelines stay in the table."""
     names = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
-    return answers[names].to_dict("records")
+    return answers.loc[:, names].to_dict("records")

@@ -73,7 +73,7 @@ def sweep_findings(rows: Table) -> list[Finding]:
     done = rows[rows["status"] == "ok"]
     done = done.assign(engine=config_labels(done))
     found = [_best_point(name, group) for name, group in done.groupby("engine", sort=False)]
-    found += _gain(done) + _shared(done)
+    found += _gain(done)
     if "prefix_hit_rate" in done and (done["prefix_hit_rate"].fillna(0) > HIT_RATE_WORTH_A_WORD).any():
         found.append(say("sweep.prefix_hits", "caution", share=float(done["prefix_hit_rate"].max())))
     if "num_preemptions" in done and done["num_preemptions"].fillna(0).sum() > 0:
@@ -116,15 +116,6 @@ def _gain(done: Table) -> list[Finding]:
         for name, values in ((name, column.dropna()) for name, column in ratios.items())
         if len(values)
     ]
-
-
-def _shared(done: Table) -> list[Finding]:
-    """A caution where points were measured while others ran on the same machine."""
-    shared = done[done["ran_with"].str.len() > 0] if "ran_with" in done else done[:0]
-    if shared.empty:
-        return []
-    where = "cpu" if (shared["device_kind"] == "cpu").any() else "cards"
-    return [say(f"sweep.shared_{where}", "caution", shared=len(shared), total=len(done))]
 
 
 def batch_findings(answers: Table) -> list[Finding]:

@@ -13,7 +13,7 @@ from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import Table
-from ascend_kit.measure.load import total_load
+from ascend_kit.measure.cards import total_load
 from ascend_kit.messages import keys as known_keys
 from ascend_kit.messages import translate
 
@@ -30,7 +30,7 @@ BEST_AND_WORST = 10
 SWEEP = [
     *("backend", "concurrency", "prompt_len", "output_len", "output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"),
     *("ceiling_share", "repeat", "cards", "tensor_parallel", "itl_p99_ms", "e2e_p99_ms", "requests_per_s"),
-    *("goodput_requests_per_s", "mbu", "mfu", "ran_with", "status", "error"),
+    *("goodput_requests_per_s", "mbu", "mfu", "status", "error"),
 ]
 SCORES = ["set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "kind", "status", "error"]
 PAIRED = [

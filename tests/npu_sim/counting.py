@@ -18,8 +18,9 @@ from ascend_kit.engine import loader
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.core import EngineCore
 from ascend_kit.engine.sequence import SamplingParams, Sequence
-from ascend_kit.measure import costs
+from ascend_kit.measure.forecast import kv_bytes_per_token
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import LINEAR_PARTS, tensor_spec, uniform_schemes, weight_bytes
 from npu_sim.simulator import Counts, Simulator
 
 QWEN3_8B = ModelConfig("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True)
@@ -106,7 +107,8 @@ def _run(
         sim.reset()
         lengths = sum(sequence.num_tokens - 1 for sequence in core.sequences.values())
         core.close()
-    needed = costs.weight_bytes(config, "bf16", quantize).per_step + lengths * costs.kv_bytes_per_token(config)
+    schemes = uniform_schemes(config, quantize, ["lm_head"])
+    needed = weight_bytes(config, schemes, 2).per_step + lengths * kv_bytes_per_token(config)
     return counts, counts.bytes / needed
 
 
@@ -127,7 +129,8 @@ def _checkpoint(config: ModelConfig, quantize: str) -> Checkpoint:
             add(f"{prefix}{norm}.weight", hidden)
         for norm in ("q_norm", "k_norm") if config.qk_norm else ():
             add(f"{prefix}self_attn.{norm}.weight", config.head_dim)
-        for linear, (rows, cols) in costs.linear_shapes(config).items():
+        for linear in LINEAR_PARTS:
+            rows, cols = tensor_spec(config, f"{prefix}{linear}.weight").shape
             add(f"{prefix}{linear}.weight", rows, cols, dtype=torch.bfloat16 if quantize == "none" else torch.int8)
             if quantize != "none":
                 schemes[prefix + linear] = quantize

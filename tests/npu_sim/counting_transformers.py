@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ascend_kit.measure import costs
+from ascend_kit.measure.forecast import kv_bytes_per_token
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import weight_bytes
 from npu_sim.counting import StepCost, shapes_only
 from npu_sim.simulator import Counts, Simulator
 
@@ -18,7 +19,7 @@ def count_transformers_step(sim: Simulator, config: ModelConfig, *, batch: int =
     """One bf16 forward of transformers behind a cache of `context` - 1 tokens, and the choice of a token."""
     counts = _forward(sim, config, batch, context)
     shallow = _forward(sim, replace(config, num_layers=1), batch, context)
-    needed = costs.weight_bytes(config).per_step + batch * context * costs.kv_bytes_per_token(config)
+    needed = weight_bytes(config, {}, 2).per_step + batch * context * kv_bytes_per_token(config)
     per_layer = (counts.num_launches - shallow.num_launches) / (config.num_layers - 1)
     return StepCost(
         counts.num_launches,

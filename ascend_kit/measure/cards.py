@@ -39,7 +39,7 @@ def cards_of(engine: Any) -> list[dict[str, Any]]:
     ]
 
 
-class LoadMeter:
+class CardMeter:
     """Starts counting, and new peaks of memory, when it is made."""
 
     def __init__(self, engine: Any) -> None:
@@ -69,7 +69,7 @@ def total_load(rows: pandas.DataFrame) -> pandas.DataFrame:
                 "requests": part["requests"].sum(min_count=1),
                 "output_tokens": part["output_tokens"].sum(),
                 "measured_s": wall_s,
-                "busy_share": None if busy.isna().all() else (busy * part["wall_s"]).sum() / wall_s,
+                "busy_share": None if bool(busy.isna().all()) else (busy * part["wall_s"]).sum() / wall_s,
                 "peak_memory_gib": part["peak_memory_bytes"].max() / 2**30,
                 "restarts": part["restarts"].sum(),
             }

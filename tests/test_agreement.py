@@ -1,8 +1,9 @@
-"""The parity check that guards a conversion, with real engines on both sides."""
+"""A converted folder against its source, and an engine against plain operators, with real engines on both sides."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.parity import ParityError, ParityLimits
-from ascend_kit.measure.parity import ParityCheck
+from ascend_kit.engine.engine import AscendInferEngine
+from ascend_kit.measure.agreement import ParityCheck, Reference, WrongAnswerError, check_against, reference_answers
 from ascend_kit.params import Experiment, build_experiment
 
 
@@ -87,3 +89,56 @@ def test_engine_and_transformers_write_the_same_greedy_text_from_an_int8_result(
     assert margins.max() <= (0.0 if scheme == "w8a16" else 0.05) * logits.std()
     if scheme == "w8a16":
         assert theirs[0, len(prompt) :].tolist() == ours
+
+
+@pytest.fixture
+def checked(tiny_qwen3_dir: Path) -> Experiment:
+    """The tiny model in float32, as an engine runs it."""
+    return build_experiment(
+        {
+            "input_model": str(tiny_qwen3_dir),
+            "use_model": "source",
+            "precision": "fp32",
+            "device": "cpu",
+            "max_seq_length": 64,
+            "max_new_tokens": 8,
+            "sweep_prompt_len": [8],
+            "sweep_output_len": [4],
+            "graph_mode": False,
+        }
+    )
+
+
+def test_engine_writes_what_plain_operators_write(checked):
+    with AscendInferEngine.from_experiment(checked) as engine:
+        table = check_against(reference_answers(checked), engine)
+
+    assert set(table["note"]) == {"equal"}
+    assert (table["equal_tokens"] == 8).all()
+
+
+def test_wrong_token_stops_unless_the_plain_operators_were_unsure(checked):
+    found = reference_answers(checked)
+    engine = AscendInferEngine.from_experiment(checked)  # not loaded: the check does that
+    wrong = tuple((ids[0] + 1, *ids[1:]) for ids in found.token_ids)
+    unsure = tuple((found.tolerance / 2,) * len(ids) for ids in wrong)
+    sure = tuple((found.tolerance * 2,) * len(ids) for ids in wrong)
+
+    close = check_against(Reference(wrong, unsure, found.tolerance), engine)
+    with pytest.raises(WrongAnswerError, match=r"token 0 .* operator_fusion: false"):
+        check_against(Reference(wrong, sure, found.tolerance), engine)
+
+    assert close["note"].str.startswith("close call at token 0").all()
+
+
+def test_model_without_numbers_is_refused_although_both_sides_write_the_same(checked, tiny_qwen3_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "nan"
+    shutil.copytree(tiny_qwen3_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(WrongAnswerError, match=r"not finite|refused"):
+        reference_answers(checked.with_changes(input_model=str(folder)))

@@ -1,0 +1,220 @@
+"""Does a model still answer as it should? A converted folder against its source, an engine against plain operators.
+
+Greedy text is compared as written and judged where it first differs; log-probabilities must be finite numbers.
+Distributions are compared by `checkpoint.parity`, straight from the files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascend_kit.checkpoint.calibration import tokenize_texts
+from ascend_kit.checkpoint.convert import open_source
+from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
+from ascend_kit.checkpoint.parity import (
+    GenerateFunction,
+    ParityLimits,
+    ParityReport,
+    TokenIds,
+    compare,
+    equal_tokens,
+    files_model,
+    limits_for,
+)
+from ascend_kit.engine.engine import AscendInferEngine
+from ascend_kit.engine.sequence import RequestOutput, SamplingParams, TokenLogprobs
+from ascend_kit.prompts import read_prompts
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ascend_kit.params import Experiment
+
+SAMPLE_TEMPERATURE = 0.7
+CHECK_PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def add(a, b):\n    return",
+    "北京是中国的",
+)
+# Two tokens whose log-probabilities lie closer than this (nats) may change places: rounding decides. float32
+# differs in the order of sums only; bf16 has 8 and fp16 11 bits of mantissa, few for logits of a few tens.
+CLOSE_CALL = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.25}
+
+
+class WrongAnswerError(RuntimeError):
+    """An engine writes other tokens than plain operators do, beyond rounding, or computes no numbers at all."""
+
+
+# --- an engine against plain operators --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Greedy answers to `CHECK_PROMPTS`, with the margin (nats) by which each token won and what may be rounding."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+    margins: tuple[tuple[float, ...], ...]
+    tolerance: float
+
+
+def reference_answers(experiment: Experiment, *, num_tokens: int = 8) -> Reference:
+    """Answers of plain operators without graphs to a few short prompts; the model is loaded and freed."""
+    size = experiment.tensor_parallel
+    plain = experiment.on_cards(size, size, graph_mode=False, operator_fusion=False, batch_size=len(CHECK_PROMPTS))
+    with AscendInferEngine.from_experiment(plain) as engine:
+        outputs = _greedy_answers(engine, num_tokens)
+    margins = tuple(tuple(_margin(token) for token in output.logprobs or ()) for output in outputs)
+    return Reference(tuple(tuple(output.token_ids) for output in outputs), margins, CLOSE_CALL[experiment.precision])
+
+
+def check_against(reference: Reference, engine: AscendInferEngine) -> pandas.DataFrame:
+    """Compare the engine's greedy answers with the reference; one row per prompt. The engine is loaded if it is not.
+
+    WrongAnswerError at the first token that differs although the reference was sure of it, and for log-probabilities
+    that are not finite. After a close call the texts may part, and nothing beyond that token is compared.
+    """
+    import pandas
+
+    num_tokens = max(len(ids) for ids in reference.token_ids)
+    outputs = _greedy_answers(engine.load_model(), num_tokens)
+    return pandas.DataFrame([_judged(place, reference, output) for place, output in enumerate(outputs)])
+
+
+def _greedy_answers(engine: AscendInferEngine, num_tokens: int) -> list[RequestOutput]:
+    # ignore_eos: a small model may end at once, and then there would be nothing to compare.
+    sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True, logprobs=2)
+    outputs = engine.generate(list(CHECK_PROMPTS), sampling)
+    for prompt, output in zip(CHECK_PROMPTS, outputs, strict=True):
+        if output.finish_reason == "error":
+            raise WrongAnswerError(f"the check prompt {prompt!r} was refused: {output.error}")
+        for place, token in enumerate(output.logprobs or ()):
+            if not all(math.isfinite(value) for value in (token.logprob, *(logprob for _, logprob in token.top))):
+                raise WrongAnswerError(
+                    f"after {prompt!r} the log-probabilities of token {place} are not finite ({token.logprob}): the "
+                    "model computes no usable logits; check the weights, or try precision: fp32"
+                )
+    return outputs
+
+
+def _margin(token: TokenLogprobs) -> float:
+    """Nats between the best and the second token."""
+    best, second, *_ = sorted((logprob for _, logprob in token.top), reverse=True)
+    return best - second
+
+
+def _judged(number: int, reference: Reference, output: RequestOutput) -> dict[str, object]:
+    prompt, expected = CHECK_PROMPTS[number], reference.token_ids[number]
+    place = equal_tokens(expected, output.token_ids)
+    row = {"prompt": prompt, "tokens": len(expected), "equal_tokens": place, "text": output.text}
+    if place == len(expected):
+        return {**row, "note": "equal"}
+    margin = reference.margins[number][place]
+    if margin > reference.tolerance:
+        raise WrongAnswerError(
+            f"after {prompt!r} token {place} is {output.token_ids[place]}, the plain operators say {expected[place]} "
+            f"by {margin:.2f} nats (rounding explains {reference.tolerance}). Do not trust this setting: try "
+            "graph_mode: false, then operator_fusion: false, and run `python -m ascend_kit doctor --self-test`"
+        )
+    return {**row, "note": f"close call at token {place}: margin {margin:.3f} nats"}
+
+
+# --- a converted folder against its source ----------------------------------------------------------------------------
+
+
+class ParityCheck:
+    """Compares a folder with the experiment's source; made for `convert(..., before_publish=check)`.
+
+    Texts come from `prompts_file`. The float32 source is the measure; a Megatron source, which no engine
+    runs, is compared by its distributions alone. After a call `report` holds the figures, also when the
+    call raised.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        limits: ParityLimits | None = None,
+        num_prompts: int = 16,
+        max_prompt_tokens: int = 128,
+        max_new_tokens: int = 32,
+    ) -> None:
+        self.experiment, self.limits = experiment, limits
+        self.num_prompts, self.max_prompt_tokens = num_prompts, max_prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.report: ParityReport | None = None
+
+    def __call__(self, folder: Path) -> ParityReport:
+        """The report; ParityError when a limit is missed."""
+        experiment, result = self.experiment, open_checkpoint(folder)
+        source = open_source(Path(experiment.input_model), experiment.framework, experiment.tokenizer_path)
+        texts = read_prompts(experiment.prompts_file)[: self.num_prompts]
+        prompts = tokenize_texts(texts, _tokenizer_folder(experiment, source), self.max_prompt_tokens)
+        limits = self.limits or limits_for(
+            experiment.precision, result.quantization.summary, **_replaced_limits(experiment)
+        )
+        models = [files_model(source, "source"), files_model(result, "result")]
+        if source.framework == "huggingface":
+            tokenizer = _tokenizer_folder(experiment, source)
+            # The source in float32: its own precision is part of what conversion changes.
+            engines = ((source, "fp32"), (result, experiment.precision))
+            models = [
+                replace(model, generate=engine_generate(checkpoint.folder, tokenizer, precision, experiment))
+                for model, (checkpoint, precision) in zip(models, engines, strict=True)
+            ]
+        report = compare(models[0], models[1], prompts, limits=limits, max_new_tokens=self.max_new_tokens)
+        self.report = report
+        return report.check()
+
+    def describe(self) -> dict[str, Any]:
+        """What to store of the last report: table of figures, rows per prompt, missed limits."""
+        if self.report is None:
+            return {}
+        rows = [dict(row) for row in self.report.rows]
+        return {"figures": self.report.table(), "rows": rows, "failures": self.report.failures}
+
+
+def engine_generate(folder: Path, tokenizer: Path, precision: str, experiment: Experiment) -> GenerateFunction:
+    """A generate function that loads the engine for each call, so that only one model is in memory at a time."""
+
+    def generate(prompts: Sequence[TokenIds], max_new_tokens: int, seed: int | None) -> list[list[int]]:
+        sampling = [
+            SamplingParams(max_new_tokens=max_new_tokens)
+            if seed is None
+            else SamplingParams(max_new_tokens=max_new_tokens, temperature=SAMPLE_TEMPERATURE, seed=seed + index)
+            for index in range(len(prompts))
+        ]
+        longest = max(map(len, prompts)) + max_new_tokens + 1
+        engine = AscendInferEngine(
+            folder,
+            tokenizer_path=tokenizer,
+            precision=precision,
+            device=experiment.device,
+            device_id=experiment.device_id,
+            max_seq_length=min(longest, experiment.max_seq_length),
+            batch_size=min(len(prompts), experiment.batch_size),
+            graph_mode=False,
+            operator_fusion=experiment.operator_fusion,
+        )
+        with engine:
+            outputs = engine.generate([list(prompt) for prompt in prompts], sampling)
+        failed = next((output for output in outputs if output.error), None)
+        if failed is not None:
+            raise ValueError(f"parity prompt {failed.index} was refused by the engine: {failed.error}")
+        return [output.token_ids for output in outputs]
+
+    return generate
+
+
+def _tokenizer_folder(experiment: Experiment, source: Checkpoint) -> Path:
+    return Path(experiment.tokenizer_path) if experiment.tokenizer_path else source.config_folder
+
+
+def _replaced_limits(experiment: Experiment) -> dict[str, float]:
+    """The limits that the parameters replace: parity_max_kl stands for ParityLimits.max_kl, and so on."""
+    given = experiment.model_dump(include={f"parity_{limit.name}" for limit in fields(ParityLimits)})
+    return {name.removeprefix("parity_"): value for name, value in given.items() if value is not None}

@@ -1,0 +1,255 @@
+"""One point of a sweep: what the ceilings allow there, and how it is measured on an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ascend_kit.measure import metrics
+from ascend_kit.measure.cards import CardMeter
+from ascend_kit.measure.engines import Backend
+from ascend_kit.measure.forecast import Card, Deployment, request_flops
+from ascend_kit.measure.metrics import Limits, RequestRecord
+from ascend_kit.measure.planner import forecast
+from ascend_kit.measure.workload import Request, make_requests
+
+if TYPE_CHECKING:
+    from ascend_kit.params import Experiment
+    from ascend_kit.results import RunFolder
+
+_WARM_UP_TOKENS = 4
+_WARM_UP_SEED = 2**31
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: so many requests of these lengths, so many of them in flight. Its fields are a row's key."""
+
+    concurrency: int
+    prompt_len: int
+    output_len: int
+    num_requests: int
+    seed: int = 0
+    ttft_limit_ms: float | None = None  # of goodput
+    tpot_limit_ms: float | None = None
+    repeat: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"concurrency {self.concurrency}, prompt {self.prompt_len}, output {self.output_len}, repeat {self.repeat}"
+        )
+
+
+KEY = tuple(item.name for item in fields(Point))
+
+
+class PointForecast:
+    """Floors of an engine's model on a machine, a prediction, and how near a measurement came to them.
+
+    Floors use the measured `ceilings`, predictions the nominal peaks of the card where it is known. Everything is None
+    where the ceiling of the precision was not measured.
+    """
+
+    def __init__(self, backend: Backend, stored_bytes: int, ceilings: dict[str, Any]) -> None:
+        self.slots, self.replicas = backend.slots, backend.replicas
+        variant, device = backend.variant(), backend.device
+        self.measured: Deployment | None = None
+        self.expected: Deployment | None = None
+        precision = variant["precision"]
+        if ceilings.get(f"{precision}_flops_per_s") is None:
+            return
+        card = Card.from_ceilings(ceilings, memory_bytes=device.total_memory_bytes, precision=precision)
+        settings = {
+            "tp_size": max(1, backend.num_devices // backend.replicas),
+            "card_share": min(1.0, backend.num_devices / backend.replicas),
+            "launches_per_layer": backend.launches_per_layer,
+            "graph_mode": variant["graph_mode"],
+            "stored_bytes": stored_bytes,
+        }
+        self.measured = Deployment(backend.config, card, precision, variant["quantize"], **settings)
+        if device.kind != "cpu" or backend.replicas == 1:  # how replicas share one CPU is not modelled
+            nominal = Card(device.peak) if device.peak is not None else card
+            self.expected = Deployment(backend.config, nominal, precision, variant["quantize"], **settings)
+
+    def batch(self, point: Point) -> int:
+        """Requests that one step can serve, over all replicas."""
+        return min(point.concurrency, self.slots or point.concurrency, point.num_requests)
+
+    def limits(self, point: Point) -> dict[str, Any]:
+        """Columns of a row that are known before it is measured."""
+        lengths = (point.prompt_len, point.output_len, self.batch(point))
+        floor = forecast(self.measured, self.replicas, *lengths) if self.measured else {}
+        expected = forecast(self.expected, self.replicas, *lengths) if self.expected else {}
+        return {
+            "kv_bytes_per_token": self.measured and self.measured.kv_token_bytes,
+            "step_weight_bytes": self.measured and self.measured.weights.per_step,
+            "decode_floor_ms": floor.get("decode_floor_ms"),
+            "prefill_floor_ms": floor.get("prefill_floor_ms"),
+            "ceiling_tokens_per_s": floor.get("ceiling_tokens_per_s"),
+            "predicted_tokens_per_s": expected.get("output_tokens_per_s"),
+        }
+
+    def utilisation(
+        self, point: Point, records: Sequence[RequestRecord], summary: dict[str, Any]
+    ) -> dict[str, float | None]:
+        """`mfu` of the point, `mbu` of its median decode step, `ceiling_share` of the ceiling; all 0..1."""
+        if self.measured is None:
+            return dict.fromkeys(("mfu", "mbu", "ceiling_share"))
+        group, batch = self.measured, self.batch(point)
+        limit = group.limit(group.card_share * self.replicas)
+        context = point.prompt_len + point.output_len / 2
+        weights = group.weights.per_step * min(self.replicas, batch)
+        step_bytes = weights + group.kv_token_bytes * batch * context
+        rate, ceiling = summary["output_tokens_per_s"], self.limits(point)["ceiling_tokens_per_s"]
+        return {
+            "mfu": metrics.mfu(request_flops(group.config, records), summary["wall_s"], limit.flops_per_s),
+            "mbu": metrics.mbu(step_bytes, (summary["itl_p50_ms"] or 0.0) / 1e3, limit.bytes_per_s),
+            "ceiling_share": rate / ceiling if rate and ceiling else None,
+        }
+
+
+class PointRunner:
+    """Measures points on one engine, which is opened when there is something to measure, and afresh after a failure."""
+
+    def __init__(self, backend: Backend, experiment: Experiment, folder: RunFolder, ceilings: dict[str, Any]) -> None:
+        self.backend, self.experiment, self.folder, self.ceilings = backend, experiment, folder, ceilings
+        self.identity = backend.identity
+        self._warm: set[tuple[int, int]] = set()
+        self._forecast: PointForecast | None = None
+        self._load_error: Exception | None = None  # an engine that cannot be loaded is not tried for every point
+
+    def run(self, points: Sequence[Point], on_progress: Callable[[float, str], None]) -> None:
+        """Measure every point without a good row of this identity. `on_progress(points done, text)` is called after
+        each and about once a second meanwhile."""
+        rows = self.folder.rows_of("rows", self.identity)
+        done = {tuple(row.get(name) for name in KEY) for row in rows if row["status"] == "ok"}
+        for number, point in enumerate(points):
+            name = f"{self.backend.name}: {point}"
+            text = "already done"
+            if astuple(point) not in done:
+                text = self.measure(point, lambda share, n=number, name=name: on_progress(n + share, name))
+            on_progress(number + 1, f"{name}: {text}")
+
+    def measure(self, point: Point, on_share: Callable[[float], None] | None = None) -> str:
+        """Run one point and append its rows; a few words on how it went. Any failure is a row, and the engine is given
+        up: the next point opens a new one."""
+        start, ids = time.perf_counter(), {"point_id": uuid.uuid4().hex[:12]}
+        try:
+            known = self._open()
+            self._warm_up(point)
+            row = self._measured(point, known, ids, on_share)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            self._append("rows", [{**ids, **self._facts(point), "status": "failed", "error": text}])
+            self._warm.clear()
+            with contextlib.suppress(Exception):
+                self.backend.close()
+            return f"failed: {text}"
+        seconds = time.perf_counter() - start
+        self._append("rows", [{**ids, **self._facts(point), **row, "measured_in_s": seconds}])
+        return f"{row['output_tokens_per_s']:.1f} output tokens/s"
+
+    def _open(self) -> PointForecast:
+        if self._load_error is not None:
+            raise self._load_error
+        try:
+            self.backend.open()
+        except Exception as error:
+            self._load_error = error
+            raise
+        self._forecast = PointForecast(self.backend, self.backend.weight_bytes(), self.ceilings)
+        return self._forecast
+
+    def _facts(self, point: Point) -> dict[str, Any]:
+        """The engine, the point and, once the engine was open, what is possible there."""
+        backend, known = self.backend, self._forecast
+        return {
+            "backend": backend.name,
+            "device": backend.device.name,
+            "device_kind": backend.device.kind,
+            "model": self.experiment.model_name,
+            **backend.variant(),
+            "cards": backend.cards,
+            "tensor_parallel": backend.cards // backend.replicas,
+            "num_devices": backend.num_devices,
+            "slots": backend.slots,
+            **asdict(point),
+            **({} if known is None else known.limits(point)),
+        }
+
+    def _measured(
+        self, point: Point, known: PointForecast, ids: dict[str, str], on_share: Callable[[float], None] | None
+    ) -> dict[str, Any]:
+        requests = self._requests(point, point.num_requests, point.output_len, point.repeat)
+        device = self.backend.device
+        device.synchronize()
+        meter = CardMeter(self.backend)
+        records = self.backend.run(requests, point.concurrency, on_done=_Seconds(len(requests), on_share))
+        cards = meter.rows()
+        # Before the row: a row without its raw samples would be worse than the reverse.
+        self._append("requests", [{**ids, **record.to_row()} for record in records])
+        self._append("cards", [{**ids, **row} for row in cards])
+        check_complete(requests, records)
+        summary = metrics.summarize(records, limits=Limits(point.ttft_limit_ms, point.tpot_limit_ms))
+        return {
+            **summary,
+            **known.utilisation(point, records, summary),
+            "weight_bytes": self.backend.weight_bytes(),
+            "peak_memory_bytes": device.peak_memory_bytes(),
+        }
+
+    def _append(self, table: str, rows: list[dict[str, Any]]) -> None:
+        self.folder.append_all(table, rows, self.identity)
+
+    def _warm_up(self, point: Point) -> None:
+        """A short run of the same shape, once: first calls load kernels, capture graphs and grow pools."""
+        shape = (point.concurrency, point.prompt_len)
+        if shape in self._warm:
+            return
+        count = min(point.concurrency, point.num_requests)
+        requests = self._requests(point, count, min(_WARM_UP_TOKENS, point.output_len), _WARM_UP_SEED)
+        self.backend.run(requests, point.concurrency)
+        self._warm.add(shape)
+
+    def _requests(self, point: Point, count: int, output_len: int, salt: int) -> list[Request]:
+        config = self.backend.config
+        # The point is part of the seed: no prompt returns within a sweep, so no cache can serve it.
+        seed = (point.seed, point.concurrency, point.prompt_len, point.output_len, salt)
+        return make_requests(
+            count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed, avoid_ids=config.eos_token_ids
+        )
+
+
+def check_complete(requests: Sequence[Request], records: Sequence[RequestRecord]) -> None:
+    """Raise RuntimeError unless every request came back, without error, with exactly the tokens asked for."""
+    asked = {request.index: request.num_output_tokens for request in requests}
+    missing = asked.keys() - {record.index for record in records}
+    failed = [record for record in records if not record.is_complete]
+    wrong = [r for r in records if r.is_complete and r.num_output_tokens != asked.get(r.index)]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(asked)} requests failed; the first: {failed[0].error}")
+    if missing:
+        raise RuntimeError(f"{len(missing)} of {len(asked)} requests never came back")
+    if wrong:
+        first = wrong[0]
+        raise RuntimeError(
+            f"{len(wrong)} of {len(asked)} requests have a wrong length; request {first.index} was "
+            f"asked for {asked.get(first.index)} tokens and gave {first.num_output_tokens}"
+        )
+
+
+class _Seconds:
+    """Passes on how many requests are done, about once a second: more would cost the measurement time."""
+
+    def __init__(self, total: int, tell: Callable[[float], None] | None) -> None:
+        self.total, self.tell, self.last_s = total, tell, time.perf_counter()
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if self.tell is not None and now - self.last_s >= 1.0:
+            self.last_s = now
+            self.tell(done / self.total)
