@@ -463,3 +463,32 @@ def test_real_engine_and_baseline_fill_one_table(tmp_path, tiny_qwen3_dir):
     assert rows["mbu"].between(0, 1).all() and rows["mfu"].between(0, 1).all()
     assert (rows["ceiling_share"] < 1).all()
     assert ceilings["fp32_flops_per_s"] > 0
+
+
+def test_sweep_of_overwritten_weights_is_measured_again(tmp_path):
+    """The folder keeps its name and its parameters, only the bytes of the weights are others."""
+    from conftest import make_model
+
+    from ascend_kit import AscendInferEngine
+
+    model = make_model(tmp_path / "model", "qwen3")
+    experiment = experiment_for(
+        tmp_path, input_model=str(model), precision="fp32", device="cpu", use_model="source", max_seq_length=128,
+        sweep_concurrency=[1], sweep_prompt_len=[8], kv_cache_gib=0.01, graph_mode=False,
+    )  # fmt: skip
+    ceilings = {**CEILINGS, "fp32_flops_per_s": 1e9}
+
+    def measured():
+        with opened(experiment) as folder:
+            rows = sweep.run_sweep(AscendInferEngine.from_experiment(experiment), experiment, folder, ceilings=ceilings)
+            baseline = sweep.run_baseline_sweep(experiment, folder)
+        return list(rows["point_id"]), list(baseline["point_id"])
+
+    _, both = measured()
+    _, same = measured()
+    make_model(tmp_path / "model", "qwen3", seed=1)
+    other, both_again = measured()
+
+    assert same == both  # resumed, and nothing was measured twice
+    assert len(other) == 1 and other[0] not in both
+    assert len(both_again) == 2 and not set(both_again) & set(both)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ascend_kit.checkpoint.identity import model_identity
 from ascend_kit.checkpoint.manifest import verify
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.parallel import check_division
@@ -129,8 +130,8 @@ class AscendInferEngine:
     def identity(self) -> Identity:
         """What the answers and speeds of this engine depend on; known before it is loaded."""
         device = self.device or select_device(self.settings.device, self.settings.device_id)
-        facts = {"kind": device.kind, "name": device.name}
-        return Identity(engine=self.settings.identity(), versions=device.versions(), device=facts)
+        model = model_identity(self.model_path, self.settings.tokenizer_path)
+        return model.with_parts(engine=self.settings.identity(), versions=device.versions(), device=device.facts())
 
     @property
     def num_replicas(self) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ascend_kit.checkpoint.huggingface import open_checkpoint
+from ascend_kit.checkpoint.identity import model_identity
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams
@@ -378,7 +379,7 @@ def reckon_weight_bytes(config: ModelConfig, precision: str, scheme: str) -> int
 
 def _identity(model_path: str, device: Device, engine: dict[str, Any], package: str) -> Identity:
     versions = {**device.versions(), package: _version(package)}
-    return Identity(engine=engine, versions=versions, device={"kind": device.kind, "name": device.name})
+    return model_identity(model_path).with_parts(engine=engine, versions=versions, device=device.facts())
 
 
 def _version(package: str) -> str | None:

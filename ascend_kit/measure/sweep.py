@@ -206,8 +206,9 @@ def load_ceilings(backend: Backend, folder: RunFolder) -> dict[str, Any]:
 
 
 def _note_asked(folder: RunFolder, name: str, identities: list[Identity], points: list[Point]) -> None:
-    """Keep what is asked of one kind of engine; what is asked of the others stays."""
-    asked = {**(folder.read_json("sweep") or {}), name: {
-        "identities": [identity.to_row() for identity in identities], "points": [asdict(point) for point in points],
-    }}  # fmt: skip
-    folder.write_json("sweep", asked)
+    """Keep what is asked of one kind of engine. Our own comes first: what it is compared with must be asked for again,
+    for it may have changed as well."""
+    before = {} if name == EngineBackend.name else folder.read_json("sweep") or {}
+    parts = [identity.to_row() for identity in identities]
+    entry = {"identities": parts, "points": [asdict(point) for point in points]}
+    folder.write_json("sweep", {**before, name: entry})
