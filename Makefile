@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := params/demo.yaml
+PARAMS ?= $(DEMO)
 # Two processes of one thread each beat one process of two threads on small models, and tests stay repeatable.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -10,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 help:
 	@echo "make demo   environment, then the whole pipeline on the built-in model; prints where the report is"
 	@echo "make test   environment, lint, all tests (CPU, then the NPU path on a simulated NPU)"
-	@echo "make lab    JupyterLab on the notebooks, localhost only"
+	@echo "make lab    JupyterLab on copies of the notebooks for PARAMS=params/demo.yaml, localhost only"
 	@echo "make clean  remove environment and demo results"
 
 install: .venv/.base
@@ -43,8 +44,10 @@ test: .venv/.dev
 
 check: test
 
+# Works on copies in the run folder; the notebooks themselves stay as they are.
 lab: .venv/.base
-	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) \
+	    "$$($(BIN)/python -m ascend_kit work $(PARAMS))"
 
 clean:
 	rm -rf .venv .npu-sim outputs/demo

@@ -1,4 +1,4 @@
-"""`python -m ascend_kit`: run, check, convert, doctor, report.
+"""`python -m ascend_kit`: run, check, convert, work, doctor, report.
 
 Exit status: 0 done, 1 something that was run has failed or is an alarm, 2 the request itself is wrong, 130 stopped by
 Ctrl-C, 143 by another signal.
@@ -24,6 +24,7 @@ EPILOG = """examples:
   python -m ascend_kit check params/qwen3-8b.yaml                    validate, run nothing
   python -m ascend_kit check --list                                  every parameter with its default
   python -m ascend_kit convert params/qwen3-8b-w8a8.yaml             convert the checkpoint without a notebook
+  python -m ascend_kit work params/qwen3-8b.yaml                     notebooks to change by hand, in the run folder
   python -m ascend_kit doctor                                        faults of this machine, and remedies
 """
 
@@ -112,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(command=_convert)
 
     commands.add_parser("doctor", help="look for faults of this machine and name the remedy", add_help=False)
+
+    work = commands.add_parser("work", help="make working copies of the notebooks in the run folder, for JupyterLab")
+    _experiment_arguments(work)
+    work.set_defaults(command=_work)
 
     report = commands.add_parser("report", help="write report.html of a run folder again")
     report.add_argument("run_folder", help="outputs/<experiment>/<run>")
@@ -215,12 +220,16 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from ascend_kit.show.report import write_report
+    from ascend_kit.run.experiment import write_run_report
 
-    folder = Path(arguments.run_folder)
-    if not (folder / "run.json").is_file() and not list(folder.glob("[0-9][0-9]_*.ipynb")):
-        raise RunError(f"{folder} is no run folder: it holds neither run.json nor executed notebooks")
-    print(write_report(folder))
+    print(write_run_report(Path(arguments.run_folder)))
+    return 0
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    from ascend_kit.run.experiment import make_working_copies
+
+    print(make_working_copies(arguments.parameters, _overrides(arguments), arguments.notebooks))
     return 0
 
 

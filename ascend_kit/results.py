@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -198,21 +199,22 @@ class RunFolder:
                 stage.tables = []
             if by_hand:
                 stage.start(experiment)
-                stage.notebook = executed_notebook()
+                stage.by_hand, stage.notebook = True, executed_notebook()
             stage.facts = json.loads(to_json(facts))
 
 
 def executed_notebook() -> str | None:
-    """The file of the notebook that this kernel executes, as far as JupyterLab or papermill's command line tell."""
-    in_lab = os.environ.get("JPY_SESSION_NAME")
-    if in_lab:
-        return in_lab
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return None
-    papers = [word for word in words if word.endswith(".ipynb")]
-    return os.path.abspath(papers[1]) if len(papers) > 1 and any("papermill" in word for word in words) else None
+    """The file of the notebook that this kernel executes, as far as JupyterLab, VS Code or papermill tell."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    told = shell.user_ns if shell else {}
+    path = os.environ.get("JPY_SESSION_NAME") or told.get("__vsc_ipynb_file__") or told.get("PAPERMILL_OUTPUT_PATH")
+    if shell and not path:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+            names = [word for word in words if word.endswith(".ipynb")]  # papermill in.ipynb out.ipynb
+            path = names[1] if len(names) > 1 and any("papermill" in word for word in words) else None
+    return os.path.abspath(path) if path else None
 
 
 def newest_rows(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> dict[tuple, dict[str, Any]]:

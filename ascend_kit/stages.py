@@ -42,7 +42,8 @@ class Stage:
     """What is known of one stage: waiting, running, ok, alarm, failed, interrupted or skipped, and how it came to that.
 
     `parameters` are resolved; `inputs` are the parts of the identity known before the work (weights, tokenizer, data,
-    versions), `identity` those of what did the work; `notebook` is the file that is executed by hand.
+    versions), `identity` those of what did the work. `by_hand`: not by the command line, but in the file `notebook` as
+    far as that is known.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage:
     error: str | None = None
     cell: int | None = None
     traceback: str | None = None
+    by_hand: bool = False
     notebook: str | None = None
     tables: list[str] = field(default_factory=list)
     alarms: list[dict[str, Any]] = field(default_factory=list)
@@ -64,7 +66,7 @@ class Stage:
         """The stage runs from now on; what an earlier try said of itself is gone, its tables are not."""
         self.state, self.started = "running", now()
         self.duration_s = self.error = self.cell = self.traceback = self.notebook = None
-        self.alarms, self.inputs = [], {}
+        self.alarms, self.inputs, self.by_hand = [], {}, False
         self.parameters = parameter_values(experiment)
 
     def end(self, state: str, error: str | None = None, duration_s: float | None = None) -> None:

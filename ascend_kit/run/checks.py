@@ -48,10 +48,9 @@ def parameter_defaults(path: Path) -> dict[str, Any]:
     tag it would put the injected values above the defaults, which then win in silence.
     """
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        tagged = tagged_cells(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not a notebook: {error}") from None
-    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise RunError(
             f"{path.name}: {len(tagged)} cells carry the tag `parameters`, it must be exactly one; without "
@@ -67,6 +66,11 @@ def parameter_defaults(path: Path) -> dict[str, Any]:
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
     return defaults
+
+
+def tagged_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of a notebook that carry the tag `parameters`."""
+    return [cell for cell in notebook["cells"] if "parameters" in cell.get("metadata", {}).get("tags", [])]
 
 
 def _literals(where: str, source: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, load_experiment
+from ascend_kit.run import copies
 from ascend_kit.run.checks import Notebook, RunError, check_paths, find_notebooks, select_notebooks
 from ascend_kit.run.execute import Execution, working_files
 from ascend_kit.run.inputs import stage_inputs
@@ -25,7 +26,6 @@ from ascend_kit.stages import DONE, RunRecord, Stage, StageLock, admit, changed_
 # Which stages a stage cannot do without. The conversion counts only where its result is used.
 NEEDS = {"03_generate": ("02_convert",), "04_throughput": ("02_convert",), "05_evaluate": ("02_convert",)}
 OLD_S = 600  # a file that is being written in one step is younger
-WORK_FOLDER = "work"  # below the run folder: working copies of notebooks, which no run touches
 __all__ = ["RunError", "RunReport", "check_experiment", "run_experiment"]
 
 
@@ -90,7 +90,7 @@ def _mode(experiment: Experiment, resume: bool, overwrite: bool) -> str:
 
 def _admit(folder: Path, experiment: Experiment, chosen: list[Notebook], mode: str, *, whole: bool) -> None:
     """Make room for the run, or raise RunError or RunFolderError if the folder must not be touched."""
-    used = [path for path in folder.iterdir() if path.name != WORK_FOLDER and not path.name.endswith(".lock")]
+    used = [path for path in folder.iterdir() if path.name != copies.FOLDER and not path.name.endswith(".lock")]
     if not used:
         return
     if mode == "refuse":
@@ -251,6 +251,7 @@ class _Run:
                     stages[name].end("interrupted", "not started")
         failed = [name for name in asked_for if stages[name].state not in DONE]
         alarmed = [name for name in asked_for if stages[name].state == "alarm"]
+        copies.collect_executed(self.folder)
         report = write_report(self.folder)
         self.echo(f"report: {report}")
         if self.stop.number is not None:
@@ -262,6 +263,24 @@ class _Run:
             self.echo(f"ALARM: {', '.join(alarmed)}; the results must not be trusted before the cause is known")
         state = "failed" if failed else "alarm" if alarmed else "ok"
         return RunReport(self.folder, state, [stages[name] for name in sorted(stages)], report)
+
+
+def write_run_report(folder: Path) -> Path:
+    """report.html of a run folder, whichever way its stages were run. RunError when it is none."""
+    if not (folder / "run.json").is_file() and not list(folder.glob("[0-9][0-9]_*.ipynb")):
+        raise RunError(f"{folder} is no run folder: it holds neither run.json nor executed notebooks")
+    from ascend_kit.show.report import write_report
+
+    copies.collect_executed(folder)
+    return write_report(folder)
+
+
+def make_working_copies(
+    path: str | Path, overrides: dict[str, Any] | None = None, notebooks: str | Path | None = None
+) -> Path:
+    """Working copies of the notebooks for the experiment in `path`; the folder that holds them."""
+    experiment = load_experiment(path, overrides)
+    return copies.make_working_copies(experiment, find_notebooks(notebooks), path, overrides or {})
 
 
 def check_experiment(

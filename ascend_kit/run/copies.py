@@ -1,0 +1,83 @@
+"""Notebooks in a run folder: working copies to be changed by hand, and executed copies of what was run by hand.
+
+The templates stay clean. Working copies lie in <run>/work/, which no run touches; what was executed elsewhere, in
+JupyterLab or by plain papermill, is copied beside the results, so that every way of working leaves the same report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ascend_kit.files import write_atomic
+from ascend_kit.params import Experiment
+from ascend_kit.run.checks import Notebook, tagged_cells
+from ascend_kit.stages import DONE, RunRecord, Stage, changing
+
+FOLDER = "work"
+
+
+def make_working_copies(
+    experiment: Experiment, notebooks: list[Notebook], parameter_file: str | Path, overrides: dict[str, Any]
+) -> Path:
+    """Copy the notebooks to <run>/work/ with their parameters set to those of the file; the folder.
+
+    A copy that is there already is left as it is.
+    """
+    folder = experiment.run_folder / FOLDER
+    names = {"experiment": experiment.experiment, "run": experiment.run}
+    values = {"params_file": str(Path(parameter_file).absolute()), **names, **overrides}
+    for notebook in notebooks:
+        target = folder / notebook.path.name
+        if not target.exists():
+            content = json.loads(notebook.path.read_text(encoding="utf-8"))
+            cell = tagged_cells(content)[0]
+            cell["source"] = _with_values("".join(cell["source"]), values).splitlines(keepends=True)
+            write_atomic(target, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    return folder
+
+
+def _with_values(source: str, values: dict[str, Any]) -> str:
+    """The parameters cell with other values; names that it does not declare are left out."""
+    for name, value in values.items():
+        line = re.compile(rf"^({name}\b[^=\n]*=) .*?(  #[^\n\"']*)?$", re.MULTILINE)
+        source = line.sub(lambda found, value=value: f"{found[1]} {value!r}{found[2] or ''}", source)
+    return source
+
+
+def collect_executed(folder: Path) -> None:
+    """Copy the notebooks of stages that were run by hand beside their results, and note errors that stopped them."""
+    record = RunRecord.read(folder)
+    found = {name: path for name, stage in record.stages.items() if (path := _executed_by_hand(folder, stage))}
+    if not found:
+        return
+    with changing(folder) as record:
+        for name, path in found.items():
+            text = path.read_text(encoding="utf-8")
+            write_atomic(folder / f"{name}.ipynb", text)
+            stage, error = record.stages[name], _first_error(json.loads(text))
+            if error is not None and stage.state not in DONE and stage.state != "running":
+                stage.end("failed", error, stage.duration_s)
+
+
+def _executed_by_hand(folder: Path, stage: Stage) -> Path | None:
+    """The notebook in which a stage was run by hand, if it can still be read and was executed."""
+    if not stage.by_hand:
+        return None
+    candidates = [Path(stage.notebook)] if stage.notebook else [folder / FOLDER / f"{stage.name}.ipynb"]
+    for path in candidates:
+        try:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if any(cell.get("execution_count") for cell in cells):
+            return path
+    return None
+
+
+def _first_error(notebook: dict[str, Any]) -> str | None:
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    errors = [f"{output['ename']}: {output['evalue']}" for output in outputs if output.get("output_type") == "error"]
+    return errors[0] if errors else None

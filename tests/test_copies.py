@@ -1,0 +1,84 @@
+"""Working copies of notebooks, and stages that were run by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from test_run import run_folder, write_notebook
+
+from ascend_kit.__main__ import main
+from ascend_kit.run.experiment import run_experiment
+
+BY_HAND = (
+    "from ascend_kit import RunFolder\nfrom ascend_kit.params import build_experiment\n"
+    "values = {'experiment': experiment, 'run': run, 'output_root': output_root, 'seed': seed}\n"
+    "folder = RunFolder.open(build_experiment(values), '01_first')"
+)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake.yaml").write_text("experiment: fake\nseed: 7\n")
+    notebook = write_notebook(
+        tmp_path / "notebooks", "01_first", BY_HAND, "print('seen in the copy')", "folder.close()"
+    )
+    content = notebook.read_text().replace(
+        'output_root: str = \\"outputs\\"',
+        'output_root: str = \\"outputs\\"\\nparams_file: str | None = None  # YAML file',
+    )
+    notebook.write_text(content)
+    return tmp_path
+
+
+def test_working_copies_carry_the_file_and_leave_the_folder_unused(project, capsys):
+    template = (project / "notebooks" / "01_first.ipynb").read_bytes()
+    write_notebook(project / "notebooks", "01_first-Copy1")
+
+    assert main(["work", "fake.yaml", "--notebooks", "notebooks", "--set", "seed=9"]) == 0
+
+    copy = run_folder(project) / "work" / "01_first.ipynb"
+    cell = nbformat.read(copy, as_version=4).cells[1].source
+    assert (
+        f"params_file: str | None = '{project / 'fake.yaml'}'  # YAML file" in cell and "seed: int = 9  # seed" in cell
+    )
+    assert capsys.readouterr().out.strip() == "outputs/fake/default/work"
+    assert (project / "notebooks" / "01_first.ipynb").read_bytes() == template
+    copy.write_text(copy.read_text().replace("seen in", "changed in"))
+    changed = copy.read_text()
+    assert run_experiment("fake.yaml", notebooks="notebooks", echo=lambda line: None).ok
+    main(["run", "fake.yaml", "--notebooks", "notebooks", "--overwrite"])
+    main(["work", "fake.yaml", "--notebooks", "notebooks"])
+    assert copy.read_text() == changed and not (copy.parent / "01_first-Copy1.ipynb").exists()
+
+
+def test_a_stage_run_in_jupyterlab_is_a_run_with_a_report(project, monkeypatch):
+    main(["work", "fake.yaml", "--notebooks", "notebooks", "--set", "seed=7"])
+    copy = run_folder(project) / "work" / "01_first.ipynb"
+    monkeypatch.setenv("JPY_SESSION_NAME", str(copy))
+    papermill.execute_notebook(str(copy), str(copy), progress_bar=False)  # executes in place, as JupyterLab does
+
+    assert main(["report", str(run_folder(project))]) == 0
+
+    stage = json.loads((run_folder(project) / "run.json").read_text())["stages"]["01_first"]
+    assert stage["state"] == "ok" and stage["parameters"]["seed"] == 7
+    assert "seen in the copy" in (run_folder(project) / "report.html").read_text()
+
+
+def test_an_error_in_a_stage_run_by_hand_is_in_the_record(project):
+    notebook = project / "notebooks" / "01_first.ipynb"
+    notebook.write_text(notebook.read_text().replace("print('seen in the copy')", "1 / 0"))
+    words = [sys.executable, "-m", "papermill", "notebooks/01_first.ipynb", "out.ipynb", "-p", "experiment", "fake"]
+    assert subprocess.run(words, capture_output=True).returncode != 0
+
+    assert main(["report", str(run_folder(project))]) == 0
+
+    stage = json.loads((run_folder(project) / "run.json").read_text())["stages"]["01_first"]
+    assert stage["state"] == "failed" and stage["error"] == "ZeroDivisionError: division by zero"
+    assert Path(run_folder(project) / "01_first.ipynb").is_file()
