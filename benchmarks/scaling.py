@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit import AscendInferEngine, SamplingParams
-from ascend_kit.engine import replica
-from ascend_kit.engine.ray_session import RaySession
+from ascend_kit.engine import replicas
+from ascend_kit.engine.ray_cluster import RaySession
 from ascend_kit.engine.sequence import Sequence
-from ascend_kit.engine.worker import Worker
+from ascend_kit.engine.worker import Facts, Report, Worker
 
 
 class OneThread(Worker):
     """A replica that computes with one thread, as it will have one core."""
 
-    def load(self, plan: Any, role: Any) -> dict[str, Any]:
+    def load(self, *arguments: Any) -> Facts:
         import torch
 
-        facts = super().load(plan, role)
+        facts = super().load(*arguments)
         torch.set_num_threads(1)
         return facts
 
@@ -42,22 +42,13 @@ class OneThread(Worker):
 class Echo(Worker):
     """A replica that ends every request in the call that brings it, with one token."""
 
-    def _add(self, order: Any) -> None:
-        super()._add(order)
-        self._new = [*getattr(self, "_new", []), order.ticket]
-
-    def advance(self, orders: list, cancelled: list) -> Any:
-        report_of, self._new = self._report, []
-        for order in orders:
-            self._add(order)
-        done: list[Sequence] = []
-        for ticket in self._new:
-            sequence = self.core.sequences[ticket]
+    def advance(self, requests: list[Sequence], cancelled: list[int]) -> Report:
+        for sequence in requests:
+            self._sent[sequence.id] = 0
             sequence.token_ids.append(1)
             sequence.timeline.token_times_s.append(time.perf_counter())
-            self.core.finish(sequence, "length")
-            done.append(sequence)
-        return report_of([self._progress(sequence) for sequence in done])
+            sequence.finish_reason = "length"
+        return self._report([self._progress(sequence) for sequence in requests])
 
 
 def pin(engine: AscendInferEngine) -> None:
@@ -96,7 +87,7 @@ def throughput(engine: AscendInferEngine, prompts: list[list[int]], new: int) ->
 def scaling(options: argparse.Namespace) -> dict[str, Any]:
     """Part 1."""
     settings = dict(precision="fp32", device="cpu", max_seq_length=512, batch_size=8, kv_cache_gib=0.1)
-    replica.Worker = OneThread
+    replicas.Worker = OneThread
     draw = random.Random(0)
     prompts = [[draw.randrange(200) for _ in range(32)] for _ in range(options.requests)]
     with (
@@ -125,7 +116,7 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
 
 def ray_cost(options: argparse.Namespace) -> dict[str, Any]:
     """Part 2."""
-    replica.Worker = Echo
+    replicas.Worker = Echo
     settings = dict(precision="fp32", device="cpu", max_seq_length=512, batch_size=16, kv_cache_gib=0.02)
     prompts = [[number % 200] * 100 for number in range(2000)]
     with AscendInferEngine(options.model, cards=1, ray_address="auto", **settings) as engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -15,11 +16,13 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ascen
 from int8_halves import halve  # noqa: E402
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
-from ascend_kit.engine import cluster, replica  # noqa: E402
-from ascend_kit.engine.dispatch import ReplicasLost  # noqa: E402
-from ascend_kit.engine.ray_session import RaySession  # noqa: E402
-from ascend_kit.engine.scoring import PairsFailed  # noqa: E402
+from ascend_kit.engine import replicas  # noqa: E402
+from ascend_kit.engine.config import EngineConfig  # noqa: E402
+from ascend_kit.engine.core import ReplicasLost  # noqa: E402
+from ascend_kit.engine.processes import LocalProcesses  # noqa: E402
+from ascend_kit.engine.ray_cluster import RaySession  # noqa: E402
 from ascend_kit.engine.worker import Worker  # noqa: E402
+from ascend_kit.model.config import ModelConfig  # noqa: E402
 
 pytestmark = pytest.mark.multiproc
 
@@ -31,10 +34,10 @@ SETTINGS = dict(precision="fp32", device="cpu", max_seq_length=512, batch_size=4
 class Poisonable(Worker):
     """A replica that dies as if by the kernel's hand as soon as a poisonous request has come in."""
 
-    def advance(self, orders, cancelled):
-        if any(POISON in order.prompt_ids for order in orders):
+    def advance(self, requests, cancelled):
+        if any(POISON in request.prompt_ids for request in requests):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().advance(orders, cancelled)
+        return super().advance(requests, cancelled)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def local_ray():
 @pytest.fixture(scope="module")
 def two_cards(local_ray, tiny_qwen3_dir):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replica, "Worker", Poisonable)
+        patch.setattr(replicas, "Worker", Poisonable)
         with AscendInferEngine(tiny_qwen3_dir, cards=2, **SETTINGS) as engine:
             yield engine
 
@@ -182,14 +185,14 @@ def test_a_request_that_kills_two_replicas_is_reported_and_the_rest_completes(tw
     outputs = two_cards.generate(prompts, SamplingParams(max_new_tokens=NEW))
 
     failed = [output.index for output in outputs if output.finish_reason == "error"]
-    assert failed == [4] and "ended 2 replicas" in outputs[4].error
+    assert failed == [4] and "2 replicas were lost" in outputs[4].error
     assert all(output.token_ids for output in outputs if output.index != 4)
     assert two_cards.stats()["restarts"] == before + 2
 
 
 def test_losing_all_replicas_is_an_error_that_carries_what_had_finished(two_cards, monkeypatch):
     wait_until_whole(two_cards)
-    monkeypatch.setattr(two_cards.core.session, "total_cards", lambda: 0)
+    monkeypatch.setattr(two_cards.core.processes, "total_cards", lambda: 0)
     prompts = prompts_of(20)
     sampling = [SamplingParams(max_new_tokens=4)] * 8 + [SamplingParams(max_new_tokens=400, ignore_eos=True)] * 12
     pids = [pid for row in two_cards.stats()["replicas"] for pid in row["pids"]]
@@ -293,14 +296,14 @@ def test_pairs_that_fail_do_not_take_the_others_with_them(tiny_qwen3_dir, monkey
             touched = step(stop)
             for sequence in touched:
                 if sequence.token_ids[0] == 4:
-                    sequence.error = "the request ended 2 replicas"
+                    sequence.error = "2 replicas were lost"
             return touched
 
         monkeypatch.setattr(engine.core, "step", failing)
-        with pytest.raises(PairsFailed, match="1 of 2 pairs failed; pair 1") as caught:
-            engine.score(pairs)
+        scores = engine.score(pairs)
 
-    assert caught.value.scores == [good[0], None]
+    assert scores[0] == good[0]
+    assert math.isnan(scores[1].logprob) and scores[1].error == "2 replicas were lost"
 
 
 def test_a_missing_ray_names_the_extra(tiny_qwen3_dir, monkeypatch):
@@ -310,11 +313,13 @@ def test_a_missing_ray_names_the_extra(tiny_qwen3_dir, monkeypatch):
         AscendInferEngine(tiny_qwen3_dir, cards=2, **SETTINGS).load_model()
 
 
-def test_a_hanging_replica_is_replaced(local_ray):
-    """The watchdog alone: a replica that has been silent for longer than the limit counts as dead."""
-    silent = replica.Replica.__new__(replica.Replica)
-    silent.calls, silent.heard_s = [object()], time.perf_counter() - cluster.HANG_S - 1
+def test_a_hanging_replica_is_noticed(tiny_qwen3_dir):
+    """The clock alone: a replica that has been silent for longer than the limit counts as lost."""
+    config = ModelConfig.from_folder(tiny_qwen3_dir)
+    silent = replicas.Replica(0, EngineConfig(tiny_qwen3_dir), config, LocalProcesses(Worker))
+    silent.calls.append(object())
+    silent.heard_s = time.perf_counter() - replicas.HANG_S - 1
 
-    assert silent.is_hanging(cluster.HANG_S)
-    silent.calls = []
-    assert not silent.is_hanging(cluster.HANG_S)
+    assert silent.is_hanging(replicas.HANG_S)
+    silent.calls.clear()
+    assert not silent.is_hanging(replicas.HANG_S)

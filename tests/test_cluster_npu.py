@@ -11,7 +11,7 @@ import pytest
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
-from ascend_kit.engine import replica  # noqa: E402
+from ascend_kit.engine import replicas  # noqa: E402
 from ascend_kit.engine.worker import Worker  # noqa: E402
 
 pytestmark = [pytest.mark.npu, pytest.mark.multiproc]
@@ -22,18 +22,18 @@ TESTS = str(Path(__file__).parent)
 class Simulated(Worker):
     """A worker that starts the simulated NPU before anything imports torch_npu, and remembers what it saw."""
 
-    def load(self, settings, role):
+    def load(self, settings, config, role):
         sys.path.insert(0, TESTS)
         import npu_sim
 
         npu_sim.start(2)
-        facts = super().load(settings, role)
+        facts = super().load(settings, config, role)
         import os
 
         import torch
 
-        facts["saw"] = (os.environ.get("ASCEND_RT_VISIBLE_DEVICES"), role.device_id)
-        facts["backends"] = torch.distributed.get_backend_config() if torch.distributed.is_initialized() else None
+        facts.stats["saw"] = (os.environ.get("ASCEND_RT_VISIBLE_DEVICES"), role.device_id)
+        facts.stats["backends"] = torch.distributed.get_backend_config() if torch.distributed.is_initialized() else None
         return facts
 
 
@@ -45,7 +45,7 @@ def simulated_workers(monkeypatch):
         npu_sim.current()
     except RuntimeError:
         pytest.skip("needs the simulated NPU; on a real one the engine starts its own workers")
-    monkeypatch.setattr(replica, "Worker", Simulated)
+    monkeypatch.setattr(replicas, "Worker", Simulated)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -87,7 +87,9 @@ def test_two_npus_give_the_tokens_of_one_with_fused_operators_and_graphs(
     assert [output.token_ids for output in outputs] == expected
     assert stats["graphs"]["mode"] == "npu_graph" and stats["graphs"]["replays"] > 0
     if tensor_parallel == 1:
-        assert sorted(facts["saw"] for facts in facts) == [("0", 0), ("1", 0)]
+        assert sorted(facts.stats["saw"] for facts in facts) == [("0", 0), ("1", 0)]
     else:  # both ranks see both cards, each takes its own
-        assert [facts["saw"][1] for facts in facts] == [0, 1] and len({facts["saw"][0] for facts in facts}) == 1
-        assert all("npu:hccl" in facts["backends"] and "cpu:gloo" in facts["backends"] for facts in facts)
+        assert [facts.stats["saw"][1] for facts in facts] == [0, 1] and len(
+            {facts.stats["saw"][0] for facts in facts}
+        ) == 1
+        assert all("npu:hccl" in facts.stats["backends"] and "cpu:gloo" in facts.stats["backends"] for facts in facts)

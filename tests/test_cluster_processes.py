@@ -141,7 +141,7 @@ def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir, tmp_path):
 
 
 def test_folders_of_killed_drivers_are_removed_by_the_next(tmp_path, monkeypatch):
-    from ascend_kit.engine import ray_session
+    from ascend_kit.engine import ray_cluster
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -152,14 +152,14 @@ def test_folders_of_killed_drivers_are_removed_by_the_next(tmp_path, monkeypatch
     for folder in folders[os.getpid()] + folders[gone.pid]:
         (folder / "session").mkdir(parents=True)
 
-    ray_session._remove_leftovers()
+    ray_cluster._remove_leftovers()
 
     assert all(folder.is_dir() for folder in folders[os.getpid()])
     assert not any(folder.exists() for folder in folders[gone.pid])
 
 
 def test_processes_of_a_start_that_failed_half_way_are_ended(tmp_path):
-    from ascend_kit.engine.ray_watch import end_processes
+    from ascend_kit.engine.ray_cluster import end_processes
 
     folder = tmp_path / f"ascend-ray-{uuid.uuid4().hex}"
     theirs = subprocess.Popen(["sleep", "100"])
@@ -212,8 +212,7 @@ def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, ti
         assert result["tokens"] == expected and result["index"] == list(range(7))
         assert result["scores"] == results[0]["scores"]
     leaders = results[::tensor_parallel]
-    # How many each one took is not fixed: a rank that starts late may find nothing left.
-    assert sum(result["own_tokens"] for result in leaders) == 7 * 8
+    assert [result["own_tokens"] for result in leaders] == [4 * 8, 3 * 8]  # every second one
 
 
 def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, monkeypatch):
@@ -221,12 +220,12 @@ def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, mo
     import ray
     from ray.cluster_utils import Cluster
 
-    from ascend_kit.engine import replica
-    from ascend_kit.engine.ray_session import OBJECT_STORE_BYTES, QUIET
+    from ascend_kit.engine import replicas
+    from ascend_kit.engine.ray_cluster import OBJECT_STORE_BYTES, QUIET
 
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(replica, "START_S", 60.0)
+    monkeypatch.setattr(replicas, "START_S", 60.0)
     common = dict(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **common})
     try:

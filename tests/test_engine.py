@@ -292,7 +292,7 @@ def test_a_stop_string_is_only_looked_for_after_min_new_tokens(tiny_qwen3_dir):
 def test_half_a_character_is_never_shown(tiny_qwen3_dir):
     from transformers import AutoTokenizer
 
-    from ascend_kit.engine.detokenizer import Detokenizer
+    from ascend_kit.engine.text import Detokenizer
 
     text = "昇腾 ascend é🙂!"
     detokenizer = Detokenizer(AutoTokenizer.from_pretrained(tiny_qwen3_dir))

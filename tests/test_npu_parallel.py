@@ -69,7 +69,7 @@ def run_rank(rank: int, folder: str, out: str, modes: dict[str, dict]) -> None:
         sim.reset()
         core = load_core(folder, device, rank, **settings)
         if rank:
-            core.runner.follow()
+            core.runner.serve_steps()
             continue
         tokens = generate(core)
         core.close()

@@ -10,9 +10,9 @@ import torch
 from ascend_kit import AscendInferEngine
 from ascend_kit.device.parallel import StepChannel, TensorParallel, check_division
 from ascend_kit.engine.ranks import environment_ranks, without_ranks
+from ascend_kit.engine.runner import StepInputs
 from ascend_kit.engine.scheduler import Chunk
 from ascend_kit.engine.sequence import SamplingParams, Sequence
-from ascend_kit.engine.step_inputs import StepInputs
 
 
 def test_shares_cover_everything_once():

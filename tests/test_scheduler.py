@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ascend_kit.engine.block_manager import BlockManager
-from ascend_kit.engine.pace import LEAST, StepPace
-from ascend_kit.engine.scheduler import LONG_PROMPT, Scheduler
+from ascend_kit.engine.scheduler import LEAST, LONG_PROMPT, Scheduler, StepPace
 from ascend_kit.engine.sequence import SamplingParams, Sequence
 
 

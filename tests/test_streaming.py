@@ -9,7 +9,7 @@ import pytest
 
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.engine.sequence import Sequence
-from ascend_kit.engine.streaming import TokenStream
+from ascend_kit.engine.text import TokenStream
 
 LONG = SamplingParams(max_new_tokens=60, ignore_eos=True)
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7], [5, 5, 5, 5, 6]]

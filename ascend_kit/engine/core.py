@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ascend_kit.device.device import Device
 from ascend_kit.device.ops import select_ops
 from ascend_kit.device.parallel import TensorParallel
+from ascend_kit.engine import scoring
 from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.loader import load_decoder
-from ascend_kit.engine.pace import StepPace
 from ascend_kit.engine.runner import ModelRunner
-from ascend_kit.engine.scheduler import Scheduler
-from ascend_kit.engine.sequence import Sequence
+from ascend_kit.engine.sampler import NOT_FINITE
+from ascend_kit.engine.scheduler import Scheduler, StepPace
+from ascend_kit.engine.sequence import RequestOutput, Sequence
 from ascend_kit.files import GIB
 from ascend_kit.model.config import DTYPES, ModelConfig
 
@@ -24,6 +25,30 @@ from ascend_kit.model.config import DTYPES, ModelConfig
 KV_SHARE = {"cpu": 0.4, "cuda": 0.85, "npu": 0.85}
 
 StopCheck = Callable[[Sequence, int], str | None]
+
+
+class ReplicasLost(RuntimeError):
+    """No replica is left and none could be started. `outputs` holds what had finished before."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.outputs: list[RequestOutput] = []
+
+
+class Core(Protocol):
+    """What the engine drives: one model in this process, or several in others."""
+
+    device: Device
+    sequences: dict[int, Sequence]  # unfinished ones, by id
+
+    @property
+    def has_unfinished(self) -> bool: ...
+    def refusal(self, sequence: Sequence) -> str | None: ...
+    def add(self, sequence: Sequence) -> None: ...
+    def step(self, should_stop: StopCheck) -> list[Sequence]: ...
+    def finish(self, sequence: Sequence, reason: str) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
 
 
 class EngineCore:
@@ -125,8 +150,13 @@ class EngineCore:
                     self.finish(sequence, "stop", now)
                     touched.append(sequence)
             elif sequence.id in tokens:
-                self._append(sequence, tokens[sequence.id], now, should_stop)
                 touched.append(sequence)
+                if tokens[sequence.id] == NOT_FINITE:
+                    sequence.logprobs = sequence.logprobs[: sequence.num_output_tokens]
+                    self.finish(sequence, "error", now)
+                    sequence.error = f"after {sequence.num_output_tokens} tokens {scoring.NOT_FINITE}"
+                else:
+                    self._append(sequence, tokens[sequence.id], now, should_stop)
         if not self.has_unfinished:
             self.blocks.check([])  # nothing owned means nothing may be missing
         return touched
@@ -161,7 +191,7 @@ class EngineCore:
         }
 
     def close(self) -> None:
-        """Give the graphs' memory back and let other ranks of this model return from `follow`."""
+        """Give the graphs' memory back and let other ranks of this model return from `serve_steps`."""
         if self.runner.graphs is not None:
             self.runner.graphs.close()
         if self.runner.channel is not None and self.decoder.parallel.rank == 0:
@@ -173,7 +203,7 @@ def why_refused(sequence: Sequence, vocab_size: int, blocks: BlockManager, max_s
     ids, limit = sequence.token_ids, max_seq_length
     if not ids:
         return "the prompt is empty: give at least one token"
-    bad = next((t for t in ids if not isinstance(t, int) or not 0 <= t < vocab_size), None)
+    bad = next((token for token in ids if not 0 <= token < vocab_size), None)
     if bad is not None:
         return f"token id {bad!r} is outside the vocabulary: allowed 0 to {vocab_size - 1}"
     room = 0 if sequence.is_scoring else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,23 +15,25 @@ import numpy as np
 
 from ascend_kit.checkpoint.identity import model_identity
 from ascend_kit.checkpoint.manifest import verify
-from ascend_kit.device.device import Device, select_device
+from ascend_kit.device.device import Device, auto_kind, parse_device, select_device
 from ascend_kit.device.parallel import check_division
+from ascend_kit.engine import text
 from ascend_kit.engine.config import EngineConfig
-from ascend_kit.engine.core import EngineCore
-from ascend_kit.engine.dispatch import ReplicasLost
+from ascend_kit.engine.core import Core, EngineCore, ReplicasLost
+from ascend_kit.engine.processes import needs_process
 from ascend_kit.engine.ranks import Ranks, environment_ranks
+from ascend_kit.engine.sampler import mix
 from ascend_kit.engine.scoring import ScoreSheet, score_sequences
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, Sequence
-from ascend_kit.engine.stopping import StopRules
-from ascend_kit.engine.streaming import StreamEvent, TokenStream
+from ascend_kit.files import Progress
 from ascend_kit.identity import Identity
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params import Experiment
 
-Prompt = str | list[int]
-Progress = Callable[[int, int], None]
-Follower = Callable[[Sequence], None]  # called after each step that touched the request
+Prompt = str | Seq[int] | np.ndarray
+Prompts = Prompt | Seq[Prompt]
+Sampling = SamplingParams | Seq[SamplingParams] | None
+OnStep = Callable[[Sequence], None]  # called after each step that touched the request
 
 
 class AscendInferEngine:
@@ -67,17 +70,15 @@ class AscendInferEngine:
                 "hidden_size": self.config.hidden_size,
             },
         )
-        self.core: EngineCore | None = None  # or a core with the same methods that drives other processes
+        self.core: Core | None = None
         self.device: Device | None = None
         self.tokenizer: Any = None
-        self._stop = StopRules(lambda: self.tokenizer, self.config.eos_token_ids, settings.max_seq_length)
-        # Streams advance the engine from threads of their own. Whoever advances it hands each request's news to its
-        # follower; what nobody follows waits for `step`.
+        # Streams advance the engine from threads of their own. Whoever advances it tells those who asked for a
+        # request; what nobody asked for waits for `step`.
         self._lock = threading.RLock()
-        self._followers: dict[int, Follower] = {}
+        self._subscribers: dict[int, OnStep] = {}
         self._ended: list[RequestOutput] = []
-        self._num_requests = 0
-        self._num_scored = 0
+        self._num_requests = self._num_scored = 0
 
     # --- life -------------------------------------------------------------------------------------------------
 
@@ -93,21 +94,28 @@ class AscendInferEngine:
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(self.settings.tokenizer_folder)
+        self.config = replace(self.config, eos_token_ids=text.end_ids(self.model_path, self.tokenizer))
+        self._stop = text.StopRules(lambda: self.tokenizer, self.config.eos_token_ids, self.max_seq_length)
         self.core = self._open_core()
         self.device = self.core.device
         return self
 
-    def _open_core(self) -> Any:
-        """One card in this process, the ranks this process was started with, or replicas on Ray."""
+    def _open_core(self) -> Core:
+        """One card in this process or one of its own, the ranks this process is among, or replicas on Ray."""
         settings = self.settings
         if self._ranks is not None:
-            from ascend_kit.engine.rank_core import RankCore
+            from ascend_kit.engine.ranks import RankCore
 
-            return RankCore(settings, self._ranks)
-        if settings.cards > 1 or settings.ray_address is not None:
-            from ascend_kit.engine.cluster import ClusterCore
+            return RankCore(settings, self.config, self._ranks)
+        kind = parse_device(settings.device)[0]
+        if (
+            needs_process(auto_kind() if kind == "auto" else kind)
+            or settings.cards > 1
+            or settings.ray_address is not None
+        ):
+            from ascend_kit.engine.replicas import ReplicatedCore
 
-            return ClusterCore(settings)
+            return ReplicatedCore(settings, self.config)
         device = select_device(settings.device, settings.device_id)
         device.seed(settings.seed)
         return EngineCore(settings, self.config, device)
@@ -115,9 +123,10 @@ class AscendInferEngine:
     def close(self) -> None:
         """Free weights and cache, and end the processes that hold them."""
         core, self.core = self.core, None
-        self._stop.clear()
-        self._followers.clear()
+        self._subscribers.clear()
+        self._ended.clear()
         if core is not None:
+            self._stop.clear()
             core.close()
 
     def __enter__(self) -> AscendInferEngine:
@@ -160,7 +169,9 @@ class AscendInferEngine:
         While a watched request decodes, new prompts are computed in small parts, so that its tokens keep coming;
         without one, in parts as large as `max_tokens_per_step`, which takes a little less time in all.
         """
-        return self._add(prompt, sampling, arrival_s, is_watched).id
+        self._loaded()
+        text.check_prompt(prompt, "prompt")
+        return self._add(prompt, sampling, is_watched, arrival_s=arrival_s).id
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; the requests that ended with it."""
@@ -172,23 +183,20 @@ class AscendInferEngine:
     def cancel(self, request: int) -> RequestOutput | None:
         """End a request now; what it has written so far, or None when it is not running."""
         with self._lock:
-            sequence = self._loaded().sequences.get(request)
+            core = self._loaded()
+            sequence = core.sequences.get(request)
             if sequence is None:
                 return None
-            self._loaded().finish(sequence, "cancelled")
-            output, follower = self._output(sequence), self._followers.pop(request, None)
-            if follower is not None:  # whoever waits for it is told, too
-                follower(sequence)
+            core.finish(sequence, "cancelled")
+            output, on_step = self._output(sequence), self._subscribers.pop(request, None)
+            if on_step is not None:  # whoever waits for it is told, too
+                on_step(sequence)
             return output
 
     # --- many requests ----------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        prompts: list[str] | list[list[int]],
-        sampling: SamplingParams | list[SamplingParams] | None = None,
-        *,
-        on_progress: Progress | None = None,
+        self, prompts: Prompts, sampling: Sampling = None, *, on_progress: Progress | None = None
     ) -> list[RequestOutput]:
         """Answer every prompt; outputs in input order. A prompt that cannot run ends with an error, alone."""
         done: dict[int, RequestOutput] = {}
@@ -208,38 +216,43 @@ class AscendInferEngine:
             error.outputs = [done[place] for place in sorted(done)]
             raise
         finally:
-            for place, sequence in enumerate(order):
-                if place not in done:
-                    self.cancel(sequence.id)
+            self._cancel_rest(order)
         return [done[place] for place in range(len(order))]
 
-    def stream(
-        self,
-        prompts: Prompt | list[str] | list[list[int]],
-        sampling: SamplingParams | list[SamplingParams] | None = None,
-    ) -> Iterator[StreamEvent]:
+    def stream(self, prompts: Prompts, sampling: Sampling = None) -> Iterator[text.StreamEvent]:
         """Tokens as they are made; a reader that takes its time does not hold the engine up.
 
-        Text is held back while it could still be part of a stop string.
+        Text is held back while it could still be part of a stop string. The pieces of a request joined are its text.
         """
-        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        stream = TokenStream(self._text_of)
-        order = self._add_all([prompts] if single else prompts, sampling, stream.follow, is_watched=True)
+        self._loaded()
+        return self._stream(prompts, sampling)
+
+    def _stream(self, prompts: Prompts, sampling: Sampling) -> Iterator[text.StreamEvent]:
+        stream = text.TokenStream(self._text_of)
+        order = self._add_all(prompts, sampling, stream.on_step, is_watched=True)
         try:
             yield from stream.read(order, self._advance)
         finally:
-            for sequence in order:
-                if not sequence.is_finished:
-                    self.cancel(sequence.id)
+            self._cancel_rest(order)
 
-    def score(self, pairs: list[tuple[Prompt, Prompt]], *, on_progress: Progress | None = None) -> list[Score]:
+    def score(self, pairs: Seq[tuple[Prompt, Prompt]], *, on_progress: Progress | None = None) -> list[Score]:
         """Log-probability of each continuation after its context, natural logarithm, softmax in float32.
 
-        Pairs with the same tokens before the last one share a single pass. ValueError when a pair cannot be scored;
-        PairsFailed, after all others are scored, when a pair brought down the replicas that tried it.
+        Two texts are encoded together, as lm-eval does. Pairs with the same tokens before the last one share a single
+        pass. ValueError when a pair cannot be scored; one that fails while it is computed, or whose text cannot be
+        encoded, has NaN and an error, alone.
         """
         core, sheet = self._loaded(), ScoreSheet(len(pairs))
-        ids = [(self._encode(context), self._encode(continuation)) for context, continuation in pairs]
+        ids: dict[int, tuple[list[int], list[int]]] = {}
+        for number, pair in enumerate(pairs):
+            if isinstance(pair, (str, bytes)) or not hasattr(pair, "__len__") or len(pair) != 2:
+                raise ValueError(f"pair {number}: expected (context, continuation), got {pair!r:.80}")
+            for part in pair:
+                text.check_prompt(part, f"pair {number}")
+            try:
+                ids[number] = text.encode_pair(self.tokenizer, *pair)
+            except text.NotEncodable as error:
+                sheet.fail(number, str(error))
         with self._lock:
             sequences = score_sequences(ids, self.config.vocab_size, first=self._num_scored)
             for sequence in sequences:
@@ -248,7 +261,7 @@ class AscendInferEngine:
                     raise ValueError(f"pair {sequence.targets[0].pair}: {refusal}")
             self._num_scored += len(sequences)
             for sequence in sequences:
-                self._followers[sequence.id] = sheet.note
+                self._subscribers[sequence.id] = sheet.on_step
                 core.add(sequence)
         try:
             while len(sheet) < len(pairs):
@@ -258,7 +271,7 @@ class AscendInferEngine:
         finally:
             with self._lock:
                 for sequence in sequences:
-                    self._followers.pop(sequence.id, None)
+                    self._subscribers.pop(sequence.id, None)
                     if not sequence.is_finished:
                         core.finish(sequence, "cancelled")
         return sheet.result()
@@ -284,65 +297,84 @@ class AscendInferEngine:
             row[: len(output.token_ids)] = output.token_ids
         return result
 
+    def render_chat(self, messages: str | text.Messages, *, thinking: bool | None = None) -> str:
+        """One text of a user, or a conversation, in the model's chat template; see `text.render_chat`."""
+        self._loaded()
+        return text.render_chat(self.tokenizer, messages, thinking=thinking)
+
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _loaded(self) -> EngineCore:
+    def _loaded(self) -> Core:
         if self.core is None:
             raise RuntimeError("the model is not loaded: call load_model() or use the engine in a with statement")
         return self.core
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-
     def _add_all(
-        self,
-        prompts: list,
-        sampling: SamplingParams | list[SamplingParams] | None,
-        follow: Callable[[int, Sequence], None],
-        *,
-        is_watched: bool,
+        self, prompts: Prompts, sampling: Sampling, on_step: Callable[[int, Sequence], None], *, is_watched: bool
     ) -> list[Sequence]:
-        """Queue all prompts; `follow` hears of each by its place in the list."""
-        if isinstance(sampling, list) and len(sampling) != len(prompts):
-            raise ValueError(f"{len(sampling)} sampling settings for {len(prompts)} prompts; give one, or one each")
-        settings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
-        encoded = [self._encode(prompt) for prompt in prompts]
+        """Queue all prompts; `on_step` hears of each by its place in the list."""
+        self._loaded()
+        if isinstance(prompts, bytes):
+            text.check_prompt(prompts, "prompt")
+        every: list[Any] = [prompts] if text.is_one_prompt(prompts) else list(prompts)
+        for place, prompt in enumerate(every):
+            text.check_prompt(prompt, f"prompt {place}")
+        settings = [sampling] * len(every) if sampling is None or isinstance(sampling, SamplingParams) else sampling
+        if len(settings) != len(every):
+            raise ValueError(f"{len(settings)} sampling settings for {len(every)} prompts; give one, or one each")
         with self._lock:
             return [
-                self._add(ids, setting, None, is_watched, partial(follow, place))
-                for place, (ids, setting) in enumerate(zip(encoded, settings, strict=True))
+                self._add(prompt, setting, is_watched, on_step=partial(on_step, place))
+                for place, (prompt, setting) in enumerate(zip(every, settings, strict=True))
             ]
 
     def _add(
         self,
-        prompt: Prompt,
+        prompt: Any,
         sampling: SamplingParams | None,
-        arrival_s: float | None,
         is_watched: bool,
-        follower: Follower | None = None,
+        *,
+        arrival_s: float | None = None,
+        on_step: OnStep | None = None,
     ) -> Sequence:
-        core, ids = self._loaded(), self._encode(prompt)
+        refusal = None
+        try:
+            ids = text.encode(self.tokenizer, prompt)
+        except text.NotEncodable as error:
+            ids, refusal = [], str(error)
         with self._lock:
+            core, number = self._loaded(), self._num_requests
+            self._num_requests += 1
             sequence = Sequence(
                 ids,
-                sampling or SamplingParams(),
-                index=self._num_requests,
+                self._resolved(sampling or SamplingParams(), number),
+                request_id=number,
                 arrival_s=time.perf_counter() if arrival_s is None else arrival_s,
                 is_watched=is_watched,
             )
-            self._num_requests += 1
-            if follower is not None:
-                self._followers[sequence.id] = follower
+            if on_step is not None:
+                self._subscribers[number] = on_step
                 if is_watched:
-                    self._stop.follow(sequence)
-            refusal = core.refusal(sequence)
+                    self._stop.keep_text(sequence)
+            refusal = refusal or core.refusal(sequence)
             if refusal is None:
                 core.add(sequence)
             else:
-                sequence.finish_reason, sequence.error = "error", refusal
+                sequence.fail(refusal)
                 sequence.timeline.finished_s = time.perf_counter()
                 self._tell(sequence)
         return sequence
+
+    def _resolved(self, sampling: SamplingParams, number: int) -> SamplingParams:
+        """With a seed of its own for a request that brings none, and stop strings that never show as stop ids."""
+        if sampling.temperature > 0 and sampling.seed is None:
+            sampling = replace(sampling, seed=mix(self.settings.seed, number))
+        return text.stop_on_special_tokens(self.tokenizer, sampling)
+
+    def _cancel_rest(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            if not sequence.is_finished and self.core is not None:
+                self.cancel(sequence.id)
 
     def _advance(self) -> None:
         """Compute one step and tell everybody concerned."""
@@ -351,28 +383,21 @@ class AscendInferEngine:
                 self._tell(sequence)
 
     def _tell(self, sequence: Sequence) -> None:
-        follower = self._followers.get(sequence.id)
+        on_step = self._subscribers.get(sequence.id)
         if sequence.is_finished:
-            self._followers.pop(sequence.id, None)
-        if follower is not None:
-            follower(sequence)
+            self._subscribers.pop(sequence.id, None)
+        if on_step is not None:
+            on_step(sequence)
         elif sequence.is_finished:
             self._ended.append(self._output(sequence))
 
     def _output(self, sequence: Sequence) -> RequestOutput:
-        detokenizer = self._stop.forget(sequence.id)
-        if detokenizer is None:
-            text = self.tokenizer.decode(sequence.output_ids, skip_special_tokens=True)
-        else:
-            if not detokenizer.is_cut:
-                detokenizer.find_stop(detokenizer.finish())
-            text = detokenizer.text
         return RequestOutput(
             index=sequence.id,
-            prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
+            prompt_token_ids=sequence.prompt_ids,
             token_ids=sequence.output_ids,
-            text=text,
-            finish_reason=sequence.finish_reason,
+            text=self._stop.final_text(sequence),
+            finish_reason=sequence.finish_reason or "",
             error=sequence.error,
             logprobs=sequence.logprobs if sequence.sampling.logprobs is not None else None,
             timeline=sequence.timeline,
@@ -381,7 +406,7 @@ class AscendInferEngine:
         )
 
     def _text_of(self, sequence: Sequence) -> str:
-        return self._output(sequence).text if sequence.is_finished else self._stop.text_so_far(sequence)
+        return self._stop.final_text(sequence) if sequence.is_finished else self._stop.text_so_far(sequence)
 
     def _pad_id(self) -> int:
         for value in (self.tokenizer.pad_token_id, self.config.pad_token_id, *self.config.eos_token_ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -15,11 +16,13 @@ from ascend_kit.device.parallel import StepChannel
 from ascend_kit.engine.sampler import record_logprobs, sample
 from ascend_kit.engine.scheduler import Chunk, StepPlan
 from ascend_kit.engine.sequence import Sequence
-from ascend_kit.engine.step_inputs import StepInputs
 from ascend_kit.model.decoder import Decoder
 
 Scored = tuple[int, int, Sequence, int]  # row, token, sequence, number of the target
 SCORED_ROWS = 256  # rows whose logits exist at once while scoring: 256 x 152k x 4 B = 156 MB
+
+
+HEADER = 5  # numbers before the lists of a message
 
 
 class ModelRunner:
@@ -78,9 +81,11 @@ class ModelRunner:
         return {} if logits is None else self._read_tokens(logits, sampled, eos_ids)
 
     @torch.inference_mode()
-    def follow(self) -> None:
+    def serve_steps(self) -> None:
         """Compute this rank's part of the steps that rank 0 plans, until it says that there are no more."""
-        while (message := self.channel.receive()) is not None:
+        channel = self.channel
+        assert channel is not None, "a rank alone has nobody to follow"
+        while (message := channel.receive()) is not None:
             self._forward(StepInputs.from_message(message))
 
     def _forward(self, inputs: StepInputs, wanted: list[Scored] | None = None) -> Tensor | None:
@@ -88,7 +93,7 @@ class ModelRunner:
 
         Every rank runs the same products in the same order: their collectives pair up.
         """
-        if inputs.in_graph:
+        if inputs.in_graph and self.graphs is not None:
             # Host tensors: the graph copies all of them to its own buffers in one transfer.
             return self.graphs.run(*inputs.tensors(torch.device("cpu"), self.block_size, self.mask))
         token_ids, positions, meta = inputs.tensors(self.device.torch_device, self.block_size, self.mask)
@@ -154,3 +159,83 @@ def _scored_rows(chunks: list[Chunk], starts: dict[int, int]) -> list[Scored]:
                 row = starts[id(chunk)] + position - chunk.start
                 wanted.append((row, target.token_ids[position - first], sequence, number))
     return wanted
+
+
+@dataclass
+class StepInputs:
+    """Inputs of T packed tokens of B sequences.
+
+    `buffer`, int32 on the host, holds token ids [T], positions [T], slots [T], context lengths [B] and the block
+    table [B, width] one after the other, so that one transfer brings all of it to a device.
+    """
+
+    buffer: Tensor
+    ends: list[int]  # cumulative query ends [B]
+    lengths: list[int]  # context lengths [B]
+    scored: list[int]  # rows whose logits are compared with given tokens
+    sampled: list[int]  # rows whose logits choose the next token
+    in_graph: bool  # whether a captured decode step runs it
+
+    @classmethod
+    def from_chunks(
+        cls, chunks: list[Chunk], block_size: int, *, scored: list[int], sampled: list[int], in_graph: bool
+    ) -> StepInputs:
+        """Lay out the chunks of a plan in their order."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        ends: list[int] = []
+        for chunk in chunks:
+            blocks, span = chunk.sequence.blocks, range(chunk.start, chunk.end)
+            token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
+            positions += span
+            slots += [blocks[p // block_size] * block_size + p % block_size for p in span]
+            ends.append(len(token_ids))
+        lengths = [chunk.end for chunk in chunks]
+        width = -(-max(lengths) // block_size)
+        table = [block for chunk in chunks for block in _padded(chunk.sequence.blocks, width)]
+        buffer = torch.tensor([*token_ids, *positions, *slots, *lengths, *table], dtype=torch.int32)
+        return cls(buffer, ends, lengths, scored, sampled, in_graph)
+
+    def tensors(
+        self, device: torch.device, block_size: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, AttentionMeta]:
+        """Token ids [T], positions [T] and where everything lies in the cache, on `device`."""
+        tokens, sequences = self.ends[-1], len(self.ends)
+        sizes = [tokens, tokens, tokens, sequences, self.buffer.numel() - 3 * tokens - sequences]
+        ids, positions, slots, lengths, table = upload(self.buffer, device).split(sizes)
+        meta = AttentionMeta(
+            slot_mapping=slots,
+            block_table=table.view(sequences, -1),
+            cu_seqlens_q=self.ends,
+            context_lens=self.lengths,
+            context_lens_t=lengths,
+            block_size=block_size,
+            is_decode=tokens == sequences,
+            mask=mask,
+        )
+        return ids, positions, meta
+
+    def read_rows(self) -> list[int]:
+        """Rows whose hidden states are read, ascending; at least one, because not every operator takes none."""
+        return sorted({*self.scored, *self.sampled}) or [self.ends[-1] - 1]
+
+    def to_message(self) -> Tensor:
+        """Everything as one int32 tensor."""
+        header = [len(self.ends), len(self.scored), len(self.sampled), int(self.in_graph), self.buffer.numel()]
+        return torch.cat(
+            (torch.tensor([*header, *self.ends, *self.scored, *self.sampled], dtype=torch.int32), self.buffer)
+        )
+
+    @classmethod
+    def from_message(cls, message: Tensor) -> StepInputs:
+        """The inverse of `to_message`."""
+        sequences, scored, sampled, in_graph, size = message[:HEADER].tolist()
+        ends, scored_rows, sampled_rows, buffer = message[HEADER:].split([sequences, scored, sampled, size])
+        tokens = int(ends[-1])
+        lengths = buffer[3 * tokens : 3 * tokens + sequences].tolist()
+        return cls(buffer, ends.tolist(), lengths, scored_rows.tolist(), sampled_rows.tolist(), bool(in_graph))
+
+
+def _padded(blocks: list[int], width: int) -> list[int]:
+    return blocks[:width] + [0] * (width - len(blocks))

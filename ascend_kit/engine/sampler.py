@@ -16,27 +16,36 @@ from ascend_kit.device.ops import reference
 from ascend_kit.engine.sequence import Sequence, TokenLogprobs
 
 _MASK = (1 << 64) - 1
+NOT_FINITE = -1  # in place of a token: the row's logits hold NaN or infinity
+LEAST_TEMPERATURE = 1e-30  # smaller ones are not numbers in float32; differences of logits overflow long before
+
+
+def mix(seed: int, number: int) -> int:
+    """64 bits that depend on both arguments alone: SplitMix64 (Steele, Lea, Flood 2014) of their mix."""
+    state = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on both arguments alone: SplitMix64 (Steele, Lea, Flood 2014) of their mix."""
-    state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & _MASK
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return ((state ^ (state >> 31)) >> 40) / (1 << 24)  # 24 bits: exact in float32
+    """A number in [0, 1) that depends on both arguments alone."""
+    return (mix(seed, position) >> 40) / (1 << 24)  # 24 bits: exact in float32
 
 
 def sample(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[int, ...], ops: ModuleType = reference) -> Tensor:
-    """Next token of each sequence, int64 [R], from logits [R, V]."""
+    """Next token of each sequence, int64 [R], from logits [R, V]; NOT_FINITE where a row holds NaN or infinity."""
+    is_finite = logits.abs().amax(-1).isfinite()
+    logits = _penalise(logits, sequences)
     logits = _forbid_early_end(logits, sequences, eos_ids)
-    greedy = ops.argmax(logits)
+    tokens = ops.argmax(logits)
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-    if not rows:
-        return greedy
-    chosen = _draw(
-        logits if len(rows) == len(sequences) else logits[_index(rows, logits)], [sequences[row] for row in rows]
-    )
-    return chosen if len(rows) == len(sequences) else greedy.index_copy(0, _index(rows, logits), chosen)
+    if len(rows) == len(sequences):
+        tokens = _draw(logits, sequences)
+    elif rows:
+        index = _index(rows, logits)
+        tokens = tokens.index_copy(0, index, _draw(logits[index], [sequences[row] for row in rows]))
+    return tokens.where(is_finite, NOT_FINITE)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,51 +59,73 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor
 
 def record_logprobs(logits: Tensor, tokens: Tensor, sequences: list[Sequence]) -> None:
     """Append the log-probabilities that some of the sequences asked for; reads the device once."""
-    rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-    if not rows:
+    wanted = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
+    if not wanted:
         return
-    index = _index(rows, logits)
-    most = max(sequences[row].sampling.logprobs for row in rows)
-    chosen, ids, values = token_logprobs(logits[index], tokens[index], most)
-    for place, (row, logprob, top_ids, top) in enumerate(
-        zip(rows, chosen.tolist(), ids.tolist(), values.tolist(), strict=True)
-    ):
-        count = sequences[rows[place]].sampling.logprobs
+    index = _index(list(wanted), logits)
+    chosen, ids, values = token_logprobs(logits[index], tokens[index].clamp(min=0), max(wanted.values()))
+    found = zip(wanted.items(), chosen.tolist(), ids.tolist(), values.tolist(), strict=True)
+    for (row, count), logprob, top_ids, top in found:
         sequences[row].logprobs.append(TokenLogprobs(logprob, list(zip(top_ids[:count], top[:count], strict=True))))
 
 
 def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Inverse-CDF sampling after temperature, top-k and top-p, on logits [R, V]."""
+    """Inverse-CDF sampling after temperature, top-k, top-p and min-p, on logits [R, V]."""
     params = [sequence.sampling for sequence in sequences]
     vocabulary = logits.shape[-1]
+    limits = [min(p.top_k or vocabulary, vocabulary) for p in params]
     # One host-to-device copy for all per-row numbers.
     numbers = upload(
         torch.tensor(
             [
-                [
-                    p.temperature,
-                    p.top_p,
-                    min(p.top_k or vocabulary, vocabulary),
-                    uniform(p.seed or 0, s.num_output_tokens),
-                ]
-                for p, s in zip(params, sequences, strict=True)
+                [max(p.temperature, LEAST_TEMPERATURE), p.top_p, p.min_p, limit, uniform(p.seed or 0, position)]
+                for p, limit, position in zip(params, limits, (s.num_output_tokens for s in sequences), strict=True)
             ],
             dtype=torch.float32,
         ),
         logits.device,
     )
-    temperature, top_p, top_k, draw = numbers.unsqueeze(-1).unbind(1)
-    values, ids = (logits.float() / temperature).sort(-1, descending=True)
+    temperature, top_p, min_p, top_k, draw = numbers.unsqueeze(-1).unbind(1)
+    if max(limits) < vocabulary:  # what lies behind the largest k need not be sorted
+        values, ids = logits.float().topk(max(limits), -1)
+    else:
+        values, ids = logits.float().sort(-1, descending=True)
+    rank = torch.arange(values.shape[-1], device=logits.device)
+    # The best becomes 0 first: a tiny temperature then makes the others minus infinity and never 0 / 0.
+    values = ((values - values[:, :1]) / temperature).masked_fill(rank >= top_k, -torch.inf)
     probabilities = values.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    rank = torch.arange(vocabulary, device=logits.device)
     # The most probable token always stays, whatever top_p is.
-    keep = ((rank < top_k) & (before < top_p)) | (rank == 0)
+    keep = ((before < top_p) & (probabilities >= min_p * probabilities[:, :1]) & (rank < top_k)) | (rank == 0)
     cumulative = (probabilities * keep).cumsum(-1)
     place = (cumulative <= draw * cumulative[:, -1:]).sum(-1, keepdim=True)
     # Rounding may push the last step past the kept tokens.
     place = torch.minimum(place, keep.sum(-1, keepdim=True) - 1)
     return ids.gather(-1, place).squeeze(-1)
+
+
+def _penalise(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Logits after the penalties for tokens that are there already, as transformers (repetition, over prompt and
+    answer) and vLLM (presence, over the answer) define them."""
+    repeated = [(row, token, s.sampling.repetition_penalty) for row, s in enumerate(sequences)
+                if s.sampling.repetition_penalty != 1.0 for token in set(s.token_ids)]  # fmt: skip
+    present = [(row, token, s.sampling.presence_penalty) for row, s in enumerate(sequences)
+               if s.sampling.presence_penalty != 0.0 for token in set(s.output_ids)]  # fmt: skip
+    if repeated or present:
+        logits = logits.float().clone()
+    if repeated:
+        rows, tokens, penalty = _columns(repeated, logits)
+        old = logits[rows, tokens]
+        logits[rows, tokens] = torch.where(old < 0, old * penalty, old / penalty)
+    if present:
+        rows, tokens, penalty = _columns(present, logits)
+        logits[rows, tokens] -= penalty
+    return logits
+
+
+def _columns(entries: list[tuple[int, int, float]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, tokens, numbers = zip(*entries, strict=True)
+    return _index(rows, like), _index(tokens, like), upload(torch.tensor(numbers, dtype=torch.float32), like.device)
 
 
 def _forbid_early_end(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[int, ...]) -> Tensor:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import math
+import operator
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MAX_LOGPROBS = 100
+TOP_K_OF_TRANSFORMERS = 50  # what a generation_config.json that samples and names no top_k means
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is decoded. Temperature 0 is greedy; a seed makes sampling repeatable in any batch."""
+    """How one request is decoded. Temperature 0 is greedy.
+
+    With a `seed` sampling is repeatable in any batch; without one it is random per request, and repeatable from the
+    engine's seed. `repetition_penalty` divides positive logits, and multiplies negative ones, of all tokens of prompt
+    and answer; `presence_penalty` is subtracted once from logits of tokens the answer has. `top_p` counts within what
+    `top_k` has left, and `min_p` is a share of the best token's probability.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -24,32 +42,96 @@ class SamplingParams:
     logprobs: int | None = None  # report the chosen token's log-probability and this many most probable ones
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        checks = [
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or above"),
-            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None or at least 1"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            (
-                "min_new_tokens",
-                self.min_new_tokens,
-                0 <= self.min_new_tokens <= self.max_new_tokens,
-                f"0 to max_new_tokens={self.max_new_tokens}",
-            ),
-            ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 100, "None or 0 to 100"),
-            ("stop", self.stop, all(self.stop), "strings that are not empty"),
-        ]
-        for name, value, good, allowed in checks:
-            if not good:
-                raise ValueError(f"{name}: allowed {allowed}, got {value!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        self._set("stop", stop, all(isinstance(word, str) and word for word in stop), "strings that are not empty")
+        try:
+            ends = tuple(whole_number(token) for token in self.stop_token_ids)
+        except TypeError:
+            raise ValueError(f"stop_token_ids: allowed whole numbers, got {self.stop_token_ids!r}") from None
+        self._set("stop_token_ids", ends, True, "")
+        self._whole("max_new_tokens", 1)
+        self._whole("min_new_tokens", 0, self.max_new_tokens)
+        for name, least in (("top_k", 1), ("seed", None), ("logprobs", 0)):
+            if getattr(self, name) is not None:
+                self._whole(name, least, MAX_LOGPROBS if name == "logprobs" else None)
+        self._number("temperature", lambda x: x >= 0, "0 (greedy) or above")
+        self._number("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        self._number("min_p", lambda x: 0 <= x <= 1, "0 to 1")
+        self._number("repetition_penalty", lambda x: x > 0, "above 0 (1 = none)")
+        self._number("presence_penalty", lambda x: -2 <= x <= 2, "-2 to 2")
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether logits depend on the tokens that are there already."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
+
+    @classmethod
+    def from_model(cls, folder: str | Path, **given: Any) -> SamplingParams:
+        """What the model's generation_config.json recommends; values `given` by name win.
+
+        As transformers reads it: greedy unless `do_sample` is true. ValueError when the file is missing or broken.
+        """
+        path = Path(folder).expanduser() / "generation_config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"no {path}: the model recommends no sampling; give temperature and the rest") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} must hold an object, found a {type(raw).__name__}")
+        names = ["repetition_penalty"]
+        found: dict[str, Any] = {}
+        if raw.get("do_sample"):
+            names += ["temperature", "top_k", "top_p", "min_p"]
+            found = {"temperature": 1.0, "top_k": TOP_K_OF_TRANSFORMERS}
+        found |= {name: raw[name] for name in names if raw.get(name) is not None}
+        found["top_k"] = found.get("top_k") or None  # 0 is no limit
+        try:
+            return cls(**{**found, **given})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def _set(self, name: str, value: Any, good: bool, allowed: str) -> None:
+        if not good:
+            raise ValueError(f"{name}: allowed {allowed}, got {getattr(self, name)!r}")
+        object.__setattr__(self, name, value)
+
+    def _whole(self, name: str, least: int | None, most: int | None = None) -> None:
+        limits = "" if least is None else f" from {least}" + ("" if most is None else f" to {most}")
+        value = getattr(self, name)
+        try:
+            number = whole_number(value)
+        except TypeError:
+            number = None
+        good = number is not None and (least is None or number >= least) and (most is None or number <= most)
+        self._set(name, number, good, f"whole numbers{limits}")
+
+    def _number(self, name: str, allows: Any, allowed: str) -> None:
+        value = getattr(self, name)
+        good = not isinstance(value, (bool, str)) and hasattr(value, "__float__")
+        number = float(value) if good else math.nan
+        self._set(name, number, math.isfinite(number) and allows(number), allowed)
+
+
+def whole_number(value: Any) -> int:
+    """A plain int from an int of Python, numpy or torch; TypeError for anything else, True and False among it."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        raise TypeError(f"{value!r} is not a number")
+    return operator.index(value)
 
 
 class Score(NamedTuple):
-    """Log-probability of a continuation after its context, and whether greedy decoding would have written it."""
+    """Log-probability of a continuation after its context, and whether greedy decoding would have written it.
+
+    A pair that could not be computed has NaN and `error`.
+    """
 
     logprob: float
     is_greedy: bool
+    error: str | None = None
 
 
 class TokenLogprobs(NamedTuple):
@@ -84,12 +166,42 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
+    def to_row(self) -> dict[str, Any]:
+        """Plain JSON values that `from_row` reads back."""
+        row = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "timeline"}
+        return {**row, **vars(self.timeline)}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> RequestOutput:
+        """What `to_row` wrote; other columns are ignored."""
+        times = {item.name: row[item.name] for item in dataclasses.fields(Timeline)}
+        values = {item.name: row[item.name] for item in dataclasses.fields(cls) if item.name in row}
+        if values.get("logprobs") is not None:
+            values["logprobs"] = [TokenLogprobs(one, [tuple(pair) for pair in top]) for one, top in values["logprobs"]]
+        return cls(**{**values, "timeline": Timeline(**times)})
+
 
 class ScoreTarget(NamedTuple):
     """Continuation ids to score at the end of a sequence's input, for the pair number `pair`."""
 
     pair: int
     token_ids: tuple[int, ...]
+
+
+class Progress(NamedTuple):
+    """What came of a request since its core last told: travels from a replica to its driver. Times in the sender's
+    time.perf_counter seconds."""
+
+    request_id: int
+    tokens: list[int]
+    token_times_s: list[float]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None
+    error: str | None
+    scheduled_s: float | None
+    num_cached_tokens: int
+    num_preemptions: int
+    target_scores: list[list[tuple[float, bool]]]
 
 
 _ids = itertools.count()
@@ -104,11 +216,11 @@ class Sequence:
         sampling: SamplingParams,
         *,
         arrival_s: float,
-        index: int | None = None,
+        request_id: int | None = None,
         targets: Seq[ScoreTarget] = (),
         is_watched: bool = True,
     ):
-        self.id = next(_ids) if index is None else index
+        self.id = next(_ids) if request_id is None else request_id
         self.sampling = sampling
         self.token_ids = list(prompt_ids)
         self.num_prompt_tokens = len(self.token_ids)
@@ -128,6 +240,10 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt_tokens]
 
     @property
     def output_ids(self) -> list[int]:
@@ -154,3 +270,39 @@ class Sequence:
     def reusable_limit(self) -> int:
         """How many leading tokens may come from the prefix cache: the rows still needed must be computed."""
         return self.first_scored_row if self.is_scoring else self.num_tokens - 1
+
+    def progress_since(self, num_output_tokens: int) -> Progress:
+        """What has come since the answer had so many tokens."""
+        tokens = self.output_ids[num_output_tokens:]
+        latest = slice(-len(tokens) if tokens else len(self.timeline.token_times_s), None)
+        return Progress(
+            self.id,
+            tokens,
+            self.timeline.token_times_s[latest],
+            self.logprobs[latest] if tokens else [],
+            self.finish_reason,
+            self.error,
+            self.timeline.scheduled_s,
+            self.num_cached_tokens,
+            self.num_preemptions,
+            self.target_scores if self.is_finished else [],
+        )
+
+    def fail(self, error: str) -> None:
+        """End with an error; whoever owns it takes its blocks back."""
+        self.finish_reason, self.error = "error", error
+
+    def take_end(self, news: Progress, clock_offset_s: float = 0.0) -> None:
+        """Take over how a core elsewhere, whose clock is so much ahead, has ended this request."""
+        self.take_start(news, clock_offset_s)
+        self.finish_reason, self.error = news.finish_reason, news.error
+        self.target_scores = news.target_scores or self.target_scores
+        times = self.timeline.token_times_s
+        self.timeline.finished_s = times[-1] if times else time.perf_counter()
+
+    def take_start(self, news: Progress, clock_offset_s: float = 0.0) -> None:
+        """Take over when it started there, and what that cost."""
+        if self.timeline.scheduled_s is None and news.scheduled_s is not None:
+            self.timeline.scheduled_s = news.scheduled_s - clock_offset_s
+            self.num_cached_tokens = news.num_cached_tokens
+        self.num_preemptions = max(self.num_preemptions, news.num_preemptions)

@@ -1,27 +1,37 @@
-"""One rank of one replica, in a process of its own: a Ray actor, though nothing here knows Ray.
+"""One rank of one replica, in a process of its own; nothing here knows how that process was started.
 
 Rank 0 of a replica has the scheduler and is called in a row: each call brings new requests, runs a few steps and
-returns what came of them. The other ranks sit in `follow`, computing what rank 0 plans.
+returns what came of them. The other ranks sit in `serve_steps`, computing what rank 0 plans.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ascend_kit.engine.config import EngineConfig
-from ascend_kit.engine.sequence import SamplingParams, ScoreTarget, Sequence, TokenLogprobs
+from ascend_kit.engine.sequence import Progress, Sequence
+
+if TYPE_CHECKING:
+    from ascend_kit.device.device import Device
+    from ascend_kit.engine.core import EngineCore
+    from ascend_kit.engine.text import StopRules
+    from ascend_kit.model.config import ModelConfig
 
 MEETING_FOLDER = "ascend-meeting-"  # and the process id of rank 0, by which what a killed one leaves is found
 CALL_S = 0.01  # a call runs steps for about this long ...
 MAX_STEPS_PER_CALL = 8  # ... but not more than these: what is lost with a replica stays small
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 
 
-class Place(NamedTuple):
+class WorkerAddress(NamedTuple):
     """Where a worker runs."""
 
     host: str  # the same for all processes of one running machine
@@ -33,36 +43,21 @@ class Place(NamedTuple):
 class Role(NamedTuple):
     """What a worker is to be."""
 
-    rank: int
-    visible: str | None  # accelerators it may see, comma-separated, or None to leave the environment alone
-    device_id: int
-    ranks_on_host: int  # workers of this engine on its machine
-    store: str | None  # where the ranks of its replica meet: file:... or host:port; None for a single rank
+    rank: int = 0
+    visible: str | None = None  # accelerators it may see, comma-separated; None leaves the environment alone
+    device_id: int = 0
+    ranks_on_host: int = 1  # workers of this engine on its machine
+    store: str | None = None  # where the ranks of its replica meet: file:... or host:port; None for a single rank
 
 
-class Order(NamedTuple):
-    """A request on its way to a replica; `output_ids` were produced by another replica before."""
+class Facts(NamedTuple):
+    """What a rank found when it had loaded its part."""
 
-    ticket: int
-    prompt_ids: list[int]
-    output_ids: list[int]
-    sampling: SamplingParams
-    targets: list[ScoreTarget]
-    is_watched: bool
-
-
-class Progress(NamedTuple):
-    """What became of one request during a call. Times in the worker's time.perf_counter seconds."""
-
-    ticket: int
-    tokens: list[int]
-    times_s: list[float]
-    finish_reason: str | None
-    scheduled_s: float | None
-    num_cached_tokens: int
-    num_preemptions: int
-    logprobs: list[TokenLogprobs]
-    target_scores: list[list[tuple[float, bool]]]
+    device: Device
+    stats: dict[str, Any]
+    num_blocks: int
+    block_size: int
+    memory_bytes: int
 
 
 class Report(NamedTuple):
@@ -75,94 +70,80 @@ class Report(NamedTuple):
     graphs: dict[str, Any] | None
 
 
-VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
-
-
 class Worker:
     """One rank of one replica."""
 
-    def __init__(self, card: str | None = None):
-        self._card = card
-        self.core: Any = None
-        self._sent: dict[int, int] = {}  # output tokens already reported, by ticket
+    def __init__(self) -> None:
+        self.core: EngineCore | None = None
+        self._stop: StopRules
+        self._sent: dict[int, int] = {}  # output tokens already reported, by request
         self._store: Any = None
         self._meeting_folder: str | None = None
         self._busy_s = 0.0
 
     # --- start ------------------------------------------------------------------------------------------------
 
-    def place(self, resource: str | None = None) -> Place:
+    def address(self, resource: str | None = None) -> WorkerAddress:
         """Where this process is, and which accelerator of kind `resource` Ray assigned to it."""
-        boot_id = Path("/proc/sys/kernel/random/boot_id")
-        # Namespaces may share a boot id: the network address tells machines of a test apart.
-        address = _own_address()
-        host = f"{boot_id.read_text().strip() if boot_id.is_file() else socket.gethostname()}@{address}"
-        return Place(host, address, os.getpid(), _assigned(resource))
+        return WorkerAddress(host_name(), own_address(), os.getpid(), _assigned(resource))
 
     def meeting_point(self, is_one_host: bool) -> str:
         """Open the place where the ranks of this replica find each other; called on rank 0."""
         if is_one_host:  # a file: no port, and nothing that another user could connect to
             self._meeting_folder = tempfile.mkdtemp(prefix=f"{MEETING_FOLDER}{os.getpid()}-")
             return f"file:{self._meeting_folder}/store"
-        from torch.distributed import TCPStore
+        import torch.distributed as dist
 
-        address = _own_address()
-        self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        return f"{address}:{self._store.port}"
+        self._store = dist.TCPStore(own_address(), 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        return f"{own_address()}:{self._store.port}"
 
-    def load(self, settings: EngineConfig, role: Role) -> dict[str, Any]:
-        """Read this rank's part of the model; facts about the core. ValueError as the engine core raises."""
-        kind_of_device = settings.device.partition(":")[0]
+    def load(self, settings: EngineConfig, config: ModelConfig, role: Role) -> Facts:
+        """Read this rank's part of the model. ValueError as the engine core raises."""
+        kind = settings.device.partition(":")[0]
         if role.visible is not None:
-            os.environ[VISIBLE[kind_of_device]] = role.visible
+            os.environ[VISIBLE[kind]] = role.visible
         import torch
 
         from ascend_kit.device.device import select_device
-        from ascend_kit.device.parallel import TensorParallel, join_group
         from ascend_kit.engine.core import EngineCore
-        from ascend_kit.engine.stopping import StopRules
-        from ascend_kit.model.config import ModelConfig
+        from ascend_kit.engine.text import StopRules
 
         torch.set_num_threads(max(1, _num_cores() // role.ranks_on_host))
-        device = select_device(kind_of_device, role.device_id if role.visible is not None else 0)
+        device = select_device(kind, role.device_id)
         device.seed(settings.seed)
-        config = ModelConfig.from_folder(settings.model_path)
         parallel = None
         if settings.tensor_parallel > 1:
-            join_group(
-                device.kind, role.rank, settings.tensor_parallel, self._join_store(role, settings.tensor_parallel)
-            )
-            parallel = TensorParallel(role.rank, settings.tensor_parallel)
+            parallel = self._join(role, settings.tensor_parallel, device)
         self.core = EngineCore(settings, config, device, parallel=parallel, ranks_on_host=role.ranks_on_host)
-        self._remove_meeting_folder()
+        if self._meeting_folder is not None:  # every rank has joined, and nobody needs it again
+            shutil.rmtree(self._meeting_folder, ignore_errors=True)
         self._stop = StopRules(
-            lambda: _tokenizer(settings.tokenizer_folder), config.eos_token_ids, settings.max_seq_length
+            cache(lambda: _tokenizer(settings.tokenizer_folder)), config.eos_token_ids, settings.max_seq_length
         )
-        return {
-            "device": device,
-            "stats": self.core.stats(),
-            "num_blocks": self.core.blocks.num_blocks,
-            "block_size": self.core.block_size,
-            "memory_bytes": device.memory_in_use_bytes(),
-        }
+        return Facts(
+            device, self.core.stats(), self.core.blocks.num_blocks, self.core.block_size, device.memory_in_use_bytes()
+        )
 
-    def _join_store(self, role: Role, size: int) -> Any:
-        from torch.distributed import FileStore, TCPStore
+    def _join(self, role: Role, size: int, device: Device) -> Any:
+        import torch
 
-        if role.store.startswith("file:"):
-            return FileStore(role.store.removeprefix("file:"), size)
+        from ascend_kit.device.parallel import TensorParallel, join_group
+
+        join_group(device.kind, role.rank, size, self._store_of(role.store or "", size))
+        parallel = TensorParallel(role.rank, size)
+        # HCCL makes its communicator at the first collective, and needs the store for it: now, while the file is there.
+        parallel.all_reduce(torch.zeros(1, device=device.torch_device))
+        return parallel
+
+    def _store_of(self, where: str, size: int) -> Any:
+        import torch.distributed as dist
+
+        if where.startswith("file:"):
+            return dist.FileStore(where.removeprefix("file:"), size)  # type: ignore[attr-defined]
         if self._store is not None:
             return self._store
-        address, port = role.store.rsplit(":", 1)
-        return TCPStore(address, int(port), is_master=False)
-
-    def _remove_meeting_folder(self) -> None:
-        """Once every rank has joined nobody needs the file again."""
-        if self._meeting_folder is not None:
-            import shutil
-
-            shutil.rmtree(self._meeting_folder, ignore_errors=True)
-            self._meeting_folder = None
+        address, port = where.rsplit(":", 1)
+        return dist.TCPStore(address, int(port), is_master=False)  # type: ignore[attr-defined]
 
     def clock_s(self) -> float:
         """This process's time.perf_counter."""
@@ -170,29 +151,34 @@ class Worker:
 
     # --- work -------------------------------------------------------------------------------------------------
 
-    def follow(self) -> None:
+    def serve_steps(self) -> None:
         """Compute this rank's part of every step until rank 0 closes."""
-        self.core.runner.follow()
+        self._loaded().runner.serve_steps()
 
-    def advance(self, orders: list[Order], cancelled: list[int]) -> Report:
+    def advance(self, requests: list[Sequence], cancelled: list[int]) -> Report:
         """Take requests in and out, run a few steps, and say what happened."""
-        for ticket in cancelled:
-            self._cancel(ticket)
-        for order in orders:
-            self._add(order)
+        core = self._loaded()
+        for request_id in cancelled:
+            sequence = core.sequences.get(request_id)
+            if sequence is not None:
+                core.finish(sequence, "cancelled")
+            self._forget(request_id)
+        for sequence in requests:  # some have tokens from a replica that was lost
+            self._sent[sequence.id] = sequence.num_output_tokens
+            core.add(sequence)
         touched: dict[int, Sequence] = {}
         deadline = time.perf_counter() + CALL_S
         for number in range(MAX_STEPS_PER_CALL):
             start = time.perf_counter()
-            if not self.core.has_unfinished or (number and start > deadline):
+            if not core.has_unfinished or (number and start > deadline):
                 break
-            touched.update((sequence.id, sequence) for sequence in self.core.step(self._stop))
+            touched.update((sequence.id, sequence) for sequence in core.step(self._stop))
             self._busy_s += time.perf_counter() - start
         return self._report([self._progress(sequence) for sequence in touched.values()])
 
     def reset_peak_memory(self) -> Report:
         """Start a new high-water mark of memory; the state after it. Called on rank 0."""
-        self.core.device.reset_peak_memory()
+        self._loaded().device.reset_peak_memory()
         return self._report([])
 
     def close(self) -> None:
@@ -200,59 +186,44 @@ class Worker:
         if self.core is not None:
             self.core.close()
 
-    def _add(self, order: Order) -> None:
-        sequence = Sequence(
-            order.prompt_ids,
-            order.sampling,
-            arrival_s=time.perf_counter(),
-            index=order.ticket,
-            targets=order.targets,
-            is_watched=order.is_watched,
-        )
-        sequence.token_ids += order.output_ids
-        self._sent[order.ticket] = len(order.output_ids)
-        self.core.add(sequence)
+    def _loaded(self) -> EngineCore:
+        assert self.core is not None, "load comes first"
+        return self.core
 
-    def _cancel(self, ticket: int) -> None:
-        sequence = self.core.sequences.get(ticket)
-        if sequence is not None:
-            self.core.finish(sequence, "cancelled")
-        self._forget(ticket)
-
-    def _forget(self, ticket: int) -> None:
-        self._sent.pop(ticket, None)
-        self._stop.forget(ticket)
+    def _forget(self, request_id: int) -> None:
+        self._sent.pop(request_id, None)
+        self._stop.forget(request_id)
 
     def _progress(self, sequence: Sequence) -> Progress:
-        seen = self._sent[sequence.id]
-        tokens = sequence.output_ids[seen:]
-        news = Progress(
-            sequence.id,
-            tokens,
-            sequence.timeline.token_times_s[-len(tokens) :] if tokens else [],
-            sequence.finish_reason,
-            sequence.timeline.scheduled_s,
-            sequence.num_cached_tokens,
-            sequence.num_preemptions,
-            sequence.logprobs[-len(tokens) :] if tokens else [],
-            sequence.target_scores if sequence.is_finished else [],
-        )
-        self._sent[sequence.id] = seen + len(tokens)
+        news = sequence.progress_since(self._sent[sequence.id])
+        self._sent[sequence.id] += len(news.tokens)
         if sequence.is_finished:
             self._forget(sequence.id)
         return news
 
     def _report(self, progress: list[Progress]) -> Report:
-        core, device = self.core, self.core.device
+        core = self._loaded()
         counts = {
             **core.counts,
             "preemptions": core.scheduler.num_preemptions,
             "kv_blocks_free": core.blocks.num_free,
             "busy_s": self._busy_s,
         }
-        return Report(
-            progress, counts, device.memory_in_use_bytes(), device.peak_memory_bytes(), core.stats()["graphs"]
-        )
+        graphs = core.stats()["graphs"]
+        return Report(progress, counts, core.device.memory_in_use_bytes(), core.device.peak_memory_bytes(), graphs)
+
+
+def host_name() -> str:
+    """The same for all processes of one running machine."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    name = boot_id.read_text().strip() if boot_id.is_file() else socket.gethostname()
+    return f"{name}@{own_address()}"  # namespaces may share a boot id: the address tells machines of a test apart
+
+
+def own_address() -> str:
+    """The address Ray uses for this machine, or loopback outside Ray."""
+    ray = sys.modules.get("ray")
+    return ray.util.get_node_ip_address() if ray is not None and ray.is_initialized() else "127.0.0.1"
 
 
 def _tokenizer(path: str) -> Any:
@@ -266,17 +237,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _own_address() -> str:
-    """The address Ray uses for this machine, or loopback outside Ray."""
-    import sys
-
-    ray = sys.modules.get("ray")
-    return ray.util.get_node_ip_address() if ray is not None and ray.is_initialized() else "127.0.0.1"
-
-
 def _assigned(resource: str | None) -> str | None:
-    import sys
-
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized() or resource not in ("NPU", "GPU"):
         return None

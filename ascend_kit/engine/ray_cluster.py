@@ -1,6 +1,9 @@
-"""Ray for the length of one engine: started here, quiet and on the loopback address alone, or a cluster that is joined.
+"""Workers on Ray: one started here, quiet and on the loopback address alone, or a cluster that is joined.
 
-Ray is imported by `import_ray` and nowhere else, so that one card needs no Ray.
+Ray is imported by `import_ray` and nowhere else, so that one card needs no Ray. Run as a script,
+`python ray_cluster.py FOLDER PID`, this file ends a local Ray when the process it was started for is gone: when a
+driver is killed with signal 9, Ray's main processes end with it, but its agents stay for a minute and its files for
+good (seen in Ray 2.60). For that it needs nothing but Python's own library.
 """
 
 from __future__ import annotations
@@ -9,22 +12,24 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.engine import ray_watch
-from ascend_kit.engine.ray_watch import end_processes
-from ascend_kit.engine.worker import MEETING_FOLDER
-
 START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 80 << 20  # only requests and tokens travel; Ray's smallest is 75 MiB
 FOLDER = "ascend-ray-"
+MEETING_FOLDER = "ascend-meeting-"  # of the ranks of a replica; as in worker.py
 SHORT_ROOT = "/tmp"
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+EVERY_S = 0.5
+LOOK_EVERY = 10  # times that; a look goes through all processes of the machine
+TRIES = 20  # workers whose Ray has ended may write their last lines for a while
 RESOURCE = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -35,15 +40,17 @@ QUIET = {
 }
 LOCAL = {
     # Ray moves 127.0.0.1 to the public address unless told that this machine can be no part of a cluster; the
-    # variable is named after the systems where that is the default (seen in Ray 2.60).
+    # variable is named after the systems where that is the default (seen in Ray 2.60), and read at import.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a full host is for the user to see, not for Ray to kill replicas
 }
 
+Family = dict[int, str]  # process id -> start time, which tells a process from a later one with the same id
+
 
 def import_ray() -> Any:
     """The `ray` module. RuntimeError naming the extra when it is not installed."""
-    with _environment(QUIET):
+    with _environment({**QUIET, **LOCAL}):
         try:
             import ray
         except ImportError as error:
@@ -58,34 +65,27 @@ def import_ray() -> Any:
 class RaySession:
     """A connection to Ray. `close` ends what this object has started, and nothing else.
 
-    A session made while this process is connected already uses that connection. `cards_in_use` is said by the first
-    one when several engines are to work on it at the same time: how many cards they use together.
+    A session made while this process is connected already uses that connection. `worker` is the class of its actors.
     """
 
-    _cards_in_use = 0  # of the process
-
     def __init__(
-        self, kind: str, cards: int, address: str | None = None, first_card: int = 0, *, cards_in_use: int = 0
+        self, kind: str, cards: int, address: str | None = None, first_card: int = 0, *, worker: type | None = None
     ):
         self.ray = import_ray()
-        self.kind, self.resource = kind, RESOURCE[kind]
-        self.is_local = address is None and not self.ray.is_initialized()
+        self.kind, self.resource, self._worker = kind, RESOURCE[kind], worker
         self._is_ours = not self.ray.is_initialized()
         self._folder: Path | None = None
-        if self.is_local:
+        self._groups: dict[Any, Any] = {}  # the first worker -> what reserves the places of all of its replica
+        if self._is_ours and address is None:
             self._start(cards, first_card)
         elif self._is_ours:
             self._join(address or "auto")
         self._check_room(cards)
-        if self._is_ours:
-            RaySession._cards_in_use = cards_in_use
 
     def close(self) -> None:
         """Disconnect; a local Ray ends with all its processes and files."""
-        if self._is_ours:
-            RaySession._cards_in_use = 0
-            if self.ray.is_initialized():
-                self.ray.shutdown()
+        if self._is_ours and self.ray.is_initialized():
+            self.ray.shutdown()
         self._is_ours = False
         if self._folder is not None:
             end_processes(self._folder)
@@ -105,32 +105,48 @@ class RaySession:
             if node["Alive"]
         ]
 
-    def ranks_on(self, address: str, own: int) -> int:
-        """Processes with a card at work on a machine, `own` of them of the asking engine: they share its cores."""
-        return max(own, min(dict(self.machines()).get(address, 0), RaySession._cards_in_use))
-
-    def create(self, cls: type, count: int) -> tuple[list[Any], Any]:
-        """`count` actors of `cls` with a card each, on one machine where one is large enough; and what reserves
-        their places (None for a single actor)."""
+    def create(self, count: int) -> list[Any]:
+        """Workers with a card each, on one machine where one is large enough."""
         options = {"max_restarts": 0, "max_task_retries": 0, **self._request()}
-        remote = self.ray.remote(cls)
+        remote = self.ray.remote(self._worker)
         if count == 1:
-            return [remote.options(**options).remote()], None
+            return [remote.options(**options).remote()]
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         fits = any(cards >= count for _, cards in self.machines())
         group = placement_group([{self.resource: 1}] * count, strategy="STRICT_PACK" if fits else "PACK")
         places = [PlacementGroupSchedulingStrategy(group, number) for number in range(count)]
-        return [remote.options(**options, scheduling_strategy=place).remote() for place in places], group
+        workers = [remote.options(**options, scheduling_strategy=place).remote() for place in places]
+        self._groups[workers[0]] = group
+        return workers
 
-    def kill(self, actors: list[Any], group: Any) -> None:
-        """End actors at once and free their places."""
+    def call(self, worker: Any, method: str, *arguments: Any) -> Any:
+        """Start a method of a worker; its calls run one after the other."""
+        return getattr(worker, method).remote(*arguments)
+
+    def wait(self, calls: list[Any], timeout_s: float) -> list[Any]:
+        """The calls that have ended, as soon as there is one or the time is over."""
+        ready, _ = self.ray.wait(calls, timeout=timeout_s)
+        if ready and len(calls) > 1:
+            ready, _ = self.ray.wait(calls, num_returns=len(calls), timeout=0)
+        return ready
+
+    def result(self, call: Any) -> Any:
+        """What a call returned; the error raised inside the worker, out of Ray's wrapping."""
+        try:
+            return self.ray.get(call)
+        except Exception as error:
+            cause = getattr(error, "cause", None)
+            raise (cause if isinstance(cause, BaseException) else error) from None
+
+    def kill(self, workers: list[Any]) -> None:
+        """End workers at once and free their places."""
         with contextlib.suppress(Exception):  # whatever is gone already
-            for actor in actors:
-                self.ray.kill(actor, no_restart=True)
-            if group is not None:
-                self.ray.util.remove_placement_group(group)
+            for worker in workers:
+                self.ray.kill(worker, no_restart=True)
+            if workers and workers[0] in self._groups:
+                self.ray.util.remove_placement_group(self._groups.pop(workers[0]))
 
     def _request(self) -> dict[str, Any]:
         if self.kind == "npu":
@@ -142,10 +158,10 @@ class RaySession:
         root = tempfile.gettempdir()
         # Ray's sockets lie below this folder, and a socket's path may have 107 characters.
         root = root if len(root) < 24 else SHORT_ROOT
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=root))
+        folder = self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=root))
         # With the folder in its command line it ends with the rest. A group of its own: Ctrl-C is not meant for it.
         self._watch = subprocess.Popen(
-            [sys.executable, "-I", ray_watch.__file__, str(self._folder), str(os.getpid())],
+            [sys.executable, "-I", __file__, str(self._folder), str(os.getpid())],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -154,25 +170,14 @@ class RaySession:
         amounts: dict[str, Any] = {"num_cpus": cards, "num_gpus": cards if self.kind == "cuda" else 0}
         if self.kind == "npu":
             amounts["resources"] = {"NPU": cards}
-        constants = self.ray._private.ray_constants
-        before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
         try:
-            if before is not None:  # Ray may have been imported before the variable was set
-                constants.ENABLE_RAY_CLUSTER = False
-            with (
-                _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}),
-                _fewer_processes(self.ray),
-                _no_echo(self.ray),
-            ):
-                self._init_local(amounts)
+            with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}):
+                self._init_local(amounts, folder)
         except BaseException:
             self.close()
             raise
-        finally:
-            if before is not None:
-                constants.ENABLE_RAY_CLUSTER = before
 
-    def _init_local(self, amounts: dict[str, Any]) -> None:
+    def _init_local(self, amounts: dict[str, Any], folder: Path) -> None:
         """Ray gives its own processes 30 s to answer; a busy host may need a second try."""
         for attempt in range(START_ATTEMPTS):
             try:
@@ -184,12 +189,12 @@ class RaySession:
                     logging_level=logging.ERROR,
                     object_store_memory=OBJECT_STORE_BYTES,
                     _node_ip_address="127.0.0.1",
-                    _temp_dir=str(self._folder),
+                    _temp_dir=str(folder),
                 )
                 return
             except Exception as error:
                 self.ray.shutdown()
-                end_processes(self._folder, keep=self._watch.pid)  # a half start is not known to `shutdown`
+                end_processes(folder, keep=self._watch.pid)  # a half start is not known to `shutdown`
                 if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
                     raise
 
@@ -208,7 +213,7 @@ class RaySession:
         return {variable: ",".join(chosen)} if given or first_card else {}
 
     def _join(self, address: str) -> None:
-        with _environment(QUIET), _no_echo(self.ray):
+        with _environment(QUIET):
             try:
                 self.ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -245,47 +250,6 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextlib.contextmanager
-def _fewer_processes(ray: Any) -> Iterator[None]:
-    """Start no autoscaler and no log reader: one machine needs neither, and they double the start-up time.
-
-    Ray 2.60 has no public switch for them; where its internals look different it starts them as usual.
-    """
-    params = getattr(getattr(ray._private, "parameter", None), "RayParams", None)
-    names = getattr(getattr(getattr(params, "__init__", None), "__code__", None), "co_varnames", ())
-    if not {"no_monitor", "include_log_monitor"} <= set(names):
-        yield
-        return
-    original = params.__init__
-
-    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **{**kwargs, "no_monitor": True, "include_log_monitor": False})
-
-    params.__init__ = initialise
-    try:
-        yield
-    finally:
-        params.__init__ = original
-
-
-@contextlib.contextmanager
-def _no_echo(ray: Any) -> Iterator[None]:
-    """Keep Ray from printing the deaths of workers, which are noticed, handled and reported here.
-
-    `log_to_driver` does not cover them in Ray 2.60; where its internals look different they are printed.
-    """
-    worker = ray._private.worker
-    original = getattr(worker, "listen_error_messages", None)
-    if original is None:
-        yield
-        return
-    worker.listen_error_messages = lambda *_: None
-    try:
-        yield
-    finally:
-        worker.listen_error_messages = original
-
-
 def _remove_leftovers() -> None:
     """End the processes and delete the folders of engines whose own process was killed: nobody else can have."""
     for root in {tempfile.gettempdir(), SHORT_ROOT}:
@@ -294,3 +258,53 @@ def _remove_leftovers() -> None:
             if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
                 end_processes(folder)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def family_of(folder: Path) -> Family:
+    """The processes with this session's folder in their command line, the name occurs nowhere else, and all that they
+    have started: Ray's agents and workers overwrite their command lines."""
+    parents: dict[int, int] = {}
+    starts: Family = {}
+    front: set[int] = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
+            pid = int(entry.name)
+            parents[pid], starts[pid] = int(fields[1]), fields[19].decode()
+            if str(folder).encode() in (entry / "cmdline").read_bytes():
+                front.add(pid)
+    found = set(front)
+    while front:
+        front = {pid for pid, parent in parents.items() if parent in front} - found
+        found |= front
+    return {pid: starts[pid] for pid in found}
+
+
+def end_processes(folder: Path, keep: int | None = None, known: Family | None = None) -> None:
+    """Kill the session's processes, those `known` from before among them; not this one and not the process `keep`."""
+    doomed = {**(known or {}), **family_of(folder)}
+    for pid in doomed.keys() - {os.getpid(), keep}:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode() == doomed[pid]:
+                os.kill(pid, signal.SIGKILL)
+
+
+def watch(folder: Path, parent: int) -> None:
+    """Return once the parent has gone and nothing of its Ray is left."""
+    known: Family = {}
+    number = 0
+    while os.getppid() == parent:
+        if number % LOOK_EVERY == 0 or number < LOOK_EVERY:  # at first often: Ray is starting
+            known.update(family_of(folder))
+        number += 1
+        time.sleep(EVERY_S)
+    for _ in range(TRIES):
+        end_processes(folder, known=known)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(EVERY_S)
+
+
+if __name__ == "__main__":
+    watch(Path(sys.argv[1]), int(sys.argv[2]))

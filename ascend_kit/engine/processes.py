@@ -1,0 +1,171 @@
+"""Workers in processes of this machine, called over pipes; without Ray.
+
+Started as programs and not forked: nothing that the caller has imported or holds is in them, neither a device nor the
+marks by which torch_npu knows an interactive session. A worker whose caller is gone finds its pipe closed and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+TASK_QUEUE = "TASK_QUEUE_ENABLE"  # of torch_npu: 0 launches in the caller's thread, 2 refuses captures
+LAST_LINES = 12  # of what a worker wrote before it died
+SERVE = "import sys; from ascend_kit.engine.processes import serve; serve(int(sys.argv[1]))"
+
+
+class WorkerDied(RuntimeError):
+    """The process of a worker has ended; the text has its last lines."""
+
+
+class LocalProcesses:
+    """Workers of one class, as many as are asked for."""
+
+    resource = "process"
+
+    def __init__(self, worker: type) -> None:
+        self._worker = worker
+        self._running: list[_Process] = []
+
+    def create(self, count: int) -> list[Any]:
+        started = [_Process(self._worker) for _ in range(count)]
+        self._running += started
+        return started
+
+    def call(self, worker: Any, method: str, *arguments: Any) -> Future[Any]:
+        return worker.call(method, arguments)
+
+    def wait(self, calls: list[Future[Any]], timeout_s: float) -> list[Future[Any]]:
+        return [call for call in wait(calls, timeout_s, FIRST_COMPLETED).done]
+
+    def result(self, call: Future[Any]) -> Any:
+        return call.result()
+
+    def kill(self, workers: list[Any]) -> None:
+        for worker in workers:
+            worker.end()
+            self._running.remove(worker)
+
+    def total_cards(self) -> int:
+        return sys.maxsize
+
+    def close(self) -> None:
+        self.kill(list(self._running))
+
+
+class _Process:
+    """One worker and the thread that reads its answers."""
+
+    def __init__(self, worker: type) -> None:
+        ours, theirs = Pipe()
+        self._pipe: Connection = ours
+        self._calls: list[Future[Any]] = []
+        self._lock = threading.Lock()
+        self._death: WorkerDied | None = None
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed by the reader
+        # torch_npu turns its launch thread off in interactive sessions and leaves 0 to children: say what is wanted.
+        level = os.environ.get(TASK_QUEUE, "1")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            TASK_QUEUE: level if level != "0" else "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the caller
+        )
+        theirs.close()
+        ours.send(worker)
+        threading.Thread(target=self._read, name="ascend-kit-worker", daemon=True).start()
+
+    def call(self, method: str, arguments: tuple[Any, ...]) -> Future[Any]:
+        call: Future[Any] = Future()
+        with self._lock:
+            if self._death is not None:
+                call.set_exception(self._death)
+                return call
+            self._calls.append(call)
+            with contextlib.suppress(OSError):  # it has ended: the reader finds out and fails all calls
+                self._pipe.send((method, arguments))
+        return call
+
+    def end(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                is_error, value = self._pipe.recv()
+                call = self._calls.pop(0)
+                call.set_exception(value) if is_error else call.set_result(value)
+        self._process.wait()
+        with self._lock, self._pipe, self._output:
+            self._death = WorkerDied(self._last_words())
+            for call in self._calls:
+                call.set_exception(self._death)
+
+    def _last_words(self) -> str:
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").splitlines()[-LAST_LINES:]
+        code = self._process.returncode
+        how = f"by signal {-code}" if code < 0 else f"with exit status {code}"
+        return f"the engine's worker process ended {how}" + ("; it wrote last:\n" + "\n".join(lines) if lines else "")
+
+
+def serve(descriptor: int) -> None:
+    """What a worker process does: take calls from the pipe one after the other until it is closed."""
+    wanted = os.environ[TASK_QUEUE]
+    pipe = Connection(descriptor)
+    with contextlib.suppress(EOFError, OSError):
+        worker = pipe.recv()()
+        while True:
+            method, arguments = pipe.recv()
+            try:
+                answer = (False, getattr(worker, method)(*arguments))
+                _check_task_queue(wanted)
+            except Exception as error:
+                answer = (True, _portable(error))
+            pipe.send(answer)
+
+
+def _check_task_queue(wanted: str) -> None:
+    """RuntimeError when torch_npu was imported and has changed the level of its launch queue."""
+    found = os.environ.get(TASK_QUEUE, "1")
+    if "torch_npu" in sys.modules and found != wanted:
+        raise RuntimeError(f"torch_npu runs with {TASK_QUEUE}={found} although {wanted} was set before its import")
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives pickling, else one with its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception_only(error)).strip())
+
+
+def is_interactive() -> bool:
+    """Whether torch_npu takes this process for an interactive session, as it does kernels and prompts."""
+    return "ipykernel" in sys.modules or hasattr(sys, "ps1") or bool(sys.flags.interactive)
+
+
+def needs_process(kind: str) -> bool:
+    """Whether an engine on a device of this kind runs in a process of its own: on an NPU, when the caller is a
+    notebook or a prompt. On a CPU it is faster in the caller's."""
+    return kind == "npu" and is_interactive()
