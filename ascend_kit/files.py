@@ -6,12 +6,14 @@ import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # surrogates that stand alone: no file can hold them as they are
 Progress = Callable[[int, int], None]  # done, total
 Table = Any  # a pandas.DataFrame: pandas' own annotations make every selected column a Series, a frame or unknown
 
@@ -34,8 +36,9 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: numpy scalars and paths as plain values, NaN and infinity as null."""
-    return json.dumps(_clean(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    """Strict JSON: numpy scalars and paths as plain values, NaN and infinity as null, half characters escaped."""
+    text = json.dumps(_clean(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    return HALF_CHARACTER.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # they are inside strings
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:

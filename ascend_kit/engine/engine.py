@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ascend_kit.checkpoint.identity import model_identity
+from ascend_kit.checkpoint.identity import check_converted, model_identity
 from ascend_kit.checkpoint.manifest import verify
 from ascend_kit.device.device import Device, auto_kind, parse_device, select_device
 from ascend_kit.device.parallel import check_division
@@ -44,7 +44,12 @@ class AscendInferEngine:
 
     @classmethod
     def from_experiment(cls, experiment: Experiment, model_path: str | Path | None = None) -> AscendInferEngine:
-        """An engine as the parameters describe it, on the converted checkpoint or the source."""
+        """An engine as the parameters describe it, on the converted checkpoint or the source.
+
+        CheckpointError when the converted checkpoint was not made from `input_model`.
+        """
+        if model_path is None and experiment.use_model == "converted":
+            check_converted(experiment)
         engine = cls.__new__(cls)
         engine._open(EngineConfig.from_experiment(experiment, model_path))
         return engine
@@ -73,6 +78,7 @@ class AscendInferEngine:
         self.core: Core | None = None
         self.device: Device | None = None
         self.tokenizer: Any = None
+        self._identity: Identity | None = None
         # Streams advance the engine from threads of their own. Whoever advances it tells those who asked for a
         # request; what nobody asked for waits for `step`.
         self._lock = threading.RLock()
@@ -137,10 +143,22 @@ class AscendInferEngine:
 
     @property
     def identity(self) -> Identity:
-        """What the answers and speeds of this engine depend on; known before it is loaded."""
+        """What the answers and speeds of this engine depend on; known before it is loaded.
+
+        Where the engine runs in a process of its own, that process is started: it has the device, this one has not.
+        The first call may read the weights for their hash, which is remembered.
+        """
+        if self._identity is None:
+            self._identity = model_identity(self.model_path, self.settings.tokenizer_path)
+        if self.device is None and needs_process(self._device_kind()):
+            self.load_model()
         device = self.device or select_device(self.settings.device, self.settings.device_id)
-        model = model_identity(self.model_path, self.settings.tokenizer_path)
-        return model.with_parts(engine=self.settings.identity(), versions=device.versions(), device=device.facts())
+        parts = {"engine": self.settings.identity(), "versions": device.versions(), "device": device.facts()}
+        return self._identity.with_parts(**parts)
+
+    def _device_kind(self) -> str:
+        kind = parse_device(self.settings.device)[0]
+        return auto_kind() if kind == "auto" else kind
 
     @property
     def num_replicas(self) -> int:

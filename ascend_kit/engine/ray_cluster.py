@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ OBJECT_STORE_BYTES = 80 << 20  # only requests and tokens travel; Ray's smallest
 FOLDER = "ascend-ray-"
 MEETING_FOLDER = "ascend-meeting-"  # of the ranks of a replica; as in worker.py
 SHORT_ROOT = "/tmp"
+LOOPBACK = "127.0.0.1"
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 EVERY_S = 0.5
 LOOK_EVERY = 10  # times that; a look goes through all processes of the machine
@@ -48,9 +50,9 @@ LOCAL = {
 Family = dict[int, str]  # process id -> start time, which tells a process from a later one with the same id
 
 
-def import_ray() -> Any:
-    """The `ray` module. RuntimeError naming the extra when it is not installed."""
-    with _environment({**QUIET, **LOCAL}):
+def import_ray(local: bool = False) -> Any:
+    """The `ray` module, for a `local` Ray or to join a cluster. RuntimeError naming the extra when it is missing."""
+    with _environment({**QUIET, **(LOCAL if local else {})}):
         try:
             import ray
         except ImportError as error:
@@ -71,7 +73,7 @@ class RaySession:
     def __init__(
         self, kind: str, cards: int, address: str | None = None, first_card: int = 0, *, worker: type | None = None
     ):
-        self.ray = import_ray()
+        self.ray = import_ray(local=address is None)
         self.kind, self.resource, self._worker = kind, RESOURCE[kind], worker
         self._is_ours = not self.ray.is_initialized()
         self._folder: Path | None = None
@@ -176,6 +178,12 @@ class RaySession:
         except BaseException:
             self.close()
             raise
+        if any(address != LOOPBACK for address, _ in self.machines()):
+            warnings.warn(
+                "Ray was imported before the engine, so it listens on this machine's network address; import "
+                "ascend_kit and load the engine first",
+                stacklevel=6,
+            )
 
     def _init_local(self, amounts: dict[str, Any], folder: Path) -> None:
         """Ray gives its own processes 30 s to answer; a busy host may need a second try."""
@@ -188,7 +196,7 @@ class RaySession:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     object_store_memory=OBJECT_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
+                    _node_ip_address=LOOPBACK,
                     _temp_dir=str(folder),
                 )
                 return

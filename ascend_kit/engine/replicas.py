@@ -379,6 +379,19 @@ class ReplicasDevice(Device):
     def synchronize(self) -> None:
         """Nothing is queued in this process."""
 
+    def versions(self) -> dict[str, str]:
+        return self._facts.versions
+
+    def facts(self) -> dict[str, str]:
+        return self._facts.machine
+
+    def task_queue_level(self) -> int | None:
+        return self._facts.task_queue_level
+
+    @property
+    def _facts(self) -> Facts:  # what runs there, without asking for the device here
+        return self.core.replicas[0].facts[0]
+
 
 class ReplicatedCore:
     """Replicas of one model, with the interface of one EngineCore."""

@@ -58,6 +58,9 @@ class Facts(NamedTuple):
     num_blocks: int
     block_size: int
     memory_bytes: int
+    versions: dict[str, str]
+    machine: dict[str, str]
+    task_queue_level: int | None
 
 
 class Report(NamedTuple):
@@ -121,7 +124,14 @@ class Worker:
             cache(lambda: _tokenizer(settings.tokenizer_folder)), config.eos_token_ids, settings.max_seq_length
         )
         return Facts(
-            device, self.core.stats(), self.core.blocks.num_blocks, self.core.block_size, device.memory_in_use_bytes()
+            device,
+            self.core.stats(),
+            self.core.blocks.num_blocks,
+            self.core.block_size,
+            device.memory_in_use_bytes(),
+            device.versions(),
+            device.facts(),
+            device.task_queue_level(),
         )
 
     def _join(self, role: Role, size: int, device: Device) -> Any:
