@@ -19,13 +19,15 @@ from evaluation_data import write_sets
 
 from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation import judge
-from ascend_kit.evaluation.datasets import SETS, DataError, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.datasets import SETS, check_data, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.evaluation.perplexity import ratio, token_perplexity
 from ascend_kit.evaluation.scores import EvaluationError, load_documents, load_evaluation, load_scores
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder
+from ascend_kit.stages import RunRecord
 
 pytest.importorskip("lm_eval")
 TOLERANCE = 1e-4  # float32 on both sides
@@ -269,7 +271,7 @@ def test_limit_takes_the_first_documents(engine, data, tmp_path) -> None:
 
     assert set(result.tasks["n"]) == {2}
     assert sorted(result.documents["doc_id"].unique()) == [0, 1]
-    assert any("eval_limit" in flag for flag in result.flags)
+    assert any("eval_limit" in str(flag) for flag in result.flags)
 
 
 def test_each_task_says_what_the_cards_did(finished, device) -> None:
@@ -439,7 +441,7 @@ def test_a_failing_task_becomes_a_failed_row_and_the_others_go_on(engine, data, 
     groups = result.groups.set_index("task")
     assert groups.loc["mmlu", "status"] == "failed" and groups.loc["mmlu", "error"] == "1 of 2 tasks failed"
     assert pandas.isna(groups.loc["mmlu", "value"]) and groups.loc["mmlu_stem", "status"] == "ok"
-    assert any("mmlu_business_ethics failed" in flag for flag in result.flags)
+    assert any("mmlu_business_ethics failed" in str(flag) for flag in result.flags)
     with pytest.raises(EvaluationError, match=r"1 of 3 tasks failed .*out of memory"):
         result.raise_if_failed()
 
@@ -461,86 +463,133 @@ def test_data_faults_come_before_any_work(engine, data, tmp_path) -> None:
 # --- cautions and published scores --------------------------------------------------------------------------
 
 
-def choices(accuracy: float, n: int = 200, prediction: int | None = None, tied: bool = False) -> pandas.DataFrame:
+def choices(accuracy: float, n: int = 200, prediction: int | None = None, tied: bool = False) -> list[dict]:
     right = round(accuracy * n)
     logprobs = [-1.0, -1.0, -2.0, -3.0] if tied else [-1.0, -1.5, -2.0, -3.0]
-    return pandas.DataFrame(
-        [
-            {
-                "task": "t",
-                "set": "mmlu",
-                "acc": float(i < right),
-                "choice_logprobs": logprobs,
-                "prediction": i % 4 if prediction is None else prediction,
-            }
-            for i in range(n)
-        ]
-    )
+    return [
+        {
+            "task": "t",
+            "set": "mmlu",
+            "acc": float(i < right),
+            "choice_logprobs": logprobs,
+            "prediction": i % 4 if prediction is None else prediction,
+        }
+        for i in range(n)
+    ]
+
+
+def of_set(documents: list[dict]) -> list[tuple[str, str]]:
+    return [(flag.level, flag.key) for flag in judge._of_set("mmlu", documents, 512)]
 
 
 @pytest.mark.parametrize(
-    ("documents", "word"),
+    ("documents", "level", "key"),
     [
-        (choices(0.25), "guessing"),
-        (choices(0.2303), "vllm-ascend#1043"),
-        (choices(0.6, prediction=2), "choice 3"),
-        (choices(0.6, tied=True), "equal log-probabilities"),
+        (choices(0.25), "alarm", "evaluation.chance"),
+        (choices(0.2303), "alarm", "evaluation.chance"),
+        (choices(0.6, prediction=2), "alarm", "evaluation.one_choice"),
+        (choices(0.6, tied=True), "caution", "evaluation.tied"),
+        ([{"answer": "3"}] * 50 + [{"answer": " "}], "alarm", "evaluation.empty_answers"),
+        ([{"cut_tokens": 5}] * 2 + [{"cut_tokens": 0}] * 98, "alarm", "evaluation.cut_prompts"),
+        ([{"cut_tokens": 5}] + [{"cut_tokens": 0}] * 99, "caution", "evaluation.cut_prompts"),
     ],
 )
-def test_broken_log_probabilities_raise_an_alarm(documents: pandas.DataFrame, word: str) -> None:
-    found = list(judge._answers("mmlu", documents))
-
-    assert len(found) == 1 and word in found[0]
+def test_answers_that_mean_nothing_raise_an_alarm(documents: list[dict], level: str, key: str) -> None:
+    assert of_set(documents) == [(level, key)]
 
 
 def test_healthy_or_few_answers_raise_none() -> None:
-    assert list(judge._answers("mmlu", choices(0.6))) == []
-    assert list(judge._answers("mmlu", choices(0.25, n=20))) == []
+    assert of_set(choices(0.6)) == []
+    assert of_set(choices(0.25, n=39)) == []
+    assert of_set(choices(0.32, n=200)) == []  # chance 25 %, two standard errors are 6.1 points
+    assert of_set(choices(0.31, n=200)) == [("alarm", "evaluation.chance")]
+
+
+def test_a_model_without_knowledge_ends_the_stage_with_an_alarm(engine, tmp_path) -> None:
+    data = write_sets(tmp_path / "data", documents=40)
+    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["mmlu"], eval_fewshot=0)
+    guessing = counting(engine)
+    guessing.score = lambda pairs: [SimpleNamespace(logprob=-float(i % 4), is_greedy=False) for i in range(len(pairs))]
+
+    result, folder = run(guessing, experiment)
+
+    stage = RunRecord.read(folder.path).stages["05_evaluate"]
+    assert stage.state == "alarm"
+    assert {alarm["key"] for alarm in stage.alarms} >= {"evaluation.one_choice mmlu"}
+    assert "the answer is A for 100%" in " ".join(alarm["text"] for alarm in stage.alarms)
+    assert {flag.key for flag in result.flags if flag.level == "alarm"} <= {
+        "evaluation.chance",
+        "evaluation.one_choice",
+    }
+
+
+def test_a_log_probability_that_is_not_a_number_is_an_alarm(engine, data, tmp_path) -> None:
+    broken = counting(engine)
+    broken.score = lambda pairs: [SimpleNamespace(logprob=float("nan"), is_greedy=False) for _ in pairs]
+
+    result, folder = run(broken, experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0))
+
+    assert any(flag.key == "evaluation.not_finite" and flag.level == "alarm" for flag in result.flags)
+    assert RunRecord.read(folder.path).stages["05_evaluate"].alarms
+
+
+def test_prompts_that_lost_their_beginning_are_counted(engine, data, tmp_path) -> None:
+    experiment = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_max_seq_length=64)
+
+    result, _ = run(engine, experiment)
+
+    (flag,) = [flag for flag in result.flags if flag.key == "evaluation.cut_prompts"]
+    assert flag.level == "alarm" and "10 of 10 prompts were longer than 64 tokens" in str(flag)
+    assert (result.documents["cut_tokens"] > 0).all()
 
 
 def test_cut_generative_answers_are_named(finished) -> None:
-    (flag,) = [flag for flag in finished.result.flags if "agieval_gaokao_mathcloze" in flag]
+    (flag,) = [flag for flag in finished.result.flags if flag.key == "evaluation.cut_answers"]
 
     answers = finished.result.documents["finish_reason"].dropna()
-    assert f"{(answers == 'length').sum()} of 5 answers were cut" in flag and "agieval_multiple_choice" in flag
+    text = str(flag)
+    assert f"{(answers == 'length').sum()} of 5 answers were cut" in text and "agieval_multiple_choice" in text
 
 
 def test_partial_copies_and_ignored_shots_are_named(engine, data, tmp_path) -> None:
     experiment = experiment_for(data, tmp_path, eval_datasets=["agieval"], eval_fewshot=3)
     result, _ = run(engine, experiment)
 
-    assert any("3 of 21 tasks" in flag for flag in result.flags)
-    assert any("eval_fewshot=3 does not apply" in flag for flag in result.flags)
+    assert any("3 of 21 tasks" in str(flag) for flag in result.flags)
+    assert any("eval_fewshot=3 does not apply" in str(flag) for flag in result.flags)
 
 
 def test_thinking_is_switched_off_and_said(engine) -> None:
     tokenizer = SimpleNamespace(chat_template="{% if enable_thinking is false %}<think></think>{% endif %}")
     thinker = SimpleNamespace(tokenizer=tokenizer)
     always = SimpleNamespace(tokenizer=SimpleNamespace(chat_template="<think>"))
-    chat, plain = Experiment(eval_chat_template=True), Experiment()
+    chat, plain = build_experiment({"eval_chat_template": True}), build_experiment({})
 
     assert judge.chat_template_args(tokenizer) == {"enable_thinking": False}
+    assert judge.chat_template_args(tokenizer, True) == {"enable_thinking": True}
     assert judge.chat_template_args(engine.tokenizer) == {}
-    assert "switched off" in next(judge._thinking(chat, thinker))
-    assert "plain prompts" in next(judge._thinking(plain, thinker))
-    assert "eval_chat_template: false" in next(judge._thinking(chat, always))
+    assert "switched off" in str(next(judge._thinking(chat, thinker)))
+    assert "plain prompts" in str(next(judge._thinking(plain, thinker)))
+    assert "Thinking is on" in str(next(judge._thinking(chat.with_changes(thinking=True), thinker)))
+    assert "eval_chat_template: false" in str(next(judge._thinking(chat, always)))
     assert list(judge._thinking(plain, always)) == [] == list(judge._thinking(chat, engine))
 
 
-def score_table(group: str, n: int, num_fewshot: int = 5) -> pandas.DataFrame:
-    return pandas.DataFrame(
-        [
-            {
-                "task": group,
-                "metric": "acc",
-                "status": "ok",
-                "value": 0.74,
-                "stderr": 0.0036,
-                "n": n,
-                "num_fewshot": num_fewshot,
-            }
-        ]
-    )
+def test_another_model_is_never_scored_on_the_demos_questions(engine, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ASCEND_KIT_CACHE", str(tmp_path / "cache"))
+    built_in = write_sets(tmp_path / "cache" / "demo-data-1")
+    values = {"output_root": str(tmp_path / "out"), "eval_datasets": ["mmlu"], "eval_fewshot": 0}
+
+    for path in ("demo", str(built_in)):
+        experiment = build_experiment({**values, "input_model": "/models/Qwen3-8B", "dataset_path": path})
+        with pytest.raises(DataError, match=r"dataset_path is not given, .* /models/Qwen3-8B: .* mmlu/ \(a copy"):
+            run(engine, experiment)
+    assert len(check_data(build_experiment({**values, "dataset_path": str(built_in)}))) == 2
+
+
+def score_table(group: str, n: int, num_fewshot: int = 5) -> list[dict]:
+    row = {"task": group, "metric": "acc", "status": "ok", "value": 0.74, "stderr": 0.0036}
+    return [{**row, "n": n, "num_fewshot": num_fewshot}]
 
 
 def test_a_published_score_is_shown_for_the_same_model_and_conditions_only() -> None:

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from ascend_kit.evaluation.interface import EvaluatedEngine
+
+if TYPE_CHECKING:
+    from ascend_kit.engine.sequence import SamplingParams
+
 DEFAULT_ANSWER_TOKENS = 256  # lm-eval's own default for generate_until
 GENERATE_TOGETHER = 64  # prompts handed to the engine at once; it batches them continuously
 TokenPair = tuple[list[int], list[int]]
 GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+
+class NotFiniteError(ValueError):
+    """A log-probability is no number: the model's arithmetic has overflowed."""
 
 
 class EngineLM(TemplateLM):
@@ -31,7 +40,7 @@ class EngineLM(TemplateLM):
 
     def __init__(
         self,
-        engine: Any,
+        engine: EvaluatedEngine,
         *,
         max_length: int | None = None,
         batch_size: int = 8,
@@ -43,7 +52,7 @@ class EngineLM(TemplateLM):
         self.tokenizer = engine.tokenizer
         self.batch_size = batch_size
         self.chat_template_args = chat_template_args or {}
-        self.num_truncated = 0  # contexts that lost their left end
+        self.cut_tokens: dict[str, int] = {}  # context -> tokens of its left end that the limit took
         self.finish_reasons: dict[str, str] = {}  # prompt -> why its generation ended
         self._max_length = min(max_length or engine.max_seq_length, engine.max_seq_length)
         self.on_requests = on_requests or (lambda count: None)
@@ -100,8 +109,9 @@ class EngineLM(TemplateLM):
         """
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **options))
+        if add_special_tokens is None:
+            return list(self.tokenizer.encode(string))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     # --- scoring --------------------------------------------------------------------------------------------
 
@@ -128,7 +138,7 @@ class EngineLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = []
         for batch in self._batches(requests):
-            scores = self.engine.score([self._fit(context, text) for _, context, text in batch])
+            scores = self.engine.score([self._fit(*request) for request in batch])
             for (key, _, _), score in zip(batch, scores, strict=True):
                 answer = (_finite(score.logprob), bool(score.is_greedy))
                 answers.append(answer)
@@ -153,7 +163,7 @@ class EngineLM(TemplateLM):
         if batch:
             yield batch
 
-    def _fit(self, context: list[int], continuation: list[int]) -> TokenPair:
+    def _fit(self, key: tuple[str, str] | None, context: list[int], continuation: list[int]) -> TokenPair:
         """The pair cut to the last max_length + 1 tokens; the final one is predicted, never fed."""
         if not continuation:
             raise ValueError("nothing to score: the continuation adds no token to its context")
@@ -163,7 +173,8 @@ class EngineLM(TemplateLM):
                 f"{self.max_length}; raise eval_max_seq_length"
             )
         room = self.max_length + 1 - len(continuation)
-        self.num_truncated += len(context) > room
+        if key is not None and len(context) > room:
+            self.cut_tokens[key[0]] = len(context) - room
         return context[-room:], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -190,10 +201,10 @@ class EngineLM(TemplateLM):
         """The text after each prompt, cut before the first stop string."""
         texts: list[str] = []
         for start in range(0, len(requests), GENERATE_TOGETHER):
-            part = [request.args for request in requests[start : start + GENERATE_TOGETHER]]
-            jobs = [self._generation_job(context, settings) for context, settings, *_ in part]
+            part = [cast(tuple[str, dict], request.args[:2]) for request in requests[start : start + GENERATE_TOGETHER]]
+            jobs = [self._generation_job(context, settings) for context, settings in part]
             outputs = self.engine.generate([prompt for prompt, _, _ in jobs], [sampling for _, sampling, _ in jobs])
-            for (context, settings, *_), (_, _, until), output in zip(part, jobs, outputs, strict=True):
+            for (context, settings), (_, _, until), output in zip(part, jobs, outputs, strict=True):
                 if output.finish_reason not in ("stop", "length"):
                     raise RuntimeError(f"generation ended with {output.finish_reason}: {output.error}")
                 text = _cut(self.tokenizer.decode(output.token_ids, skip_special_tokens=True), until)
@@ -203,24 +214,26 @@ class EngineLM(TemplateLM):
             self.on_requests(len(part))
         return texts
 
-    def _generation_job(self, context: str, settings: dict[str, Any]) -> tuple[list[int], Any, list[str]]:
+    def _generation_job(self, context: str, settings: dict[str, Any]) -> tuple[list[int], SamplingParams, list[str]]:
         from ascend_kit.engine.sequence import SamplingParams
 
-        options = normalize_gen_kwargs(settings, self.max_gen_toks)  # works on a copy and knows the aliases
+        # Works on a copy and knows the aliases.
+        options = cast(dict[str, Any], normalize_gen_kwargs(settings, self.max_gen_toks))
         unknown = set(options) - GENERATION_KEYS
         if unknown:
             raise ValueError(
                 f"generation settings {sorted(unknown)} are not supported; allowed: {sorted(GENERATION_KEYS)}"
             )
-        room = self.max_length - options["max_gen_toks"]
+        new_tokens = int(options["max_gen_toks"])
+        room = self.max_length - new_tokens
         if room < 1:
             raise ValueError(
-                f"{options['max_gen_toks']} new tokens leave no room for a prompt within max_length="
+                f"{new_tokens} new tokens leave no room for a prompt within max_length="
                 f"{self.max_length}; raise eval_max_seq_length"
             )
         until = [text for text in options["until"] if text]
         sampling = SamplingParams(
-            max_new_tokens=options["max_gen_toks"],
+            max_new_tokens=new_tokens,
             temperature=options.get("temperature", 0.0),
             top_k=options.get("top_k"),
             top_p=options.get("top_p", 1.0),
@@ -228,13 +241,14 @@ class EngineLM(TemplateLM):
             stop_token_ids=(self.eot_token_id,),
         )
         prompt = self.tok_encode(context)
-        self.num_truncated += len(prompt) > room
+        if len(prompt) > room:
+            self.cut_tokens[context] = len(prompt) - room
         return prompt[-room:], sampling, until
 
 
 def _finite(logprob: float) -> float:
     if not math.isfinite(logprob):
-        raise ValueError(
+        raise NotFiniteError(
             f"the engine returned the log-probability {logprob}: an overflow in the model's arithmetic; "
             "try precision bf16 or fp32"
         )

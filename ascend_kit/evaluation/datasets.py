@@ -17,31 +17,29 @@ from typing import Any
 
 import yaml
 
-from ascend_kit.evaluation.files import DataError, SplitFiles, check_file, data_files, set_folders, subject_key
-from ascend_kit.identity import file_hash, hash_value
+from ascend_kit.evaluation import rows as shapes
+from ascend_kit.evaluation.files import DataError, SetFiles, set_files, set_folders, subject_key
+from ascend_kit.evaluation.rows import Reader, Row, Shape
+from ascend_kit.files import cache_root
+from ascend_kit.identity import hash_value
+from ascend_kit.params import Experiment
 
-# Column -> kind, as the packaged lm-eval tasks read them.
-MMLU_COLUMNS = {"question": "string", "choices": "list of string", "answer": "integer"}
-CEVAL_COLUMNS = {name: "string" for name in ("question", "A", "B", "C", "D", "answer")}
-AGIEVAL_COLUMNS = {"query": "string", "choices": "list of string", "gold": "list of integer"}
-AGIEVAL_CLOZE_COLUMNS = {"query": "string", "answer": "string"}
 MULTIPLE_CHOICE_GROUP = "agieval_multiple_choice"
 FAULTS_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class SetSpec:
-    """One set: its packaged task folder, the folder names it is recognised by, and what its files must
-    hold.
-    """
+    """One set: its packaged task folder, the folder names it is recognised by, and what its rows must hold."""
 
     name: str
     task_folder: str
     folder_names: tuple[str, ...]
-    columns: dict[str, str]
+    shape: Shape
     hub_name: str
     shots: int = 0
     shots_are_fixed: bool = True
+    default_split: str | None = None
 
     def accepts(self, folder_name: str) -> bool:
         """Whether a folder of this plain name holds the set (AGIEval: also one of its subjects)."""
@@ -50,34 +48,54 @@ class SetSpec:
 
 
 SETS = {
-    "mmlu": SetSpec("mmlu", "mmlu/default", ("mmlu", "cais-mmlu"), MMLU_COLUMNS, "cais/mmlu", 5, False),
-    "ceval": SetSpec("ceval", "ceval", ("ceval", "ceval-exam", "c-eval"), CEVAL_COLUMNS, "ceval/ceval-exam", 5, False),
-    # lm-eval 0.4.13 cannot build a shot from AGIEval's columns ("Answer is not a string!"): always 0.
-    "agieval": SetSpec("agieval", "agieval", ("agieval",), AGIEVAL_COLUMNS, "hails/agieval-<name>"),
-    "wikitext": SetSpec(
-        "wikitext",
-        "wikitext",
-        ("wikitext", "wikitext-document-level"),
-        {"page": "string"},
-        "EleutherAI/wikitext_document_level",
-    ),
+    spec.name: spec
+    for spec in (
+        SetSpec("mmlu", "mmlu/default", ("mmlu", "cais-mmlu"), shapes.MMLU, "cais/mmlu", 5, False),
+        SetSpec(
+            "ceval",
+            "ceval",
+            ("ceval", "ceval-exam", "c-eval", "formal-ceval"),
+            shapes.CEVAL,
+            "ceval/ceval-exam",
+            5,
+            False,
+        ),
+        # lm-eval 0.4.13 cannot build a shot from AGIEval's columns ("Answer is not a string!"): always 0.
+        SetSpec("agieval", "agieval", ("agieval",), shapes.AGIEVAL, "hails/agieval-<name>", default_split="test"),
+        SetSpec(
+            "wikitext",
+            "wikitext",
+            ("wikitext", "wikitext-document-level"),
+            shapes.WIKITEXT,
+            "EleutherAI/wikitext_document_level",
+        ),
+    )
 }
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    """One lm-eval task whose data lies on this disk."""
+    """One lm-eval task whose data lies on this disk: the files, and their checked rows by split."""
 
     task: str
     set_name: str
     packaged_yaml: Path
-    files: SplitFiles = field(hash=False)
-    num_documents: int
+    files: dict[str, tuple[Path, ...]] = field(hash=False)
+    rows: dict[str, list[Row]] = field(hash=False, repr=False)
+    eval_split: str
     num_fewshot: int
     output_type: str
     metrics: tuple[str, ...]
-    data_hash: str
     version: float
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.rows[self.eval_split])
+
+    @property
+    def data_hash(self) -> str:
+        """The content of the rows, whatever files and layout they came in."""
+        return hash_value(self.rows)
 
 
 @dataclass(frozen=True)
@@ -94,30 +112,52 @@ class GroupSpec:
 def go_offline() -> None:
     """Tell the datasets and hub libraries not to use the network, also where they were imported already."""
     os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
-    import datasets
     import huggingface_hub.constants
+    from datasets import config, disable_progress_bars
 
-    datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    config.HF_DATASETS_OFFLINE = config.HF_HUB_OFFLINE = True
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.disable_progress_bars()  # one bar per split and subject would bury the evaluation's own
+    disable_progress_bars()  # one bar per split and subject would bury the evaluation's own
+
+
+def check_data(experiment: Experiment) -> list[LocalTask]:
+    """The tasks of an experiment, every file and row of them checked, without a model: DataError with all faults.
+
+    The built-in example's data is no data for another model: then `dataset_path` must be given.
+    """
+    built_in = [_is_built_in(value) for value in (experiment.input_model, experiment.dataset_path)]
+    if built_in == [False, True]:
+        raise DataError(
+            f"dataset_path is not given, and the demo's questions say nothing about {experiment.input_model}: name a "
+            f"folder that holds {', '.join(_wanted_folder(SETS[name]) for name in experiment.eval_datasets)}"
+        )
+    if experiment.dataset_path == "demo":
+        return []  # not built yet, and right when it is
+    return find_tasks(experiment.dataset_path, experiment.eval_datasets, num_fewshot=experiment.eval_fewshot)
+
+
+def _is_built_in(path: str | None) -> bool:
+    return path is None or path == "demo" or path.startswith(str(cache_root() / "demo-"))
 
 
 def find_tasks(dataset_path: str | Path, sets: Iterable[str], *, num_fewshot: int | None = None) -> list[LocalTask]:
-    """Every task of `sets` whose data lies below `dataset_path`, checked file by file.
+    """Every task of `sets` whose data lies below `dataset_path`, checked row by row.
 
     `num_fewshot` replaces the usual number of shots of MMLU and C-Eval (5); the other sets stay at 0.
-    Raises DataError with all faults at once: path, columns and splits expected, and what was found.
+    Raises DataError with all faults at once: path, row, columns and splits expected, and what was found.
     """
     root, sets = Path(dataset_path).expanduser(), list(dict.fromkeys(sets))
-    if not root.is_dir():
-        raise DataError(
-            f"dataset_path {str(root)!r} is not a folder; it must hold "
-            + ", ".join(_wanted_folder(SETS[name]) for name in sets)
-        )
+    if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):
+        what = "cannot be read" if os.path.isdir(root) else "is not a folder; it must hold "
+        wanted = "" if os.path.isdir(root) else ", ".join(_wanted_folder(SETS[name]) for name in sets)
+        raise DataError(f"dataset_path {str(root)!r} {what}{wanted}")
     tasks: list[LocalTask] = []
     faults: list[str] = []
     for name in sets:
-        _find_set(root, SETS[name], num_fewshot, tasks, faults)
+        try:
+            _find_set(root, SETS[name], num_fewshot, tasks, faults)
+        except DataError as error:
+            faults.append(f"{name}: {error}")
     if faults:
         more = f"\n  and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
         raise DataError("the local data sets cannot be used:\n  " + "\n  ".join(faults[:FAULTS_SHOWN]) + more)
@@ -147,15 +187,15 @@ def groups_of(tasks: Iterable[LocalTask]) -> list[GroupSpec]:
 
 
 def write_task_folder(tasks: Iterable[LocalTask], folder: str | Path) -> Path:
-    """Write the YAML folder for `TaskManager(include_path=..., include_defaults=False)`; returns it.
+    """YAML and parquet files that make lm-eval read exactly the checked rows; returns the folder.
 
-    Each task includes its packaged YAML, keeps its name and points at the local files. Arrow copies made
+    Use it as `TaskManager(include_path=folder, include_defaults=False)`. The copies the datasets library makes
     while reading go to <folder>/cache, so they live exactly as long as the folder does.
     """
     folder, tasks = Path(folder), list(tasks)
     folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        _write_yaml(folder / f"{task.task}.yaml", _task_config(task, folder / "cache"))
+        _write_yaml(folder / f"{task.task}.yaml", _task_config(task, folder))
     for group in groups_of(tasks):
         metrics = [{"metric": metric, "aggregation": "mean", "weight_by_size": True} for metric in group.metrics]
         _write_yaml(
@@ -172,7 +212,7 @@ class _TaskYaml(yaml.SafeLoader):
     """Reads lm-eval's task files without running the functions they name."""
 
 
-_TaskYaml.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+_TaskYaml.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 def packaged_folder(task_folder: str) -> Path:
@@ -223,15 +263,22 @@ def _subject(config: dict[str, Any]) -> str:
     return subject_key(config.get("dataset_name") or config["dataset_path"].rpartition("/")[2])
 
 
-def _task_config(task: LocalTask, cache: Path) -> dict[str, Any]:
-    builder = next(iter(task.files.values()))[0].suffix[1:]
-    paths = {split: [str(path) for path in files] for split, files in task.files.items()}
+def _task_config(task: LocalTask, folder: Path) -> dict[str, Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    paths = {}
+    for split, rows in task.rows.items():
+        path = folder / "data" / task.task / f"{split}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        paths[split] = [str(path)]
     config = {
         "include": str(task.packaged_yaml),
         "task": task.task,
-        "dataset_path": builder,
+        "dataset_path": "parquet",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": paths, "cache_dir": str(cache)},
+        "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")},
     }
     # lm-eval opens the splits of shots even when it takes none, and lists all of WikiText's training text.
     if not task.num_fewshot:
@@ -249,67 +296,72 @@ def _write_yaml(path: Path, config: dict[str, Any]) -> None:
 
 
 def _find_set(root: Path, spec: SetSpec, num_fewshot: int | None, tasks: list[LocalTask], faults: list[str]) -> None:
-    folders = set_folders(root, spec.accepts, first_name=spec.name)
-    if spec.name != "agieval":
-        folders = folders[:1]  # one copy is read; only AGIEval lies in several folders
+    folders = set_folders(root, spec.accepts)
     if not folders:
-        below = ", ".join(sorted(path.name for path in root.iterdir())[:12]) or "nothing"
+        below = ", ".join(sorted(os.listdir(root))[:12]) or "nothing"
         faults.append(f"{spec.name}: no folder {_wanted_folder(spec)} in {root} (it holds: {below})")
         return
     packaged = packaged_tasks(spec.task_folder)
-    files = data_files(folders, {_subject(config) for _, config in packaged.values()})
-    if not files:
-        some = ", ".join(sorted(_subject(config) for _, config in packaged.values())[:3])
-        where = ", ".join(str(path) for _, path in folders)
-        faults.append(
-            f"{spec.name}: no data file of a known subject in {where}; expected "
-            f"<subject>/<split>.parquet with subjects such as {some}"
-        )
+    subjects = {_subject(config) for _, config in packaged.values()}
+    files = set_files(folders, subjects, spec.default_split)
     shots = spec.shots if num_fewshot is None or spec.shots_are_fixed else num_fewshot
+    before, reader = (len(tasks), len(faults)), Reader()
     for task, (path, config) in packaged.items():
-        splits = files.get(_subject(config))
-        if splits:
-            try:
-                tasks.append(_local_task(spec, task, path, config, splits, shots))
-            except DataError as error:
-                faults.append(f"{task}: {error}")
+        try:
+            found = _local_task(spec, task, path, config, files, reader, shots)
+            tasks += [found] if found else []
+        except DataError as error:
+            faults.append(f"{task}: {error}")
+    if (len(tasks), len(faults)) == before:
+        where = ", ".join(map(str, folders))
+        faults.append(
+            f"{spec.name}: no data file of a known subject in {where}; expected <subject>/<split>.parquet, .arrow, "
+            f".csv or .jsonl with subjects such as {', '.join(sorted(subjects)[:3])}{files.describe_others()}"
+        )
 
 
 def _local_task(
-    spec: SetSpec, task: str, path: Path, config: dict[str, Any], splits: SplitFiles, shots: int
-) -> LocalTask:
-    columns = AGIEVAL_CLOZE_COLUMNS if config["output_type"] == "generate_until" else spec.columns
+    spec: SetSpec, task: str, path: Path, config: dict[str, Any], files: SetFiles, reader: Reader, shots: int
+) -> LocalTask | None:
+    """The task with its rows; None where nothing of its subject is there."""
+    subject = _subject(config)
+    shape = shapes.AGIEVAL_CLOZE if config["output_type"] == "generate_until" else spec.shape
+    mixed = not files.splits(subject)  # one file for all subjects, as the configuration `all` of MMLU
     eval_split = config.get("test_split") or config["validation_split"]
     shots_split = config["fewshot_split"] if shots else None
-    files = {split: _split_files(splits, split) for split in (eval_split, shots_split) if split}
-    rows = {split: sum(check_file(file, columns) for file in paths) for split, paths in files.items()}
-    if shots_split and rows[shots_split] < shots:
+    chosen: dict[str, tuple[Path, ...]] = {}
+    rows: dict[str, list[Row]] = {}
+    for split in (eval_split, shots_split):
+        if split:
+            chosen[split] = files.family(None if mixed else subject, split)
+            rows[split] = reader.split(chosen[split], shape, subject, mixed=mixed)
+        if mixed and not rows[eval_split]:
+            return None
+    for split in chosen:
+        if not rows[split]:
+            there = sorted(files.splits(None if mixed else subject))
+            near = files.family(None if mixed else subject, there[0])[0].parent
+            raise DataError(
+                f"no {split} split in {near} (found: {', '.join(there)}; expected {split}.parquet or "
+                f"{split}-00000-of-00001.parquet{files.describe_others()})"
+            )
+    if shots_split and len(rows[shots_split]) < shots:
+        count = len(rows[shots_split])
         raise DataError(
-            f"{shots} shots asked, but {files[shots_split][0]} has {rows[shots_split]} rows; set "
-            f"eval_fewshot to {rows[shots_split]} or less"
+            f"{shots} shots asked, but {chosen[shots_split][0]} has {count} rows; set eval_fewshot to {count} or less"
         )
     return LocalTask(
         task=task,
         set_name=spec.name,
         packaged_yaml=path,
-        files=files,
-        num_documents=rows[eval_split],
+        files=chosen,
+        rows=rows,
+        eval_split=eval_split,
         num_fewshot=shots,
         output_type=config["output_type"],
-        data_hash=hash_value({split: [file_hash(file) for file in paths] for split, paths in files.items()}),
-        version=config["metadata"]["version"],
         metrics=tuple(item["metric"] for item in config["metric_list"]),
+        version=config["metadata"]["version"],
     )
-
-
-def _split_files(splits: SplitFiles, split: str) -> tuple[Path, ...]:
-    if split not in splits:
-        near = next(iter(splits.values()))[0].parent
-        raise DataError(
-            f"no {split} split in {near} (found: {', '.join(sorted(splits))}; expected "
-            f"{split}.parquet or {split}-00000-of-00001.parquet)"
-        )
-    return splits[split]
 
 
 def _wanted_folder(spec: SetSpec) -> str:

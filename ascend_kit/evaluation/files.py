@@ -1,53 +1,96 @@
-"""Find the data files of a set on disk, in the layouts people really have, and check their columns.
+"""Which files of a folder are the data of a set, in the layouts people really have.
 
-Layouts: <subject>/<split>.parquet, hub downloads (<subject>/<split>-00000-of-00001.parquet, data/<split>-...,
-datasets--owner--name/snapshots/...), converted branches (<subject>/<split>/0000.parquet) and cache folders of
-the datasets library (owner___name/..., .arrow). Knows no benchmark: names and columns come from the caller.
+A split is a family of files: one file, the shards 0 to N-1 of N, the numbered parts of a folder, or what a README.md or
+a state.json lists. Half a family or a second one is an error that names the files. Knows no benchmark: names come from
+the caller.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 SPLITS = {"train": "train", "test": "test", "dev": "dev", "val": "val", "valid": "val", "validation": "val"}
-SUFFIXES = (".parquet", ".arrow")
-SplitFiles = dict[str, tuple[Path, ...]]
+SUFFIXES = (".parquet", ".arrow", ".csv", ".jsonl")
+METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "README.md", "LICENSE", "complete.json")
+SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
+FILES_SHOWN = 6
+Key = tuple[str | None, str]  # subject, None where no path names one; split
 
 
 class DataError(ValueError):
-    """The local copy of a set is missing, incomplete or has other columns; the text says where and what."""
+    """The local copy of a set is missing, incomplete or holds faults; the text says where and what."""
 
 
-def set_folders(root: Path, accepts: Callable[[str], bool], *, first_name: str) -> list[tuple[str, Path]]:
-    """(folder name, where its files are) of every folder whose plain name is accepted, `first_name` first.
+@dataclass
+class SetFiles:
+    """What lies in the folders of a set. `listed`: families that a README.md names; `named`: those of file names."""
 
-    Looks at `root`'s children, their children (owner/name) and `root` itself; a folder inside an accepted one
-    is not listed again.
+    listed: dict[Key, list[Path]] = field(default_factory=dict)
+    named: dict[Key, list[Path]] = field(default_factory=dict)
+    others: list[Path] = field(default_factory=list)
+
+    def splits(self, subject: str | None) -> set[str]:
+        """The splits that a subject has files of."""
+        return {split for key, split in (*self.listed, *self.named) if key == subject}
+
+    def family(self, subject: str | None, split: str) -> tuple[Path, ...]:
+        """The files of a split, empty where there are none; DataError for an incomplete family or a second one."""
+        listed = self.listed.get((subject, split))
+        families = [_one_family(part) for part in _families(listed or self.named.get((subject, split), []))]
+        if listed or len(families) < 2:
+            return tuple(path for family in families for path in family)
+        raise DataError(
+            f"two copies of the {split} split: {_shown([family[0] for family in families])}; keep one of them, or name "
+            "its folder in dataset_path"
+        )
+
+    def describe_others(self) -> str:
+        """The files that are no data here, for a refusal; empty where there are none."""
+        return f"; other files there: {_shown(self.others)}" if self.others else ""
+
+
+def set_folders(root: Path, accepts: Callable[[str], bool]) -> list[Path]:
+    """Every folder whose plain name is accepted: children of `root`, their children (owner/name), or `root` itself.
+
+    A folder inside an accepted one is not listed again, and `root` counts also by the names of the two folders above it
+    (AGIEval/data/v1).
     """
-    children = [path for path in sorted(root.iterdir()) if path.is_dir()]
-    nested = [path for child in children for path in sorted(child.iterdir()) if path.is_dir()]
-    matching = [path for path in (*children, *nested, root) if accepts(plain_name(path.name))]
+    children = _subfolders(root)
+    nested = [path for child in children for path in _subfolders(child)]
+    matching = [path for path in (*children, *nested) if accepts(plain_name(path.name))]
+    if not matching and any(accepts(plain_name(part)) for part in root.absolute().parts[-3:]):
+        matching = [root]
     outermost = [path for path in matching if not any(other in path.parents for other in matching)]
-    outermost.sort(key=lambda path: plain_name(path.name) != first_name)
-    return [(path.name, _snapshot(path)) for path in outermost]
+    return list({os.path.realpath(path): path for path in reversed(outermost)}.values())[::-1]
 
 
-def data_files(folders: Iterable[tuple[str, Path]], subjects: Iterable[str]) -> dict[str, SplitFiles]:
-    """subject key -> split -> files. A README's `configs` decide; names of files and folders fill the
-    rest.
-    """
-    subjects = set(subjects)
-    result: dict[str, SplitFiles] = {}
-    for name, folder in folders:
-        for key, split, paths in (*_from_readme(folder), *_from_names(name, folder, subjects)):
-            if key in subjects:
-                result.setdefault(key, {}).setdefault(split, paths)
-    return result
+def set_files(folders: Iterable[Path], subjects: Iterable[str], default_split: str | None = None) -> SetFiles:
+    """The data files of a set by subject and split. `default_split` is that of files which name none."""
+    subjects, found = set(subjects), SetFiles()
+    for folder in folders:
+        inside = _snapshot(folder)
+        files = list(_visible_files(inside))
+        data = [path for path in files if path.suffix in SUFFIXES]
+        found.others += [path for path in files if path.suffix not in SUFFIXES and path.name not in METADATA]
+        for subject, split, path in _from_readme(inside, data):
+            if subject in subjects:
+                found.listed.setdefault((subject, split), []).append(path)
+        for path in data:
+            subject, split = _subject_of(folder.name, inside, path, subjects), _split_of(path) or default_split
+            if split is None or (subject is None and not _holds_all_subjects(path.relative_to(inside))):
+                found.others.append(path)
+            else:
+                found.named.setdefault((subject, split), []).append(path)
+    return found
 
 
 def plain_name(name: str) -> str:
@@ -60,103 +103,155 @@ def subject_key(name: str) -> str:
     return plain_name(name).removeprefix("agieval-")
 
 
-def check_file(path: Path, columns: dict[str, str]) -> int:
-    """Rows of the file; DataError when it cannot be read or a column is missing or of another kind."""
-    import pyarrow
+def _shown(paths: list[Path]) -> str:
+    names = ", ".join(str(path) for path in paths[:FILES_SHOWN])
+    return names + (f" and {len(paths) - FILES_SHOWN} more" if len(paths) > FILES_SHOWN else "")
 
+
+# --- walking ----------------------------------------------------------------------------------------------------------
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Visible folders, linked ones too; none where the folder cannot be read."""
     try:
-        schema, num_rows = _open_schema(path)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]} ({reason})") from None
-    found = {name: _kind(schema.field(name).type) for name in schema.names}
-    wrong = [name for name, kind in columns.items() if found.get(name) != kind]
-    if wrong:
-        missing = _describe({name: columns[name] for name in wrong})
-        raise DataError(f"{path} lacks {missing}; expected columns {_describe(columns)}; found {_describe(found)}")
-    if not num_rows:
-        raise DataError(f"{path} has no rows")
-    return num_rows
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [folder / name for name in names if _is_visible(name) and os.path.isdir(folder / name)]
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Every file that may matter: no hidden ones, no caches of the datasets library, only what a state.json lists."""
+    seen: set[str] = set()
+    for parent, names, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        names[:] = sorted(name for name in names if _is_visible(name)) if real not in seen else []
+        if real in seen:  # a link back into the folder
+            continue
+        seen.add(real)
+        listed = _listed_by_state(Path(parent))
+        for name in sorted(listed if listed is not None else files):
+            if _is_visible(name) and not name.startswith("cache-"):
+                yield Path(parent, name)
+
+
+def _listed_by_state(folder: Path) -> list[str] | None:
+    """The data files of a saved dataset, as its state.json says; None where there is no such file."""
+    state = _state(folder)
+    try:
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        return None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{folder / 'state.json'} lists {', '.join(missing)}, which is not there: half a copy")
+    return names
+
+
+def _state(folder: Path) -> Any:
+    try:
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _snapshot(folder: Path) -> Path:
-    """The files of a hub-cache folder (datasets--owner--name): its main or newest snapshot; else the
-    folder.
-    """
+    """The files of a hub-cache folder (datasets--owner--name): its main or newest snapshot; else the folder."""
     snapshots = folder / "snapshots"
-    if not snapshots.is_dir():
+    versions = _subfolders(snapshots)
+    if not versions:
         return folder
-    main = folder / "refs" / "main"
-    if main.is_file() and (snapshots / main.read_text().strip()).is_dir():
-        return snapshots / main.read_text().strip()
-    return max(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, default=folder)
-
-
-def _from_readme(folder: Path) -> Iterator[tuple[str, str, tuple[Path, ...]]]:
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    match = re.match(r"---\n(.*?)\n---", text, re.S)
     try:
-        front = yaml.safe_load(match.group(1)) if match else None
-    except yaml.YAMLError:
-        return  # a broken card says nothing; the file names still do
-    for config in (front or {}).get("configs") or []:
-        for item in config.get("data_files") or []:
-            if not isinstance(item, dict):  # a bare pattern names no split
-                continue
-            patterns = [item["path"]] if isinstance(item["path"], str) else item["path"]
-            found = sorted(path for pattern in patterns for path in folder.glob(pattern))
-            paths = tuple(path for path in found if path.suffix in SUFFIXES)
-            if paths:
-                yield subject_key(config["config_name"]), SPLITS.get(item["split"], item["split"]), paths
+        chosen = snapshots / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        chosen = snapshots
+    return chosen if chosen in versions else max(versions, key=lambda path: path.stat().st_mtime)
 
 
-def _from_names(name: str, folder: Path, subjects: set[str]) -> Iterator[tuple[str, str, tuple[Path, ...]]]:
-    found: dict[tuple[str, str], list[Path]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES):
-        keys = [subject_key(part) for part in (name, *path.relative_to(folder).parts[:-1])]
-        key = next((key for key in reversed(keys) if key in subjects), None)
-        if key is None and len(subjects) == 1 and path.parent in (folder, folder / "data"):
-            key = next(iter(subjects))  # a set of one configuration may lie flat
-        split = _split_of(path)
-        if split and key:
-            found.setdefault((key, split), []).append(path)
-    for (key, split), paths in found.items():
-        # One copy of a split: parquet before arrow, and the files that lie together.
-        best = min(paths, key=lambda path: (SUFFIXES.index(path.suffix), len(path.parts), path))
-        together = (path for path in paths if (path.suffix, path.parent) == (best.suffix, best.parent))
-        yield key, split, tuple(together)
+# --- what a path says -------------------------------------------------------------------------------------------------
+
+
+def _subject_of(name: str, folder: Path, path: Path, subjects: set[str]) -> str | None:
+    stem = SHARD.sub("", path.stem)
+    words = re.split(r"[-_.]", stem)
+    if len(words) > 1 and words[-1].lower() in SPLITS:
+        stem = stem[: -len(words[-1]) - 1]
+    parts = [name, *path.relative_to(folder).parts[:-1], stem]
+    key = next((key for key in map(subject_key, reversed(parts)) if key in subjects), None)
+    if key is None and len(subjects) == 1 and path.parent in (folder, folder / "data"):
+        return next(iter(subjects))  # a set of one configuration may lie flat
+    return key
+
+
+def _holds_all_subjects(relative: Path) -> bool:
+    """Whether a file that names no subject may hold all of them: all/..., test.parquet, data/test-...parquet."""
+    stem = SHARD.sub("", relative.stem).lower()
+    return "all" in relative.parts[:-1] or (len(relative.parts) <= 2 and (stem in SPLITS or stem == "data"))
 
 
 def _split_of(path: Path) -> str | None:
-    """The split in `test.parquet`, `test-00000-of-00001.parquet`, `mmlu-test.arrow` or
-    `test/0000.parquet`.
-    """
-    stem = re.sub(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$", "", path.stem)
-    return SPLITS.get(re.split(r"[-_.]", stem)[-1]) or SPLITS.get(path.parent.name)
+    """The split in `test.parquet`, `test-00000-of-00001.parquet`, `law_val.csv`, `test/0000.parquet` or state.json."""
+    last = re.split(r"[-_.]", SHARD.sub("", path.stem))[-1].lower()
+    found = SPLITS.get(last) or SPLITS.get(path.parent.name.lower())
+    return found or SPLITS.get(str(dict(_state(path.parent)).get("_split")))
 
 
-def _open_schema(path: Path) -> tuple[Any, int]:
-    import pyarrow
-    import pyarrow.parquet
+def _from_readme(folder: Path, files: list[Path]) -> Iterator[tuple[str, str, Path]]:
+    """(subject, split, file) of every pattern in a dataset card's `configs`; none where it is broken."""
+    try:
+        text = (folder / "README.md").read_bytes().decode("utf-8-sig")
+        front = re.match(r"---\s*\n(.*?)\n---", text, re.S)
+        card = yaml.safe_load(front.group(1)) if front else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return
+    configs = card.get("configs") if isinstance(card, dict) else None
+    for config in configs if isinstance(configs, list) else []:
+        entries = config.get("data_files") if isinstance(config, dict) else None
+        if isinstance(entries, dict):
+            entries = [{"split": split, "path": patterns} for split, patterns in entries.items()]
+        for entry in entries if isinstance(entries, list) else []:
+            if not isinstance(entry, dict) or not {"split", "path"} <= entry.keys():
+                continue  # a bare pattern names no split
+            patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+            for path in files:
+                relative = path.relative_to(folder).as_posix()
+                if any(fnmatch.fnmatchcase(relative, str(pattern)) for pattern in patterns):
+                    split = str(entry["split"])
+                    yield subject_key(str(config.get("config_name"))), SPLITS.get(split, split), path
 
-    if path.suffix == ".parquet":
-        meta = pyarrow.parquet.read_metadata(path)
-        return meta.schema.to_arrow_schema(), meta.num_rows
-    with pyarrow.memory_map(str(path)) as source:
-        table = pyarrow.ipc.open_stream(source).read_all()
-    return table.schema, table.num_rows
+
+# --- families ---------------------------------------------------------------------------------------------------------
 
 
-def _kind(arrow_type: Any) -> str:
-    from pyarrow import types
+def _families(paths: Iterable[Path]) -> list[list[Path]]:
+    """Files grouped by what they are parts of; a file that is reached by two links counts once."""
+    found: dict[tuple, list[Path]] = {}
+    for path in {os.path.realpath(path) + path.suffix: path for path in paths}.values():
+        shard = SHARD.search(path.stem)
+        stem = "" if path.stem.isdecimal() else SHARD.sub("", path.stem)
+        found.setdefault((path.parent, stem, path.suffix, shard and shard.group(2)), []).append(path)
+    return list(found.values())
 
-    if types.is_list(arrow_type) or types.is_large_list(arrow_type):
-        return f"list of {_kind(arrow_type.value_type)}"
-    if types.is_string(arrow_type) or types.is_large_string(arrow_type):
-        return "string"
-    return "integer" if types.is_integer(arrow_type) else str(arrow_type)
 
-
-def _describe(columns: dict[str, str]) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "none"
+def _one_family(paths: list[Path]) -> list[Path]:
+    """The files in the order of their numbers; DataError where one is missing or there twice."""
+    shards = [SHARD.search(path.stem) for path in paths]
+    numbers = [
+        int(shard.group(1)) if shard else int(path.stem) if path.stem.isdecimal() else 0
+        for path, shard in zip(paths, shards, strict=True)
+    ]
+    expected = int(shards[0].group(2)) if shards[0] else max(numbers) + 1
+    twice = sorted(path for path, number in zip(paths, numbers, strict=True) if numbers.count(number) > 1)
+    if twice:
+        raise DataError(f"a part is there twice: {_shown(twice)}")
+    missing = sorted(set(range(expected)) - set(numbers))
+    if missing:
+        raise DataError(
+            f"half a download: {_shown(sorted(paths))} of {expected} parts; missing: part "
+            f"{', '.join(map(str, missing[:FILES_SHOWN]))}"
+        )
+    return [path for _, path in sorted(zip(numbers, paths, strict=True))]

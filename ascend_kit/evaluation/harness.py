@@ -16,16 +16,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.evaluation import judge, scores
-from ascend_kit.evaluation.datasets import LocalTask, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.datasets import LocalTask, check_data, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
 from ascend_kit.evaluation.scores import EvaluationResult, load_evaluation
 from ascend_kit.identity import Identity, hash_value
 from ascend_kit.measure.cards import CardMeter
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
+
+if TYPE_CHECKING:
+    from ascend_kit.evaluation.adapter import EngineLM
 
 Progress = Callable[[int, int, str], None]  # documents done, documents in all, task
 CARDS = "evaluation_cards"
@@ -34,7 +38,7 @@ FEWSHOT_SEED = 1234  # lm-eval's default; the sets here take the first shots any
 
 
 def evaluate(
-    engine: Any, experiment: Experiment, folder: RunFolder, *, on_progress: Progress | None = None
+    engine: EvaluatedEngine, experiment: Experiment, folder: RunFolder, *, on_progress: Progress | None = None
 ) -> EvaluationResult:
     """Evaluate a loaded engine on `experiment.eval_datasets` and write everything to `folder`.
 
@@ -42,7 +46,7 @@ def evaluate(
     is computed and shown; look at `result.failed` or end with `result.raise_if_failed()`. `on_progress(done,
     total, task)` counts documents.
     """
-    tasks = find_tasks(experiment.dataset_path, experiment.eval_datasets, num_fewshot=experiment.eval_fewshot)
+    tasks = check_data(experiment)
     go_offline()
     folder.begin(experiment, *TABLES)
     _Session(engine, experiment, folder, tasks, on_progress or (lambda done, total, task: None)).run()
@@ -53,14 +57,19 @@ class _Session:
     """One call of `evaluate`: what all its tasks share."""
 
     def __init__(
-        self, engine: Any, experiment: Experiment, folder: RunFolder, tasks: list[LocalTask], on_progress: Progress
+        self,
+        engine: EvaluatedEngine,
+        experiment: Experiment,
+        folder: RunFolder,
+        tasks: list[LocalTask],
+        on_progress: Progress,
     ) -> None:
         self.engine, self.experiment, self.folder, self.tasks = engine, experiment, folder, tasks
         self.on_progress = on_progress
         self.uses_chat = experiment.eval_chat_template
         self.limit = experiment.eval_limit
         self.max_length = min(experiment.eval_max_seq_length, engine.max_seq_length)
-        self.chat_template_args = judge.chat_template_args(engine.tokenizer)
+        self.chat_template_args = judge.chat_template_args(engine.tokenizer, experiment.thinking)
         self.identities = {task.task: self._identity(task) for task in tasks}
         self.total = sum(self._size(task) for task in tasks)
         self.num_finished = 0
@@ -89,7 +98,7 @@ class _Session:
                     self._record(lm, task, manager)
                 self.num_finished += self._size(task)
         self.on_progress(self.num_finished, self.total, "")
-        self._finish(lm.num_truncated)
+        self._finish()
 
     def _identity(self, task: LocalTask) -> Identity:
         """What the answers to a task depend on: the engine's identity, the data, and how the task is asked."""
@@ -123,7 +132,7 @@ class _Session:
     def _size(self, task: LocalTask) -> int:
         return min(task.num_documents, self.limit or task.num_documents)
 
-    def _record(self, lm: Any, task: LocalTask, manager: Any) -> None:
+    def _record(self, lm: EngineLM, task: LocalTask, manager: Any) -> None:
         """Run one task and append its rows: documents first, so that a score row means they are all there."""
         head = {
             "task": task.task,
@@ -157,7 +166,7 @@ class _Session:
         self.folder.append_all("documents", [{**facts, **row} for row in document_rows], identity)
         self.folder.append_all("scores", [{**head, **row, "wall_s": wall_s} for row in score_rows], identity)
 
-    def _run(self, lm: Any, task: LocalTask, manager: Any) -> tuple[list[dict], list[dict]]:
+    def _run(self, lm: EngineLM, task: LocalTask, manager: Any) -> tuple[list[dict], list[dict]]:
         from lm_eval import evaluator
 
         lm.on_requests = _Counter(partial(self._advance, task), self._size(task), task.output_type)
@@ -172,10 +181,12 @@ class _Session:
                 apply_chat_template=self.uses_chat,
                 fewshot_as_multiturn=self.uses_chat,
             )
-        documents = [scores.document_row(task, sample, lm.finish_reasons) for sample in found["samples"][task.task]]
+        found = cast(dict[str, Any], found)
+        documents = [scores.document_row(task, sample, lm) for sample in found["samples"][task.task]]
         rows = [scores.score_row(found["results"][task.task], metric, documents) for metric in task.metrics]
         if task.set_name == "wikitext":
-            rows.append(self._token_perplexity(configured.eval_docs["page"][: self._size(task)]))
+            pages = task.rows[task.eval_split][: self._size(task)]
+            rows.append(self._token_perplexity([page["page"] for page in pages]))
         return rows, documents
 
     def _advance(self, task: LocalTask, documents: int) -> None:
@@ -201,15 +212,19 @@ class _Session:
             "text": found.text,
         }
 
-    def _finish(self, num_truncated: int) -> None:
-        table, documents = scores.load_scores(self.folder), scores.load_documents(self.folder)
+    def _finish(self) -> None:
+        table, documents = scores.load_scores(self.folder), scores.document_rows(self.folder)
         groups = [row for group in groups_of(self.tasks) for row in scores.group_rows(group, table)]
-        whole = scores.with_groups(table, groups)
+        rows = [*table.to_dict("records"), *groups]
+        flags = judge.flags(self.experiment, self.engine, self.tasks, rows, documents)
         self._write_summary(
             groups=groups,
-            flags=judge.flags(self.experiment, self.engine, self.tasks, whole, documents, num_truncated),
-            published=judge.published(self.experiment, self.engine, whole),
+            flags=[flag.to_row() for flag in flags],
+            published=judge.published(self.experiment, self.engine, rows),
         )
+        for flag in flags:
+            if flag.level == "alarm":
+                self.folder.alarm(f"{flag.key} {flag.values.get('set', '')}".strip(), str(flag), **flag.values)
 
     def _write_summary(self, **found: Any) -> None:
         conditions = {

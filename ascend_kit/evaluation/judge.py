@@ -1,28 +1,30 @@
-"""What the scores of an evaluation may mean: cautions, and published figures of the same model to compare
-with.
+"""What the scores of an evaluation may mean: alarms, cautions, and published figures of the same model.
 
-Knows tables and names only; computes nothing on the model.
+Knows rows and names only; computes nothing on the model. The texts stand in the catalogue.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ascend_kit.evaluation.datasets import MULTIPLE_CHOICE_GROUP, LocalTask
+from ascend_kit.evaluation.interface import EvaluatedEngine, Tokenizer
+from ascend_kit.messages import Finding, say
 from ascend_kit.params import Experiment
 
-if TYPE_CHECKING:
-    import pandas
-
+Row = dict[str, Any]
 ENOUGH_DOCUMENTS = 40  # below this, chance and skill overlap anyway
 CHANCE_Z = 2.0  # standard errors above guessing that a working model must reach
 SAME_CHOICE_SHARE = 0.9
 TIED_SHARE = 0.05
+CUT_SHARE = 0.01
+WHOLE_SETS = ("mmlu", "ceval-valid", "agieval")
 
 
 @dataclass(frozen=True)
@@ -59,59 +61,48 @@ PUBLISHED = (
 )
 
 
-def chat_template_args(tokenizer: Any) -> dict[str, Any]:
-    """Arguments for the chat template: thinking off where the template has the switch.
+def chat_template_args(tokenizer: Tokenizer, thinking: bool | None = None) -> dict[str, Any]:
+    """Arguments for the chat template: thinking off, unless asked for, where the template has the switch.
 
     A model that may reason first would be scored on the probability that it answers without reasoning.
     """
-    return {"enable_thinking": False} if "enable_thinking" in _template(tokenizer) else {}
+    return {"enable_thinking": bool(thinking)} if "enable_thinking" in _template(tokenizer) else {}
 
 
 def flags(
     experiment: Experiment,
-    engine: Any,
-    tasks: Iterable[LocalTask],
-    scores: pandas.DataFrame,
-    documents: pandas.DataFrame,
-    num_truncated: int,
-) -> list[str]:
-    """Sentences a reader of the scores must know; empty when there is nothing to say."""
-    tasks = list(tasks)
-    found = [*_failures(scores), *_settings(experiment, tasks), *_coverage(scores)]
-    found += _thinking(experiment, engine)
-    if num_truncated:
-        found.append(
-            f"{num_truncated} inputs were longer than {experiment.eval_max_seq_length} tokens and "
-            "lost their beginning; raise eval_max_seq_length to score them whole"
-        )
+    engine: EvaluatedEngine,
+    tasks: Sequence[LocalTask],
+    scores: Sequence[Row],
+    documents: Sequence[Row],
+) -> list[Finding]:
+    """What a reader of the scores must know; alarms are findings that make the scores worthless."""
+    found = [*_failures(scores), *_settings(experiment, tasks), *_coverage(scores), *_thinking(experiment, engine)]
     for name in dict.fromkeys(task.set_name for task in tasks):
-        if len(documents):
-            found += _answers(name, documents[documents["set"] == name])
+        found += _of_set(name, [row for row in documents if row["set"] == name], experiment.eval_max_seq_length)
     return found
 
 
-def published(experiment: Experiment, engine: Any, scores: pandas.DataFrame) -> list[dict[str, Any]]:
+def published(experiment: Experiment, engine: EvaluatedEngine, scores: Iterable[Row]) -> list[Row]:
     """Our score beside the published one, in percent, where model and conditions are the same."""
     names = {_model_key(experiment.model_name), _model_key(Path(experiment.input_model).name)}
     shape = (engine.config.num_layers, engine.config.hidden_size)
-    known = [
-        item
+    ours = {
+        (row["task"], row["n"], row["num_fewshot"]): row
+        for row in scores
+        if row["metric"] == "acc" and row["status"] == "ok"
+    }
+    return [
+        _beside(item, 100 * row["value"], 100 * row["stderr"])
         for item in PUBLISHED
         if item.model in names
         and shape == (item.num_layers, item.hidden_size)
         and experiment.eval_chat_template == item.uses_chat
+        and (row := ours.get((item.group, item.num_documents, item.num_fewshot)))
     ]
-    ours = scores[(scores["metric"] == "acc") & (scores["status"] == "ok")]
-    rows = []
-    for item in known:
-        same = ours[
-            (ours["task"] == item.group) & (ours["n"] == item.num_documents) & (ours["num_fewshot"] == item.num_fewshot)
-        ]
-        rows += [_beside(item, 100 * row.value, 100 * row.stderr) for row in same.itertuples()]
-    return rows
 
 
-def _beside(item: Published, percent: float, stderr: float) -> dict[str, Any]:
+def _beside(item: Published, percent: float, stderr: float) -> Row:
     form = "chat template, multi-turn shots" if item.uses_chat else "plain prompt"
     return {
         "group": item.group,
@@ -125,88 +116,78 @@ def _beside(item: Published, percent: float, stderr: float) -> dict[str, Any]:
     }
 
 
-def _failures(scores: pandas.DataFrame) -> list[str]:
-    failed = scores[(scores["status"] != "ok") & (scores["kind"] == "task")]
-    return [f"{row.task} failed, and its groups have no mean: {row.error}" for row in failed.itertuples()]
+def _failures(scores: Iterable[Row]) -> Iterator[Finding]:
+    for row in scores:
+        if row["kind"] != "task":
+            continue
+        if row["status"] == "ok":
+            if row["value"] is None or not math.isfinite(row["value"]):  # NaN stands as null in the file
+                yield say("evaluation.not_finite", "alarm", set=row["task"], what=f"the {row['metric']}")
+            continue
+        yield say("evaluation.failed", "caution", task=row["task"], error=str(row["error"]))
+        if str(row["error"]).startswith("NotFiniteError"):
+            yield say("evaluation.not_finite", "alarm", set=row["task"], what="a log-probability")
 
 
-def _settings(experiment: Experiment, tasks: list[LocalTask]) -> Iterator[str]:
+def _settings(experiment: Experiment, tasks: Iterable[LocalTask]) -> Iterator[Finding]:
     if experiment.eval_limit:
-        yield (
-            f"only the first {experiment.eval_limit} documents of each task were scored (eval_limit): not "
-            "comparable with published scores"
-        )
+        yield say("evaluation.limited", "caution", limit=experiment.eval_limit)
     if experiment.eval_fewshot:
-        shots = experiment.eval_fewshot
         for name in sorted({task.set_name for task in tasks if not task.num_fewshot} - {"wikitext"}):
-            yield f"{name} is scored with 0 shots: eval_fewshot={shots} does not apply to it"
+            yield say("evaluation.zero_shots", "caution", set=name, shots=experiment.eval_fewshot)
 
 
-def _coverage(scores: pandas.DataFrame) -> Iterator[str]:
-    if not (scores["kind"] == "group").any():
-        return
-    main = scores[(scores["metric"] == "acc") & scores["task"].isin(["mmlu", "ceval-valid", "agieval"])]
-    for row in main.itertuples():
-        if row.num_tasks < row.num_packaged_tasks:
-            yield (
-                f"{row.task}: the local copy holds {row.num_tasks:.0f} of {row.num_packaged_tasks:.0f} "
-                "tasks; the mean is not that of the full benchmark"
-            )
+def _coverage(scores: Iterable[Row]) -> Iterator[Finding]:
+    for row in scores:
+        if row["kind"] == "group" and row["task"] in WHOLE_SETS and row["metric"] == "acc":
+            here, whole = row["num_tasks"], row["num_packaged_tasks"]
+            if here < whole:
+                yield say("evaluation.part_of_tasks", "caution", group=row["task"], here=here, whole=whole)
 
 
-def _thinking(experiment: Experiment, engine: Any) -> Iterator[str]:
+def _thinking(experiment: Experiment, engine: EvaluatedEngine) -> Iterator[Finding]:
     template, uses_chat = _template(engine.tokenizer), experiment.eval_chat_template
     if "enable_thinking" in template:
-        how = "thinking switched off in the chat template" if uses_chat else "plain prompts"
-        yield (
-            f"this model can think before it answers; it was scored with {how}, so figures published for "
-            "thinking mode do not compare"
-        )
+        how = "plain" if not uses_chat else "on" if experiment.thinking else "off"
+        yield say(f"evaluation.thinking_{how}", "caution")
     elif "<think>" in template and uses_chat:
-        yield (
-            "this model's chat template always thinks: choices are scored where a thought would begin, "
-            "and the scores mean little; set eval_chat_template: false"
-        )
+        yield say("evaluation.thinking_always", "caution")
 
 
-def _answers(name: str, documents: pandas.DataFrame) -> Iterator[str]:
-    if "choice_logprobs" in documents:
-        choice = documents[documents["choice_logprobs"].notna()]
-        if len(choice) >= ENOUGH_DOCUMENTS:
-            yield from _choices(name, choice)
-    if "finish_reason" in documents:
-        for task, rows in documents[documents["finish_reason"].notna()].groupby("task"):
-            cut = int((rows["finish_reason"] == "length").sum())
-            if cut:
-                yield (
-                    f"{task}: {cut} of {len(rows)} answers were cut at the task's limit of new tokens; "
-                    f"the group agieval counts them, {MULTIPLE_CHOICE_GROUP} leaves generative tasks out"
-                )
+def _of_set(name: str, documents: Sequence[Row], max_length: int) -> Iterator[Finding]:
+    choice = [row for row in documents if row.get("choice_logprobs")]
+    if len(choice) >= ENOUGH_DOCUMENTS:
+        yield from _choices(name, choice)
+    cut = sum(bool(row.get("cut_tokens")) for row in documents)
+    if cut:
+        level = "alarm" if cut > CUT_SHARE * len(documents) else "caution"
+        yield say("evaluation.cut_prompts", level, set=name, cut=cut, total=len(documents), max_length=max_length)
+    empty = sum(row.get("answer") is not None and not row["answer"].strip() for row in documents)
+    if empty:
+        yield say("evaluation.empty_answers", "alarm", set=name, empty=empty)
+    ends: dict[str, list[str]] = {}
+    for row in documents:
+        if row.get("finish_reason"):
+            ends.setdefault(row["task"], []).append(row["finish_reason"])
+    for task, reasons in ends.items():
+        if (count := reasons.count("length")) > 0:
+            yield say("evaluation.cut_answers", "caution", task=task, cut=count, total=len(reasons),
+                      group=MULTIPLE_CHOICE_GROUP)  # fmt: skip
 
 
-def _choices(name: str, choice: pandas.DataFrame) -> Iterator[str]:
+def _choices(name: str, choice: Sequence[Row]) -> Iterator[Finding]:
     """Signs that log-probabilities are broken although text may read well."""
-    accuracy = float(choice["acc"].mean())
-    chance = float((1 / choice["choice_logprobs"].map(len)).mean())
-    if accuracy < chance + CHANCE_Z * math.sqrt(chance * (1 - chance) / len(choice)):
-        yield (
-            f"{name}: {100 * accuracy:.1f} % of {len(choice)} documents is what guessing gives "
-            f"({100 * chance:.1f} %). If generated text reads well, the log-probabilities are wrong "
-            "(vllm-ascend#1043 saw 23.03 % on C-Eval); if it does not, look at the conversion's parity"
-        )
-    counts = choice["prediction"].value_counts()
-    if counts.iloc[0] >= SAME_CHOICE_SHARE * len(choice):
-        share = 100 * counts.iloc[0] / len(choice)
-        yield (
-            f"{name}: choice {int(counts.index[0]) + 1} was picked for {share:.0f} % of the documents, "
-            "whatever the question"
-        )
-    tied = float(choice["choice_logprobs"].map(_is_tied).mean())
+    total = len(choice)
+    accuracy = sum(row["acc"] for row in choice) / total
+    chance = sum(1 / len(row["choice_logprobs"]) for row in choice) / total
+    if accuracy < chance + CHANCE_Z * math.sqrt(chance * (1 - chance) / total):
+        yield say("evaluation.chance", "alarm", set=name, accuracy=accuracy, chance=chance, total=total)
+    favourite, count = Counter(row["prediction"] for row in choice).most_common(1)[0]
+    if count >= SAME_CHOICE_SHARE * total:
+        yield say("evaluation.one_choice", "alarm", set=name, choice="ABCDEFG"[favourite], share=count / total)
+    tied = sum(_is_tied(row["choice_logprobs"]) for row in choice) / total
     if tied >= TIED_SHARE:
-        yield (
-            f"{name}: the two best choices have equal log-probabilities in {100 * tied:.0f} % of the "
-            "documents; the arithmetic is too coarse to tell them apart, and the first one wins"
-        )
+        yield say("evaluation.tied", "caution", set=name, share=tied)
 
 
 def _is_tied(logprobs: list[float]) -> bool:
@@ -214,7 +195,7 @@ def _is_tied(logprobs: list[float]) -> bool:
     return len(best) == 2 and best[0] == best[1]
 
 
-def _template(tokenizer: Any) -> str:
+def _template(tokenizer: Tokenizer) -> str:
     template = getattr(tokenizer, "chat_template", None) or ""
     return template if isinstance(template, str) else " ".join(map(str, dict(template).values()))
 

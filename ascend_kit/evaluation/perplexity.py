@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from ascend_kit.evaluation.interface import EvaluatedEngine
 
 PAPER_CONTEXT_LEN = 2048
 PAGE_SEPARATOR = "\n\n"
@@ -36,7 +37,7 @@ class TokenPerplexity:
 
 
 def token_perplexity(
-    engine: Any,
+    engine: EvaluatedEngine,
     pages: Sequence[str],
     *,
     context_len: int = PAPER_CONTEXT_LEN,

@@ -13,7 +13,7 @@ from ascend_kit.evaluation.scores import document_rows, load_scores
 from ascend_kit.files import Table
 from ascend_kit.identity import Identity
 from ascend_kit.measure.sweep import asked_rows
-from ascend_kit.params import Experiment
+from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder, list_runs, run_parameters
 from ascend_kit.stages import RunRecord
 
@@ -159,7 +159,7 @@ def differences(runs: Sequence[Run]) -> Table:
     import pandas
 
     # A run of an older version knows fewer parameters; it was made with what are the defaults now.
-    defaults = Experiment().model_dump()
+    defaults = build_experiment({}).model_dump()
     table = pandas.DataFrame({run.name: {**defaults, **run.parameters} for run in runs}, dtype=object)
     is_equal = table.map(repr).nunique(axis=1) <= 1
     return table[~is_equal & ~table.index.isin(list(NAMES))]

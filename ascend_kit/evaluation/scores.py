@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.evaluation.datasets import GroupSpec, LocalTask
+from ascend_kit.evaluation.paired import Passages
 from ascend_kit.evaluation.perplexity import ratio
+from ascend_kit.evaluation.rows import passage_of
+from ascend_kit.files import Table
 from ascend_kit.identity import Identity
+from ascend_kit.messages import Finding
 from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
-    import pandas
+    from ascend_kit.evaluation.adapter import EngineLM
 
 UNITS = {
     "acc": "fraction",
@@ -41,12 +45,12 @@ class EvaluationResult:
     `published`: figures of the same model under the same conditions; empty where none is known.
     """
 
-    tasks: pandas.DataFrame
-    groups: pandas.DataFrame
-    documents: pandas.DataFrame
-    cards: pandas.DataFrame
-    flags: list[str]
-    published: pandas.DataFrame
+    tasks: Table
+    groups: Table
+    documents: Table
+    cards: Table
+    flags: list[Finding]
+    published: Table
     conditions: dict[str, Any]
 
     @property
@@ -85,13 +89,13 @@ def load_evaluation(folder: RunFolder) -> EvaluationResult:
         groups=with_groups(pandas.DataFrame(columns=COLUMNS), summary.get("groups", [])),
         documents=load_documents(folder),
         cards=pandas.DataFrame(list(_asked_rows(folder, "evaluation_cards"))),
-        flags=summary.get("flags", []),
+        flags=[Finding.from_row(row) for row in summary.get("flags", [])],
         published=pandas.DataFrame(summary.get("published", [])),
         conditions=summary.get("conditions", {}),
     )
 
 
-def load_scores(folder: RunFolder) -> pandas.DataFrame:
+def load_scores(folder: RunFolder) -> Table:
     """The last outcome of every task that was asked for: a row per metric, or one row of a failure."""
     import pandas
 
@@ -105,7 +109,7 @@ def load_scores(folder: RunFolder) -> pandas.DataFrame:
     return pandas.DataFrame(found, columns=None if found else COLUMNS)
 
 
-def load_documents(folder: RunFolder) -> pandas.DataFrame:
+def load_documents(folder: RunFolder) -> Table:
     """The documents behind `load_scores`, each once: the last answer to each of a task's scored documents."""
     import pandas
 
@@ -133,7 +137,7 @@ def finished(folder: RunFolder, identities: Mapping[str, Identity]) -> set[tuple
     }
 
 
-def with_groups(table: pandas.DataFrame, groups: list[dict[str, Any]]) -> pandas.DataFrame:
+def with_groups(table: Table, groups: list[dict[str, Any]]) -> Table:
     """`table` with rows of groups below it."""
     import pandas
 
@@ -152,44 +156,46 @@ def metrics_of(task: LocalTask) -> tuple[str, ...]:
 
 
 def score_row(results: dict[str, Any], metric: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """One metric of lm-eval's results for a task; `stderr` is None where there is a single document."""
+    """One metric of lm-eval's results for a task; `stderr` is None where there is a single document.
+
+    Where questions share passages, `stderr` is that of whole passages and `num_passages` says how many there are.
+    """
     value, stderr = float(results[f"{metric},none"]), results.get(f"{metric}_stderr,none")
+    row = {"metric": metric, "value": value, "unit": UNITS[metric], "n": len(documents)}
     if metric in LOWER_IS_BETTER:
-        stderr = _perplexity_stderr(metric, value, documents)
-    return {
-        "metric": metric,
-        "value": value,
-        "unit": UNITS[metric],
-        "n": len(documents),
-        "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
-    }
+        return row | {"stderr": _perplexity_stderr(metric, value, documents)}
+    passages = Passages.of([document[metric] for document in documents], [row.get("passage") for row in documents])
+    if passages is not None:
+        return row | {"stderr": passages.mean_and_stderr()[1], "num_passages": len(passages.sizes)}
+    return row | {"stderr": float(stderr) if isinstance(stderr, (int, float)) else None}
 
 
-def document_row(task: LocalTask, sample: dict[str, Any], finish_reasons: dict[str, str]) -> dict[str, Any]:
-    """One document's answer in plain values; two runs are paired on (task, doc_id, doc_hash)."""
+def document_row(task: LocalTask, sample: dict[str, Any], lm: EngineLM) -> dict[str, Any]:
+    """One document's answer in plain values; two runs are paired on (task, doc_id, doc_hash, prompt_hash)."""
     row = {name: sample[name] for name in ("doc_id", "doc_hash", "prompt_hash")}
     responses = [response[0] for response in sample["resps"]]
     if task.output_type == "loglikelihood_rolling":
         logprob, words = sample["word_perplexity"]
         return row | {"logprob": logprob, "words": words, "bytes": sample["byte_perplexity"][1]}
+    context = sample["arguments"][0][0]
+    row |= {
+        "target": sample["target"],
+        "passage": passage_of(sample["doc"]),
+        "cut_tokens": lm.cut_tokens.get(context, 0),
+    }
     if task.output_type == "multiple_choice":
         logprobs = [logprob for logprob, _ in responses]
         row |= {
-            "target": sample["target"],
             "prediction": max(range(len(logprobs)), key=logprobs.__getitem__),
             "choice_logprobs": logprobs,
             "choice_is_greedy": [greedy for _, greedy in responses],
         }
     else:
-        row |= {
-            "target": sample["target"],
-            "answer": responses[0],
-            "finish_reason": finish_reasons.get(sample["arguments"][0][0]),
-        }
+        row |= {"answer": responses[0], "finish_reason": lm.finish_reasons.get(context)}
     return row | {metric: float(sample[metric]) for metric in task.metrics}
 
 
-def group_rows(group: GroupSpec, table: pandas.DataFrame) -> list[dict[str, Any]]:
+def group_rows(group: GroupSpec, table: Table) -> list[dict[str, Any]]:
     """Rows of one group: lm-eval's mean weighted by documents and its pooled standard error, per metric.
 
     A group with a failed member gets a failed row: a mean over the rest would look like the same figure.
@@ -212,7 +218,7 @@ def group_rows(group: GroupSpec, table: pandas.DataFrame) -> list[dict[str, Any]
     ]
 
 
-def _group_value(metric: str, rows: pandas.DataFrame, num_tasks: int) -> dict[str, Any]:
+def _group_value(metric: str, rows: Table, num_tasks: int) -> dict[str, Any]:
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
 
     sizes = [int(n) for n in rows["n"]]
@@ -220,11 +226,17 @@ def _group_value(metric: str, rows: pandas.DataFrame, num_tasks: int) -> dict[st
     missing = num_tasks - len(rows)
     if missing:
         return {**row, "status": "failed", "error": f"{missing} of {num_tasks} tasks failed"}
-    stderrs = rows["stderr"].astype(float)
+    stderrs = [float(stderr) for stderr in rows["stderr"].astype(float)]
+    if any(stderr != stderr for stderr in stderrs):
+        stderr = None
+    elif "num_passages" in rows and rows["num_passages"].notna().any():
+        stderr = math.sqrt(sum((n * stderr) ** 2 for n, stderr in zip(sizes, stderrs, strict=True))) / sum(sizes)
+    else:
+        stderr = float(pooled_sample_stderr(stderrs, sizes))
     return {
         **row,
         "value": float(aggregate_subtask_metrics(list(rows["value"].astype(float)), sizes)),
-        "stderr": None if stderrs.isna().any() else float(pooled_sample_stderr(list(stderrs), sizes)),
+        "stderr": stderr,
     }
 
 

@@ -140,14 +140,10 @@ def batch_findings(answers: Table) -> list[Finding]:
 def evaluation_findings(result: EvaluationResult) -> list[Finding]:
     """Accuracy of each set with its standard error, perplexities, cautions and failed tasks."""
     found = [_score(row) for row in _whole_sets(result.groups, result.tasks)]
-    found += [_caution(flag) for flag in result.flags]
+    found += result.flags
     return found + [
         say("scores.failed", "failed", task=task, error=str(error)) for task, error in result.failed.items()
     ]
-
-
-def _caution(flag: Any) -> Finding:
-    return say("text", "caution", text=flag) if isinstance(flag, str) else Finding.from_row(flag)
 
 
 def _whole_sets(groups: Table, tasks: Table) -> list[Any]:

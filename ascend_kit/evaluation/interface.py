@@ -1,0 +1,46 @@
+"""What an evaluation asks of an engine, of whatever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ascend_kit.identity import Identity
+
+if TYPE_CHECKING:
+    from ascend_kit.device.device import Device
+    from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score
+    from ascend_kit.model.config import ModelConfig
+
+Ids = list[int]
+
+
+class Tokenizer(Protocol):
+    """What is used of transformers' tokenizers, whose own annotations leave most of it open."""
+
+    name_or_path: str
+    eos_token_id: int | None
+    bos_token_id: int | None
+    chat_template: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Ids: ...
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str: ...
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, **options: Any) -> Any: ...
+
+
+class EvaluatedEngine(Protocol):
+    """A loaded model: log-probabilities of continuations, text after prompts, and what both depend on."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def device(self) -> Device: ...
+    @property
+    def max_seq_length(self) -> int: ...
+    @property
+    def identity(self) -> Identity: ...
+    def score(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Score]: ...
+    def generate(self, prompts: Sequence[Ids], params: Sequence[SamplingParams]) -> list[RequestOutput]: ...
+    def stats(self) -> dict[str, Any]: ...
