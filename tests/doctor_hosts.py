@@ -151,7 +151,7 @@ def ascend_server(**changes) -> FakeHost:
         **COMMON_FILES,
         **{f"/dev/davinci{card}": "" for card in range(8)},
         **{path: "" for path in ("/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc")},
-        "/usr/local/Ascend/driver/version.info": "Version=25.5.1\nascendhal_version=7.35.23\n",
+        "/usr/local/Ascend/driver/version.info": "Version=26.1.0\nascendhal_version=7.35.23\n",
         f"{ROOT}/aarch64-linux/ascend_toolkit_install.info": "package_name=toolkit\nversion=9.1.0\n",
         f"{ROOT}/aarch64-linux/ascend_ops_install.info": "version=9.1.0\n",
         f"{kernels}/ascend910b/matmul.json": "",
@@ -161,14 +161,15 @@ def ascend_server(**changes) -> FakeHost:
         "/proc/sys/vm/swappiness": "0\n",
     }
     run = "python -m ascend_kit.doctor.self_test --stage "
-    versions = {"python": "3.11.9", "torch": "2.12.0", "torch_npu": "2.12.0.post2", "cann": "9.1.0"}
+    versions = {"python": "3.11.9", "torch": "2.12.0+cpu", "torch_npu": "2.12.0.post2", "cann": "9.1.0"}
     state = {
         "files": files,
         "env": {"ASCEND_HOME_PATH": ROOT, "OMP_NUM_THREADS": "8", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"},
-        "packages": {"torch": "2.12.0", "torch_npu": "2.12.0.post2", "ascend-kit": "0.1.0"},
+        "packages": {"torch": "2.12.0+cpu", "torch_npu": "2.12.0.post2", "ascend-kit": "0.1.0"},
         "cpus": 192,
         "commands": {
             "npu-smi info": CommandResult(0, sample("info_910b")),
+            "python -c": CommandResult(0),  # every package that CANN imports is there
             "npu-smi info -t topo": CommandResult(0, sample("topo_910b")),
             "python -m ascend_kit.doctor.self_test --stage probe": probe_output(
                 "npu", 8, "Ascend910B3", 60 * 2**30, 64 * 2**30, **versions

@@ -6,15 +6,21 @@ import io
 import json
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import Path
 
 import pytest
+import yaml
 from doctor_hosts import ROOT, ascend_server, laptop, probe_output, sample, stage_output
+from packaging.specifiers import SpecifierSet
 
 from ascend_kit import doctor
 from ascend_kit.doctor import Finding, as_table, render, run_checks, run_self_test
 from ascend_kit.doctor.findings import Section, worst_status
 from ascend_kit.doctor.host import CommandResult, Host
 from ascend_kit.doctor.stages import OpCheck
+from ascend_kit.doctor.versions import check_cann_packages, stack
 
 ORDER = [
     "Machine",
@@ -219,15 +225,113 @@ def test_version_triple(packages, cann, check, status):
 def test_too_old_cann_names_the_torch_npu_that_suits_it():
     files = {f"{ROOT}/aarch64-linux/ascend_toolkit_install.info": "version=8.5.0\n"}
 
-    assert "(2.9.0)" in find(run_checks(ascend_server(files=files)), "Versions", "torch_npu and CANN").remedy
+    assert "torch-npu==2.9.0" in find(run_checks(ascend_server(files=files)), "Versions", "torch_npu and CANN").remedy
 
 
-def test_gpu_build_of_torch_on_x86_is_a_warning_and_the_cpu_build_is_not():
-    gpu = run_checks(ascend_server(machine="x86_64"))
-    cpu = run_checks(ascend_server(machine="x86_64", packages={"torch": "2.12.0+cpu"}))
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize(("torch", "status"), [("2.12.0", "warn"), ("2.12.0+cu130", "warn"), ("2.12.0+cpu", "ok")])
+def test_a_cuda_build_of_torch_is_a_warning_on_both_architectures(machine, torch, status):
+    found = find(
+        run_checks(ascend_server(machine=machine, packages={"torch": torch})), "Versions", "torch and torch_npu"
+    )
 
-    assert find(gpu, "Versions", "torch and torch_npu").status == "warn"
-    assert find(cpu, "Versions", "torch and torch_npu").status == "ok"
+    assert found.status == status
+    assert status == "ok" or "download.pytorch.org/whl/cpu" in found.remedy
+
+
+def test_a_missing_package_of_cann_is_named_with_the_command_that_brings_it():
+    host = ascend_server(commands={"python -c": CommandResult(0, "decorator: No module named 'decorator'\n")})
+
+    found = find(run_checks(host), "Versions", "packages of CANN")
+
+    assert found.status == "fail" and "decorator: No module named" in found.evidence
+    assert "pip install 'decorator>=4.4'" in found.remedy and "500001" in found.remedy
+
+
+def test_packages_of_cann_are_really_imported():
+    section = Section("S")
+
+    check_cann_packages(section, Host())
+
+    (found,) = section.findings
+    assert found.status in ("ok", "fail") and "yaml:" not in found.evidence and "scipy:" not in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("cann", "numpy", "fails"), [("8.5.0", "2.2.6", True), ("8.5.0", "1.26.4", False), ("9.1.0", "2.2.6", False)]
+)
+def test_numpy_2_does_not_go_with_cann_below_9(cann, numpy, fails):
+    files = {f"{ROOT}/aarch64-linux/ascend_toolkit_install.info": f"version={cann}\n"}
+
+    findings = run_checks(ascend_server(files=files, packages={"numpy": numpy}))
+
+    assert any(item.check == "numpy" and item.status == "fail" for item in findings) == fails
+
+
+@pytest.mark.parametrize(("driver", "status"), [("26.1.0", "ok"), ("25.5.1", "warn")])
+def test_cann_91_pairs_with_hdk_26_1(driver, status):
+    files = {"/usr/local/Ascend/driver/version.info": f"Version={driver}\n"}
+
+    found = find(run_checks(ascend_server(files=files)), "Versions", "CANN and driver")
+
+    assert found.status == status and (status == "ok" or "26.1.0" in found.remedy)
+
+
+@pytest.mark.parametrize(
+    ("cann", "torch", "torch_npu"),
+    [
+        ("9.1.0", "2.12.0", "2.12.0.post2"),
+        ("9.0.0", "2.10.0", "2.10.0"),
+        ("8.5.0", "2.9.0", "2.9.0"),
+        ("8.3.RC1", "2.8.0", "2.8.0"),
+    ],
+)
+def test_the_pair_of_the_cann_found_is_printed(cann, torch, torch_npu):
+    files = {f"{ROOT}/aarch64-linux/ascend_toolkit_install.info": f"version={cann}\n"}
+
+    found = find(run_checks(ascend_server(files=files)), "Versions", "pair for this CANN")
+
+    assert f"torch=={torch}+cpu" in found.evidence and found.evidence.endswith(f"torch-npu=={torch_npu}")
+
+
+@pytest.mark.parametrize(
+    ("python", "torch_npu", "status"),
+    [
+        ("3.14.0", "2.12.0.post2", "fail"),
+        ("3.14.0", "2.12.0.post3", "ok"),
+        ("3.13.1", "2.12.0", "ok"),
+        ("3.14.0", "2.14.0", "ok"),
+    ],
+)
+def test_pythons_without_a_wheel_are_known(python, torch_npu, status):
+    host = ascend_server(python_version=python, packages={"torch_npu": torch_npu})
+
+    assert find(run_checks(host), "Versions", "python").status == status
+
+
+def test_one_version_story_in_environment_project_readme_and_doctor():
+    wanted, root = stack()["recommended"], Path(__file__).parents[1]
+    environment = yaml.safe_load((root / "environment.yml").read_text())
+    pip = next(item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    readme = (root / "README.md").read_text()
+
+    assert {f"torch=={wanted['torch']}+cpu", f"torch-npu=={wanted['torch_npu']}"} <= set(pip)
+    assert f"--extra-index-url {stack()['torch_index']}" in pip
+    assert environment["variables"]["TASK_QUEUE_ENABLE"] == "1"
+    extra = set(project["optional-dependencies"]["npu"])
+    assert {f"torch=={wanted['torch']}", f"torch-npu=={wanted['torch_npu']}"} <= extra
+    assert set(stack()["cann_packages"].values()) <= extra | set(project["dependencies"])
+    assert set(stack()["cann_packages"].values()) - set(project["dependencies"]) <= set(pip)
+    for text in (
+        f"torch {wanted['torch']}",
+        f"torch_npu {wanted['torch_npu']}",
+        f"CANN {wanted['cann']}",
+        f"HDK {wanted['driver']}",
+    ):
+        assert text in readme, text
+    assert f"--index-url {stack()['torch_index']}" in readme
+    assert project["requires-python"] == ">=3.11" and "3.11 to 3.13" in (root / "Makefile").read_text()
 
 
 def test_cann_version_comes_from_torch_npu_when_no_file_tells_it():
@@ -423,3 +527,19 @@ def test_host_answers_for_what_is_absent_without_raising(tmp_path):
     assert host.import_version("no-such-package-here") is None
     assert host.requirements("no-such-package-here") is None
     assert host.can_create_in(str(tmp_path / "new" / "folder"))
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_pinned_package_admits_each_supported_python(python):
+    """What pip's resolver asks first; read from the packages installed here, so it needs no network."""
+    pins = [line.partition("==")[0] for line in (Path(__file__).parents[1] / "constraints.txt").read_text().split()]
+    refused = []
+    for name in pins:
+        try:
+            needs = metadata(name)["Requires-Python"]
+        except PackageNotFoundError:
+            continue
+        if needs and not SpecifierSet(needs).contains(f"{python}.99"):
+            refused.append(f"{name} needs Python {needs}")
+
+    assert refused == []

@@ -109,6 +109,45 @@ def test_a_captured_step_costs_one_replay_one_upload_and_no_synchronisation(sim,
 
 
 @pytest.mark.npu
+def test_graphs_of_all_sizes_share_the_memory_of_the_largest(device):
+    """Temporaries of 32 MiB a graph: on a stream each they would reserve four times that."""
+    step, temporary = TinyStep(device, "npu"), 32 << 20
+
+    def wasteful(token_ids, positions, meta):
+        logits = step(token_ids, positions, meta)
+        return logits + torch.empty(temporary, dtype=torch.uint8, device=device)[:1].to(logits.dtype) * 0
+
+    wasteful.ops = step.ops
+    runner = make_graphs(wasteful, select_device(device), max_batch=8)
+    torch.npu.empty_cache()
+    before = torch.npu.memory_reserved()
+
+    runner.capture()
+
+    torch.npu.empty_cache()
+    assert len(runner.sizes) == 4
+    assert temporary <= torch.npu.memory_reserved() - before < 2 * temporary
+
+
+@pytest.mark.npu
+@pytest.mark.parametrize("batch", [129, 200])
+def test_batches_beyond_a_block_of_slots_decode_in_graphs(batch, device):
+    step = TinyStep(device, "npu")
+    runner = make_graphs(step, select_device(device), max_batch=256)
+    lengths = [1] * batch
+    slots = torch.arange(2 * BLOCK, 2 * BLOCK + batch, dtype=torch.int32)
+    table = (slots // BLOCK).unsqueeze(1)
+    meta = AttentionMeta(
+        slots, table, list(range(1, batch + 1)), lengths, torch.ones(batch, dtype=torch.int32), BLOCK, True
+    )
+    tokens = torch.arange(batch, dtype=torch.int32) % VOCABULARY
+
+    got = runner.run(tokens, torch.zeros(batch, dtype=torch.int32), meta).cpu()
+
+    assert runner.sizes[-1] == 256 and torch.isfinite(got.float()).all() and got.shape == (batch, VOCABULARY)
+
+
+@pytest.mark.npu
 def test_a_replay_that_never_ends_is_reported_with_advice(sim, monkeypatch, device):
     runner = make_graphs(TinyStep(device, "npu"), select_device(device), timeout_s=0.05)
     runner.capture()

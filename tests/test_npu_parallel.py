@@ -43,7 +43,9 @@ def test_two_ranks_give_the_tokens_of_one_from_int8_weights(tiny_int8_dir, sim, 
         run_rank, args=(str(tiny_int8_dir), str(tmp_path), INT8_MODES), nprocs=2, start_method="spawn"
     )
 
-    settings = dict(precision="fp32", device="cpu", max_seq_length=256, batch_size=4, kv_cache_gib=0.02)
+    settings = dict(
+        precision="fp32", device="cpu", max_seq_length=256, batch_size=4, kv_cache_gib=0.02, graph_mode=False
+    )
     with AscendInferEngine(tiny_int8_dir, **settings) as engine:
         halve(engine.core, tiny_int8_dir)
         expected = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW, ignore_eos=True))

@@ -79,6 +79,25 @@ def test_attention_equals_the_reference(step, heads, groups, size, device):
     torch.testing.assert_close(got.cpu(), expected, **BF16)
 
 
+@pytest.mark.parametrize("step", steps())
+def test_heads_of_64_go_through_one_packed_call_when_asked(step, monkeypatch, device):
+    monkeypatch.setenv("ASCEND_KIT_NPU_HEAD_64", "tnd")
+    q, k_cache, v_cache, meta, expected = attention_case(step, 14, 2, 64, device=device)
+
+    got = npu.paged_attention(q, k_cache, v_cache, meta, 64**-0.5)
+
+    torch.testing.assert_close(got.cpu(), expected, **BF16)
+
+
+def test_rotary_leaves_the_in_place_kernel_above_76_heads_and_for_64_before_cann_9(monkeypatch, device):
+    def heads(num_heads, size):
+        return torch.empty(1, num_heads, size), torch.empty(1, 4, size)
+
+    assert npu._fits_rope(*heads(72, 128)) and not npu._fits_rope(*heads(73, 128))
+    monkeypatch.setattr(npu, "cann_version", lambda: "8.5.0")
+    assert npu._fits_rope(*heads(28, 128)) and not npu._fits_rope(*heads(14, 64))
+
+
 @pytest.mark.parametrize("step", ["decode", "mixed"])
 def test_attention_in_float32_is_exact(step, device):
     q, k_cache, v_cache, meta, expected = attention_case(step, 4, 2, 128, torch.float32, device)

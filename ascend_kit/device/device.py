@@ -7,6 +7,7 @@ without it can import everything. Memory is in bytes, times in seconds, unless t
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import importlib
 import importlib.metadata
@@ -167,7 +168,7 @@ class Device:
         if self.kind == "cuda":
             found["cuda"] = str(torch.version.cuda)
         if self.kind == "npu":
-            found |= {"driver": _driver_version(), "cann": _cann_version()}
+            found |= {"driver": _driver_version(), "cann": cann_version()}
         return found
 
     def task_queue_level(self) -> int | None:
@@ -309,7 +310,9 @@ def _check_index(kind: str, index: int, count: int, variable: str) -> None:
     raise DeviceError(f"device {kind}:{index} does not exist: {count} visible, numbered from 0 ({hint})")
 
 
-def _cann_version() -> str:
+@functools.cache
+def cann_version() -> str:
+    """The CANN that torch_npu runs on, or "unknown"."""
     with contextlib.suppress(ImportError, RuntimeError):
         return importlib.import_module("torch_npu.npu.utils").get_cann_version() or "unknown"
     return "unknown"

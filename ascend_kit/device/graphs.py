@@ -123,6 +123,11 @@ class StaticInputs:
         self.host_rows[2] = torch.arange(self.size, dtype=torch.int32) % self.block_size
         self.host_rows[3] = 1
 
+    def spread(self) -> None:
+        """Give every dead row a slot of its own, beyond the scratch block too: only while no block is in use."""
+        self.host_rows[2] = torch.arange(self.size, dtype=torch.int32)
+        self.buffer.copy_(self.host)
+
     def meta(self, host_lengths: Sequence[int] | None) -> AttentionMeta:
         """The step's meta over the static tensors; None puts a guard where the host lengths would be."""
         ends, lens = (_Unreadable(), _Unreadable())
@@ -200,10 +205,12 @@ class DecodeGraphs:
     ) -> None:
         self.device, self.step_fn, self.timeout_s = device, step_fn, timeout_s
         if device.kind == "npu":
-            # The cache write wants distinct slots, and dead rows have those of the one scratch block. Larger batches
-            # run without a graph.
-            max_batch = min(max_batch, block_size)
+            # A recorded size is written to once with dead rows alone, over the scratch block and the one behind it.
+            max_batch = min(max_batch, 2 * block_size)
         self.sizes = decode_sizes(max_batch, sizes)
+        if device.kind == "npu":
+            # The cache write wants distinct slots, and dead rows have those of the one scratch block.
+            self.sizes = sorted({*self.sizes, *range(block_size, max_batch, block_size)})
         self.max_blocks, self.block_size, self.mask = max_blocks, block_size, mask
         self.host_lengths = host_lengths and device.kind == "npu"
         self.update_first = os.environ.get(UPDATE_FIRST_VARIABLE, "0") not in ("", "0")
@@ -215,6 +222,7 @@ class DecodeGraphs:
             self._compiled = recorded or _CompiledLayers(step_fn, layers)
             self.sizes = self._compiled.sizes or self.sizes
         self._pool: Any = None
+        self._stream: Any = None  # one for all sizes: the allocator shares a pool within a stream only
         self._done: Any = None  # event after the latest replay
 
     def capture(self) -> dict[str, Any]:
@@ -277,9 +285,10 @@ class DecodeGraphs:
     def _capture_size(self, size: int) -> _Captured:
         backend = self.device.backend
         inputs = StaticInputs(self.device, size, self.max_blocks, self.block_size, self.mask)
+        inputs.spread()
         lengths = [1] * size if self.host_lengths else None
         meta = inputs.meta(lengths)
-        stream = backend.Stream()
+        stream = self._stream = self._stream or backend.Stream()
         stream.wait_stream(backend.current_stream())
         try:
             with backend.stream(stream):  # kernels are loaded and workspaces sized before recording starts

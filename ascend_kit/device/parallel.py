@@ -33,9 +33,10 @@ class TensorParallel:
         if self.size == 1:
             return x
         x = x.contiguous()  # HCCL refuses strided tensors
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, x, group=self.group)
-        return torch.cat(parts, dim=-1)
+        # Into one tensor: a list of parts would be copied part by part, each on a stream of its own.
+        parts = x.new_empty(self.size, *x.shape)
+        torch.distributed.all_gather_into_tensor(parts, x, group=self.group)
+        return parts.movedim(0, -2).flatten(-2)
 
     def span(self, total: int, what: str) -> tuple[int, int]:
         """[start, stop) of this rank's share of `total`; ValueError when it does not divide."""

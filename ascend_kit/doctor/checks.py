@@ -19,7 +19,7 @@ from ascend_kit.doctor.network import SECTION as NETWORK_SECTION
 from ascend_kit.doctor.network import check_network
 from ascend_kit.doctor.stages import add_stage, probe_device, trouble
 from ascend_kit.doctor.variables import check_variables
-from ascend_kit.doctor.versions import check_cann_pair, check_versions
+from ascend_kit.doctor.versions import check_cann_pair, check_torch_build, check_versions
 
 NO_ASCEND = "no Ascend card or software on this machine"
 VENDOR_SECTIONS = ("Driver", "Device files", "CANN", "NNAL", "Versions")
@@ -85,14 +85,7 @@ def _vendor_sections(host: Host, found: hardware.Installation, is_ascend: bool):
     yield hardware.check_cann(host, found)
     yield hardware.check_nnal(host, found)
     section = Section("Versions")
-    check_versions(
-        section,
-        host.python_version,
-        host.machine,
-        host.import_version("torch"),
-        host.import_version("torch_npu"),
-        found.cann,
-    )
+    check_versions(section, host, found.cann, found.driver)
     yield section
 
 
@@ -111,6 +104,11 @@ def _device_sections(host: Host, found: hardware.Installation, device: str, is_a
         yield from _skip(names[1:], "the import failed")
         return
     section.ok("torch", ", ".join(f"{name} {version}" for name, version in seen["versions"].items()))
+    if seen["kind"] == "npu":
+        check_torch_build(section, seen["versions"]["torch"])
+        level = seen["task_queue_level"]  # as that process has it: conda's variables and kernels may differ
+        remedy = "" if level == 1 else "export TASK_QUEUE_ENABLE=1 for the process that runs the engine"
+        section.add("warn" if remedy else "ok", "task queue in force", f"level {level}", remedy)
     if found.cann is None and seen["versions"].get("cann", "unknown") != "unknown":
         check_cann_pair(section, seen["versions"]["torch_npu"], seen["versions"]["cann"])
     yield section

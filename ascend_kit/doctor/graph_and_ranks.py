@@ -58,7 +58,7 @@ def _capture(comparer: Comparer, inputs: AttentionInputs, dtype: torch.dtype) ->
     queries = torch.cat((held.q.flatten(1), held.q.flatten(1)[:1]))  # the last row is for dead tokens
 
     def step(token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
-        q_TNH = queries[token_ids].view(-1, *held.q.shape[1:])
+        q_TNH = queries.index_select(0, token_ids).view(-1, *held.q.shape[1:])
         return comparer.ops.paged_attention(q_TNH, held.k_cache, held.v_cache, meta, _SCALE).flatten(1)
 
     graphs = DecodeGraphs(

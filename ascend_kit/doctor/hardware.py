@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ascend_kit.doctor.findings import Section
 from ascend_kit.doctor.host import Host
 from ascend_kit.doctor.npu_smi import IDLE_HBM_MB, SmiInfo, parse_info, parse_topo
-from ascend_kit.doctor.versions import GRAPH_DRIVER, numbers
+from ascend_kit.doctor.versions import numbers, stack
 
 DRIVER_INFO = "/usr/local/Ascend/driver/version.info"
 CANN_ROOTS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
@@ -85,7 +85,7 @@ def check_driver(host: Host, found: Installation) -> Section:
             f"{DRIVER_INFO} cannot be read",
             CONTAINER_DRIVER_REMEDY if container else "install the driver that the CANN release notes name",
         )
-    elif numbers(found.driver) < GRAPH_DRIVER:
+    elif numbers(found.driver) < numbers(stack()["graph_driver"]):
         section.warn(
             "driver version",
             found.driver,

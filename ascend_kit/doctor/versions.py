@@ -1,148 +1,173 @@
-"""Which torch, torch_npu and CANN belong together, and what to do about a triple that does not.
-
-Source: Ascend/pytorch COMPATIBILITY.en.md and docs/zh/release_notes.md, read in August 2026. torch_npu
-2.13.0 is the 26.2.0 line, whose row was not published then; its CANN is inferred from version gates inside
-the wheel.
-"""
+"""Which driver, CANN, Python, torch and torch_npu belong together (stack.yaml), and what to do where they do not."""
 
 from __future__ import annotations
 
+import functools
 import re
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ascend_kit.doctor.findings import Section
+from ascend_kit.doctor.host import Host
 
-GRAPH_DRIVER = (25, 5, 1)  # HDK from which the old budget of streams is gone (vllm-ascend release notes)
-SAFE_PAIR = "torch 2.12.0 + torch_npu 2.12.0.post2 + CANN 9.1.x"
-
-
-@dataclass(frozen=True)
-class Release:
-    """A row of the compatibility table; `is_published` is False for a pairing that is only expected."""
-
-    product: str
-    torch_npu: tuple[str, ...]
-    cann: str
-    is_published: bool = True
+# Imports each module and prints the ones that fail; run in a process of its own, as CANN's compiler is.
+_IMPORT = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try: importlib.import_module(name)
+    except Exception as error: print(f"{name}: {error}")
+"""
 
 
-RELEASES = (
-    Release("26.2.0", ("2.13.0",), "9.2", is_published=False),
-    Release("26.1.1", ("2.12.0.post2", "2.11.0.post2", "2.10.0.post6", "2.9.0.post8", "2.7.1.post10"), "9.1"),
-    Release("26.1.0", ("2.12.0", "2.11.0", "2.10.0.post4", "2.9.0.post6", "2.7.1.post8"), "9.1.0"),
-    Release("26.0.0", ("2.10.0", "2.9.0.post2", "2.8.0.post4", "2.7.1.post4"), "9.0.0"),
-    Release("7.3.0", ("2.9.0", "2.8.0.post2", "2.7.1.post2", "2.6.0.post5"), "8.5.0"),
-    Release("7.2.0", ("2.8.0", "2.7.1", "2.6.0.post3"), "8.3.RC1"),
-    Release("7.1.0", ("2.6.0", "2.5.1.post1"), "8.2.RC1"),
-    Release("7.0.0", ("2.5.1",), "8.1.RC1"),
-)
-PYTHONS_OF_2_13 = ((3, 10), (3, 14))
+@functools.cache
+def stack() -> dict[str, Any]:
+    """The table of versions."""
+    return yaml.safe_load(Path(__file__).with_name("stack.yaml").read_text(encoding="utf-8"))
 
 
 def numbers(version: str) -> tuple[int, ...]:
     """Leading numbers of a version, for comparing: "8.3.RC1" -> (8, 3), "25.5.1" -> (25, 5, 1)."""
-    match = re.match(r"\d+(\.\d+)*", version.strip())
+    match = re.match(r"\d+(\.\d+)*", str(version).strip())
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
-def release_of(torch_npu: str) -> Release | None:
-    """The row of a torch_npu version, a local suffix such as +git123 ignored; None when not in the table."""
-    plain = torch_npu.split("+")[0]
-    return next((release for release in RELEASES if plain in release.torch_npu), None)
+def recommended() -> str:
+    """The triple to install, in words."""
+    wanted = stack()["recommended"]
+    pair = f"torch {wanted['torch']}+cpu + torch_npu {wanted['torch_npu']}"
+    return f"{pair} + CANN {wanted['cann']}.x + HDK {wanted['driver']}"
 
 
-def check_versions(
-    section: Section, python: str, machine: str, torch: str | None, torch_npu: str | None, cann: str | None
-) -> None:
-    """Python, torch, torch_npu and CANN against the table; adds one finding for each pairing."""
-    if torch is None:
-        section.fail("torch", "not installed", f"install a published triple: {SAFE_PAIR}")
-        return
-    if torch_npu is None:
-        wanted = torch.split("+")[0]
-        section.fail("torch_npu", f"not installed (torch {torch})", f"pip install torch-npu=={wanted}, or {SAFE_PAIR}")
-        return
-    _check_python(section, python, torch_npu)
-    _check_torch(section, torch, torch_npu, machine)
-    check_cann_pair(section, torch_npu, cann)
+def install(torch: str, torch_npu: str) -> str:
+    """The commands that install a pair; PyPI's torch would be the CUDA build."""
+    return (
+        f"pip install torch=={torch}+cpu --index-url {stack()['torch_index']}, then pip install torch-npu=={torch_npu}"
+    )
+
+
+def check_versions(section: Section, host: Host, cann: str | None, driver: str | None) -> None:
+    """Python, torch, torch_npu, CANN, driver and CANN's Python packages; one finding for each pairing."""
+    torch, torch_npu = host.import_version("torch"), host.import_version("torch_npu")
+    if torch is None or torch_npu is None:
+        missing = "torch" if torch is None else "torch_npu"
+        section.fail(missing, "not installed", f"install a published triple: {recommended()}")
+    else:
+        _check_python(section, host.python_version, torch_npu)
+        _check_torch(section, torch, torch_npu)
+        check_cann_pair(section, torch_npu, cann)
+    if cann is not None:
+        _check_driver_pair(section, cann, driver)
+        _suggest_pair(section, cann)
+        _check_numpy(section, host, cann)
+    check_cann_packages(section, host)
+
+
+def check_torch_build(section: Section, torch: str) -> bool:
+    """Whether torch is free of CUDA; a finding when it is not."""
+    if "+cu" not in torch:
+        return True
+    section.warn(
+        "torch build", torch, f"a CUDA build: use torch=={torch.split('+')[0]}+cpu from {stack()['torch_index']}"
+    )
+    return False
 
 
 def _check_python(section: Section, python: str, torch_npu: str) -> None:
-    low, high = PYTHONS_OF_2_13
-    if numbers(torch_npu)[:2] == (2, 13) and not low <= numbers(python)[:2] <= high:
-        section.fail(
-            "python", f"{python} with torch_npu {torch_npu}", "torch_npu 2.13 has wheels for Python 3.10 to 3.14"
-        )
+    fitting = [prefix for prefix in stack()["newest_python"] if torch_npu.startswith(prefix)]
+    newest = stack()["newest_python"][max(fitting, key=len)] if fitting else None
+    found = numbers(python)[:2]
+    if found < (3, 10) or (newest and found > numbers(newest)):
+        section.fail("python", f"{python} with torch_npu {torch_npu}", f"its wheels are for Python 3.10 to {newest}")
     else:
         section.ok("python", python)
 
 
-def _check_torch(section: Section, torch: str, torch_npu: str, machine: str) -> None:
+def _check_torch(section: Section, torch: str, torch_npu: str) -> None:
     pair = f"torch {torch}, torch_npu {torch_npu}"
     wanted = ".".join(torch_npu.split("+")[0].split(".")[:3])
-    if numbers(torch.split("+")[0])[:3] != numbers(wanted):
+    if numbers(torch) != numbers(wanted):
         section.fail(
-            "torch and torch_npu",
-            pair,
-            f"torch_npu {torch_npu} needs torch {wanted} exactly: pip install torch=={wanted} torch-npu=={torch_npu}",
+            "torch and torch_npu", pair, f"torch_npu needs torch {wanted} exactly: {install(wanted, torch_npu)}"
         )
-    elif machine in ("x86_64", "AMD64") and "+cpu" not in torch:
-        section.warn(
-            "torch and torch_npu",
-            f"{pair} on {machine}",
-            f"on x86 use the CPU build, torch=={wanted}+cpu, from the CPU index of the PyTorch project",
-        )
+    elif "+cpu" not in torch:
+        section.warn("torch and torch_npu", pair, f"PyPI's torch is a CUDA build: {install(wanted, torch_npu)}")
     else:
         section.ok("torch and torch_npu", pair)
 
 
 def check_cann_pair(section: Section, torch_npu: str, cann: str | None) -> None:
     """One finding on torch_npu with a CANN version; None when no file tells the version."""
+    check, pair = "torch_npu and CANN", f"torch_npu {torch_npu}, CANN {cann}"
+    rows = stack()["releases"]
+    release = next((row for row in rows if torch_npu.split("+")[0] in row["torch_npu"]), None)
     if cann is None:
-        section.na("torch_npu and CANN", "no file tells CANN's version; torch_npu is asked when it is imported")
+        section.na(check, "no file tells CANN's version; torch_npu is asked when it is imported")
         return
-    release, pair = release_of(torch_npu), f"torch_npu {torch_npu}, CANN {cann}"
     if release is None:
-        known = ", ".join(name for row in RELEASES for name in row.torch_npu)
-        section.warn("torch_npu and CANN", pair, f"this torch_npu is not in the table (known: {known})")
+        known = ", ".join(name for row in rows for name in row["torch_npu"])
+        section.warn(check, pair, f"this torch_npu is not in the table (known: {known})")
         return
-    _compare_cann(section, pair, release, cann)
-
-
-def _compare_cann(section: Section, pair: str, release: Release, cann: str) -> None:
-    check, row = "torch_npu and CANN", f"TorchNPU {release.product}, CANN {release.cann}"
-    wanted, found = numbers(release.cann), numbers(cann)
-    if found[: len(wanted)] == wanted:
-        if release.is_published:
-            section.ok(check, f"{pair}: row {row}")
-        else:
-            section.warn(
-                check, f"{pair}: expected row {row}", f"pairing not yet published; the published one is {SAFE_PAIR}"
-            )
+    row = f"TorchNPU {release['product']}, CANN {release['cann']}"
+    wanted, found = numbers(release["cann"]), numbers(cann)
+    if found[: len(wanted)] == wanted and release.get("published", True):
+        section.ok(check, f"{pair}: row {row}")
+    elif found[: len(wanted)] == wanted:
+        remedy = f"not in the published table: run doctor --self-test; the published triple is {recommended()}"
+        section.warn(check, f"{pair}: {row}", remedy)
     elif found > wanted:
-        section.warn(
-            check,
-            f"{pair}, newer than row {row}",
-            "described as compatible within a few versions; if operators fail, use the row's CANN",
-        )
-    elif not release.is_published and found[:2] == (9, 1):
-        section.warn(
-            check,
-            f"{pair}, expected row {row}",
-            f"plausible but unpublished: run doctor --self-test; the published pair is {SAFE_PAIR}",
-        )
+        remedy = "described as compatible within a few versions; if operators fail, use the row's CANN"
+        section.warn(check, f"{pair}, newer than row {row}", remedy)
     else:
+        section.fail(check, f"{pair}, older than row {row}", f"update CANN to {release['cann']}, or {_pair_of(cann)}")
+
+
+def _pair_of(cann: str) -> str:
+    """The commands for the newest published torch and torch_npu of a CANN version."""
+    for row in stack()["releases"]:
+        wanted = numbers(row["cann"])
+        if numbers(cann)[: len(wanted)] == wanted and row.get("published", True):
+            newest = row["torch_npu"][0]
+            return install(".".join(newest.split(".")[:3]), newest)
+    return f"take a CANN of the table: {', '.join(dict.fromkeys(str(row['cann']) for row in stack()['releases']))}"
+
+
+def _suggest_pair(section: Section, cann: str) -> None:
+    section.ok("pair for this CANN", f"CANN {cann}: {_pair_of(cann)}")
+
+
+def _check_driver_pair(section: Section, cann: str, driver: str | None) -> None:
+    wanted = stack()["drivers"].get(".".join(cann.split(".")[:2]))
+    if wanted is None or driver is None:
+        return
+    if numbers(driver) < numbers(wanted):
+        remedy = f"CANN {cann} pairs with HDK {wanted}; {stack()['graph_driver']} is the least for graphs. "
+        section.warn("CANN and driver", f"CANN {cann}, driver {driver}", remedy + "Or take the pair of an older CANN")
+    else:
+        section.ok("CANN and driver", f"CANN {cann}, driver {driver}")
+
+
+def _check_numpy(section: Section, host: Host, cann: str) -> None:
+    version = host.import_version("numpy")
+    old_python = numbers(host.python_version)[:2] < (3, 13)
+    if version and numbers(cann) < (9,) and old_python and numbers(version) >= (2,):
         section.fail(
-            check,
-            f"{pair}, older than row {row}",
-            f"update CANN to {release.cann}, or take the torch and torch_npu of your CANN{_suggest(cann)}",
+            "numpy", f"numpy {version} with CANN {cann}", 'CANN below 9 needs numpy below 2: pip install "numpy<2"'
         )
 
 
-def _suggest(cann: str) -> str:
-    """Names the newest torch_npu packages of the installed CANN, when it has a row."""
-    for release in RELEASES:
-        wanted = numbers(release.cann)
-        if numbers(cann)[: len(wanted)] == wanted:
-            return f" ({release.torch_npu[0]})"
-    return ""
+def check_cann_packages(section: Section, host: Host) -> None:
+    """Whether each Python package that CANN imports can be imported; one missing ends in 500001 at the first call."""
+    wanted = stack()["cann_packages"]
+    result = host.run([host.python, "-c", _IMPORT, *wanted], timeout_s=120)
+    failed = [line for line in result.stdout.splitlines() if line.partition(":")[0] in wanted]
+    if failed:
+        names = " ".join(f"'{wanted[line.partition(':')[0]]}'" for line in failed)
+        section.fail(
+            "packages of CANN", "; ".join(failed), f"pip install {names}: the first device call fails with 500001"
+        )
+    elif not result.is_ok:
+        section.warn("packages of CANN", result.last_line()[:200], "the imports could not be tried")
+    else:
+        section.ok("packages of CANN", f"{len(wanted)} of {len(wanted)} import")

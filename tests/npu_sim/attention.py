@@ -127,7 +127,11 @@ def _check_tnd(
     key: Tensor,
     table: Tensor | None,
 ) -> None:
-    require(head == 128, name, f"head size {head} under TND, which takes 128")
+    require(
+        head == 128 or (head == 64 and table is not None),
+        name,
+        f"head size {head} under TND, which takes 128, and 64 over pages",
+    )
     require(ends is not None and kv_lens is not None, name, "TND wants both length lists")
     require(
         0 < len(ends) <= 4096 and len(ends) == len(kv_lens),

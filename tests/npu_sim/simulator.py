@@ -8,6 +8,7 @@ left empty.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class Simulator(TorchDispatchMode):
         super().__init__()
         self.runtime, self.graphs, self._counts = runtime_, Graphs(), Counts()
         self.shapes_only = False
+        self._communicators: set[str] = set()
         self._nz_storages: dict[int, StorageWeakRef] = {}
         runtime_.set_hook(self._on_runtime_call)
 
@@ -106,8 +108,8 @@ class Simulator(TorchDispatchMode):
             return args[0]
         if name in ("aten::_to_copy", "aten::copy_") and self._crosses(name, args, on_npu, targets):
             return self._transfer(func, name, args, kwargs, on_npu)
-        if name.startswith("c10d::") and not all(t.is_contiguous() for t in on_npu):
-            raise RuntimeError(f"{name}: HCCL refuses strided tensors")
+        if name.startswith("c10d::"):
+            self._check_collective(name, flat, on_npu)
         stray = [t for t in tensors if t.device.type == "cpu" and t.dim() > 0]
         if stray and on_npu:
             raise RuntimeError(
@@ -332,6 +334,15 @@ class Simulator(TorchDispatchMode):
 
     # Rules that hold for several operators.
 
+    def _check_collective(self, name: str, flat: list[Any], on_npu: list[Tensor]) -> None:
+        if not all(t.is_contiguous() for t in on_npu):
+            raise RuntimeError(f"{name}: HCCL refuses strided tensors")
+        groups = [x for x in flat if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type())]
+        for group in map(torch.distributed.ProcessGroup.unbox, groups):
+            if group.group_name not in self._communicators:  # made at the first collective, with the group's store
+                check_store(torch.distributed.distributed_c10d._world.pg_map[group][1])
+                self._communicators.add(group.group_name)
+
     def _check_capturable(self, name: str, synchronises: bool) -> None:
         if synchronises:
             raise CaptureError(f"{name} reads the device from the host, or has a value-dependent shape, during capture")
@@ -424,6 +435,14 @@ class _Lowered:
             self.owners[id(low)] = x
             self._keep.append(x)
         return self._seen[id(x)]
+
+
+def check_store(store: Any) -> None:
+    """HCCL hands its master id round through the store at a group's first collective: it must be there still."""
+    while isinstance(store, torch.distributed.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, torch.distributed.FileStore) and not os.path.exists(store.path):
+        raise RuntimeError(f"broadcastMasterID: the store {store.path} is gone; HCCL wants it at the first collective")
 
 
 def _internal_formats_allowed() -> bool:

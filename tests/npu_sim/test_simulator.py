@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -301,3 +302,17 @@ with torch.npu.graph(torch.npu.NPUGraph(), stream=torch.npu.Stream()):
     )
 
     assert done.returncode and "Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture" in done.stderr
+
+
+def test_the_first_collective_needs_a_store_that_is_still_there(tmp_path):
+    from npu_sim.simulator import check_store
+
+    folder = tmp_path / "meeting"
+    folder.mkdir()
+    store = torch.distributed.PrefixStore("hccl", torch.distributed.FileStore(str(folder / "store"), 1))
+    store.set("here", "1")
+    check_store(store)
+
+    shutil.rmtree(folder)
+    with pytest.raises(RuntimeError, match="broadcastMasterID"):
+        check_store(store)

@@ -7,6 +7,7 @@ form is the default and the other one a switch:
     ASCEND_KIT_NPU_ROPE       bsnd (default) | tnd | rotary_mul
     ASCEND_KIT_NPU_KV_WRITE   scatter_pa (default) | nd_update
     ASCEND_KIT_NPU_WEIGHT_NZ  int8 (default) | off        FRACTAL_NZ layout of int8 weights
+    ASCEND_KIT_NPU_HEAD_64    bsh (default) | tnd         attention with heads of 64; the self-test tries tnd
 
 Attention is `npu_fused_infer_attention_score` over the paged cache for prefill, chunked prefill and decode
 alike. Two layouts cover the head sizes: TND (packed tokens, one call a step) for 128, BSH for other
@@ -17,13 +18,14 @@ stays possible.
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ascend_kit.device.device import import_torch_npu
+from ascend_kit.device.device import cann_version, import_torch_npu
 from ascend_kit.device.ops import reference
 from ascend_kit.device.ops.table import AttentionMeta
 
@@ -32,8 +34,7 @@ from ascend_kit.device.ops.table import AttentionMeta
 MERGED_QKV = False
 HOST_LENGTHS = True  # attention takes lengths as host lists: a captured step needs an update at every replay
 
-TND_HEAD_SIZES = (128,)  # 64 is documented for equal head counts only, and only in the second version of the kernel
-ROPE_HEAD_SIZES = (64, 128)
+MAX_ROPE_HEADS = 76  # (Nq + Nkv) x 2560 + 2048 bytes must fit 192 KiB
 MASK_SIZE = 2048
 CAUSAL_BOTTOM_RIGHT = 3  # sparse_mode: a chunk sees its whole prefix
 FRACTAL_ND, FRACTAL_NZ = 2, 29
@@ -44,6 +45,7 @@ _SWITCHES = {
     "ASCEND_KIT_NPU_ROPE": ("bsnd", "tnd", "rotary_mul"),
     "ASCEND_KIT_NPU_KV_WRITE": ("scatter_pa", "nd_update"),
     "ASCEND_KIT_NPU_WEIGHT_NZ": ("int8", "off"),
+    "ASCEND_KIT_NPU_HEAD_64": ("bsh", "tnd"),
 }
 
 
@@ -104,8 +106,8 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
 
 
 def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """As in reference, in place for head sizes 64 and 128: the arguments must not be used afterwards."""
-    form = switch("ASCEND_KIT_NPU_ROPE") if q_TNH.shape[-1] in ROPE_HEAD_SIZES else "rotary_mul"
+    """As in reference, in place where the kernel takes the heads: the arguments must not be used afterwards."""
+    form = switch("ASCEND_KIT_NPU_ROPE") if _fits_rope(q_TNH, k_TKH) else "rotary_mul"
     if form == "tnd":
         cos, sin = cos_TH.unsqueeze(1), sin_TH.unsqueeze(1)
         return _npu().npu_apply_rotary_pos_emb(q_TNH, k_TKH, cos, sin, layout="TND")
@@ -117,6 +119,14 @@ def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tupl
     else:
         q, k = (_npu().npu_rotary_mul(x, cos, sin) for x in (q, k))
     return q.squeeze(0), k.squeeze(0)
+
+
+def _fits_rope(q_TNH: Tensor, k_TKH: Tensor) -> bool:
+    """Whether the in-place kernel takes these heads: its buffer holds 76, and kernels before CANN 9 know 128 only."""
+    size = q_TNH.shape[-1]
+    if q_TNH.shape[1] + k_TKH.shape[1] > MAX_ROPE_HEADS:
+        return False
+    return size == 128 or (size == 64 and not re.match(r"[1-8]\.", cann_version()))
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -136,7 +146,7 @@ def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Atten
     """As in reference, through the fused kernel."""
     if q_TNH.dtype not in _FLOAT16:
         return reference.paged_attention(q_TNH, k_cache, v_cache, meta, scale)
-    if q_TNH.shape[-1] in TND_HEAD_SIZES:
+    if q_TNH.shape[-1] == 128 or (q_TNH.shape[-1] == 64 and switch("ASCEND_KIT_NPU_HEAD_64") == "tnd"):
         options = dict(input_layout="TND", num_heads=q_TNH.shape[1], actual_seq_lengths=meta.cu_seqlens_q)
         return _attend(q_TNH, k_cache, v_cache, meta, scale, meta.context_lens, meta.block_table, options)
     if meta.is_decode:
