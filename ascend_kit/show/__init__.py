@@ -1,1 +1,1 @@
-"""What people look at: plots, progress, the parameter panel and the HTML report."""
+"""What people look at: charts, tables, findings, progress, the parameter panel and the HTML report."""

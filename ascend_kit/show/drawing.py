@@ -1,6 +1,7 @@
-"""What the figures share: names and colours of configurations, panels, axes with plain numbers, one legend.
+"""What the charts share: names, colours and marks of configurations, panels, axes with plain numbers, labels.
 
-Figures are made without pyplot, so nothing is shown and nothing global changes.
+Figures are made without pyplot, so nothing is shown and nothing global changes. A chart is drawn twice, as PNG for
+every reader and as SVG for the report, where `tip` makes a point tell its values.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ from ascend_kit.files import Table
 from ascend_kit.params import ENGINE_SWITCHES
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FONT = 11
+FONT = 12
 # Okabe and Ito's palette, safe for most colour-blind readers; engines to compare with have fixed colours.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#B15928")
-BASELINES = {"transformers": "#7F7F7F", "vllm": "#111111"}
+BASELINES = {"transformers": "#7F7F7F", "vllm": "#555555"}
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", (0, (6, 1.5)), (0, (4, 1, 1, 1)), (0, (2, 1)), (0, (6, 1, 1, 1, 1, 1)))
+INK, GREY, RED = "#000000", "#444444", "#C00000"
 SWITCHES = ("run", *ENGINE_SWITCHES)
 LENGTHS = ["prompt_len", "output_len"]
+MOST_PANELS = 6  # of more lengths a heat map is drawn
+MOST_DIRECT_LABELS = 6
+LABEL_GAP = 0.075  # least distance of two labels at a line's end, share of the height
+TIP, TIP_SEPARATOR = "tip:", " ¦ "  # in an artist's id: the texts of its points
 
 
 def config_labels(rows: Table) -> Table:
@@ -35,14 +44,6 @@ def config_labels(rows: Table) -> Table:
     return labels
 
 
-def config_colours(labels: Iterable[str]) -> dict[str, str]:
-    """A colour per configuration: fixed for the baselines, by sorted name for the rest."""
-    names = sorted(set(labels))
-    own = [name for name in names if name.split(",")[0] not in BASELINES]
-    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(own)}
-    return {name: colours.get(name) or BASELINES[name.split(",")[0]] for name in names}
-
-
 def _switch_text(switch: str, value: Any) -> str:
     if switch in ("run", "precision", "quantize"):
         return "" if value == "none" else f", {value}"
@@ -53,12 +54,34 @@ def _switch_text(switch: str, value: Any) -> str:
     return f", {switch}" if value else f", no {switch}"
 
 
+def config_looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, mark and line style per configuration: fixed for the baselines, by sorted name for the rest."""
+    names = sorted(set(labels))
+    own = [name for name in names if name.split(",")[0] not in BASELINES]
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(own)}
+    return {
+        name: {"color": colours.get(name) or BASELINES[name.split(",")[0]], "marker": MARKS[i % len(MARKS)],
+               "linestyle": DASHES[i % len(DASHES)]}
+        for i, name in enumerate(names)
+    }  # fmt: skip
+
+
+def with_labels(rows: Table) -> Table:
+    """The rows with their configuration's name as `_label`."""
+    return rows.assign(_label=config_labels(rows))
+
+
 def finished_rows(rows: Table) -> Table:
     return rows[rows["status"] == "ok"] if "status" in rows else rows
 
 
 def known(value: Any) -> bool:
     return value is not None and value == value
+
+
+def tip(artist: Artist, texts: Iterable[str]) -> None:
+    """What the artist's points say under the mouse, one text each, in the order in which they are drawn."""
+    artist.set_gid(TIP + TIP_SEPARATOR.join(texts))
 
 
 def make_grid(lines: int, columns: int, *, height: float, width: float = 4.4) -> tuple[Figure, Any]:
@@ -75,55 +98,53 @@ def make_grid(lines: int, columns: int, *, height: float, width: float = 4.4) ->
 
 
 def make_panels(rows: Table) -> tuple[Figure, list[tuple[Axes, Table]]]:
-    """One panel per (prompt, output) length, at most three in a line; every panel knows all
-    configurations.
-    """
-    rows = rows.assign(_label=config_labels(rows))
-    rows["_colour"] = rows["_label"].map(config_colours(rows["_label"]))
-    groups = list(rows.groupby(LENGTHS, sort=True))
+    """One panel per (prompt, output) length, at most three in a line; every panel knows all configurations."""
+    groups = list(with_labels(rows).groupby(LENGTHS, sort=True))
     columns = min(3, len(groups))
-    figure, grid = make_grid(math.ceil(len(groups) / columns), columns, height=3.6, width=5.2 if columns > 1 else 7)
+    figure, grid = make_grid(math.ceil(len(groups) / columns), columns, height=3.6, width=4.8 if columns > 1 else 7)
     for axes in list(grid.flat)[len(groups) :]:
         axes.remove()
-    panels = []
-    for axes, (lengths, part) in zip(grid.flat, groups, strict=False):
+    for axes, (lengths, _) in zip(grid.flat, groups, strict=False):
         axes.set_title(lengths_text(lengths), fontsize=FONT)
-        panels.append((axes, part))
-    return figure, panels
+    return figure, [(axes, part) for axes, (_, part) in zip(grid.flat, groups, strict=False)]
+
+
+def is_many(rows: Table) -> bool:
+    """Whether there are more pairs of lengths than panels can show."""
+    return rows.groupby(LENGTHS).ngroups > MOST_PANELS
 
 
 def lengths_text(lengths: Sequence[int]) -> str:
     return f"prompt {lengths[0]:,}, output {lengths[1]:,} tokens"
 
 
-def series(axes: Axes, rows: Table, column: str, *, style: str = "-", points: bool = True, named: bool = True) -> None:
-    """A line through the median of the repeats per configuration, and the repeats themselves as points."""
-    if "_label" not in rows:
-        rows = rows.assign(_label=config_labels(rows))
-        rows["_colour"] = rows["_label"].map(config_colours(rows["_label"]))
-    for (label, colour), part in rows.dropna(subset=[column]).groupby(["_label", "_colour"], sort=True):
+def series(axes: Axes, rows: Table, looks: dict[str, Any], column: str, unit: str, **style: Any) -> None:
+    """A line through the median of the repeats per configuration; repeats themselves are points."""
+    for label, part in rows.dropna(subset=[column]).groupby("_label", sort=True):
+        look = looks[label] | style
         middle = part.groupby("concurrency")[column].median()
-        axes.plot(middle.index, middle, style, color=colour, label=label if named else None)
-        if points:
-            axes.plot(part["concurrency"], part[column], "o", color=colour, markersize=5, alpha=0.75)
+        (line,) = axes.plot(middle.index, middle, label=label, markersize=6, linewidth=1.8, **look)
+        tip(line, [f"{label}: {value:,.4g} {unit} at {c}" for c, value in middle.items()])
+        if len(part) > len(middle):
+            axes.plot(part["concurrency"], part[column], look["marker"], color=look["color"], markersize=3, alpha=0.6)
 
 
-def reference_line(axes: Axes, rows: Table, column: str, style: str, text: str) -> None:
+def reference_line(axes: Axes, rows: Table, looks: dict[str, Any], column: str, style: str, text: str) -> None:
     """A ceiling or prediction per configuration, in its colour; equal ones are drawn once, in grey."""
     if column not in rows or rows[column].isna().all():
         return
-    lines = {name: part.groupby("concurrency")[column].median() for name, part in rows.groupby("_label")}
-    colours = dict(zip(rows["_label"], rows["_colour"], strict=True))
-    own = {n: line.dropna() for n, line in lines.items() if n.split(",")[0] not in BASELINES} or lines
+    lines = {name: part.groupby("concurrency")[column].median().dropna() for name, part in rows.groupby("_label")}
+    own = {n: line for n, line in lines.items() if n.split(",")[0] not in BASELINES} or lines
     distinct = {tuple(line.round(6).items()): name for name, line in own.items() if not line.empty}
     for name in distinct.values():
-        colour, label = ("#444444", text) if len(distinct) == 1 else (colours[name], f"{text}: {name}")
-        axes.plot(own[name].index, own[name], style, color=colour, label=label)
+        colour, label = (GREY, text) if len(distinct) == 1 else (looks[name]["color"], f"{text}: {name}")
+        (line,) = axes.plot(own[name].index, own[name], linestyle=style, linewidth=1.1, color=colour, label=label)
+        tip(line, [f"{label}: {float(own[name].max()):,.4g} at most"])
 
 
 def limit_line(axes: Axes, rows: Table, column: str) -> None:
     if column in rows and rows[column].notna().any():
-        axes.axhline(rows[column].dropna().iloc[0], color="#C00000", linewidth=1, label="stated limit")
+        axes.axhline(rows[column].dropna().iloc[0], color=RED, linewidth=1, label="stated limit")
 
 
 def log2_axis(axes: Axes, values: Table) -> None:
@@ -136,11 +157,9 @@ def log2_axis(axes: Axes, values: Table) -> None:
 
 
 def value_axis(axes: Axes, text: str, *, which: str = "y", log: bool | None = None, zero: bool = True) -> None:
-    """Label and plain-number ticks; logarithmic when asked, or by itself when the data span a factor of
-    25.
-    """
+    """Label and plain-number ticks; logarithmic when asked, or by itself when the data span a factor of 25."""
     axis = getattr(axes, f"{which}axis")
-    low, high = axes.dataLim.minpos["xy".index(which)], getattr(axes.dataLim, f"{which}1")
+    low, high = axes.dataLim.minpos["xy".index(which)], getattr(axes.dataLim, f"{which}1")  # type: ignore[index]
     if log is None:
         log = 0 < low < high / 25
     if log:
@@ -152,48 +171,87 @@ def value_axis(axes: Axes, text: str, *, which: str = "y", log: bool | None = No
         axis.set_minor_formatter(NullFormatter())
     elif zero:
         getattr(axes, f"set_{which}lim")(**{"bottom" if which == "y" else "left": 0})
-    axis.set_major_formatter(_plain)
+    axis.set_major_formatter(lambda value, _position: plain(value))
     getattr(axes, f"set_{which}label")(text, fontsize=FONT)
 
 
-def _plain(value: float, _position: int | None = None) -> str:
+def plain(value: float) -> str:
     """A number as a reader would write it: 1,000 and 0.00005, never powers; tiny ones keep their exponent."""
     if value == int(value) or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.7f}".rstrip("0") if 1e-6 <= abs(value) < 1 else f"{value:.3g}"
 
 
-def whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
+def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float = 1, good: str = "high") -> Figure:
+    """Median of a column as colour and number: lengths down, concurrency across, a panel per configuration."""
+    groups = list(with_labels(rows).groupby("_label", sort=True))
+    lengths = sorted(rows.groupby(LENGTHS).groups)
+    figure, grid = make_grid(1, len(groups), height=1.5 + 0.42 * len(lengths), width=5.6)
+    most = rows[column].max() * factor
+    for axes, (label, part) in zip(grid.flat, groups, strict=True):
+        table = part.pivot_table(index=LENGTHS, columns="concurrency", values=column, aggfunc="median").reindex(lengths)
+        values = table.to_numpy() * factor
+        axes.imshow(values, cmap="YlGnBu" if good == "high" else "YlOrRd", vmin=0, vmax=most, aspect="auto")
+        for (y, x), value in ((place, values[place]) for place in _places(values.shape)):
+            colour = "#FFFFFF" if value > 0.6 * most else "#111111"
+            axes.text(x, y, plain(float(f"{value:.3g}")) if known(value) else "", ha="center", va="center",
+                      color=colour, fontsize=FONT - 1)  # fmt: skip
+        axes.grid(False)
+        axes.set_xticks(range(len(table.columns)), [f"{c:,}" for c in table.columns])
+        axes.set_yticks(range(len(lengths)), [f"{p:,} + {o:,}" for p, o in lengths])
+        axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
+        axes.set_ylabel("prompt + output tokens", fontsize=FONT)
+        axes.set_title(label, fontsize=FONT)
+    best = rows.loc[rows[column].idxmax() if good == "high" else rows[column].idxmin()]
+    alt = f"best {best[column] * factor:,.4g} {unit} at {best['concurrency']}, {lengths_text(list(best[LENGTHS]))}"
+    return finish(figure, f"{title}, {unit}", alt, legend=False)
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+def _places(shape: tuple[int, int]) -> Iterable[tuple[int, int]]:
+    return ((y, x) for y in range(shape[0]) for x in range(shape[1]))
 
 
-def finish(figure: Figure, title: str, legend: bool = True) -> Figure:
-    """Title, and one legend below all panels, where it can hide nothing."""
+def finish(figure: Figure, title: str, alt: str = "", legend: bool = True) -> Figure:
+    """Title, names of the lines and `alt`, the key values for who cannot see; a line's name stands at its end where
+    there is one panel with few lines, else in one legend below, where it can hide nothing."""
     figure.suptitle(title, fontsize=FONT + 2)
+    figure.set_label(alt)
     found = [axes.get_legend_handles_labels() for axes in figure.axes]
     entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
-    if legend and entries:
-        columns = _legend_columns(list(entries), figure.get_figwidth())
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=FONT - 1,
-                      frameon=False)  # fmt: skip
+    if not legend or not entries:
+        return figure
+    if len(figure.axes) == 1 and len(entries) <= MOST_DIRECT_LABELS and _label_ends(figure.axes[0], entries):
+        return figure
+    columns = _legend_columns(list(entries), figure.get_figwidth())
+    figure.legend(
+        entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=FONT - 1, frameon=False
+    )
     return figure
+
+
+def _label_ends(axes: Axes, entries: dict[str, Any]) -> bool:
+    """Write each line's name at its right end, apart from the others; False where an entry is no line with points."""
+    from matplotlib.lines import Line2D
+
+    ends = []
+    for label, line in entries.items():
+        points: Any = line.get_xydata() if isinstance(line, Line2D) and line.get_linestyle() != "None" else None
+        if points is None or not len(points):
+            return False
+        height = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))[1]
+        ends.append((float(height), label, line.get_color()))
+    place = -math.inf
+    for height, label, colour in sorted(ends):
+        place = max(height, place + LABEL_GAP)
+        axes.text(1.01, place, label, color=colour, transform=axes.transAxes, va="center", fontsize=FONT)
+    return True
 
 
 def _legend_columns(labels: list[str], width_in: float) -> int:
-    """The most columns whose widest labels and handles fit beside each other, at about 12 letters an inch."""
+    """The most columns whose widest labels and handles fit beside each other, at about 11 letters an inch."""
     for columns in range(len(labels), 1, -1):
         lines = math.ceil(len(labels) / columns)
         widths = [max(map(len, labels[i : i + lines])) + 8 for i in range(0, len(labels), lines)]
-        if sum(widths) <= 12 * width_in:
+        if sum(widths) <= 11 * width_in:
             return columns
     return 1
-
-
-def nothing(reason: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 1.2))
-    figure.text(0.5, 0.5, f"Nothing to draw: {reason}", ha="center", va="center", fontsize=FONT)
-    return figure

@@ -10,8 +10,9 @@ import pandas
 import pytest
 
 from ascend_kit.measure.planner import server_plans
-from ascend_kit.show import plots
-from ascend_kit.show.plan_plots import layouts_by_load
+from ascend_kit.results import RunFolder
+from ascend_kit.show import charts
+from ascend_kit.show.drawing import BASELINES, TIP, config_labels, config_looks
 
 
 def sweep_rows(lengths=((64, 32),), repeats=2, variants=({},), concurrency=(1, 4, 16)):
@@ -61,35 +62,32 @@ def score_table():
     return pandas.DataFrame(rows)
 
 
-def tradeoff_table():
+def choice_documents():
+    """Ten documents of four choices in each set: guessing gets a quarter right."""
+    rows = [
+        {"task": name, "set": name, "choice_logprobs": [-1.0] * 4} for name in ("mmlu", "agieval") for _ in range(9)
+    ]
+    return pandas.DataFrame(rows)
+
+
+def many_scores(tasks=130):
     return pandas.DataFrame(
-        [
-            {
-                "run": "plain",
-                "accuracy": 0.62,
-                "accuracy_stderr": 0.03,
-                "tokens_per_s": 210,
-                "tokens_per_s_low": 200,
-                "tokens_per_s_high": 225,
-            },
-            {
-                "run": "fused",
-                "accuracy": 0.62,
-                "accuracy_stderr": 0.03,
-                "tokens_per_s": 640,
-                "tokens_per_s_low": 600,
-                "tokens_per_s_high": 660,
-            },
-            {
-                "run": "w8a8",
-                "accuracy": 0.605,
-                "accuracy_stderr": 0.03,
-                "tokens_per_s": 900,
-                "tokens_per_s_low": None,
-                "tokens_per_s_high": None,
-            },
-        ]
-    )
+        [{"status": "ok", "task": f"mmlu_subject_{i:03}", "set": "mmlu", "metric": "acc", "value": 0.3 + i / 260,
+          "stderr": 0.03} for i in range(tasks)]
+    )  # fmt: skip
+
+
+EIGHT_LENGTHS = tuple((p, o) for p in (128, 512, 2048, 8192) for o in (128, 1024))
+
+
+def tradeoff_table():
+    rows = [("plain", 62.0, 210, 200, 225), ("fused", 62.0, 640, 600, 660), ("w8a8", 60.5, 900, None, None)]
+    return pandas.DataFrame(
+        [{"run": run, "accuracy_percent": value, "accuracy_low_percent": value - 5, "accuracy_high_percent": value + 6,
+          "output_tokens_per_s": rate, "output_tokens_per_s_low": low, "output_tokens_per_s_high": high}
+         for run, value, rate, low, high in rows]
+    )  # fmt: skip
+
 
 
 PARTS = {"q_proj": 1, "k_proj": 0.8, "v_proj": 2, "o_proj": 1.5, "gate_proj": 3, "up_proj": 3, "down_proj": 12}
@@ -152,22 +150,26 @@ def plan_table():
 
 TWO_VARIANTS = ({"quantize": "none"}, {"quantize": "w8a8"})
 EXAMPLES = {
-    "throughput": lambda: plots.throughput(sweep_rows()),
-    "throughput_lengths": lambda: plots.throughput(
+    "throughput": lambda: charts.throughput(sweep_rows()),
+    "throughput_lengths": lambda: charts.throughput(
         sweep_rows(((64, 32), (256, 32), (256, 128), (1024, 128)), 1, TWO_VARIANTS)
     ),
-    "latency": lambda: plots.latency(sweep_rows(variants=TWO_VARIANTS)),
-    "tradeoff": lambda: plots.tradeoff(sweep_rows(variants=TWO_VARIANTS)),
-    "memory": lambda: plots.memory(sweep_rows()),
-    "speedup": lambda: plots.speedup(sweep_rows(variants=TWO_VARIANTS)),
-    "request_timeline": lambda: plots.request_timeline(request_table()),
-    "accuracy": lambda: plots.accuracy(score_table(), chance={"mmlu": 0.25, "ceval-valid": 0.25}),
-    "accuracy_vs_throughput": lambda: plots.accuracy_vs_throughput(tradeoff_table()),
-    "sensitivity": lambda: plots.sensitivity(sensitivity_table(), chosen_schemes()),
-    "sensitivity_plain": lambda: plots.sensitivity(sensitivity_table()),
-    "mixes": lambda: plots.mixes(mix_table(), "w8a8, 7 of 72 units float", max_kl=2e-3),
-    "planner": lambda: plots.planner(plan_table()),
-    "layouts_by_load": lambda: layouts_by_load(server_plans()),
+    "latency": lambda: charts.latency(sweep_rows(variants=TWO_VARIANTS)),
+    "tradeoff": lambda: charts.tradeoff(sweep_rows(variants=TWO_VARIANTS)),
+    "memory": lambda: charts.memory(sweep_rows()),
+    "speedup": lambda: charts.speedup(sweep_rows(variants=TWO_VARIANTS)),
+    "request_timeline": lambda: charts.request_timeline(request_table()),
+    "accuracy": lambda: charts.accuracy(score_table(), choice_documents()),
+    "accuracy_130_tasks": lambda: charts.accuracy(many_scores(), choice_documents()),
+    "throughput_8_lengths": lambda: charts.throughput(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
+    "latency_8_lengths": lambda: charts.latency(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
+    "speedup_8_lengths": lambda: charts.speedup(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
+    "accuracy_vs_throughput": lambda: charts.accuracy_vs_throughput(tradeoff_table()),
+    "sensitivity": lambda: charts.sensitivity(sensitivity_table(), chosen_schemes()),
+    "sensitivity_plain": lambda: charts.sensitivity(sensitivity_table()),
+    "mixes": lambda: charts.mixes(mix_table(), "w8a8, 7 of 72 units float", max_kl=2e-3),
+    "planner": lambda: charts.planner(plan_table()),
+    "layouts_by_load": lambda: charts.layouts_by_load(server_plans),
 }
 
 
@@ -179,11 +181,11 @@ def test_figure_is_saved_with_labelled_axes_and_a_title(name, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 5000
     assert figure.get_suptitle()
     for axes in figure.axes:
-        assert axes.get_xlabel() and (axes.get_ylabel() or name == "accuracy")
+        assert axes.get_xlabel() and (axes.get_ylabel() or name.startswith("accuracy"))
 
 
 def test_concurrency_axis_is_log2_with_plain_numbers_and_ceiling_is_dashed():
-    figure = plots.throughput(sweep_rows())
+    figure = charts.throughput(sweep_rows())
     figure.canvas.draw()
 
     (axes,) = figure.axes
@@ -196,12 +198,14 @@ def test_concurrency_axis_is_log2_with_plain_numbers_and_ceiling_is_dashed():
 
 def test_every_repeat_is_a_point_and_the_line_is_their_median():
     rows = sweep_rows(repeats=3)
-    figure = plots.throughput(rows)
+    figure = charts.throughput(rows)
 
     own = rows[rows["backend"] == "ascend_kit"]
     (axes,) = figure.axes
     line = next(line for line in axes.lines if line.get_label() == "ascend_kit")
-    points = next(line for line in axes.lines if line.get_marker() == "o" and line.get_color() == line_colour(axes))
+    points = next(
+        line for line in axes.lines if line.get_linestyle() == "None" and line.get_color() == line_colour(axes)
+    )
     assert line.get_ydata() == pytest.approx(own.groupby("concurrency")["output_tokens_per_s"].median())
     assert sorted(points.get_ydata()) == pytest.approx(sorted(own["output_tokens_per_s"]))
 
@@ -210,54 +214,52 @@ def line_colour(axes):
     return next(line for line in axes.lines if line.get_label() == "ascend_kit").get_color()
 
 
-def test_failed_rows_are_not_drawn_and_an_empty_table_says_so(tmp_path):
+def test_failed_rows_are_not_drawn_and_an_empty_table_gives_no_figure():
     rows = sweep_rows()
     rows.loc[rows["concurrency"] == 16, "status"] = "failed"
 
-    (axes,) = plots.throughput(rows).axes
+    (axes,) = charts.throughput(rows).axes
     assert max(line.get_xdata().max() for line in axes.lines if len(line.get_xdata())) == 4
     for draw in (
-        plots.throughput,
-        plots.latency,
-        plots.tradeoff,
-        plots.memory,
-        plots.speedup,
-        plots.accuracy,
-        plots.request_timeline,
-        plots.sensitivity,
-        plots.mixes,
-        plots.planner,
-        plots.accuracy_vs_throughput,
+        charts.throughput,
+        charts.latency,
+        charts.tradeoff,
+        charts.memory,
+        charts.speedup,
+        charts.accuracy,
+        charts.request_timeline,
+        charts.sensitivity,
+        charts.mixes,
+        charts.planner,
+        charts.accuracy_vs_throughput,
     ):
-        figure = draw(pandas.DataFrame())
-        assert "Nothing to draw" in figure.texts[0].get_text()
-        figure.savefig(tmp_path / "empty.png")
+        assert draw(pandas.DataFrame()) is None
 
 
 def test_configuration_has_one_colour_in_every_figure():
     rows = sweep_rows(variants=TWO_VARIANTS)
     seen = {}
-    for draw in (plots.throughput, plots.latency, plots.tradeoff):
+    for draw in (charts.throughput, charts.latency, charts.tradeoff):
         for axes in draw(rows).axes:
             for line in axes.lines:
-                if line.get_label() in set(plots.config_labels(rows)):
+                if line.get_label() in set(config_labels(rows)):
                     seen.setdefault(line.get_label(), set()).add(line.get_color())
 
     assert set(seen) == {"ascend_kit", "ascend_kit, w8a8", "transformers"}
     assert all(len(colours) == 1 for colours in seen.values())
     assert len(set.union(*seen.values())) == 3
-    assert seen["transformers"] == {plots.BASELINES["transformers"]}
+    assert seen["transformers"] == {BASELINES["transformers"]}
 
 
 def test_label_names_only_the_switches_that_differ():
     rows = sweep_rows(variants=({"graph_mode": True}, {"graph_mode": False}))
 
-    assert set(plots.config_labels(rows)) == {"ascend_kit, graph_mode", "ascend_kit, no graph_mode", "transformers"}
+    assert set(config_labels(rows)) == {"ascend_kit, graph_mode", "ascend_kit, no graph_mode", "transformers"}
 
 
 def test_speedup_divides_by_the_baseline_of_the_same_point():
     rows = sweep_rows(repeats=1, concurrency=(1, 4))
-    figure = plots.speedup(rows)
+    figure = charts.speedup(rows)
 
     rate = rows.set_index(["backend", "concurrency"])["output_tokens_per_s"]
     heights = [patch.get_height() for patch in figure.axes[0].patches]
@@ -267,7 +269,7 @@ def test_speedup_divides_by_the_baseline_of_the_same_point():
 def test_accuracy_bars_carry_values_in_percent_and_missing_errors_are_left_out():
     table = score_table()
     table.loc[0, "stderr"] = math.nan
-    figure = plots.accuracy(table)
+    figure = charts.accuracy(table)
 
     (axes,) = figure.axes
     assert [patch.get_width() for patch in axes.patches[:3]] == pytest.approx([62, 55, 41])
@@ -275,7 +277,7 @@ def test_accuracy_bars_carry_values_in_percent_and_missing_errors_are_left_out()
 
 
 def test_linears_kept_in_float_are_hollow_and_weight_only_ones_square():
-    (axes,) = plots.sensitivity(sensitivity_table(), chosen_schemes()).axes
+    (axes,) = charts.sensitivity(sensitivity_table(), chosen_schemes()).axes
 
     marks = [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
     assert sum(line.get_fillstyle() == "none" for line in marks) == 1  # down_proj
@@ -284,7 +286,7 @@ def test_linears_kept_in_float_are_hollow_and_weight_only_ones_square():
 
 
 def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():
-    figure = plots.planner(plan_table())
+    figure = charts.planner(plan_table())
 
     left, right = figure.axes
     assert [axes.get_title() for axes in (left, right)] == ["Qwen2.5-7B", "Qwen3-8B"]
@@ -294,7 +296,7 @@ def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():
 
 
 def test_loads_have_a_line_per_split_that_divides_the_model():
-    figure = layouts_by_load(server_plans())
+    figure = charts.layouts_by_load(server_plans)
 
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == [f"{model} on {cards} cards" for cards in (4, 8) for model in ("Qwen2.5-7B", "Qwen3-8B")]
@@ -312,12 +314,12 @@ def test_layouts_are_told_apart_and_memory_counts_the_weights_of_every_replica()
         ]
     )  # fmt: skip
 
-    assert list(dict.fromkeys(plots.config_labels(rows))) == [
+    assert list(dict.fromkeys(config_labels(rows))) == [
         "ascend_kit, 1 card",
         "ascend_kit, 4 cards",
         "ascend_kit, 4 cards, tensor parallel 4",
     ]
-    dashed = [line for line in plots.memory(rows).axes[0].lines if line.get_linestyle() == "--"]
+    dashed = [line for line in charts.memory(rows).axes[0].lines if line.get_label().startswith("weights")]
     assert sorted(float(max(line.get_ydata())) for line in dashed)[-1] == 4
 
 
@@ -331,3 +333,50 @@ def test_plotting_leaves_no_global_state():
     assert dict(matplotlib.rcParams) == before
     pyplot = __import__("sys").modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_one_bar_is_no_figure_and_simulated_layouts_are_drawn_for_several_cards_only():
+    one_plan = plan_table().query("model == 'Qwen3-8B' and cards == 1 and tensor_parallel == 1")
+
+    assert charts.planner(one_plan) is None
+    assert charts.accuracy(score_table()[:1]) is None
+    assert charts.layouts_by_load(server_plans, cards=1) is None
+
+
+def test_figures_keep_the_size_of_a_page_when_there_are_130_tasks_or_8_lengths():
+    drawn = [EXAMPLES[name]() for name in ("accuracy_130_tasks", "throughput_8_lengths", "latency_8_lengths")]
+
+    assert all(figure.get_figheight() <= 12 and figure.get_figwidth() <= 12 for figure in drawn)
+    names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert names == [f"mmlu_subject_{i:03}" for i in (*range(129, 119, -1), *range(9, -1, -1))]
+    assert "110 tasks between them" in drawn[0].get_suptitle()
+
+
+def test_guessing_is_a_line_at_one_over_the_number_of_choices():
+    (axes,) = charts.accuracy(score_table(), choice_documents()).axes
+
+    lines = [line for line in axes.lines if line.get_label() == "guessing"]
+    assert [set(line.get_xdata()) for line in lines] == [{25.0}, {25.0}]  # mmlu and agieval; ceval has no documents
+
+
+def test_lines_differ_in_mark_and_dash_besides_colour_and_their_names_stand_at_their_ends():
+    figure = charts.throughput(sweep_rows(variants=TWO_VARIANTS))
+
+    (axes,) = figure.axes
+    names = set(config_labels(sweep_rows(variants=TWO_VARIANTS)))
+    lines = {line.get_label(): line for line in axes.lines if line.get_label() in names}
+    looks = config_looks(names).values()
+    assert len({look["marker"] for look in looks}) == len({look["linestyle"] for look in looks}) == 3
+    assert {line.get_marker() for line in lines.values()} == {look["marker"] for look in looks}
+    assert set(lines) <= {text.get_text() for text in axes.texts} and not figure.legends
+
+
+def test_a_kept_figure_is_png_and_svg_whose_points_tell_their_values(tmp_path):
+    folder = RunFolder(tmp_path)
+
+    image = charts.keep(folder, "throughput", charts.throughput(sweep_rows()), "Output tokens per second")
+
+    vector = (tmp_path / "figures/throughput.svg").read_text()
+    assert f'id="{TIP}ascend_kit: ' in vector and len(vector) < 60_000
+    assert "best ascend_kit" in image.alt and image.metadata["figure"] == "throughput"
+    assert charts.keep(folder, "throughput", None, "gone") is None and not list((tmp_path / "figures").iterdir())
