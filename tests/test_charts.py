@@ -89,7 +89,6 @@ def tradeoff_table():
     )  # fmt: skip
 
 
-
 PARTS = {"q_proj": 1, "k_proj": 0.8, "v_proj": 2, "o_proj": 1.5, "gate_proj": 3, "up_proj": 3, "down_proj": 12}
 
 
