@@ -47,6 +47,11 @@ def load_decoder(
     problems = ops.validate(
         config.num_heads // parallel.size, max(1, config.num_kv_heads // parallel.size), config.head_dim, dtype
     )
+    if config.sliding_window is not None and max_positions > config.sliding_window:
+        problems.append(
+            f"some layers see {config.sliding_window} tokens only (sliding_window), which is not supported beyond that "
+            f"length; set max_seq_length to at most {config.sliding_window}"
+        )
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
     return _Loader(open_checkpoint(folder), config, dtype, device, ops, parallel).decoder(max_positions)

@@ -1,8 +1,14 @@
-"""What a decoder looks like, read from config.json."""
+"""What a decoder looks like, read from config.json.
+
+Every key is either read here, known not to matter, or at its neutral value; any other key is refused by name, because
+a key that is passed over may change what the model computes.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +16,65 @@ from typing import Any
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # the precisions by name
-FAMILIES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
-SHAPE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+
+# Values of keys that config.json leaves out, as transformers has them.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+}
+_READ_WORDS = (
+    "model_type architectures num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim "
+    "intermediate_size vocab_size rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings "
+    "tie_word_embeddings attention_bias mlp_bias use_sliding_window sliding_window max_window_layers layer_types "
+    "eos_token_id pad_token_id torch_dtype dtype quantization_config auto_map"
+)
+# Where a model comes from, how it was trained, how text is drawn from it: nothing that a forward pass depends on.
+_HARMLESS_WORDS = (
+    "transformers_version use_cache initializer_range bos_token_id sep_token_id cls_token_id mask_token_id "
+    "unk_token_id decoder_start_token_id tokenizer_class prefix id2label label2id num_labels problem_type task_specific_params "
+    "finetuning_task output_attentions output_hidden_states return_dict torchscript use_bfloat16 attn_implementation "
+    "gradient_checkpointing keys_to_ignore_at_inference tf_legacy_loss use_flash_attn use_flash_attention_2 seq_length "
+    "model_max_length max_sequence_length pretraining_tp quantize is_decoder tie_encoder_decoder max_length min_length "
+    "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
+    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+    "router_aux_loss_coef output_router_logits"
+)
+READ, HARMLESS = frozenset(_READ_WORDS.split()), frozenset(_HARMLESS_WORDS.split())
+HARMLESS_STARTS, HARMLESS_ENDS = ("_", "unsloth_"), ("dropout", "pdrop")
+# Values at which a key changes nothing, where that is not null, false, zero or empty.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish", None),
+    "is_causal": (True,),
+    "partial_rotary_factor": (1, None),
+    "rotary_percent": (1, None),
+    "rotary_pct": (1, None),
+    "position_embedding_type": ("rope", "rotary", None),
+    "logit_scale": (1, None),
+    "logits_scaling": (1, None),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (1, None),
+    "residual_multiplier": (1, None),
+}
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+ROPE_REQUIRED = {"linear": ("factor",), "llama3": ROPE_KEYS["llama3"][:3], "yarn": ("factor",)}
 
 
 @dataclass(frozen=True)
@@ -28,8 +91,9 @@ class ModelConfig:
     vocab_size: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
-    max_position_embeddings: int = 32768
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)  # with rope_type linear, llama3 or yarn
+    max_position_embeddings: int = 32768  # scaled, where rope_scaling makes it longer
+    sliding_window: int | None = None  # some layers see this many tokens; up to that length they see all
     tie_embeddings: bool = False
     attention_bias: bool = False  # bias on q, k, v
     output_bias: bool = False  # bias on o
@@ -46,79 +110,209 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ValueError(f"no config.json in {folder}: not a Hugging Face checkpoint folder")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        return cls.from_dict(raw, where=str(path), eos=_generation_eos(Path(folder)))
+        generation = Path(folder) / "generation_config.json"
+        # It may list more end ids than config.json; instruct models rely on them.
+        eos = _read_object(generation).get("eos_token_id") if generation.is_file() else None
+        return cls.from_dict(_read_object(path), where=str(path), eos=eos)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str = "config", eos: Any = None) -> ModelConfig:
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config", eos: Any = None) -> ModelConfig:
         """From the mapping of a config.json. `eos` overrides its end-of-sequence ids."""
-        family = FAMILIES.get(raw.get("model_type", ""))
-        if family is None:
-            raise ValueError(
-                f"{where}: model_type {raw.get('model_type')!r} is not supported; allowed: {', '.join(FAMILIES)}"
-            )
-        missing = [key for key in SHAPE_KEYS if not isinstance(raw.get(key), int)]
-        if missing:
-            raise ValueError(f"{where}: {', '.join(missing)} missing or not a whole number")
-        if raw.get("use_sliding_window"):
-            raise ValueError(f"{where}: use_sliding_window is on; sliding-window attention is not supported")
-        rope = raw.get("rope_parameters") or {}
-        heads = raw["num_attention_heads"]
+        family = raw.get("model_type")
+        if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
+            raise ValueError(f"{where}: model_type {family!r} is not supported; allowed: {', '.join(FAMILY_DEFAULTS)}")
+        _refuse_unknown(raw, where)
+        keys = _Keys({**FAMILY_DEFAULTS[family], **raw}, where)
+        layers, heads = keys.count("num_hidden_layers", 10_000), keys.count("num_attention_heads", 100_000)
+        hidden, positions = keys.count("hidden_size", 1 << 24), keys.count("max_position_embeddings", 1 << 31)
+        theta, scaling, scaled = _rope(keys, positions)
         config = cls(
             family=family,
-            num_layers=raw["num_hidden_layers"],
-            hidden_size=raw["hidden_size"],
+            num_layers=layers,
+            hidden_size=hidden,
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            intermediate_size=raw["intermediate_size"],
-            vocab_size=raw["vocab_size"],
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(raw.get("rope_scaling") or rope, where),
-            max_position_embeddings=raw.get("max_position_embeddings", 32768),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
-            output_bias=family != "qwen2" and bool(raw.get("attention_bias", False)),
-            mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+            num_kv_heads=keys.count("num_key_value_heads", heads, heads),
+            head_dim=keys.count("head_dim", 1 << 16, _head_dim(hidden, heads, family, where)),
+            intermediate_size=keys.count("intermediate_size", 1 << 26),
+            vocab_size=keys.count("vocab_size", 1 << 26),
+            rms_norm_eps=keys.number("rms_norm_eps", 1e-6, below=1.0),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=scaled,
+            sliding_window=_sliding_window(keys, family, layers, scaled),
+            tie_embeddings=keys.flag("tie_word_embeddings"),
+            attention_bias=family == "qwen2" or keys.flag("attention_bias"),
+            output_bias=family != "qwen2" and keys.flag("attention_bias"),
+            mlp_bias=family == "llama" and keys.flag("mlp_bias"),
             qk_norm=family == "qwen3",
-            eos_token_ids=_ids(eos if eos is not None else raw.get("eos_token_id")),
-            pad_token_id=raw.get("pad_token_id"),
-            torch_dtype=raw.get("dtype") or raw.get("torch_dtype"),
-            quantization=raw.get("quantization_config"),
+            eos_token_ids=keys.ids("eos_token_id", eos if eos is not None else raw.get("eos_token_id")),
+            pad_token_id=next(iter(keys.ids("pad_token_id", raw.get("pad_token_id"))), None),
+            torch_dtype=keys.text("dtype") or keys.text("torch_dtype"),
+            quantization=keys.mapping("quantization_config"),
         )
         if config.num_heads % config.num_kv_heads:
             raise ValueError(
                 f"{where}: num_attention_heads={config.num_heads} is not a multiple of "
                 f"num_key_value_heads={config.num_kv_heads}"
             )
+        if config.head_dim % 2:
+            raise ValueError(f"{where}: head_dim={config.head_dim}; rotary embeddings need an even number")
+        if family != "llama" and keys.flag("mlp_bias"):
+            raise ValueError(f"{where}: mlp_bias=True; a {family} model has no bias in its MLP")
         return config
 
 
-def _rope_scaling(scaling: dict[str, Any], where: str) -> dict[str, Any] | None:
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"{where}: rope scaling {kind!r} is not supported; allowed: default, llama3")
-    return dict(scaling)
+class _Keys:
+    """The keys of one config.json, each read with its type and range; ValueError names file, key and value."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw, self.where = raw, where
+
+    def wrong(self, name: str, value: Any, allowed: str) -> ValueError:
+        return ValueError(f"{self.where}: {name}={value!r}; allowed is {allowed}")
+
+    def count(self, name: str, largest: int, default: int | None = None) -> int:
+        """A whole number from 1 to `largest`."""
+        value = self.raw.get(name)
+        value = default if value is None else value
+        if type(value) is not int or not 1 <= value <= largest:
+            raise self.wrong(name, value, f"a whole number from 1 to {largest}")
+        return value
+
+    def number(self, name: str, default: float | None, *, below: float = math.inf) -> float:
+        """A positive finite number."""
+        value = self.raw.get(name)
+        value = default if value is None else value
+        if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value < below:
+            limit = "" if math.isinf(below) else f" below {below:g}"
+            raise self.wrong(name, value, f"a positive number{limit}")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """true, or false where it is null or left out."""
+        value = self.raw.get(name)
+        if value is not None and type(value) is not bool:
+            raise self.wrong(name, value, "true or false")
+        return bool(value)
+
+    def text(self, name: str) -> str | None:
+        value = self.raw.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(name, value, "a text")
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any] | None:
+        value = self.raw.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.wrong(name, value, "an object")
+        return value or None
+
+    def ids(self, name: str, value: Any) -> tuple[int, ...]:
+        """Token ids: null, one or a list; -1 stands for none."""
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        found = tuple(item for item in listed if item is not None and item != -1)
+        if any(type(item) is not int or item < 0 for item in found):
+            raise self.wrong(name, value, "a token id or a list of them")
+        return found
 
 
-def _generation_eos(folder: Path) -> Any:
-    """generation_config.json may list more end ids than config.json; instruct models rely on them."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+def _refuse_unknown(raw: Mapping[str, Any], where: str) -> None:
+    odd = {key: value for key, value in raw.items() if not _is_harmless(key, value)}
+    if odd:
+        named = ", ".join(f"{key}={json.dumps(value, default=str)[:80]}" for key, value in odd.items())
+        raise ValueError(
+            f"{where}: {named}: not supported, and not known to leave the result as it is; supported are dense Qwen2, "
+            "Qwen2.5, Qwen3 and Llama decoders"
+        )
+    names = raw.get("architectures") or []
+    for name in names if isinstance(names, list) else [names]:
+        if not isinstance(name, str) or not name.endswith(("ForCausalLM", "LMHeadModel")):
+            raise ValueError(f"{where}: architectures={names!r}: only language models (...ForCausalLM) are run")
+    code = raw.get("auto_map") or {}
+    if not isinstance(code, dict) or any(str(key).startswith("AutoModel") for key in code):
+        raise ValueError(f"{where}: auto_map={code!r}: the model brings its own code, which is not run")
+
+
+def _is_harmless(key: str, value: Any) -> bool:
+    if key in NEUTRAL:
+        return any((value == neutral and type(value) is not bool) or value is neutral for neutral in NEUTRAL[key])
+    known = key in READ or key in HARMLESS or key.startswith(HARMLESS_STARTS) or key.endswith(HARMLESS_ENDS)
+    return known or value is None or (isinstance(value, (bool, int, float, str, list, dict)) and not value)
+
+
+def _head_dim(hidden: int, heads: int, family: str, where: str) -> int | None:
+    """What a head_dim of null means; None where a family does not allow it."""
+    if family == "qwen3" or hidden % heads:
+        return None
+    return hidden // heads
+
+
+def _sliding_window(keys: _Keys, family: str, layers: int, positions: int) -> int | None:
+    """The window of the layers that have one; None when no layer has or when it is no shorter than any text."""
+    kinds, window = keys.raw.get("layer_types"), keys.raw.get("sliding_window")
+    is_on = keys.flag("use_sliding_window") or (family == "llama" and keys.raw.get("use_sliding_window") is None)
+    if kinds is not None:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+            raise keys.wrong("layer_types", kinds, f"a list of {layers} times {' or '.join(known)}")
+        slides = "sliding_attention" in kinds
+        if slides and not (is_on and window):
+            raise keys.wrong("layer_types", kinds, "no sliding_attention where use_sliding_window is off")
+    else:
+        # Where the key is left out, transformers lets the layers from 28 on slide.
+        first = keys.raw.get("max_window_layers", 0 if family == "llama" else 28)
+        if is_on and (type(first) is not int or first < 0):
+            raise keys.wrong("max_window_layers", first, "a whole number")
+        window = keys.raw.get("sliding_window", None if family == "llama" else 4096)
+        slides = is_on and window is not None and first < layers
+    if not slides:
+        return None
+    if type(window) is not int or window < 1:
+        raise keys.wrong("sliding_window", window, "a whole number above zero")
+    return window if window < positions else None
+
+
+def _rope(keys: _Keys, positions: int) -> tuple[float, dict[str, Any] | None, int]:
+    """(theta, scaling or None, longest position) of the rotary embedding, from both spellings of its keys."""
+    given = [found for name in ("rope_scaling", "rope_parameters") if (found := keys.mapping(name))]
+    if len(given) == 2 and any(given[0][key] != given[1].get(key, given[0][key]) for key in given[0]):
+        raise keys.wrong("rope_scaling", given[0], f"the same as rope_parameters={given[1]!r}, or one of the two")
+    merged = {key: value for found in given for key, value in found.items()}
+    old, new = merged.pop("type", None), merged.pop("rope_type", None)
+    if old and new and old != new:
+        raise keys.wrong("rope_scaling.type", old, f"the same as rope_type={new!r}")
+    kind = new or old or "default"
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        raise keys.wrong("rope_type", kind, f"{', '.join(ROPE_KEYS)} (rope scaling)")
+    theta = merged.pop("rope_theta", None)
+    if theta is not None and keys.raw.get("rope_theta") not in (None, theta):
+        raise keys.wrong("rope_theta", keys.raw["rope_theta"], f"the same as in rope_parameters, {theta!r}")
+    if merged.pop("partial_rotary_factor", None) not in (None, 1):
+        raise keys.wrong("partial_rotary_factor", given, "1")
+    theta = _Keys({"rope_theta": keys.raw.get("rope_theta") if theta is None else theta}, keys.where).number(
+        "rope_theta", 10000.0
+    )
+    scaling = {key: value for key, value in merged.items() if value is not None}
+    unknown = [key for key in scaling if key not in ROPE_KEYS[kind]]
+    if unknown:
+        raise keys.wrong(f"rope {kind}: {unknown[0]}", scaling[unknown[0]], f"{', '.join(ROPE_KEYS[kind]) or 'no key'}")
+    if kind == "default":
+        return theta, None, positions
+    inner = _Keys(scaling, f"{keys.where}, rope scaling {kind}")
+    for name in dict.fromkeys((*ROPE_REQUIRED[kind], *scaling)):
+        if name != "truncate":
+            scaling[name] = inner.number(name, None)
+    scaling["truncate"] = "truncate" not in scaling or inner.flag("truncate")
+    scaling["original_max_position_embeddings"] = inner.number("original_max_position_embeddings", positions)
+    reach = {"linear": positions, "yarn": scaling["original_max_position_embeddings"]}.get(kind, 0) * scaling["factor"]
+    return theta, {"rope_type": kind, **scaling}, max(positions, int(reach))

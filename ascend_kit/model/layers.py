@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.rope import rotary_frequencies
 from ascend_kit.model.tensors import UNITS, layer_prefix
 
 KVCache = tuple[Tensor, Tensor]  # keys and values, each [blocks, S, K, H]
@@ -107,12 +108,12 @@ class Rotary(nn.Module):
     ):
         super().__init__()
         self.ops = ops
-        frequencies = _inverse_frequencies(config)
+        frequencies, factor = rotary_frequencies(config)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         angles = torch.cat((angles, angles), dim=-1)
         # Computed in float32 on the host and cast last: bf16 angles would be wrong from a few hundred tokens on.
-        self.register_buffer("cos", angles.cos().to(device, dtype), persistent=False)
-        self.register_buffer("sin", angles.sin().to(device, dtype), persistent=False)
+        self.register_buffer("cos", (angles.cos() * factor).to(device, dtype), persistent=False)
+        self.register_buffer("sin", (angles.sin() * factor).to(device, dtype), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.ops.gather_rows(self.cos, positions), self.ops.gather_rows(self.sin, positions)
@@ -229,20 +230,3 @@ def build_layer(
     attention = Attention(config, nn.ModuleList(qkv(unit("qkv"))), linear(unit("o_proj")), *head_norms, ops, parallel)
     mlp = MLP(linear(unit("gate_up")), linear(unit("down_proj")), ops, parallel)
     return DecoderLayer(norm(f"{prefix}input_layernorm"), attention, norm(f"{prefix}post_attention_layernorm"), mlp)
-
-
-def _inverse_frequencies(config: ModelConfig) -> Tensor:
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**half
-    if config.rope_scaling is None:
-        return frequencies
-    return _llama3_frequencies(frequencies, config.rope_scaling)
-
-
-def _llama3_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a ramp between."""
-    factor, old = scaling["factor"], scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = old * frequencies / (2 * torch.pi)  # full turns within the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * keep + frequencies / factor * (1 - keep)
