@@ -27,10 +27,9 @@ class Halves(torch.nn.Module):
 def halve(core, folder):
     """Replace the linears that tensor parallel splits by inputs, in a loaded core of one card."""
     checkpoint = open_checkpoint(folder)
-    info = checkpoint.quantization
 
     def halves(name, whole):
-        codes, scale = checkpoint.read(info.weight_name(name)), checkpoint.read(info.scale_name(name))
+        codes, scale = checkpoint.read(f"{name}.weight"), checkpoint.read(f"{name}.weight_scale")
         target = core.device.torch_device
         return Halves(type(whole), codes.to(target), scale.to(target), whole.ops)
 

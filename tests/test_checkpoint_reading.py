@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ascend_kit.checkpoint.huggingface import open_checkpoint
-from ascend_kit.checkpoint.quantized_layouts import pack_int8
+from ascend_kit.checkpoint.int8_layouts import pack_int8
 from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile
-from ascend_kit.checkpoint.torch_file import read_torch_file
+from ascend_kit.checkpoint.torch_file import TorchFile
 
 TENSORS = {
     "a": torch.arange(48, dtype=torch.float32).reshape(6, 8).bfloat16(),
@@ -97,19 +97,32 @@ def test_bin_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path
     assert not witness.exists()
 
 
-def test_stand_in_mode_keeps_the_tensors_and_still_runs_nothing(tmp_path: Path):
-    witness = tmp_path / "witness"
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_pickle_that_claims_memory_is_refused_before_it_is_loaded(tmp_path: Path, zip_format: bool):
+    folder = folder_with(tmp_path / "hungry")
 
-    class Evil:
+    class Hungry:
         def __reduce__(self):
-            return os.system, (f"touch {witness}",)
+            return bytearray, (600_000_000,)
 
-    torch.save({"weight": torch.ones(2), "evil": Evil()}, tmp_path / "file.pt")
+    contents = {"weight": torch.ones(2), "hungry": Hungry()}
+    torch.save(contents, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zip_format)
 
-    loaded = read_torch_file(tmp_path / "file.pt", unknown="stand_in")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin asks for .*bytearray"):
+        open_checkpoint(folder)
 
-    assert torch.equal(loaded["weight"].read(), torch.ones(2))
-    assert not witness.exists()
+
+def test_flipped_byte_of_a_torch_file_is_found(tmp_path: Path):
+    folder = folder_with(tmp_path / "bin")
+    torch.save(TENSORS, folder / "pytorch_model.bin")
+    open_checkpoint(folder).check_data()
+    data = bytearray((folder / "pytorch_model.bin").read_bytes())
+    position = data.find(TENSORS["b"].numpy().tobytes())
+    data[position + 7] ^= 16
+    (folder / "pytorch_model.bin").write_bytes(data)
+
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged"):
+        open_checkpoint(folder).check_data()
 
 
 def test_pickle_that_reaches_outside_its_storage_is_refused(tmp_path: Path):
@@ -125,7 +138,7 @@ def test_pickle_that_reaches_outside_its_storage_is_refused(tmp_path: Path):
             target.writestr(info, data)
 
     with pytest.raises(CheckpointError, match="outside its storage"):
-        read_torch_file(changed)
+        TorchFile(changed).tensors(TorchFile(changed).content)
 
 
 def test_truncated_bin_file_is_refused_with_its_name(tmp_path: Path):
@@ -317,8 +330,8 @@ def assert_presents(folder: Path, codes: torch.Tensor, scale: torch.Tensor, sche
     checkpoint = open_checkpoint(folder)
     info = checkpoint.quantization
     assert info.scheme("x") == scheme and info.layout == layout and info.summary == scheme
-    assert torch.equal(checkpoint.read(info.weight_name("x")), codes)
-    stored = checkpoint.read(info.scale_name("x"))
+    assert torch.equal(checkpoint.read("x.weight"), codes)
+    stored = checkpoint.read("x.weight_scale")
     assert stored.dtype == torch.float32 and torch.allclose(stored, scale, rtol=1e-6)
     assert torch.equal(checkpoint.read_slice("x.weight", 0, 2, 5), codes[2:5])
     assert torch.equal(checkpoint.read_slice("x.weight", 1, 3, 9), codes[:, 3:9])

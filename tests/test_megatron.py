@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -101,18 +103,79 @@ def test_slices_of_merged_tensors_equal_slices_of_the_whole(source: Path, tmp_pa
             assert torch.equal(part, full.narrow(dim, 5, 45))
 
 
-def test_code_in_a_shard_is_not_executed(source: Path, tmp_path: Path):
+@pytest.mark.parametrize("function", [subprocess.check_call, eval])
+def test_code_in_a_shard_is_replaced_by_inert_classes_and_the_conversion_says_so(
+    source: Path, tmp_path: Path, function
+):
     weights, config = weights_and_config(source)
     witness = tmp_path / "witness"
 
     class Evil:
         def __reduce__(self):
-            return os.system, (f"touch {witness}",)
+            return function, (f"touch {witness}",)
 
     root = save_megatron(tmp_path / "mcore", weights, config, args_changes={"hook": Evil()})
 
-    assert_converts_back(root, source, tmp_path / "result")
+    result = convert(root, tmp_path / "result", tokenizer_path=source, precision="fp32")
+
+    assert function.__name__ in str(result) and "replaced" in str(result)
+    assert_converts_back(root, source, tmp_path / "again")
     assert not witness.exists()
+
+
+def test_commands_and_claims_of_memory_in_a_shard_are_refused_by_name(source: Path, tmp_path: Path):
+    weights, config = weights_and_config(source)
+    witness = tmp_path / "witness"
+
+    class Evil:
+        def __init__(self, function, *arguments):
+            self.call = function, arguments
+
+        def __reduce__(self):
+            return self.call
+
+    for hook, named in ((Evil(os.system, f"touch {witness}"), "system"), (Evil(bytearray, 600_000_000), "bytearray")):
+        root = save_megatron(tmp_path / named, weights, config, args_changes={"hook": hook})
+
+        with pytest.raises(CheckpointError, match=named):
+            open_megatron(root, source)
+    assert not witness.exists()
+
+
+def test_a_flipped_byte_in_a_shard_is_found(source: Path, tmp_path: Path):
+    weights, config = weights_and_config(source)
+    root = save_megatron(tmp_path / "mcore", weights, config, tp=2)
+    path = root / "iter_0000001" / "mp_rank_01" / "model_optim_rng.pt"
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(path.read_bytes())
+    data[largest.header_offset + 500] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(CheckpointError, match=r"mp_rank_01/model_optim_rng\.pt is damaged"):
+        convert(root, tmp_path / "result", tokenizer_path=source)
+    assert not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("norm_epsilon", 1e-5),
+        ("rotary_percent", 0.5),
+        ("rope_scaling_type", "yarn"),
+        ("normalization", "LayerNorm"),
+        ("swiglu", False),
+        ("num_experts", 8),
+    ],
+)
+def test_training_arguments_that_change_the_arithmetic_are_refused_by_name(
+    source: Path, tmp_path: Path, argument: str, value: object
+):
+    weights, config = weights_and_config(source)
+    root = save_megatron(tmp_path / "mcore", weights, config, args_changes={argument: value})
+
+    with pytest.raises(CheckpointError, match=f"{argument}={value}"):
+        open_megatron(root, source)
 
 
 @pytest.mark.parametrize("marker", ["torch_dist", "fsdp2"])

@@ -1,40 +1,125 @@
-"""Whether a checkpoint holds the tensors that its config.json calls for."""
+"""The one check of a checkpoint before anything is computed from it: names, shapes, dtypes and completeness."""
 
 from __future__ import annotations
 
 import difflib
+import re
+
+import torch
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.tensors import expected_shapes
+from ascend_kit.model.tensors import EMBEDDING, HEAD, expected_shapes, linear_names
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+COMPARE_ROWS = 4096
+# A folded bias of a linear that has none is rounding error, at most this many steps of the weight's scale.
+FOLDED_BIAS_STEPS = 128
+# Tensors that a float KV cache and computed angles do without.
+HARMLESS = {
+    "scales of an int8 or fp8 KV cache": re.compile(
+        r".*\.self_attn\.((attn\.)?[qkv]_(scale|zero_point)|[kv]_proj\.(kv_cache_(scale|offset)|output_scale|[kv]_scale))"
+    ),
+    "buffers that are computed": re.compile(r".*(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\._extra_state)"),
+}
 
 
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """CheckpointError unless `checkpoint` holds exactly the tensors, in the shapes, that `config` calls
-    for.
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = True) -> list[str]:
+    """CheckpointError unless the checkpoint holds exactly the tensors that config.json calls for.
+
+    Returns what is there beyond that and is left out because it changes nothing, in words. With `data` the values that
+    decide about this are read (a copy of the tied matrix, biases that must be zero).
     """
-    expected = expected_shapes(config)
-    allowed_extra = {f"{linear}.weight_scale" for linear in checkpoint.quantization.schemes}
-    if config.tie_embeddings:
-        allowed_extra.add("lm_head.weight")  # a stored copy of the tied matrix
-    # Recovering a static W8A8 layout yields a bias for every linear, also for those that had none.
-    allowed_extra |= {f"{linear}.bias" for linear in checkpoint.quantization.schemes}
+    expected, schemes = expected_shapes(config), checkpoint.quantization.schemes
+    odd = next((name for name in schemes if name not in set(linear_names(config))), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{checkpoint.source(f'{odd}.weight').origin}: {odd} is stored as int8, which is read for the linears of "
+            "the "
+            "layers and for lm_head where it is not tied; leave it in float when quantising"
+        )
+    missing = [name for name in expected if name not in checkpoint]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {missing[0]}{more} is missing{_closest(missing[0], checkpoint)}"
+        )
     for name, shape in expected.items():
-        if name not in checkpoint:
-            raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing" + _closest(name, checkpoint))
-        found = checkpoint.shape(name)
-        if found != shape:
-            raise CheckpointError(
-                f"{checkpoint.source(name).origin}: tensor {name} has shape {list(found)}, "
-                f"config.json implies {list(shape)}"
-            )
-    for name in checkpoint.tensor_names():
-        if name not in expected and name not in allowed_extra:
+        _check_form(checkpoint, name, shape)
+    return _check_extras(checkpoint, config, [name for name in checkpoint.tensor_names() if name not in expected], data)
+
+
+def _check_form(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    source = checkpoint.source(name)
+    if source.shape != shape:
+        raise CheckpointError(
+            f"{source.origin}: tensor {name} has shape {list(source.shape)}, config.json implies {list(shape)}"
+        )
+    is_int8 = name.endswith(".weight") and name.removesuffix(".weight") in checkpoint.quantization.schemes
+    if not is_int8 and source.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{source.origin}: tensor {name} holds {str(source.dtype).removeprefix('torch.')} numbers and nothing says "
+            "what they stand for; readable are float tensors and int8 linears that quantization_config in "
+            "config.json or "
+            "an msModelSlim description names"
+        )
+
+
+def _check_extras(checkpoint: Checkpoint, config: ModelConfig, names: list[str], data: bool) -> list[str]:
+    left_out: dict[str, list[str]] = {}
+    expected = expected_shapes(config)
+    for name in names:
+        owner = name.removesuffix(".bias").removesuffix(".weight_scale")
+        if name.endswith(".weight_scale") and owner in checkpoint.quantization.schemes:
+            continue
+        if name == HEAD and config.tie_embeddings:
+            reason = "copies of the tied embedding"
+            if data:
+                _check_tied_copy(checkpoint)
+        elif name.endswith(".bias") and expected.get(f"{owner}.weight", ())[:1] == checkpoint.shape(name):
+            reason = "biases of zero"
+            if data:
+                _check_zero_bias(checkpoint, name, owner)
+        else:
+            reason = next((text for text, pattern in HARMLESS.items() if pattern.fullmatch(name)), "")
+        if not reason:
             raise CheckpointError(
                 f"{checkpoint.source(name).origin}: tensor {name} does not belong to a "
                 f"{config.family} model of {config.num_layers} layers as config.json describes it"
             )
+        left_out.setdefault(reason, []).append(name)
+    return [
+        f"{len(found)} {reason}, not used: {found[0]}{', ...' * (len(found) > 1)}" for reason, found in left_out.items()
+    ]
+
+
+def _check_tied_copy(checkpoint: Checkpoint) -> None:
+    head, embedding = checkpoint.source(HEAD), checkpoint.source(EMBEDDING)
+    same = head.shape == embedding.shape and all(
+        torch.equal(
+            head.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])),
+            embedding.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])),
+        )
+        for row in range(0, head.shape[0], COMPARE_ROWS)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{head.origin}: {HEAD} differs from {EMBEDDING}, but "
+            "config.json says tie_word_embeddings; set it to false to keep both"
+        )
+
+
+def _check_zero_bias(checkpoint: Checkpoint, name: str, owner: str) -> None:
+    bias, largest = checkpoint.read(name).float(), torch.zeros(())
+    if owner in checkpoint.quantization.schemes:
+        largest = FOLDED_BIAS_STEPS * checkpoint.read(f"{owner}.weight_scale").abs()
+    if not bool((bias.abs() <= largest).all()):
+        raise CheckpointError(
+            f"{checkpoint.source(name).origin}: {name} is not zero (up to {bias.abs().max().item():.4g}), but this "
+            "family "
+            "has no such bias; a checkpoint made with asymmetric outlier suppression cannot be read"
+        )
 
 
 def _closest(name: str, checkpoint: Checkpoint) -> str:

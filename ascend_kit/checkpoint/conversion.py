@@ -44,12 +44,18 @@ class ConversionResult:
             return f"{self.folder} ({self.scheme}): taken over as it was, made alike earlier"
         rate = f", {self.mb_per_s:.0f} MB/s" if self.mb_per_s else ""
         kept = f", {len(self.resumed_shards)} shards kept from an earlier run" if self.resumed_shards else ""
-        return f"{self.folder} ({self.scheme}): {self.bytes_written} bytes in {self.seconds:.1f} s{rate}{kept}"
+        text = f"{self.folder} ({self.scheme}): {self.bytes_written} bytes in {self.seconds:.1f} s{rate}{kept}"
+        return "\n".join([text, *self.left_out])
 
     @property
     def scheme(self) -> str:
         """none, w8a8, w8a16 or mixed."""
         return self.manifest["quantization"]["scheme"]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What the source holds and the result does not, in words."""
+        return self.manifest["source"].get("left_out", [])
 
     @property
     def mb_per_s(self) -> float | None:
@@ -66,6 +72,7 @@ class ConversionPlan:
     recipe: Recipe
     settings: dict[str, Any]
     mix: MixChoice | None = None
+    left_out: tuple[str, ...] = ()  # what the source holds and the result does not, in words
 
 
 class Conversion:
@@ -75,14 +82,14 @@ class Conversion:
         self,
         plan: ConversionPlan,
         destination: Path,
-        tokenizer_path: str | Path | None,
+        tokenizer_path: Path | None,
         max_shard_bytes: int,
         on_progress: Progress | None,
     ) -> None:
         self.plan, self.checkpoint, self.model = plan, plan.checkpoint, plan.model
         self.recipe, self.settings = plan.recipe, plan.settings
-        self.destination, self.tokenizer_path = destination, Path(tokenizer_path) if tokenizer_path else None
-        self.companions = companion_files(self.checkpoint.config_folder, self.tokenizer_path)
+        self.destination = destination
+        self.companions = companion_files(self.checkpoint.config_folder, tokenizer_path)
         self.on_progress = on_progress
         self._stopped, self._counting = threading.Event(), threading.Lock()
         self.shards = plan_shards(plan_jobs(self.checkpoint, self.model, self.recipe), max_shard_bytes)
@@ -201,6 +208,7 @@ class Conversion:
                 "framework": self.checkpoint.framework,
                 "files": sources,
                 "companions": companions,
+                "left_out": list(self.plan.left_out),
             },
             settings=self.settings,
             files=files,

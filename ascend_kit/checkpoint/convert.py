@@ -10,7 +10,7 @@ from typing import Any
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult
 from ascend_kit.checkpoint.destination import check_destination, existing_result
-from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
+from ascend_kit.checkpoint.huggingface import Checkpoint, check_companions, companion_files, open_checkpoint
 from ascend_kit.checkpoint.int8_plan import Int8Options, plan_int8
 from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_megatron
 from ascend_kit.checkpoint.sensitivity import Progress
@@ -97,10 +97,11 @@ def convert(
     check_destination(source_folder, destination)
     checkpoint = open_source(source_folder, framework, tokenizer_path)
     model = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
-    check_tensors(checkpoint, model)
+    left_out = (*checkpoint.notes, *check_tensors(checkpoint, model))
+    texts = Path(tokenizer_path) if tokenizer_path else None
+    check_companions(companion_files(checkpoint.config_folder, texts))
     settings = {"precision": precision, "framework": checkpoint.framework, **options.settings()}
     if destination.exists():
-        texts = Path(tokenizer_path) if tokenizer_path else None
         manifest = existing_result(destination, checkpoint, settings, if_exists, texts)
         if manifest is not None:
             return ConversionResult(destination, True, manifest)
@@ -114,8 +115,8 @@ def convert(
         bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         on_progress=on_progress,
     )
-    plan = ConversionPlan(checkpoint, model, recipe, settings, mix)
-    return Conversion(plan, destination, tokenizer_path, max_shard_bytes, on_progress).run(before_publish)
+    plan = ConversionPlan(checkpoint, model, recipe, settings, mix, left_out)
+    return Conversion(plan, destination, texts, max_shard_bytes, on_progress).run(before_publish)
 
 
 def experiment_arguments(experiment: Experiment) -> dict[str, Any]:

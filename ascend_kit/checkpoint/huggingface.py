@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ascend_kit.checkpoint.quantized_layouts import QuantizationInfo, present_quantized
-from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource
-from ascend_kit.checkpoint.torch_file import read_torch_file
+from ascend_kit.checkpoint.int8_layouts import QuantizationInfo, present_quantized
+from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, read_json
+from ascend_kit.checkpoint.torch_file import TorchFile, check_torch_file
 
 COPIED_SUFFIXES = (".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -28,7 +28,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 OTHER_FILES = ("configuration.json", "preprocessor_config.json")
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "_extra_state")
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+SHARD_PATTERN = re.compile(r"(.+)-\d+-of-(\d+)")
 
 
 class Checkpoint:
@@ -48,11 +49,19 @@ class Checkpoint:
         framework: str = "huggingface",
         quantization: QuantizationInfo | None = None,
         config_folder: Path | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.folder, self.config, self.files, self.framework = Path(folder), config, files, framework
         self.quantization = quantization or QuantizationInfo()
         self.config_folder = config_folder or self.folder  # of config.json, tokenizer and the like
         self.sources = dict(sources)
+        self.notes = tuple(notes)  # what was left out while reading, in words
+
+    def check_data(self) -> None:
+        """Compare the contents of torch files with their checksums; safetensors files have none."""
+        for path in self.files:
+            if path.suffix != ".safetensors":
+                check_torch_file(path)
 
     def tensor_names(self) -> list[str]:
         """Every tensor, in the order in which the files hold them."""
@@ -101,7 +110,6 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             sources[name] = source
     if index is not None:
         _check_index(folder, index, sources)
-    sources = {name: source for name, source in sources.items() if not name.endswith(IGNORED_SUFFIXES)}
     sources, quantization = present_quantized(folder, config, sources)
     return Checkpoint(folder, sources, config, files=files, quantization=quantization)
 
@@ -111,43 +119,47 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", "a Hugging Face model folder needs it")
 
 
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError naming the file otherwise."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {why}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
-    return value
-
-
 def find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
-    """The index (tensor -> file name), if there is one, and the weight files in order."""
-    for suffix, single in ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin")):
-        indexes = sorted(folder.glob(f"*{suffix}.index.json"))
-        if len(indexes) > 1:
-            raise CheckpointError(f"{folder} has several indexes: {[path.name for path in indexes]}; keep one")
-        if indexes:
-            index = read_json(indexes[0], "the index").get("weight_map")
-            if not isinstance(index, dict) or not index:
-                raise CheckpointError(f"{indexes[0]} has no weight_map")
-            return index, [_existing(folder, name, indexes[0]) for name in sorted(set(index.values()))]
-        if (folder / single).is_file():
-            return None, [folder / single]
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return None, others
-    if others:
+    """The index (tensor -> file name), if there is one, and the weight files in order.
+
+    CheckpointError for a folder with none, with an incomplete one, and with two: which of them is meant, nobody knows.
+    """
+    adapters = sorted(
+        path.name for path in folder.glob("adapter_*") if path.suffix in (".json", ".safetensors", ".bin")
+    )
+    if adapters:
         raise CheckpointError(
-            f"{folder} has {len(others)} safetensors files and no index; add "
+            f"{folder} holds a LoRA adapter ({', '.join(adapters)}), which is not applied; merge it into its base "
+            "model "
+            "(peft: merge_and_unload) and use that folder"
+        )
+    indexes = sorted(path for kind in ("safetensors", "bin") for path in folder.glob(f"*.{kind}.index.json"))
+    found: list[tuple[str, dict[str, str] | None, list[str]]] = []
+    for path in indexes:
+        index = read_json(path, "the index").get("weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+            raise CheckpointError(f"{path} has no weight_map")
+        found.append((path.name, index, sorted(set(index.values()))))
+    indexed = {name for _, _, names in found for name in names}
+    loose = sorted(
+        path.name for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern) if path.name not in indexed
+    )
+    families = {SHARD_PATTERN.sub(r"\1-*-of-\2", name) for name in loose}
+    if not found and len(loose) > 1 and len(families) == 1:
+        raise CheckpointError(
+            f"{folder} has {len(loose)} weight files ({families.pop()}) and no index; add "
             "model.safetensors.index.json, which says which tensor is in which file"
         )
-    raise CheckpointError(
-        f"{folder} holds no weights: expected model.safetensors, a *.safetensors.index.json or pytorch_model.bin"
-    )
+    if len(found) + len(families) > 1:
+        named = ", ".join([*(f"{name} with its files" for name, _, _ in found), *sorted(families)])
+        raise CheckpointError(f"{folder} holds more than one set of weights: {named}; keep the one that is meant")
+    if loose:
+        return None, [folder / loose[0]]
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds no weights: expected model.safetensors, a *.safetensors.index.json or pytorch_model.bin"
+        )
+    return found[0][1], [_existing(folder, name, indexes[0]) for name in found[0][2]]
 
 
 def _existing(folder: Path, name: str, index: Path) -> Path:
@@ -162,15 +174,13 @@ def _existing(folder: Path, name: str, index: Path) -> Path:
 def _open_weights(path: Path) -> dict[str, TensorSource]:
     if path.suffix == ".safetensors":
         return dict(SafetensorsFile(path).tensors)
-    loaded = read_torch_file(path)
+    file = TorchFile(path)
+    loaded = file.content
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
-    tensors = {name: value for name, value in loaded.items() if hasattr(value, "read_slice")}
-    for name, tensor in tensors.items():
-        tensor.name = name
-    return tensors
+    return file.tensors(loaded)
 
 
 def _check_index(folder: Path, index: dict[str, str], sources: dict[str, TensorSource]) -> None:
@@ -199,3 +209,18 @@ def _is_small_file(path: Path) -> bool:
     known = path.name in TOKENIZER_FILES or path.name in OTHER_FILES or path.suffix in COPIED_SUFFIXES
     legal = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
     return path.is_file() and (known or legal) and not path.name.startswith(".")
+
+
+def check_companions(files: Iterable[Path]) -> None:
+    """CheckpointError naming the first of a model's small files that is broken: JSON files, and what tokenizers
+    reads."""
+    for path in files:
+        if path.suffix == ".json":
+            read_json(path, "a model folder needs it")
+        if path.name == "tokenizer.json":
+            from tokenizers import Tokenizer
+
+            try:
+                Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises plain Exception
+                raise CheckpointError(f"{path} is no tokenizer: {error}") from error

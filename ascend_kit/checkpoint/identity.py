@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.checkpoint.huggingface import TEMPLATE_FILES, TOKENIZER_FILES, companion_files, find_weights, read_json
+from ascend_kit.checkpoint.huggingface import TEMPLATE_FILES, TOKENIZER_FILES, companion_files, find_weights
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_manifest, verify
 from ascend_kit.checkpoint.megatron import is_megatron, shard_files
-from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.checkpoint.tensor_file import CheckpointError, read_json
 from ascend_kit.identity import Identity, file_hash, hash_value
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.int8 import dequantize_weight, encode
 from ascend_kit.model.layers import DecoderLayer, Linear, RMSNorm, Rotary, build_layer
+from ascend_kit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, layer_prefix, layer_tensors
 
 BLOCK_SIZE = 32
 HEAD_ROWS = 8192  # vocabulary rows of the output head in memory at once
@@ -98,9 +99,8 @@ class LayerwiseModel:
 
     def layer_weights(self, number: int) -> dict[str, Tensor]:
         """float32 tensors of one layer, by their full names."""
-        prefix = f"model.layers.{number}."
-        names = [name for name in self.checkpoint.tensor_names() if name.startswith(prefix)]
-        return {name: self.weight(name) for name in names if not name.endswith("_scale")}
+        names = [layer_prefix(number) + name for name in layer_tensors(self.config)]
+        return {name: self.weight(name) for name in names}
 
     def build_layer(self, number: int, weights: Mapping[str, Tensor], make: LinearMaker = plain_linear) -> DecoderLayer:
         """The engine's decoder layer, each linear made by `make`."""
@@ -133,7 +133,7 @@ class LayerwiseModel:
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """float32 [T, D]; only the rows that occur are read."""
-        source = self.checkpoint.source("model.embed_tokens.weight")
+        source = self.checkpoint.source(EMBEDDING)
         distinct = sorted(set(token_ids))
         rows = torch.cat([source.read_slice(0, token, token + 1) for token in distinct]).float()
         position = {token: row for row, token in enumerate(distinct)}
@@ -141,13 +141,12 @@ class LayerwiseModel:
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """The last norm, [T, D] -> [T, D]."""
-        return reference.rms_norm(hidden, self.weight("model.norm.weight"), self.config.rms_norm_eps)
+        return reference.rms_norm(hidden, self.weight(FINAL_NORM), self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] after the last layer -> float32 [T, V]."""
         if self._head is None:
-            tied = self.config.tie_embeddings or "lm_head.weight" not in self.checkpoint
-            name = "model.embed_tokens" if tied else "lm_head"
+            name = (EMBEDDING if self.config.tie_embeddings else HEAD).removesuffix(".weight")
             int8 = self.checkpoint.quantization.scheme(name) != "none"
             # Kept as stored: the head is the largest matrix, and blocks of it are widened where they are
             # used.

@@ -15,6 +15,7 @@ Facts: Ascend/MindSpeed-LLM, mindspeed_llm/tasks/checkpoint (model_builder.py, c
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,12 @@ from typing import Any
 
 import torch
 
-from ascend_kit.checkpoint.huggingface import IGNORED_SUFFIXES, Checkpoint, read_config
+from ascend_kit.checkpoint.huggingface import Checkpoint, read_config
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice
-from ascend_kit.checkpoint.torch_file import read_torch_file
+from ascend_kit.checkpoint.torch_file import TorchFile
 from ascend_kit.model.config import ModelConfig
 
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "_extra_state")
 ITERATION_FILE = "latest_checkpointed_iteration.txt"
 RANK_PATTERN = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 SHARD_NAMES = ("model_optim_rng.pt", "model_rng.pt")
@@ -42,6 +44,34 @@ NORM_NAMES = {
 COLUMN_NAMES = {
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+# Training arguments that change what a model computes, with the values that this package computes.
+NEUTRAL_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "geglu": (False,),
+    "squared_relu": (False,),
+    "openai_gelu": (False,),
+    "quick_geglu": (False,),
+    "position_embedding_type": ("rope",),
+    "use_rotary_position_embeddings": (True,),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "apply_layernorm_1p": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "add_rmsnorm_offset": (False,),
+    "post_norm": (False,),
+    "input_embeds_norm": (False,),
+    "num_experts": (0,),
+    "num_moe_experts": (0,),
+    "multi_latent_attention": (False,),
+    "mtp_num_layers": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "output_logit_softcapping": (0.0,),
+    "scale_emb": (1.0,),
+    "scale_depth": (1.0,),
+    "embedding_multiplier_scale": (1.0,),
+    "output_multiplier_scale": (1.0,),
 }
 SAVE_AGAIN = (
     "save it from the training code with `--ckpt-format torch`, or convert it there to Hugging Face format "
@@ -137,14 +167,21 @@ def open_megatron(folder: str | Path, tokenizer_path: str | Path | None) -> Chec
     model = ModelConfig.from_dict(config, where=f"{tokenizer_path}/config.json")
     grid = _rank_grid(iteration)
     chunks, files = [], []
+    replaced: set[str] = set()
     for stage in grid:
         loaded = [_load(path) for path in stage]
-        for path, content in zip(stage, loaded, strict=True):
-            _check_arguments(path, content, model, len(stage), len(grid))
-        chunks.append([_chunks(path, content) for path, content in zip(stage, loaded, strict=True)])
+        for file in loaded:
+            _check_arguments(file.path, file.content, model, len(stage), len(grid))
+            replaced.update(file.replaced)
+        chunks.append([_chunks(file) for file in loaded])
         files += stage
     sources = _Merger(iteration, model).merge(chunks)
-    return Checkpoint(folder, sources, config, files=files, framework="megatron", config_folder=Path(tokenizer_path))
+    notes = [f"unknown classes in the pickle were replaced by inert ones: {', '.join(sorted(replaced))}"] * bool(
+        replaced
+    )
+    return Checkpoint(
+        folder, sources, config, files=files, framework="megatron", config_folder=Path(tokenizer_path), notes=notes
+    )
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -209,15 +246,16 @@ def _shard_file(folder: Path) -> Path:
     raise CheckpointError(f"{folder} holds none of {', '.join(SHARD_NAMES)}")
 
 
-def _load(path: Path) -> dict[str, Any]:
-    content = read_torch_file(path, unknown="stand_in")
-    if not isinstance(content, dict) or not any(key == "model" or key == "model0" for key in content):
+def _load(path: Path) -> TorchFile:
+    file = TorchFile(path, replace_unknown=True)
+    if not isinstance(file.content, dict) or not any(key == "model" or key == "model0" for key in file.content):
         raise CheckpointError(f"{path} has no `model`: not a Megatron checkpoint file")
-    return content
+    return file
 
 
-def _chunks(path: Path, content: dict[str, Any]) -> list[dict[str, TensorSource]]:
+def _chunks(file: TorchFile) -> list[dict[str, TensorSource]]:
     """State dictionaries of the virtual pipeline chunks, one without virtual pipeline."""
+    path, content = file.path, file.content
     keys = ["model"] if "model" in content else []
     while "model" not in content and f"model{len(keys)}" in content:
         keys.append(f"model{len(keys)}")
@@ -229,10 +267,7 @@ def _chunks(path: Path, content: dict[str, Any]) -> list[dict[str, TensorSource]
                 f"{path} has the old Megatron layout (language_model.*); save it from a model "
                 "built with --use-mcore-models"
             )
-        tensors = {name: value for name, value in state.items() if hasattr(value, "read_slice")}
-        for name, tensor in tensors.items():
-            tensor.name = name
-        chunks.append({name: t for name, t in tensors.items() if not name.endswith(IGNORED_SUFFIXES)})
+        chunks.append({name: t for name, t in file.tensors(state).items() if not name.endswith(IGNORED_SUFFIXES)})
     return chunks
 
 
@@ -243,26 +278,47 @@ def _check_arguments(path: Path, content: dict[str, Any], model: ModelConfig, tp
         raise CheckpointError(
             f"{path} was trained with the dualpipev schedule, whose layer order is not read; {SAVE_AGAIN}"
         )
-    layers = args.get("num_layers")
-    expected = {
-        "num_layers": model.num_layers + len(_noop_layers(args)) if layers else None,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_heads,
-        "num_query_groups": model.num_kv_heads if args.get("group_query_attention") else None,
-        "kv_channels": model.head_dim,
-        "ffn_hidden_size": model.intermediate_size,
-        "rotary_base": int(model.rope_theta),
-        "untie_embeddings_and_output_weights": not model.tie_embeddings,
-        "tensor_model_parallel_size": tp_size,
-        "pipeline_model_parallel_size": stages,
+    if args.get("num_layers") and args["num_layers"] != model.num_layers + len(_noop_layers(args)):
+        _refuse_argument(path, "num_layers", args["num_layers"], model.num_layers)
+    scaling = model.rope_scaling or {"rope_type": "default", "factor": 1.0}
+    kind = scaling["rope_type"]
+    expected: dict[str, tuple[Any, ...]] = {
+        "hidden_size": (model.hidden_size,),
+        "num_attention_heads": (model.num_heads,),
+        "num_query_groups": (model.num_kv_heads,) if args.get("group_query_attention") else (),
+        "kv_channels": (model.head_dim,),
+        "ffn_hidden_size": (model.intermediate_size,),
+        "rotary_base": (model.rope_theta,),
+        "untie_embeddings_and_output_weights": (not model.tie_embeddings,),
+        "tensor_model_parallel_size": (tp_size,),
+        "pipeline_model_parallel_size": (stages,),
+        "norm_epsilon": (model.rms_norm_eps,),
+        "layernorm_epsilon": (model.rms_norm_eps,),
+        "add_qkv_bias": (model.attention_bias,),
+        "qk_layernorm": (model.qk_norm,),
+        "rope_scaling_type": (kind, "none" if kind == "default" else kind),
+        "use_rope_scaling": (kind == "llama3",),
+        "rope_scaling_factor": (scaling["factor"],) if kind != "default" and args.get("rope_scaling_type") else (),
+        "rotary_seq_len_interpolation_factor": (scaling["factor"] if kind == "linear" else 1,),
+        **NEUTRAL_ARGUMENTS,
     }
-    for name, value in expected.items():
+    for name, values in expected.items():
         found = args.get(name)
-        if found is not None and value is not None and found != value:
-            raise CheckpointError(
-                f"{path}: trained with {name}={found}, config.json or the folder says {value}; "
-                "is tokenizer_path the model that training started from?"
-            )
+        if found is not None and values and not any(_is_equal(found, value) for value in values):
+            _refuse_argument(path, name, found, " or ".join(map(str, values)))
+
+
+def _refuse_argument(path: Path, name: str, found: Any, wanted: Any) -> None:
+    raise CheckpointError(
+        f"{path}: trained with {name}={found}, config.json or the folder says {wanted}; "
+        "is tokenizer_path the model that training started from?"
+    )
+
+
+def _is_equal(found: Any, value: Any) -> bool:
+    if isinstance(value, float) and type(found) in (int, float):
+        return math.isclose(found, value, rel_tol=1e-6)
+    return found == value or str(found).lower() == str(value).lower()
 
 
 def _noop_layers(args: dict[str, Any]) -> set[int]:

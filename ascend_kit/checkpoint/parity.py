@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
 from ascend_kit.checkpoint.sensitivity import kl_divergence
@@ -230,6 +231,7 @@ def files_model(checkpoint: Checkpoint, name: str = "files", device: torch.devic
     token.
     """
     config = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
+    check_tensors(checkpoint, config)
     model = LayerwiseModel(checkpoint, config, device=device)
 
     def logits(prompts: Sequence[TokenIds]) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
-from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.checkpoint.int8_layouts import FORMATS
 from ascend_kit.checkpoint.tensor_jobs import (
     CastJob,
     DequantizeJob,
@@ -22,9 +22,6 @@ from ascend_kit.checkpoint.tensor_jobs import (
 )
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import LAYER_PATTERN, expected_shapes, linear_names
-
-FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized"}
-COMPARE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,7 @@ class Recipe:
 def plan_jobs(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[TensorJob]:
     """One job per source tensor, in the order in which the source files hold them."""
     wanted = expected_shapes(config)
-    quantised = checkpoint.quantization.schemes
-    jobs = []
-    for name in checkpoint.tensor_names():
-        if name == "lm_head.weight" and config.tie_embeddings:
-            _check_tied_copy(checkpoint)
-        elif name in wanted:
-            jobs.append(_job(checkpoint, name, recipe))
-        elif name.removesuffix(".bias") in quantised and name.endswith(".bias"):
-            _check_no_bias(checkpoint, name)
-    return jobs
+    return [_job(checkpoint, name, recipe) for name in checkpoint.tensor_names() if name in wanted]
 
 
 def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
@@ -75,35 +63,6 @@ def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
     if target == "none":
         return DequantizeJob(name, source, scale, recipe.dtype)
     return RepackJob(linear, source, scale, target)
-
-
-def _check_tied_copy(checkpoint: Checkpoint) -> None:
-    # Written once: readers tie the two and would ignore the copy. That is only right while it is one.
-    head, embedding = checkpoint.source("lm_head.weight"), checkpoint.source("model.embed_tokens.weight")
-    same = head.shape == embedding.shape and all(
-        torch.equal(
-            head.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])),
-            embedding.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])),
-        )
-        for row in range(0, head.shape[0], COMPARE_ROWS)
-    )
-    if not same:
-        raise CheckpointError(
-            f"{head.origin}: lm_head.weight differs from model.embed_tokens.weight, but "
-            "config.json says tie_word_embeddings; set it to false to keep both"
-        )
-
-
-def _check_no_bias(checkpoint: Checkpoint, name: str) -> None:
-    # A model without this bias cannot store one; the folded bias must therefore be rounding error and no
-    # more.
-    bias, scale = checkpoint.read(name), checkpoint.read(name.replace(".bias", ".weight_scale"))
-    if bool((bias.abs() > 128 * scale.abs()).any()):
-        raise CheckpointError(
-            f"{checkpoint.source(name).origin}: {name} is not zero (up to "
-            f"{bias.abs().max().item():.4g}), but this family has no such bias; the checkpoint was "
-            "made with outlier suppression that the standard layout cannot express"
-        )
 
 
 def result_config(config: dict[str, Any], model: ModelConfig, recipe: Recipe) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import xxhash
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.tensor_file import RawTensor, ReadFile
+from ascend_kit.checkpoint.torch_file import check_torch_file
 from ascend_kit.identity import HASH_BLOCK_BYTES, hash_file
 
 
@@ -89,6 +90,8 @@ class SourceHashes:
     def _hash_others(self) -> None:
         try:
             for path in (path for path in self._files if path not in self._streams):
+                if path.suffix != ".safetensors":
+                    check_torch_file(path, self._stop_if_cancelled)
                 self._hashes[path] = hash_file(path, self._stop_if_cancelled)
         except BaseException as error:
             self._error = error

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -39,6 +39,19 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, contradicts itself or is of a kind that cannot be used; names file and
     tensor.
     """
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError naming the file otherwise."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {why}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
 
 
 class TensorSource(Protocol):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ascend_kit.checkpoint.quantized_layouts import pack_int8
+from ascend_kit.checkpoint.int8_layouts import pack_int8
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.model.int8 import dequantize_weight, encode, search_clip, weight_scale
 

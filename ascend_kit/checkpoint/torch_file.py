@@ -1,101 +1,38 @@
 """Files written by torch.save, read without executing anything that the file names.
 
-A `.pt` or `.bin` file is a zip archive: one pickle and one stored member per tensor storage. The pickle is
-walked by an unpickler that knows a short list of harmless names; tensors become regions of the file, read
-on demand. Names outside the list are refused (`.bin`), or replaced by inert stand-ins (Megatron's training
-arguments carry enums and classes of the training code, which is neither needed nor wanted here).
+torch's own weights-only reader walks the pickle onto the meta device, which reads no data and says where each storage
+lies; tensors become regions of the file. Classes outside torch's list are refused (`.bin`), or replaced by inert
+stand-ins (Megatron's training arguments carry enums and classes of the training code).
 """
 
 from __future__ import annotations
 
-import pickle
+import io
+import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ascend_kit.checkpoint.tensor_file import CheckpointError, MemoryTensor, RawTensor, ReadFile
+from ascend_kit.checkpoint.tensor_file import CheckpointError, MemoryTensor, RawTensor, ReadFile, TensorSource
 
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-TORCH_DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-    )
-}
-PLAIN_BUILTINS = {
-    "set": set,
-    "frozenset": frozenset,
-    "dict": dict,
-    "list": list,
-    "tuple": tuple,
-    "bytearray": bytearray,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "str": str,
-    "complex": complex,
-    "slice": slice,
-}
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+CRC_BLOCK_BYTES = 4 << 20
+LEGACY_PICKLES = 4  # magic number, protocol, system, contents
 
 
 class StandIn:
-    """Takes the place of an object of an unknown class: keeps arguments and state, has no behaviour."""
+    """Takes the place of an object of an unknown class: keeps its state, has no behaviour."""
 
-    qualified_name = ""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.saved_args, self.saved_kwargs, self.saved_state = args, kwargs, None
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None:
-        self.saved_state = state
         if isinstance(state, dict):
             self.__dict__.update({key: value for key, value in state.items() if isinstance(key, str)})
-
-    def append(self, item: Any) -> None: ...
-
-    def extend(self, items: Any) -> None: ...
-
-    def add(self, item: Any) -> None: ...
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-class LazyStorage:
-    """Where one tensor storage lies; holds no data."""
-
-    def __init__(self, dtype: torch.dtype, offset: int, num_elements: int) -> None:
-        self.dtype, self.offset, self.num_elements = dtype, offset, num_elements
 
 
 class StridedTensor(RawTensor):
@@ -114,141 +51,110 @@ class StridedTensor(RawTensor):
         return self.read().narrow(dim, start, stop - start).contiguous()
 
 
-def read_torch_file(path: Path, *, unknown: str = "refuse") -> Any:
-    """The pickled object of a torch.save file, tensors as lazy TensorSource objects; executes nothing.
+class TorchFile:
+    """One file of torch.save: `content` with tensors on the meta device, and `replaced`, the unknown classes in it."""
 
-    `unknown` is what to do with a class outside the list: "refuse" (CheckpointError) or "stand_in".
+    def __init__(self, path: Path, *, replace_unknown: bool = False) -> None:
+        self.path, self.file = Path(path), ReadFile(path)
+        self.replaced: list[str] = []
+        self._sizes: dict[int, int] = {}  # first byte of a storage -> its bytes
+        try:
+            self.content = self._read(replace_unknown)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            # torch wraps what happened in advice to load the file unsafely.
+            text = (str(error).rpartition("WeightsUnpickler error: ")[2].splitlines() or [""])[0]
+            raise CheckpointError(f"{path} is not a readable torch file: {type(error).__name__}: {text}") from error
+
+    def tensors(self, mapping: Mapping[Any, Any]) -> dict[str, TensorSource]:
+        """The tensors among a mapping's values, by name, as regions of the file."""
+        return {
+            str(name): self._region(str(name), value)
+            for name, value in mapping.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def _read(self, replace_unknown: bool) -> Any:
+        if not zipfile.is_zipfile(self.path):
+            return self._read_legacy(replace_unknown)
+        with zipfile.ZipFile(self.path) as archive:
+            members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+            if "data.pkl" not in members:
+                raise CheckpointError(f"{self.path} is a zip archive without data.pkl: not written by torch.save")
+            places = {name: self._place(name, info) for name, info in members.items()}
+        self._sizes = {offset: size for offset, size in places.values()}
+        if "byteorder" in places and self._bytes(places["byteorder"]) != b"little":
+            raise CheckpointError(f"{self.path} was saved on a big-endian machine; save it again")
+        _refuse_hungry_pickle(self.path, io.BytesIO(self._bytes(places["data.pkl"])))
+        unknown = sorted(get_unsafe_globals_in_checkpoint(self.path))
+        if unknown and not replace_unknown:
+            raise CheckpointError(
+                f"{self.path} asks for {', '.join(unknown)}; only tensors and plain containers are loaded. Save the "
+                "weights alone, best as safetensors"
+            )
+        self.replaced = unknown
+        classes: list[Any] = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in unknown]
+        with safe_globals(classes):
+            return torch.load(self.path, map_location="meta", weights_only=True)
+
+    def _place(self, name: str, info: zipfile.ZipInfo) -> tuple[int, int]:
+        """(first byte, number of bytes) of a member, which torch.save never compresses."""
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{self.path}: {name} is compressed: not written by torch.save")
+        local = LOCAL_HEADER.unpack(self.file.read_bytes(info.header_offset, LOCAL_HEADER.size, name))
+        return info.header_offset + LOCAL_HEADER.size + local[-2] + local[-1], info.file_size
+
+    def _bytes(self, place: tuple[int, int]) -> bytes:
+        return self.file.read_bytes(*place, "a part")
+
+    def _read_legacy(self, replace_unknown: bool) -> Any:
+        if replace_unknown:
+            raise CheckpointError(
+                f"{self.path} is not a zip archive as torch.save has written since version 1.6, or it is truncated; "
+                "load it with the training code and save it again"
+            )
+        with open(self.path, "rb") as stream:
+            for _ in range(LEGACY_PICKLES):
+                _refuse_hungry_pickle(self.path, stream)
+        return torch.load(self.path, map_location="cpu", weights_only=True)
+
+    def _region(self, name: str, tensor: torch.Tensor) -> TensorSource:
+        if tensor.device.type != "meta":
+            return MemoryTensor(tensor.detach(), str(self.path))
+        storage = tensor.untyped_storage()
+        first: int = getattr(storage, "_checkpoint_offset", -1)
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        size = tensor.element_size()
+        if (tensor.storage_offset() + span) * size > self._sizes.get(first, -1):
+            raise CheckpointError(f"{self.path}: tensor {name} of shape {shape} reaches outside its storage")
+        region = RawTensor(self.file, name, tensor.dtype, shape, first + tensor.storage_offset() * size)
+        return region if tensor.is_contiguous() else StridedTensor(region, stride)
+
+
+def _refuse_hungry_pickle(path: Path, stream: IO[bytes]) -> None:
+    """A few bytes of pickle can ask for a bytearray of any size, which the weights-only reader would make."""
+    for operation, argument, _ in pickletools.genops(stream):
+        if operation.name in ("GLOBAL", "INST") and str(argument).split()[-1] == "bytearray":
+            raise CheckpointError(f"{path} asks for {argument}, which may claim any amount of memory; not loaded")
+
+
+def check_torch_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
+    """Read a whole file of torch.save and compare each part with the checksum in its zip directory.
+
+    CheckpointError names the file when a byte has changed. Files before torch 1.6 have no checksums.
     """
-    path = Path(path)
-    file = ReadFile(path)
-    if file.size == 0 or not zipfile.is_zipfile(path):
-        return _read_legacy(path, unknown)
+    if not zipfile.is_zipfile(path):
+        return
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
-            _check_archive(path, members, archive)
-            storages = _StorageTable(path, file, members)
-            with archive.open(members["data.pkl"]) as stream:
-                return _Unpickler(stream, path, file, storages, unknown).load()
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a readable torch file: {type(error).__name__}: {error}") from error
-
-
-def _check_archive(path: Path, members: dict[str, zipfile.ZipInfo], archive: zipfile.ZipFile) -> None:
-    if "data.pkl" not in members:
-        raise CheckpointError(f"{path} is a zip archive without data.pkl: not written by torch.save")
-    if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-        raise CheckpointError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
-
-
-class _StorageTable:
-    """Data offsets of the stored archive members, looked up by storage key."""
-
-    def __init__(self, path: Path, file: ReadFile, members: dict[str, zipfile.ZipInfo]) -> None:
-        self.path, self.file, self.members = path, file, members
-
-    def locate(self, key: str, dtype: torch.dtype, num_elements: int) -> LazyStorage:
-        info = self.members.get(f"data/{key}")
-        if info is None or info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{self.path}: storage {key} is missing or compressed")
-        if info.file_size < num_elements * dtype.itemsize:
-            raise CheckpointError(
-                f"{self.path}: storage {key} holds {info.file_size} bytes, {num_elements * dtype.itemsize} are needed"
-            )
-        local = LOCAL_HEADER.unpack(self.file.read_bytes(info.header_offset, LOCAL_HEADER.size, f"storage {key}"))
-        return LazyStorage(dtype, info.header_offset + LOCAL_HEADER.size + local[-2] + local[-1], num_elements)
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: Any, path: Path, file: ReadFile, storages: _StorageTable, unknown: str) -> None:
-        super().__init__(stream)
-        self.path, self.file, self.storages, self.unknown = path, file, storages, unknown
-        self.stand_ins: dict[str, type] = {}
-
-    def persistent_load(self, pid: Any) -> LazyStorage:
-        kind, storage_type, key, _, num_elements = pid
-        if kind != "storage" or not isinstance(storage_type, torch.dtype):
-            raise CheckpointError(f"{self.path}: unknown kind of storage {pid!r}")
-        return self.storages.locate(str(key), storage_type, int(num_elements))
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = self._known(module, name)
-        if found is not None:
-            return found
-        if self.unknown == "refuse":
-            raise CheckpointError(
-                f"{self.path} asks for {module}.{name}; only tensors and plain containers are "
-                "loaded. Save the weights alone, best as safetensors"
-            )
-        qualified = f"{module}.{name}"
-        if qualified not in self.stand_ins:
-            self.stand_ins[qualified] = type(name.rpartition(".")[2], (StandIn,), {"qualified_name": qualified})
-        return self.stand_ins[qualified]
-
-    def _known(self, module: str, name: str) -> Any:
-        rebuilders: dict[str, Callable] = {
-            "_rebuild_tensor_v2": self._rebuild_tensor,
-            "_rebuild_tensor": self._rebuild_tensor,
-            "_rebuild_parameter": _first_argument,
-            "_rebuild_parameter_with_state": _first_argument,
-            "_rebuild_from_type_v2": _rebuild_inner,
-        }
-        if module in ("torch._utils", "torch._tensor") and name in rebuilders:
-            return rebuilders[name]
-        if module in ("torch", "torch.storage"):
-            if name in STORAGE_DTYPES:
-                return STORAGE_DTYPES[name]
-            return {"Size": tuple, "Tensor": StandIn, "UntypedStorage": torch.uint8, **TORCH_DTYPES}.get(name)
-        if (module, name) == ("torch.nn.parameter", "Parameter"):
-            return StandIn
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        return PLAIN_BUILTINS.get(name) if module in ("builtins", "__builtin__") else None
-
-    def _rebuild_tensor(self, storage: LazyStorage, offset: int, size: Any, stride: Any, *_: Any) -> RawTensor:
-        start = storage.offset + offset * storage.dtype.itemsize
-        tensor = RawTensor(self.file, f"at byte {start}", storage.dtype, size, start)
-        stride = tuple(int(s) for s in stride)
-        span = 0 if 0 in tensor.shape else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True))
-        if min(stride, default=0) < 0 or offset < 0 or offset + span > storage.num_elements:
-            raise CheckpointError(f"{self.path}: a tensor of shape {tensor.shape} reaches outside its storage")
-        return tensor if _is_contiguous(tensor.shape, stride) else StridedTensor(tensor, stride)
-
-
-def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _first_argument(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-def _rebuild_inner(function: Any, _type: Any, args: tuple, _state: Any = None) -> Any:
-    # `function` comes from the same list, so this can only call one of the rebuilders above or make a
-    # stand-in.
-    return function(*args)
-
-
-def _read_legacy(path: Path, unknown: str) -> Any:
-    if unknown != "refuse":
-        raise CheckpointError(
-            f"{path} is not a zip archive as torch.save has written since version 1.6, or it is "
-            "truncated; load it with the training code and save it again"
-        )
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is damaged, truncated or holds more than tensors: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
-    return {key: MemoryTensor(value, str(path)) for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+            for info in archive.infolist():
+                if info.CRC == 0:  # saved without checksums
+                    continue
+                with archive.open(info) as stream:
+                    while block := stream.read(CRC_BLOCK_BYTES):
+                        if on_bytes:
+                            on_bytes(len(block))
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error

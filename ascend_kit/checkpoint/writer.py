@@ -29,7 +29,6 @@ from ascend_kit.checkpoint.tensor_jobs import OutputTensor, TensorJob
 from ascend_kit.identity import hash_file
 
 PROGRESS_NAME = ".progress.json"
-LOCK_NAME = ".lock"
 WRITING_SUFFIX, NEW_SUFFIX = ".writing", ".new"
 FLUSH_BYTES = 64 << 20
 
@@ -122,6 +121,7 @@ class PartialFolder:
     def __init__(self, destination: Path, fingerprint: str) -> None:
         self.destination = destination
         self.path = destination.parent / f".{destination.name}.partial"
+        self.lock_path = destination.parent / f".{destination.name}.lock"
         self.fingerprint = fingerprint
         self.finished: dict[str, dict[str, Any]] = {}
         self._lock: Any = None
@@ -130,19 +130,29 @@ class PartialFolder:
     def __enter__(self) -> PartialFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK_NAME, "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise CheckpointError(
-                f"{self.path} is in use: another conversion to {self.destination} is running"
-            ) from None
+            self._lock = self._locked()
         self._load()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.lock_path.unlink(missing_ok=True)  # while it is held: who waits for this file finds that it is gone
         self._lock.close()
+
+    def _locked(self) -> Any:
+        """The lock file, held. It lies outside the folder that is renamed, so it is held until after the rename."""
+        while True:
+            lock = open(self.lock_path, "w")  # noqa: SIM115 - held until __exit__
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise CheckpointError(
+                    f"{self.path} is in use: another conversion to {self.destination} is running"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.lock_path)):
+                    return lock
+            lock.close()  # its holder has finished and removed it
 
     def _load(self) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -151,8 +161,7 @@ class PartialFolder:
                 self.finished = progress["shards"]
                 return
         for path in self.path.iterdir():
-            if path.name != LOCK_NAME:
-                path.unlink()
+            path.unlink()
 
     def is_finished(self, name: str, on_bytes: Callable[[int], None] | None = None) -> bool:
         """True when the shard was finished by an earlier run and its hash is still right."""
@@ -174,7 +183,7 @@ class PartialFolder:
         """Rename the complete folder to the destination; an old destination is removed after the exchange."""
         old = self.destination.parent / f".{self.destination.name}.old"
         with writing(self.destination):
-            for leftover in (PROGRESS_NAME, PROGRESS_NAME + NEW_SUFFIX, LOCK_NAME):
+            for leftover in (PROGRESS_NAME, PROGRESS_NAME + NEW_SUFFIX):
                 (self.path / leftover).unlink(missing_ok=True)
             _sync_folder(self.path)
             shutil.rmtree(old, ignore_errors=True)

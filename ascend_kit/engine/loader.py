@@ -3,12 +3,14 @@ so that the files stay in the standard Hugging Face form."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.device.device import Device
 from ascend_kit.device.parallel import TensorParallel
@@ -54,7 +56,13 @@ def load_decoder(
         )
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
-    return _Loader(open_checkpoint(folder), config, dtype, device, ops, parallel).decoder(max_positions)
+    checkpoint = open_checkpoint(folder)
+    left_out = check_tensors(checkpoint, config, data=parallel.rank == 0)
+    if parallel.rank == 0:
+        checkpoint.check_data()
+        for text in left_out:
+            warnings.warn(f"{folder}: {text}", stacklevel=2)
+    return _Loader(checkpoint, config, dtype, device, ops, parallel).decoder(max_positions)
 
 
 class _Loader:

@@ -32,11 +32,13 @@ _READ_WORDS = (
 # Where a model comes from, how it was trained, how text is drawn from it: nothing that a forward pass depends on.
 _HARMLESS_WORDS = (
     "transformers_version use_cache initializer_range bos_token_id sep_token_id cls_token_id mask_token_id "
-    "unk_token_id decoder_start_token_id tokenizer_class prefix id2label label2id num_labels problem_type task_specific_params "
-    "finetuning_task output_attentions output_hidden_states return_dict torchscript use_bfloat16 attn_implementation "
-    "gradient_checkpointing keys_to_ignore_at_inference tf_legacy_loss use_flash_attn use_flash_attention_2 seq_length "
-    "model_max_length max_sequence_length pretraining_tp quantize is_decoder tie_encoder_decoder max_length min_length "
-    "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
+    "unk_token_id decoder_start_token_id tokenizer_class prefix id2label label2id num_labels problem_type "
+    "task_specific_params finetuning_task output_attentions output_hidden_states return_dict torchscript use_bfloat16 "
+    "attn_implementation gradient_checkpointing keys_to_ignore_at_inference tf_legacy_loss use_flash_attn "
+    "use_flash_attention_2 seq_length model_max_length max_sequence_length pretraining_tp quantize is_decoder "
+    "tie_encoder_decoder "
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
+    "top_p typical_p "
     "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
     "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "

@@ -1,22 +1,22 @@
 """What an int8 checkpoint says about itself, and its linears in one common form.
 
-Two layouts are read: compressed-tensors (`quantization_config` in config.json; also what we write) and
-msModelSlim (`quant_model_description.json`). Whatever is on disk, a quantised linear `X` appears as
+Two layouts are read: compressed-tensors (`quantization_config` in config.json; also what we write) and msModelSlim
+(`quant_model_description*.json`, or the same inside config.json). Whatever is on disk, a quantised linear `X`
+appears as
 
     X.weight        int8     [out, in]
     X.weight_scale  float32  [out]          weight = X.weight * X.weight_scale[:, None]
     X.bias          as stored, if any
 
-Symmetric, one scale per output channel. Everything else (groups, zero points, 4 bit, fp8) is refused by name.
-msModelSlim's static W8A8 is read with per-token activations instead of its fixed input scale; the weight
-scale and the bias are recovered from the folded `deq_scale` and `quant_bias`. Layout facts:
-compressed-tensors 0.20 (`compressors/`), https://www.hiascend.com/document/detail/zh/mindie/230/mindiellm/
-llmdev/mindie_llm0288.html (tensor names, dtypes and shapes of W8A8).
+Symmetric, one scale per output channel. Everything else (groups, zero points, 4 bit, fp8, transforms, an int8 KV cache)
+is refused by name. msModelSlim's static W8A8 is read with per-token activations instead of its fixed input scale; the
+weight scale and the bias are recovered from the folded `deq_scale` and `quant_bias`. Layout facts: compressed-tensors
+0.20 (`compressors/`), https://www.hiascend.com/document/detail/zh/mindie/230/mindiellm/llmdev/mindie_llm0288.html
+(tensor names, dtypes and shapes of W8A8).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,11 +25,19 @@ from typing import Any
 
 import torch
 
-from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice
+from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice, read_json
 
-SCHEMES = ("none", "w8a8", "w8a16")
-MSMODELSLIM_FILE = "quant_model_description.json"
+MSMODELSLIM_PATTERN = "quant_model_description*.json"
 MSMODELSLIM_SCHEMES = {"W8A8": "w8a8", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W8A16": "w8a16", "FLOAT": "none"}
+FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized"}
+# What a compressed-tensors description may hold, and at which values.
+WEIGHTS = {"num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("channel",), "dynamic": (False,)}
+INPUTS = {"num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("token",), "dynamic": (True,)}
+ARGS_UNUSED = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
+GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "format"})
+CONFIG_KEYS = frozenset(
+    {"quant_method", "version", "config_groups", "format", "quantization_status", "global_compression_ratio", "ignore"}
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,6 @@ class QuantizationInfo:
     def scheme(self, linear: str) -> str:
         """`none`, `w8a8` or `w8a16`."""
         return self.schemes.get(linear, "none")
-
-    def weight_name(self, linear: str) -> str:
-        """Name to pass to `Checkpoint.read`: int8 [out, in] when quantised, else the float weight."""
-        return f"{linear}.weight"
-
-    def scale_name(self, linear: str) -> str | None:
-        """Name of the float32 [out] scale; None for a linear that is not quantised."""
-        return f"{linear}.weight_scale" if linear in self.schemes else None
 
     @property
     def summary(self) -> str:
@@ -74,9 +74,7 @@ class ScaleColumn:
 
 
 class PackedInt8:
-    """int8 values packed four to an int32 (offset by 128, little-endian, rows padded), presented as int8
-    [out, in].
-    """
+    """int8 values packed four to an int32 (offset by 128, little-endian, rows padded), as int8 [out, in]."""
 
     dtype = torch.int8
 
@@ -155,73 +153,124 @@ def present_quantized(
     folder: Path, config: dict[str, Any], sources: dict[str, TensorSource]
 ) -> tuple[dict[str, TensorSource], QuantizationInfo]:
     """Sources in the common form and the description; a float checkpoint passes through unchanged."""
-    description = folder / MSMODELSLIM_FILE
-    if description.is_file():
-        return _present_msmodelslim(description, sources)
-    stored = config.get("quantization_config")
+    stored, where = config.get("quantization_config") or {}, folder / "config.json"
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{where}: quantization_config must be an object, found {type(stored).__name__}")
+    files = sorted(folder.glob(MSMODELSLIM_PATTERN))
+    is_msmodelslim = "model_quant_type" in stored or stored.get("quant_method") == "ascend"
+    if len(files) > 1 or (files and stored and not (is_msmodelslim and stored == read_json(files[0], "description"))):
+        names = ", ".join([*map(str, files), *([f"quantization_config in {where}"] if stored else [])])
+        raise CheckpointError(
+            f"{folder} describes its int8 tensors more than once: {names}; keep the one that is right"
+        )
+    if files:
+        return _present_msmodelslim(files[0], read_json(files[0], "msModelSlim's description"), sources)
     if not stored:
         return sources, QuantizationInfo()
-    method = stored.get("quant_method")
-    if method != "compressed-tensors":
+    if is_msmodelslim:
+        return _present_msmodelslim(where, stored, sources)
+    if stored.get("quant_method") != "compressed-tensors":
         raise CheckpointError(
-            f"{folder}/config.json: quant_method {method!r} is not supported; readable are "
+            f"{where}: quant_method {stored.get('quant_method')!r} is not supported; readable are "
             "compressed-tensors int8 (W8A8, W8A16) and msModelSlim, or start from the float model"
         )
-    return _present_compressed_tensors(folder, stored, sources)
+    return _present_compressed_tensors(where, stored, sources)
+
+
+# --- compressed-tensors -----------------------------------------------------------------------------------------------
 
 
 def _present_compressed_tensors(
-    folder: Path, stored: dict[str, Any], sources: dict[str, TensorSource]
+    where: Path, stored: dict[str, Any], sources: dict[str, TensorSource]
 ) -> tuple[dict[str, TensorSource], QuantizationInfo]:
-    groups = [
-        (_group_scheme(folder, name, group), group.get("targets", []))
-        for name, group in stored.get("config_groups", {}).items()
-    ]
+    place = f"{where}, quantization_config"
+    is_dense = (stored.get("sparsity_config") or {}).get("format") == "dense"
+    _refuse_others(place, stored, CONFIG_KEYS | ({"sparsity_config"} if is_dense else set()))
+    _check_format(place, stored, "mixed-precision")
+    groups = []
+    for name, group in (stored.get("config_groups") or {}).items():
+        place = f"{where}, quantization group {name}"
+        if not isinstance(group, dict):
+            raise CheckpointError(f"{place} must be an object, found {group!r}")
+        groups.append((_group_scheme(place, group), group.get("targets") or []))
     result, schemes = dict(sources), {}
     for scale_name in [name for name in sources if name.endswith(".weight_scale")]:
         linear = scale_name.removesuffix(".weight_scale")
-        schemes[linear] = _scheme_of_linear(folder, linear, groups)
-        _present_linear(folder, linear, result)
+        if any(_names(target, linear) for target in stored.get("ignore") or []):
+            raise CheckpointError(f"{where}: `ignore` names {linear}, but {scale_name} is stored")
+        schemes[linear] = _scheme_of_linear(where, linear, groups)
+        _present_linear(where.parent, linear, result)
     return result, QuantizationInfo("compressed-tensors", schemes)
 
 
-def _group_scheme(folder: Path, name: str, group: dict[str, Any]) -> str:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    where = f"{folder}/config.json, quantization group {name}"
-    if (weights.get("num_bits"), weights.get("type", "int")) != (8, "int"):
-        raise CheckpointError(
-            f"{where}: weights of {weights.get('num_bits')} bit {weights.get('type')}; only int8 is read"
-        )
-    if weights.get("strategy", "channel") != "channel" or not weights.get("symmetric", True):
-        raise CheckpointError(
-            f"{where}: weight strategy {weights.get('strategy')!r}, symmetric="
-            f"{weights.get('symmetric')}; only symmetric scales per channel are read"
-        )
-    if inputs is None:
+def _refuse_others(where: str, found: Mapping[str, Any], known: frozenset[str]) -> None:
+    """CheckpointError for a setting that is not understood; null, false and empty settings say nothing."""
+    for key, value in found.items():
+        if key not in known and value not in (None, False, {}, []):
+            raise CheckpointError(f"{where}: {key}={value!r} is not supported")
+
+
+def _check_format(where: str, found: Mapping[str, Any], *more: str) -> None:
+    allowed = (*FORMATS.values(), "naive-quantized", *more)
+    if found.get("format") not in (None, *allowed):
+        raise CheckpointError(f"{where}: format={found['format']!r} is not supported; read are {', '.join(allowed)}")
+
+
+def _group_scheme(where: str, group: dict[str, Any]) -> str:
+    _refuse_others(where, group, GROUP_KEYS)
+    _check_format(where, group)
+    _check_args(f"{where}, weights", group.get("weights") or {}, WEIGHTS)
+    if group.get("input_activations") is None:
         return "w8a16"
-    if inputs.get("num_bits") != 8 or inputs.get("type", "int") != "int" or not inputs.get("dynamic"):
-        raise CheckpointError(f"{where}: input activations {inputs}; only dynamic int8 per token is read")
+    _check_args(f"{where}, input_activations", group["input_activations"], INPUTS)
     return "w8a8"
 
 
-def _scheme_of_linear(folder: Path, linear: str, groups: list[tuple[str, list[str]]]) -> str:
+def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
+    defaults = {"type": "int", "symmetric": True, "dynamic": False, "strategy": allowed["strategy"][0]}
+    for key, values in allowed.items():
+        found = args.get(key) if args.get(key) is not None else defaults.get(key)
+        if found not in values:
+            raise CheckpointError(
+                f"{where}: {key}={found!r}; only int8 is read: symmetric weights with one scale per channel, "
+                "activations "
+                "that "
+                "are float or symmetric dynamic int8 per token"
+            )
+    _refuse_others(where, args, ARGS_UNUSED | allowed.keys())
+
+
+def _names(target: str, linear: str) -> bool:
+    return target == linear or (target.startswith("re:") and re.match(target[3:], linear) is not None)
+
+
+def _scheme_of_linear(where: Path, linear: str, groups: list[tuple[str, list[str]]]) -> str:
     # A target naming the module wins over one naming the class, as in compressed-tensors itself.
     for scheme, targets in groups:
-        if any(target == linear or (target.startswith("re:") and re.match(target[3:], linear)) for target in targets):
+        if any(_names(target, linear) for target in targets):
             return scheme
+    kind = "Embedding" if "embed" in linear else "Linear"
     for scheme, targets in groups:
-        if "Linear" in targets:
+        if kind in targets:
             return scheme
-    raise CheckpointError(f"{folder}: {linear}.weight_scale is stored, but no quantization group targets {linear}")
+    raise CheckpointError(f"{where}: {linear}.weight_scale is stored, but no quantization group targets {linear}")
 
 
 def _present_linear(folder: Path, linear: str, result: dict[str, TensorSource]) -> None:
-    for extra in ("weight_zero_point", "weight_g_idx", "input_scale"):
+    for extra in ("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"):
         if f"{linear}.{extra}" in result:
             raise CheckpointError(f"{folder}: {linear}.{extra} is stored; only symmetric per-channel int8 is read")
     if f"{linear}.weight_packed" in result:
-        shape = result.pop(f"{linear}.weight_shape").read().tolist()
-        result[f"{linear}.weight"] = PackedInt8(result.pop(f"{linear}.weight_packed"), (shape[0], shape[1]))
+        packed = result.pop(f"{linear}.weight_packed")
+        named = result.pop(f"{linear}.weight_shape", None)
+        shape = [] if named is None else named.read().tolist()
+        if len(shape) != 2 or packed.dtype != torch.int32 or packed.shape != (shape[0], (shape[1] + 3) // 4):
+            raise CheckpointError(
+                f"{packed.origin}: {linear}.weight_packed is {packed.dtype} {list(packed.shape)}, expected int32 with "
+                "four "
+                f"numbers an element for weight_shape {shape}"
+            )
+        result[f"{linear}.weight"] = PackedInt8(packed, (shape[0], shape[1]))
     _check_linear(folder, linear, result)
     result[f"{linear}.weight_scale"] = ScaleColumn(result[f"{linear}.weight_scale"])
 
@@ -234,20 +283,21 @@ def _check_linear(folder: Path, linear: str, result: dict[str, TensorSource]) ->
         raise CheckpointError(
             f"{weight.origin}: {linear}.weight is {weight.dtype} {weight.shape}, expected int8 [out, in]"
         )
-    if scale is not None and scale.shape not in ((weight.shape[0],), (weight.shape[0], 1)):
+    if scale is not None and (
+        scale.shape not in ((weight.shape[0],), (weight.shape[0], 1)) or not scale.dtype.is_floating_point
+    ):
         raise CheckpointError(
-            f"{scale.origin}: {linear}.weight_scale has shape {scale.shape}, expected "
-            f"[{weight.shape[0]}] (one per output channel)"
+            f"{scale.origin}: {linear}.weight_scale is {scale.dtype} {scale.shape}, expected "
+            f"float [{weight.shape[0]}] (one per output channel)"
         )
 
 
+# --- msModelSlim ------------------------------------------------------------------------------------------------------
+
+
 def _present_msmodelslim(
-    path: Path, sources: dict[str, TensorSource]
+    path: Path, described: dict[str, Any], sources: dict[str, TensorSource]
 ) -> tuple[dict[str, TensorSource], QuantizationInfo]:
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     result, schemes = dict(sources), {}
     for name, kind in described.items():
         if not name.endswith(".weight") or name not in sources or kind == "FLOAT":
@@ -269,16 +319,22 @@ def _present_msmodelslim_linear(path: Path, linear: str, result: dict[str, Tenso
             "Quantise again with w_sym=True"
         )
     scale, deq = result.get(f"{linear}.weight_scale"), result.pop(f"{linear}.deq_scale", None)
-    folded = {key: result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")}
+    input_scale, input_offset, quant_bias = (
+        result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")
+    )
     if deq is None and scale is not None:
         result[f"{linear}.weight_scale"] = ScaleColumn(scale)
         return
-    if deq is None or any(value is None for value in folded.values()):
+    if deq is None or input_scale is None or input_offset is None or quant_bias is None:
         raise CheckpointError(
             f"{path}: {linear} needs weight_scale, or deq_scale with input_scale, input_offset and quant_bias"
         )
-    recovered = RecoveredScale(deq, folded["input_scale"])
+    rows = result[f"{linear}.weight"].shape[0]
+    for part, count in ((deq, rows), (quant_bias, rows), (input_scale, 1), (input_offset, 1)):
+        if torch.Size(part.shape).numel() != count:
+            raise CheckpointError(
+                f"{part.origin}: a part of static {linear} has shape {list(part.shape)}, expected {count} numbers"
+            )
+    recovered = RecoveredScale(deq, input_scale)
     result[f"{linear}.weight_scale"] = recovered
-    result[f"{linear}.bias"] = RecoveredBias(
-        folded["quant_bias"], folded["input_offset"], result[f"{linear}.weight"], recovered
-    )
+    result[f"{linear}.bias"] = RecoveredBias(quant_bias, input_offset, result[f"{linear}.weight"], recovered)
