@@ -234,3 +234,20 @@ def test_a_plain_operator_takes_its_layout_with_it_and_leaves_the_others_fused()
 def test_an_unknown_plain_operator_is_refused_with_the_one_that_was_meant():
     with pytest.raises(ValueError, match=r"no operator 'rotery'; did you mean 'rotary'\?.*rms_norm"):
         select_ops("npu", True, ["rotery"])
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"CPU kernels are {native.status()}")
+@pytest.mark.parametrize("rows", [128, 100])  # packed, where the processor packs, and not
+@pytest.mark.parametrize("width", [32, 128])
+def test_native_kernels_refuse_a_weight_of_another_width(rows: int, width: int):
+    x, weight = torch.ones(1, width), torch.ones(rows, 64)
+    codes, scale = weight.to(torch.int8), torch.ones(rows)
+
+    with pytest.raises(ValueError, match=f"rows of {width} numbers"):
+        cpu_native.linear(x, cpu_native.pack_linear(weight))
+    with pytest.raises(ValueError, match=f"rows of {width} numbers"):
+        cpu_native.int8_weight_matmul(x, cpu_native.pack_int8(codes), scale, None)
+    with pytest.raises(ValueError, match=f"rows of {width} numbers"):
+        cpu_native.int8_matmul(x.to(torch.int8), torch.ones(1), cpu_native.pack_int8(codes), scale, None, torch.float32)
+    with pytest.raises(ValueError, match="7 biases or scales"):
+        cpu_native.linear(torch.ones(1, 64), cpu_native.pack_linear(weight), torch.ones(7))

@@ -84,7 +84,7 @@ def convert(
     if output_model is None:
         raise ValueError("output_model is missing: the folder to write")
     _check_choices(
-        precision=(precision, DTYPES),
+        precision=(precision, tuple(DTYPES)),
         quantize=(quantize, QUANTIZE),
         framework=(framework, FRAMEWORKS),
         if_exists=(if_exists, IF_EXISTS),

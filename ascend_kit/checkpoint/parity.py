@@ -22,7 +22,6 @@ from torch import Tensor
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
-from ascend_kit.checkpoint.sensitivity import kl_divergence
 from ascend_kit.model.config import ModelConfig
 
 TokenIds = Sequence[int]
@@ -31,6 +30,50 @@ LogitsFunction = Callable[[Sequence[TokenIds]], Iterator[Tensor]]
 # (prompts, max_new_tokens, seed; None = greedy) -> new token ids of each prompt, end token included if it
 # was reached
 GenerateFunction = Callable[[Sequence[TokenIds], int, "int | None"], list[list[int]]]
+
+
+# --- the numbers of any comparison ------------------------------------------------------------------------------------
+
+
+def kl_divergence(source: Tensor, other: Tensor) -> Tensor:
+    """KL(source || other) in nats over the last dimension, from log-probabilities.
+
+    sum p (lp - lq) cancels badly when both are close; as sum q = sum p, each term may be written as
+    p (exp(lq - lp) - 1 - (lq - lp)), which is never negative.
+    """
+    gap = other - source
+    return (source.exp() * (torch.expm1(gap) - gap)).sum(-1)
+
+
+def compare_positions(source: Tensor, other: Tensor, targets: TokenIds) -> dict[str, float | int]:
+    """Figures over some positions from logits [R, V] of both sides and the token ids that follow there.
+
+    ValueError for logits that are not finite: nothing can be said about them.
+    """
+    left, right = source.float(), other.float()
+    for name, logits in (("first", left), ("second", right)):
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(f"the {name} model's logits hold NaN or infinite values; they cannot be compared")
+    wanted = torch.tensor(list(targets), device=left.device)[:, None]
+    lp, lq = left.log_softmax(-1), right.log_softmax(-1)
+    kl = kl_divergence(lp, lq)
+    return {
+        "tokens": len(targets),
+        "kl": kl.mean().item(),
+        "worst_kl": kl.max().item(),
+        "top1_agreement": (lp.argmax(-1) == lq.argmax(-1)).float().mean().item(),
+        "logit_error": ((left - right).abs().max() / left.std()).item(),
+        "source_nll": -lp.gather(1, wanted).sum().item(),
+        "result_nll": -lq.gather(1, wanted).sum().item(),
+    }
+
+
+def equal_tokens(left: TokenIds, right: TokenIds) -> int:
+    """Tokens before the first difference; a text that stops earlier differs where the other goes on."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+# --- models against each other ----------------------------------------------------------------------------------------
 
 
 class ParityError(RuntimeError):
@@ -145,12 +188,13 @@ def compare(
         _compare_logits(prompt, left, right)
         for prompt, left, right in zip(prompts, source.logits(prompts), result.logits(prompts), strict=True)
     ]
-    generated = bool(source.generate and result.generate)
+    writers = [model.generate for model in (source, result) if model.generate is not None]
+    generated = len(writers) == 2
     if generated:
-        texts = [model.generate(prompts, max_new_tokens, None) for model in (source, result)]
+        texts = [generate(prompts, max_new_tokens, None) for generate in writers]
         # Sampled lengths scatter: several samples a prompt, or the ratio would turn red by chance.
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-        sampled = [model.generate(repeated, max_new_tokens, sample_seed) for model in (source, result)]
+        sampled = [generate(repeated, max_new_tokens, sample_seed) for generate in writers]
         for index, row in enumerate(rows):
             row |= _compare_texts(texts[0][index], texts[1][index])
             first = index * num_samples
@@ -165,24 +209,7 @@ def _compare_logits(prompt: TokenIds, left: Tensor, right: Tensor) -> dict[str, 
             f"logits of {len(prompt)} tokens have shapes {tuple(left.shape)} and {tuple(right.shape)}; "
             "source and result must share a vocabulary"
         )
-    left, right, targets = (left[:-1].float(), right[:-1].float(), torch.tensor(list(prompt[1:]), device=left.device))
-    lp, lq = left.log_softmax(-1), right.log_softmax(-1)
-    kl = kl_divergence(lp, lq)
-    best = lp.topk(2, dim=-1)
-    return {
-        "tokens": len(targets),
-        "kl": kl.mean().item(),
-        "worst_kl": kl.max().item(),
-        "top1_agreement": (best.indices[:, 0] == lq.argmax(-1)).float().mean().item(),
-        "logit_error": ((left - right).abs().max() / left.std()).item(),
-        "source_nll": -lp.gather(1, targets[:, None]).sum().item(),
-        "result_nll": -lq.gather(1, targets[:, None]).sum().item(),
-    }
-
-
-def equal_tokens(left: TokenIds, right: TokenIds) -> int:
-    """Tokens before the first difference; a text that stops earlier differs where the other goes on."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return compare_positions(left[:-1], right[:-1], prompt[1:])
 
 
 def _compare_texts(left: TokenIds, right: TokenIds) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
+from ascend_kit.checkpoint.parity import kl_divergence
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import linear_names, num_weights, unit_members, unit_names, weight_bytes
 
@@ -125,16 +126,6 @@ def _divergences(
     }
 
 
-def kl_divergence(source: Tensor, other: Tensor) -> Tensor:
-    """KL(source || other) in nats over the last dimension, from log-probabilities.
-
-    sum p (lp - lq) cancels badly when both are close; as sum q = sum p, each term may be written as
-    p (exp(lq - lp) - 1 - (lq - lp)), which is never negative.
-    """
-    gap = other - source
-    return (source.exp() * (torch.expm1(gap) - gap)).sum(-1)
-
-
 def _add_positions(total: Tensor, source: Tensor, other: Tensor, wanted: Tensor) -> None:
     kl = kl_divergence(source, other).double().cpu()
     best = other.argmax(-1)
@@ -190,8 +181,8 @@ def choose_mix(
     if max_kl is None and max_accuracy_loss is None:
         raise ValueError("quantize=auto needs a limit: max_kl (nats per token) or max_accuracy_loss (share)")
 
-    def report(stage: str) -> Callable[[int, int], None] | None:
-        return (lambda done, total: on_progress(done, total, stage)) if on_progress else None
+    def report(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: on_progress(done, total, stage) if on_progress else None
 
     sensitivity = measure_sensitivity(model, texts, on_layer=report("layers, each linear alone"))
     variants = _mixes(model.config, kept, {row["linear"]: row["kl"] for row in sensitivity})

@@ -126,10 +126,10 @@ class TorchFile:
         first: int = getattr(storage, "_checkpoint_offset", -1)
         shape, stride = tuple(tensor.shape), tensor.stride()
         span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        size = tensor.element_size()
-        if (tensor.storage_offset() + span) * size > self._sizes.get(first, -1):
+        size, start = tensor.element_size(), int(tensor.storage_offset())
+        if (start + span) * size > self._sizes.get(first, -1):
             raise CheckpointError(f"{self.path}: tensor {name} of shape {shape} reaches outside its storage")
-        region = RawTensor(self.file, name, tensor.dtype, shape, first + tensor.storage_offset() * size)
+        region = RawTensor(self.file, name, tensor.dtype, shape, first + start * size)
         return region if tensor.is_contiguous() else StridedTensor(region, stride)
 
 

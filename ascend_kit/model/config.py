@@ -183,7 +183,7 @@ class _Keys:
 
     def number(self, name: str, default: float | None, *, below: float = math.inf) -> float:
         """A positive finite number."""
-        value = self.raw.get(name)
+        value: Any = self.raw.get(name)
         value = default if value is None else value
         if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value < below:
             limit = "" if math.isinf(below) else f" below {below:g}"

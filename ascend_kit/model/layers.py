@@ -45,7 +45,8 @@ class StackedLinear(nn.Module):
     def __init__(self, weights: list[Tensor], biases: list[Tensor | None]):
         super().__init__()
         self.weight = frozen(torch.stack([weight.t() for weight in weights]))  # [P, in, out]
-        self.bias = None if biases[0] is None else frozen(torch.stack(biases).unsqueeze(1))  # [P, 1, out]
+        present = [bias for bias in biases if bias is not None]
+        self.bias = frozen(torch.stack(present).unsqueeze(1)) if present else None  # [P, 1, out]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = x.expand(self.weight.shape[0], *x.shape)
@@ -65,7 +66,8 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(*self.ops.quantize_per_token(x), x.dtype)
+        codes, act_scale = self.ops.quantize_per_token(x)
+        return self.multiply(codes, act_scale, x.dtype)
 
     def multiply(self, codes: Tensor, act_scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The product with activations that are quantised already: int8 [T, in] and float32 [T]."""
@@ -143,7 +145,7 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, meta: AttentionMeta, cache: KVCache, rows: Tensor | None = None
     ) -> Tensor:
         q, k, v = self._project(x)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.ops.rotary(q, k, cos, sin)
         self.ops.store_kv(k, v, cache[0], cache[1], meta.slot_mapping)
@@ -159,12 +161,13 @@ class Attention(nn.Module):
             parts = self.qkv[0](x).split([count * self.head_dim for count in heads], dim=-1)
         elif len(self.qkv) == 2:
             parts = [self.qkv[0](x), *self.qkv[1](x)]
-        elif all(isinstance(projection, Int8Linear) for projection in self.qkv):
+        elif len(int8 := [projection for projection in self.qkv if isinstance(projection, Int8Linear)]) == 3:
             codes, act_scale = self.ops.quantize_per_token(x)
-            parts = [projection.multiply(codes, act_scale, x.dtype) for projection in self.qkv]
+            parts = [projection.multiply(codes, act_scale, x.dtype) for projection in int8]
         else:
             parts = [projection(x) for projection in self.qkv]
-        return tuple(part.unflatten(-1, (count, self.head_dim)) for part, count in zip(parts, heads, strict=True))
+        q, k, v = (part.unflatten(-1, (count, self.head_dim)) for part, count in zip(parts, heads, strict=True))
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -196,15 +199,12 @@ class DecoderLayer(nn.Module):
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """With `rows` (int64 [R]) only these tokens' results, [R, D]; all of them have their keys and values stored."""
-        if residual is None:
-            residual, x = x, self.input_norm(x)
-        else:
-            x, residual = self.input_norm(x, residual)
+        x, total = (self.input_norm(x), x) if residual is None else self.input_norm(x, residual)
         x = self.attention(x, cos, sin, meta, cache, rows)
         if rows is not None:
-            residual = residual.index_select(0, rows)
-        x, residual = self.post_norm(x, residual)
-        return self.mlp(x), residual
+            total = total.index_select(0, rows)
+        x, total = self.post_norm(x, total)
+        return self.mlp(x), total
 
 
 def build_layer(
@@ -226,7 +226,8 @@ def build_layer(
     def unit(kind: str) -> list[str]:
         return [prefix + part for part in UNITS[kind]]
 
-    head_norms = [norm(f"{prefix}self_attn.{letter}_norm") if config.qk_norm else None for letter in "qk"]
-    attention = Attention(config, nn.ModuleList(qkv(unit("qkv"))), linear(unit("o_proj")), *head_norms, ops, parallel)
+    q_norm, k_norm = (norm(f"{prefix}self_attn.{letter}_norm") if config.qk_norm else None for letter in "qk")
+    projections = nn.ModuleList(qkv(unit("qkv")))
+    attention = Attention(config, projections, linear(unit("o_proj")), q_norm, k_norm, ops, parallel)
     mlp = MLP(linear(unit("gate_up")), linear(unit("down_proj")), ops, parallel)
     return DecoderLayer(norm(f"{prefix}input_layernorm"), attention, norm(f"{prefix}post_attention_layernorm"), mlp)

@@ -37,6 +37,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As in reference; rows may be strided, heads within a row may not."""
     y = empty(*x.shape, dtype=x.dtype)
     heads, size = (x.shape[1], x.shape[2]) if x.dim() == 3 else (1, x.shape[1])
+    if weight.numel() != size:
+        raise ValueError(f"a norm of {weight.numel()} weights over rows of {size} numbers")
     call(
         "ak_rms_norm", DTYPES[x.dtype], x, x.stride(0), None, weight, y, None, x.shape[0], heads, size, eps, _threads()
     )
@@ -175,6 +177,16 @@ def _width_out(weight: Tensor) -> int:
     return weight.shape[0] * PANEL if _is_packed(weight) else weight.shape[0]
 
 
+def _check_product(width: int, weight: Tensor, *per_output: Tensor | None) -> None:
+    """ValueError unless a product is of matching sizes: a kernel would read beyond the smaller one."""
+    takes = weight.shape[1] * weight.shape[3] if _is_packed(weight) else weight.shape[1]
+    if width != takes:
+        raise ValueError(f"a product of rows of {width} numbers with a weight that takes {takes}")
+    for tensor in per_output:
+        if tensor is not None and tensor.numel() != _width_out(weight):
+            raise ValueError(f"{tensor.numel()} biases or scales for a weight of {_width_out(weight)} outputs")
+
+
 def _left_to_torch(rows: int, weight: Tensor) -> bool:
     """Whether torch has the faster product; a recording takes kernels only."""
     return not _is_packed(weight) and rows > MAX_UNPACKED_ROWS and Recording.active is None
@@ -183,6 +195,7 @@ def _left_to_torch(rows: int, weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As in reference."""
     rows, width = x.shape
+    _check_product(width, weight, bias)
     if _left_to_torch(rows, weight):
         return torch.nn.functional.linear(x, weight, bias)
     out = empty(rows, _width_out(weight), dtype=x.dtype)
@@ -204,6 +217,7 @@ def int8_matmul(
 ) -> Tensor:
     """As in reference."""
     rows, width = xq.shape
+    _check_product(width, weight, weight_scale, bias)
     if _left_to_torch(rows, weight):
         return cpu.int8_matmul(xq, act_scale, weight.t(), weight_scale, bias, out_dtype)
     out = empty(rows, _width_out(weight), dtype=out_dtype)
@@ -215,6 +229,7 @@ def int8_matmul(
 def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """As in reference."""
     rows, width = x.shape
+    _check_product(width, weight, weight_scale, bias)
     if _left_to_torch(rows, weight):
         return cpu.int8_weight_matmul(x, weight, weight_scale, bias)
     out = empty(rows, _width_out(weight), dtype=x.dtype)

@@ -1,0 +1,286 @@
+"""The one check of a checkpoint: the engine and convert refuse the same folders for the same reasons, by name."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+
+from ascend_kit import AscendInferEngine, SamplingParams, convert
+from ascend_kit.checkpoint.tensor_file import CheckpointError
+
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", "qwen2")
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def run(folder: Path) -> list[tuple[int, float]]:
+    with AscendInferEngine(folder, precision="fp32", device="cpu", max_seq_length=64, kv_cache_gib=0.01) as engine:
+        output = engine.generate([list(range(60, 80))], SamplingParams(max_new_tokens=1, logprobs=20))[0]
+    return output.logprobs[0].top
+
+
+def assert_refused(folder: Path, words: str) -> None:
+    """By both ways in, and nothing is written."""
+    with pytest.raises(ValueError, match=words):
+        run(folder)
+    with pytest.raises(ValueError, match=words):
+        convert(folder, folder.parent / "result")
+    assert not (folder.parent / "result").exists()
+
+
+def int8(tensors: dict[str, torch.Tensor], name: str) -> None:
+    weight = tensors[f"{name}.weight"]
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    tensors |= {f"{name}.weight": (weight / scale).round().to(torch.int8), f"{name}.weight_scale": scale}
+
+
+def compressed_tensors(folder: Path, names: list[str], group: dict | None = None, **changes: object) -> None:
+    change_tensors(folder, lambda tensors: [int8(tensors, name) for name in names])
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    described = {"weights": weights, "input_activations": None, "output_activations": None, "targets": ["Linear"]}
+    change_config(
+        folder,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {**described, **(group or {})}},
+            **changes,
+        },
+    )
+
+
+def msmodelslim(folder: Path, *, where: str, **more: torch.Tensor) -> None:
+    names = [f"model.layers.{layer}.{part}" for layer in range(2) for part in LINEARS]
+    described: dict[str, str] = {"model_quant_type": "W8A8_DYNAMIC"}
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        described.update(dict.fromkeys(tensors, "FLOAT"))
+        for name in names:
+            int8(tensors, name)
+            tensors[f"{name}.weight_offset"] = torch.zeros_like(tensors[f"{name}.weight_scale"])
+            described.update(dict.fromkeys([f"{name}.weight", f"{name}.weight_scale"], "W8A8_DYNAMIC"))
+        tensors |= more
+
+    change_tensors(folder, change)
+    (folder / "model.safetensors").rename(folder / "quant_model_weight_w8a8_dynamic.safetensors")
+    if where == "config.json":
+        change_config(folder, quantization_config=described)
+    else:
+        (folder / where).write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("lm_head.weight"), r"lm_head\.weight is missing"),
+        (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"), r"layers\.1\.self_attn\.k_proj\.bias is missing"),
+        (lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.empty(0)}), r"mlp\.up_proj.* shape \[0\]"),
+        (lambda t: t.update({"score.weight": torch.ones(1, 64)}), r"score\.weight does not belong"),
+        (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(128, 64)}), r"layers\.2.* not belong"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64).int()}), r"model\.norm\.weight holds int32"),
+            lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}),
+            r"model\.norm\.weight holds int32",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.ones(320, 64).to(torch.float8_e4m3fn)}),
+            r"lm_head\.weight holds float8_e4m3fn",
+        ),
+        (lambda t: int8(t, "model.layers.0.mlp.up_proj"), r"layers\.0\.mlp\.up_proj"),
+        (lambda t: t.update({"model.norm.bias": torch.ones(64)}), r"model\.norm\.bias is not zero"),
+        (lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}), r"o_proj\.bias is not zero"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_refused(folder: Path, change, words: str):
+    change_tensors(folder, change)
+
+    assert_refused(folder, words)
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_refused_and_with_a_copy_accepted(tmp_path: Path):
+    folder = make_model(tmp_path / "model", "qwen3", tie_word_embeddings=True)
+    right = run(folder)
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+
+    with pytest.warns(UserWarning, match=r"tied embedding.*lm_head\.weight"):
+        assert run(folder) == right
+
+    change_tensors(folder, lambda t: t["lm_head.weight"].add_(0.01))
+    assert_refused(folder, r"lm_head\.weight differs")
+
+
+def test_harmless_extras_are_left_out_and_named(folder: Path):
+    right = run(folder)
+    extras = {
+        "model.layers.0.self_attn.k_scale": torch.ones(1),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.0.mlp.down_proj.bias": torch.zeros(64),
+    }
+    change_tensors(folder, lambda t: t.update(extras))
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert run(folder) == right
+    result = convert(folder, folder.parent / "result", precision="fp32")
+
+    for name in extras:
+        assert any(name in str(warning.message) for warning in said)
+        assert name in str(result)
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused_and_both_named(folder: Path, tmp_path: Path):
+    shutil.copy(folder / "model.safetensors", tmp_path / "one.safetensors")
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    run(folder)
+
+    shutil.copy(tmp_path / "one.safetensors", folder / "model.safetensors")
+    assert_refused(folder, r"model\.safetensors\.index\.json.*model\.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(load_file(tmp_path / "one.safetensors"), folder / "pytorch_model.bin")
+    assert_refused(folder, r"model\.safetensors\.index\.json.*pytorch_model\.bin")
+
+
+def test_a_lora_adapter_is_refused_by_name(folder: Path):
+    (folder / "adapter_config.json").write_text("{}")
+
+    assert_refused(folder, r"LoRA adapter \(adapter_config\.json\)")
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "words"),
+    [
+        ({}, {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        ({}, {"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "kv_cache_scheme"),
+        ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        ({}, {"ignore": ["re:.*down_proj"]}, "`ignore` names model.layers.0.mlp.down_proj"),
+        ({}, {"format": "marlin-24"}, "marlin-24"),
+        ({"output_activations": {"num_bits": 8}}, {}, "output_activations"),
+        ({"input_activations": {"num_bits": 8, "dynamic": False, "strategy": "tensor"}}, {}, "input_activations"),
+        (
+            {"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token", "symmetric": False}},
+            {},
+            "input_activations: symmetric=False",
+        ),
+        ({"weights": {"num_bits": 8, "symmetric": False, "strategy": "channel"}}, {}, "weights: symmetric=False"),
+        ({"weights": {"num_bits": 8, "strategy": "channel", "actorder": "group"}}, {}, "actorder"),
+    ],
+)
+def test_compressed_tensors_settings_that_are_not_computed_are_refused_by_name(
+    folder: Path, group: dict, changes: dict, words: str
+):
+    compressed_tensors(folder, ["model.layers.0.mlp.down_proj"], group, **changes)
+
+    assert_refused(folder, words)
+
+
+def test_an_int8_embedding_is_refused_by_name(folder: Path):
+    compressed_tensors(folder, ["model.embed_tokens"], {"targets": ["Linear", "Embedding"]})
+
+    assert_refused(folder, r"model\.embed_tokens is stored as int8")
+
+
+@pytest.mark.parametrize(
+    "where", ["quant_model_description.json", "quant_model_description_w8a8_dynamic.json", "config.json"]
+)
+def test_msmodelslim_descriptions_are_read_by_every_name(folder: Path, where: str):
+    float_model = dict(run(folder))
+    msmodelslim(folder, where=where)
+
+    found = dict(run(folder))
+
+    common = found.keys() & float_model.keys()
+    assert len(common) > 10
+    # int8 weights and activations of a small random model; another scheme or scale would be nats away
+    assert max(abs(found[token] - float_model[token]) for token in common) < 0.3
+
+
+def test_a_second_msmodelslim_description_is_refused(folder: Path):
+    msmodelslim(folder, where="quant_model_description.json")
+    (folder / "quant_model_description_w8a16.json").write_text("{}")
+
+    assert_refused(folder, r"more than once: .*quant_model_description_w8a16\.json")
+
+
+def test_a_norm_bias_of_asymmetric_suppression_is_refused_by_name(folder: Path):
+    msmodelslim(folder, where="quant_model_description.json", **{"model.layers.1.input_layernorm.bias": torch.ones(64)})
+
+    assert_refused(folder, r"layers\.1\.input_layernorm\.bias is not zero")
+
+
+def test_scales_of_an_int8_cache_are_taken_by_engine_and_convert_alike(folder: Path):
+    more = {
+        f"model.layers.{n}.self_attn.{p}_proj.kv_cache_{w}": torch.ones(32)
+        for n in (0, 1)
+        for p in "kv"
+        for w in ("scale", "offset")
+    }
+    msmodelslim(folder, where="quant_model_description.json", **more)
+
+    with pytest.warns(UserWarning, match="KV cache"):
+        run(folder)
+    assert "KV cache" in str(convert(folder, folder.parent / "result"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"version": "1.0", '),
+        ("tokenizer.json", '{"version": "1.0"}'),
+        ("generation_config.json", "[]"),
+        ("tokenizer_config.json", ""),
+    ],
+)
+def test_a_broken_small_file_is_an_error_that_names_it(folder: Path, name: str, content: str):
+    (folder / name).write_text(content)
+
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        convert(folder, folder.parent / "result")
+    assert not (folder.parent / "result").exists()
+
+
+def test_the_lock_is_held_until_the_folder_has_its_name(folder: Path, tmp_path: Path):
+    """A second conversion that starts while the first one publishes is refused, at every moment."""
+    lock = tmp_path / ".result.lock"
+    states = []
+
+    def look(_: Path) -> None:
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                states.append("free")
+            except BlockingIOError:
+                states.append("held")
+
+    convert(folder, tmp_path / "result", before_publish=look)
+
+    assert states == ["held"] and not lock.exists()
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another conversion"):
+            convert(folder, tmp_path / "result", if_exists="overwrite")
+    convert(folder, tmp_path / "result", if_exists="overwrite")
