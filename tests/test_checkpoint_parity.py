@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model
 
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.huggingface import open_checkpoint
-from ascend_kit.checkpoint.parity import ParityError, ParityLimits, ParityModel, compare, files_model, limits_for
+from ascend_kit.checkpoint.parity import (
+    ParityError,
+    ParityLimits,
+    ParityModel,
+    check_reading,
+    compare,
+    files_model,
+    limits_for,
+)
+from ascend_kit.model.config import ModelConfig
 
 PROMPTS = [list(range(40, 60)), [7, 3, 200, 11], list(range(100, 130))]
 OFF = ParityLimits(None, None, None, None, None, None)
@@ -84,15 +95,6 @@ def test_each_limit_alone_turns_the_report_red(limit: str, value: float):
     assert [row["figure"] for row in report.table() if not row["ok"]] == [limit.partition("_")[2]]
 
 
-def test_nan_never_passes_a_limit():
-    source = table_model("s", [[0.5, 0.5]] * 2)
-    broken = ParityModel("r", lambda prompts: iter([torch.full((2, 2), float("nan"))]))
-
-    report = compare(source, broken, [[0, 1]], limits=ParityLimits())
-
-    assert not report.passed and any(text.startswith("kl is nan") for text in report.failures)
-
-
 def test_prompt_without_a_next_token_and_other_vocabulary_are_refused():
     source, other = table_model("s", [[0.5, 0.5]] * 2), table_model("o", [[0.2, 0.3, 0.5]] * 2)
 
@@ -153,3 +155,28 @@ def test_damaged_result_turns_red(tiny_qwen3_dir: Path, tmp_path: Path):
     )
 
     assert not report.passed
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_the_referee_agrees_with_our_reading(family, tmp_path):
+    folder = make_model(tmp_path / "m", family, tie_word_embeddings=family == "qwen3")
+
+    report = check_reading(open_checkpoint(folder), [[1, 2, 3, 4, 5, 6], [200, 7, 9]])
+
+    assert report.summary["kl"] < 1e-9 and report.summary["tokens"] == 7
+
+
+def test_the_referee_finds_a_key_that_we_read_in_another_way(tmp_path, monkeypatch):
+    folder = make_model(tmp_path / "m", "qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    read = ModelConfig.from_dict
+    monkeypatch.setattr(ModelConfig, "from_dict", lambda raw, **names: replace(read(raw, **names), rope_theta=1e4))
+
+    with pytest.raises(ParityError, match="transformers on the same files"):
+        check_reading(open_checkpoint(folder), [list(range(60))])
+
+
+def test_logits_that_are_not_finite_are_refused(tiny_qwen2_dir):
+    broken = ParityModel("b", lambda prompts: (torch.full((len(p), 320), float("nan")) for p in prompts))
+
+    with pytest.raises(ValueError, match="NaN"):
+        compare(broken, broken, [[1, 2, 3]])

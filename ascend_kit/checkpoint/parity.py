@@ -12,17 +12,19 @@ source was there.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import EMBEDDING
 
 TokenIds = Sequence[int]
 # (prompts) -> logits [T, V] of each prompt in turn, float32
@@ -80,7 +82,7 @@ class ParityError(RuntimeError):
     """The result misses a limit. `report` holds all figures."""
 
     def __init__(self, report: ParityReport) -> None:
-        super().__init__("the converted model does not answer like its source: " + "; ".join(report.failures))
+        super().__init__(f"{report.result} does not answer like {report.source}: " + "; ".join(report.failures))
         self.report = report
 
 
@@ -114,6 +116,9 @@ LIMITS = {
     "w8a16": ParityLimits(0.02, 0.95, 1.0, 0.02, 0.3, 0.9),
     "w8a8": ParityLimits(0.05, 0.9, 1.5, 0.05, 0.2, 0.9),
 }
+
+# The same weights in float32, computed by two programs: rounding alone.
+READING_LIMITS = ParityLimits(1e-6, 0.99, 0.01, 1e-4, None, None)
 
 
 @dataclass(frozen=True)
@@ -270,3 +275,54 @@ def files_model(checkpoint: Checkpoint, name: str = "files", device: torch.devic
             yield model.logits(part)
 
     return ParityModel(name, logits)
+
+
+def transformers_model(checkpoint: Checkpoint, name: str = "transformers") -> ParityModel:
+    """transformers in float32 on a checkpoint's tensors, which shares nothing else with us: it reads config.json and
+    computes the layers by itself. One layer's weights are in memory at a time, beside embedding and head.
+    """
+    config = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
+    weights = LayerwiseModel(checkpoint, config)
+
+    def logits(prompts: Sequence[TokenIds]) -> Iterator[Tensor]:
+        model = _empty_transformers(checkpoint.config)
+        for prefix, module in model.named_modules():
+            if re.fullmatch(r"model\.layers\.\d+", prefix):
+                module.register_forward_pre_hook(lambda module, _, prefix=prefix: fill(module, prefix))
+                module.register_forward_hook(drop)
+            elif prefix in ("model.embed_tokens", "model.norm", "lm_head"):
+                fill(module, prefix)
+        width = max(map(len, prompts))  # what is added on the right is seen by no token of the prompt
+        padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+        with torch.no_grad():
+            found = model(padded, use_cache=False).logits
+        for row, prompt in zip(found, prompts, strict=True):
+            yield row[: len(prompt)].float()
+
+    def fill(module: nn.Module, prefix: str) -> None:
+        prefix = EMBEDDING.removesuffix(".weight") if prefix == "lm_head" and config.tie_embeddings else prefix
+        module.load_state_dict({key: weights.weight(f"{prefix}.{key}") for key in module.state_dict()}, assign=True)
+
+    def drop(module: nn.Module, *_: object) -> None:
+        module.to("meta")
+
+    return ParityModel(name, logits)
+
+
+def _empty_transformers(raw: dict[str, Any]) -> Any:
+    """The model that transformers builds from a config.json, without weights."""
+    import transformers
+
+    keys = {key: value for key, value in raw.items() if key not in ("quantization_config", "model_type", "auto_map")}
+    config = transformers.AutoConfig.for_model(raw["model_type"], **keys)
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are computed, not stored
+    return model.eval()
+
+
+def check_reading(checkpoint: Checkpoint, prompts: Sequence[TokenIds]) -> ParityReport:
+    """Our reading of a float checkpoint against transformers' on a few prompts; ParityError when they differ."""
+    ours = files_model(checkpoint, "this package's reading of the source")
+    theirs = transformers_model(checkpoint, "transformers on the same files")
+    return compare(theirs, ours, prompts, limits=READING_LIMITS).check()

@@ -20,6 +20,7 @@ from ascend_kit.checkpoint.parity import (
     ParityLimits,
     ParityReport,
     TokenIds,
+    check_reading,
     compare,
     equal_tokens,
     files_model,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ascend_kit.params import Experiment
 
 SAMPLE_TEMPERATURE = 0.7
+REFEREE_PROMPTS = 2
 CHECK_PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -130,7 +132,8 @@ class ParityCheck:
     """Compares a folder with the experiment's source; made for `convert(..., before_publish=check)`.
 
     Texts come from `prompts_file`. The float32 source is the measure; a Megatron source, which no engine
-    runs, is compared by its distributions alone. After a call `report` holds the figures, also when the
+    runs, is compared by its distributions alone. On a few prompts transformers reads the source, too: what we read
+    wrongly in its config.json would be equal on both sides. After a call `report` holds the figures, also when the
     call raised.
     """
 
@@ -154,6 +157,8 @@ class ParityCheck:
         source = open_source(Path(experiment.input_model), experiment.framework, experiment.tokenizer_path)
         texts = read_prompts(experiment.prompts_file)[: self.num_prompts]
         prompts = tokenize_texts(texts, _tokenizer_folder(experiment, source), self.max_prompt_tokens)
+        if not source.quantization.schemes:  # source and result share our reading of config.json; transformers does not
+            check_reading(source, prompts[:REFEREE_PROMPTS])
         limits = self.limits or limits_for(
             experiment.precision, result.quantization.summary, **_replaced_limits(experiment)
         )
