@@ -1,4 +1,4 @@
-"""`python -m ascend_kit`: run, check, convert, work, doctor, report.
+"""`python -m ascend_kit`: run, check, convert, work, doctor, report, notebooks.
 
 Exit status: 0 done, 1 something that was run has failed or is an alarm, 2 the request itself is wrong, 130 stopped by
 Ctrl-C, 143 by another signal.
@@ -118,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     _experiment_arguments(work)
     work.set_defaults(command=_work)
 
+    notebooks = commands.add_parser(
+        "notebooks", help="write the notebooks' parameter cells from the package's defaults"
+    )
+    notebooks.add_argument("--notebooks", metavar="FOLDER", default="notebooks", help="their folder; default notebooks")
+    notebooks.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a cell differs")
+    notebooks.set_defaults(command=_notebooks)
+
     report = commands.add_parser("report", help="write report.html of a run folder again")
     report.add_argument("run_folder", help="outputs/<experiment>/<run>")
     report.set_defaults(command=_report)
@@ -183,6 +190,15 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _notebooks(arguments: argparse.Namespace) -> int:
+    from ascend_kit.params.cells import write_cells
+
+    differences = write_cells(Path(arguments.notebooks), check=arguments.check)
+    for text in differences:
+        print(f"{text}: {'differs from Experiment' if arguments.check else 'written'}")
+    return 1 if arguments.check and differences else 0
+
+
 def _parameter_file(arguments: argparse.Namespace) -> str:
     path = arguments.parameters or getattr(arguments, "config", None)
     if path is None:
@@ -195,6 +211,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     from ascend_kit.checkpoint.parity import ParityError
     from ascend_kit.demo import resolve
     from ascend_kit.measure.agreement import ParityCheck
+    from ascend_kit.params.cells import parameters_of
+    from ascend_kit.params.paths import check_paths
     from ascend_kit.show.progress import Progress
     from ascend_kit.show.tables import cell_text
 
@@ -203,6 +221,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) is not None:
             overrides[option] = getattr(arguments, option)
     experiment = load_experiment(_parameter_file(arguments), overrides)
+    check_paths(experiment, parameters_of("02_convert"))
     experiment = resolve(experiment)
     parity = ParityCheck(experiment)
     try:

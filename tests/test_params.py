@@ -96,9 +96,12 @@ def test_broken_yaml_is_refused(tmp_path, text, word):
 
 
 def test_yaml_scalars_mean_what_they_look_like():
-    values = parse_overrides(["temperature=1e0", "graph_mode=off", "top_k=null", "sweep_concurrency=[1, 2]"])
+    values = build_experiment(
+        parse_overrides(["temperature=1e0", "graph_mode=off", "top_k=null", "sweep_concurrency=[1, 2]"])
+    )
 
-    assert values == {"temperature": 1.0, "graph_mode": False, "top_k": None, "sweep_concurrency": [1, 2]}
+    assert (values.temperature, values.graph_mode, values.top_k) == (1.0, False, None)
+    assert values.sweep_concurrency == [1, 2]
 
 
 def test_an_assignment_without_equals_is_refused():

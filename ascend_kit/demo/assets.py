@@ -78,12 +78,13 @@ def cached_model(cache_dir: str | Path | None = None) -> Path | None:
 def resolve(
     experiment: "Experiment", *, cache_dir: str | Path | None = None, on_progress: Progress | None = None
 ) -> "Experiment":
-    """The experiment with the word `demo` replaced by paths; only the parts it names are built."""
+    """The experiment reading its `demo` parameters from real paths; only the parts it names are built."""
     paths: dict[str, str] = {}
+    changes: dict[str, str] = {}
     if experiment.input_model == DEMO_WORD:
         paths["input_model"] = str(ensure_model(cache_dir, on_progress))
         if experiment.model_name != DEMO_WORD:
-            paths["model_name"] = f"{STAND_IN}{experiment.model_name}"
+            changes["model_name"] = f"{STAND_IN}{experiment.model_name}"
             print(
                 f"input_model is not given: the built-in demo model stands in for {experiment.model_name}; every "
                 "number below describes the demo model"
@@ -95,7 +96,7 @@ def resolve(
     for name in ("prompts_file", "calibration_file"):
         if getattr(experiment, name) == DEMO_WORD:
             paths[name] = str(ensure_data(cache_dir) / "prompts.jsonl")
-    return experiment.model_copy(update=paths) if paths else experiment
+    return experiment.standing_for(paths, **changes) if paths else experiment
 
 
 def _model_folder(cache_dir: str | Path | None, steps: int | None) -> tuple[Path, int]:

@@ -107,7 +107,7 @@ def _checked(name: str, value: Any) -> Any:
     if name == "device":
         text = value.strip().lower() if isinstance(value, str) else ""
         text = text.replace("ascend", "npu", 1).replace("gpu", "cuda", 1)
-        if not DEVICE_PATTERN.match(text):
+        if not DEVICE_PATTERN.fullmatch(text):
             raise ValueError(f"device={value!r}; allowed: auto, cpu, cuda, cuda:N, npu, npu:N, ascend")
         return text
     try:

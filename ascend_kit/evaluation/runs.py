@@ -23,7 +23,17 @@ RATE = "output_tokens_per_s"
 ENGINE_BACKEND = "ascend_kit"
 # Parameters that name things or places; they tell nothing about how a run was made.
 NAMES = frozenset(
-    ("experiment", "run", "output_root", "output_model", "output_path", "compare_runs", "if_exists", "if_model_exists")
+    (
+        "experiment",
+        "run",
+        "output_root",
+        "output_model",
+        "output_path",
+        "compare_runs",
+        "if_exists",
+        "if_model_exists",
+        "params_file",
+    )
 )
 Point = tuple[int, int, int]
 

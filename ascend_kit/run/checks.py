@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import json
 import re
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.params import Experiment, ParameterError
+from ascend_kit.params import Experiment, ParameterError, paths
+from ascend_kit.params.notebook import literal_assignments
 
 STAGE_NAME = re.compile(r"\d\d_\w+")
 
@@ -33,12 +33,12 @@ def find_notebooks(folder: str | Path | None = None) -> list[Notebook]:
     candidates = [Path(folder)] if folder else [Path(__file__).resolve().parents[2] / "notebooks", Path("notebooks")]
     found = next((path for path in candidates if path.is_dir()), None)
     # JupyterLab's copies, 04_throughput-Copy1.ipynb, are no stages.
-    paths = sorted(path for path in found.glob("*.ipynb") if STAGE_NAME.fullmatch(path.stem)) if found else []
-    if not paths:
+    files = sorted(path for path in found.glob("*.ipynb") if STAGE_NAME.fullmatch(path.stem)) if found else []
+    if not files:
         raise RunError(
             f"no notebooks NN_name.ipynb in {', '.join(map(str, candidates))}; name their folder with --notebooks"
         )
-    return [Notebook(path.stem, path, parameter_defaults(path)) for path in paths]
+    return [Notebook(path.stem, path, parameter_defaults(path)) for path in files]
 
 
 def parameter_defaults(path: Path) -> dict[str, Any]:
@@ -57,7 +57,10 @@ def parameter_defaults(path: Path) -> dict[str, Any]:
             "it the values of the parameter file would have no effect (JupyterLab: property inspector, "
             "cell tags)"
         )
-    defaults = _literals(path.name, "".join(tagged[0]["source"]))
+    try:
+        defaults = literal_assignments("".join(tagged[0]["source"]))
+    except ParameterError as error:
+        raise RunError(f"{path.name}: {error}") from None
     for name in defaults:
         if name not in Experiment.model_fields:
             near = difflib.get_close_matches(name, list(Experiment.model_fields), n=1)
@@ -71,27 +74,6 @@ def parameter_defaults(path: Path) -> dict[str, Any]:
 def tagged_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
     """The cells of a notebook that carry the tag `parameters`."""
     return [cell for cell in notebook["cells"] if "parameters" in cell.get("metadata", {}).get("tags", [])]
-
-
-def _literals(where: str, source: str) -> dict[str, Any]:
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError as error:
-        raise RunError(f"{where}: the parameters cell is not Python: {error}") from None
-    values = {}
-    for statement in statements:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        value = getattr(statement, "value", None)
-        if len(targets) != 1 or not isinstance(targets[0], ast.Name) or value is None:
-            raise RunError(
-                f"{where}: the parameters cell may hold only `name: type = literal` lines, found "
-                f"`{ast.unparse(statement)}`"
-            )
-        try:
-            values[targets[0].id] = ast.literal_eval(value)
-        except ValueError:
-            raise RunError(f"{where}: {targets[0].id} must be a plain literal, found `{ast.unparse(value)}`") from None
-    return values
 
 
 def select_notebooks(available: list[Notebook], only: list[str] | None) -> list[Notebook]:
@@ -114,25 +96,5 @@ def select_notebooks(available: list[Notebook], only: list[str] | None) -> list[
 
 
 def check_paths(experiment: Experiment, notebooks: list[Notebook]) -> None:
-    """ParameterError for every named file or folder that is not there and that one of the notebooks reads."""
-    used = {name for notebook in notebooks for name in notebook.defaults}
-    missing = []
-    for key in ("input_model", "tokenizer_path", "prompts_file", "dataset_path", "calibration_file"):
-        value = getattr(experiment, key)
-        if key not in used or value is None or value == "demo" or Path(value).exists():
-            continue
-        if key == "input_model" and experiment.use_model == "converted" and experiment.converted_folder.exists():
-            continue  # the source may be gone once it was converted
-        missing.append(f"{key}: nothing at {value}{_nearest_existing(Path(value))}")
-    if missing:
-        raise ParameterError(
-            "; ".join(missing) + " (a path is read from the current folder; the word demo means the built-in example)"
-        )
-
-
-def _nearest_existing(path: Path) -> str:
-    parent = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
-    if parent is None:
-        return ""
-    near = difflib.get_close_matches(path.name, [item.name for item in parent.iterdir()], n=1)
-    return f"; did you mean {parent / near[0]}?" if near and parent == path.absolute().parent else f" ({parent} exists)"
+    """ParameterError for every path that one of the notebooks reads or writes and that is not as it must be."""
+    paths.check_paths(experiment, {name for notebook in notebooks for name in notebook.defaults})

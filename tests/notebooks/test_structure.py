@@ -8,7 +8,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ascend_kit.params import Experiment, build_experiment, experiment_from_notebook, load_experiment, read_yaml
+from ascend_kit.params import Experiment, experiment_from_notebook, load_experiment, read_yaml
+from ascend_kit.params.cells import write_cells
 from ascend_kit.run.checks import find_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,25 +93,27 @@ def test_notebook_begins_with_its_question_and_ends_with_its_result(notebook):
     assert "findings.conclude(" in cells_of(notebook)[-1].source
 
 
+def test_parameter_cells_are_those_that_the_command_writes():
+    assert write_cells(ROOT / "notebooks", check=True) == []
+
+
 @each_notebook
-def test_parameters_carry_type_and_help_and_are_used(notebook):
+def test_parameters_carry_type_and_help_and_are_the_defaults_of_experiment(notebook):
     source = cells_of(notebook)[0].source
     one = re.compile(r"\w+: [\w\[\] |]+ = .+  # .+")
 
-    # A line that is too long is wrapped by the formatter; its help then stands after the closing bracket.
-    assert all(one.fullmatch(line) for line in source.splitlines() if not line.startswith((" ", ")", "]")))
-    assert set(notebook.defaults) >= {"experiment", "run", "output_root", "if_exists"}
+    assert all(one.fullmatch(line) and len(line) <= 120 for line in source.splitlines()[1:])
+    assert set(notebook.defaults) >= {"experiment", "run", "output_root", "if_exists", "params_file"}
+    assert notebook.defaults == {name: Experiment.model_fields[name].default for name in notebook.defaults}
 
 
 @each_notebook
-def test_defaults_are_the_demo_case(notebook):
+def test_opened_without_anything_a_notebook_is_the_demo(notebook):
     demo = load_experiment(ROOT / "params" / "demo.yaml")
 
-    found = build_experiment(notebook.defaults)
+    found = experiment_from_notebook(notebook.defaults)
 
-    assert {key: getattr(found, key) for key in notebook.defaults} == {
-        key: getattr(demo, key) for key in notebook.defaults
-    }
+    assert found == demo
 
 
 def test_every_parameter_is_declared_by_some_notebook():
@@ -153,18 +156,3 @@ def test_switches_of_the_article_reach_the_engine(tmp_path, value, indent):
         assert experiment.model_name == "qwen3-8b" and experiment.max_seq_length == 8192
         assert (experiment.graph_mode, experiment.operator_fusion, experiment.memory_optimize) == (value,) * 3
     assert direct.experiment == "infer_optimize_config"
-
-
-def test_setup_cell_can_run_again_after_the_whole_notebook(monkeypatch, tmp_path):
-    """In JupyterLab cells are run twice: the name `experiment` is taken then, and other variables exist."""
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "params").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    namespace = {"experiment": "mine", "seed": 3}
-    namespace["experiment"] = experiment_from_notebook(namespace)
-    namespace["rows"] = [1, 2]
-
-    again = experiment_from_notebook(namespace)
-
-    assert (again.experiment, again.seed) == ("mine", 3)
-    assert Path.cwd() == tmp_path, "relative paths mean the project folder, not notebooks/"

@@ -1,18 +1,20 @@
-"""Experiment parameters: one frozen, strict, flat model, read from YAML or from a notebook's parameter cells.
+"""The parameters of an experiment: one frozen, strict, flat model with one set of defaults.
 
 Nothing here imports torch: a file with a wrong key must fail within a second.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from ascend_kit.params import values as rules
+from ascend_kit.params.values import ParameterError
 
 PRECISIONS = {
     "bf16": "bf16",
@@ -31,7 +33,7 @@ FRAMEWORKS = {
     "megatron": "megatron",
     "mindspeed": "megatron",
 }
-DEVICE_PATTERN = re.compile(r"^(auto|cpu|(cuda|npu)(:\d+)?)$")
+DEVICE_PATTERN = re.compile(r"auto|cpu|(cuda|npu)(:\d{1,4})?")
 # The article's three switches. TensorRT is NVIDIA's product; on Ascend the word means a captured decode graph.
 ARTICLE_SWITCHES = {
     "tensorrt": "graph_mode",
@@ -52,32 +54,49 @@ ENGINE_SWITCHES = (
 )
 
 
-class ParameterError(ValueError):
-    """A parameter is unknown, of the wrong type or impossible; the text names it and what is allowed."""
+DEMO = "demo"  # the word for the built-in model, questions and prompts
+RETIRED: dict[str, str] = {}  # name -> why it is gone and what to do
+LIST_PARAMETERS = (
+    "sweep_concurrency", "sweep_prompt_len", "sweep_output_len", "sweep_cards", "sweep_tensor_parallel",
+    "eval_datasets", "compare_runs", "quantize_keep", "plain_ops",
+)  # fmt: skip
+PATH_PARAMETERS = (
+    "output_root", "params_file", "input_model", "output_model", "tokenizer_path", "calibration_file", "prompts_file",
+    "output_path", "dataset_path",
+)  # fmt: skip
 
 
 class Experiment(BaseModel):
     """Every parameter of an experiment. The same flat names are the YAML keys and the notebooks' variables."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=False
+    )
+    # Parameters that read `demo` and stand for these words wherever the experiment is shown or stored.
+    _words: dict[str, str] = PrivateAttr(default_factory=dict)
 
     # identity
     experiment: str = Field("demo", description="name of the experiment: results go to <output_root>/<experiment>/")
     run: str = Field("default", description="name of this variant: one folder below the experiment")
     output_root: str = Field("outputs", description="folder that holds all experiments")
-    seed: int = Field(0, ge=0, description="seed of workloads and sampling")
-    params_file: str | None = Field(None, description="YAML file whose values stand in for the defaults")
+    if_exists: Literal["resume", "refuse", "overwrite"] = Field(
+        "resume", description="an earlier run of the stage: resume it, refuse, or overwrite it"
+    )
+    params_file: str | None = Field(
+        None, description="YAML file below the values set here; None = params/demo.yaml until a model is named"
+    )
+    seed: int = Field(0, ge=0, lt=1 << 32, description="seed of workloads and sampling")
     # model and conversion
-    model_name: str = Field("demo", description="name shown in tables and used for the converted folder")
+    model_name: str = Field("demo", description="name shown in tables; default the name of input_model")
     input_model: str = Field("demo", description="checkpoint folder, or `demo` for the built-in model")
     output_model: str | None = Field(None, description="folder of the converted model; default below output_root")
     framework: str = Field("auto", description="format of input_model: auto, pytorch (Hugging Face), megatron")
     tokenizer_path: str | None = Field(None, description="folder of tokenizer and config; default input_model")
     precision: str = Field("bf16", description="bf16, fp16 or fp32")
     quantize: Literal["none", "w8a8", "w8a16", "auto"] = Field("none", description="int8 scheme of the linears")
-    quantize_keep: list[str] = Field(["lm_head"], description="names (or parts of names) of linears kept unquantised")
+    quantize_keep: list[str] = Field(["lm_head"], description="linears kept unquantised: names, or parts between dots")
     calibration_file: str | None = Field(
-        None, description="texts for smoothing and quantize: auto; JSON lines with `prompt`, or one text a line"
+        None, description="texts for smoothing and quantize: auto; the same kinds of file as prompts_file"
     )
     smooth: float | None = Field(
         None, ge=0, le=1, description="share of activation outliers moved into W8A8 weights; 0.5 is usual"
@@ -105,11 +124,11 @@ class Experiment(BaseModel):
     )
     use_model: Literal["converted", "source"] = Field("converted", description="which checkpoint the engine runs")
     if_model_exists: Literal["reuse", "refuse", "overwrite"] = Field(
-        "reuse", description="when output_model exists: reuse it if it was made alike, refuse, or overwrite"
+        "reuse", description="an earlier output_model: reuse it if it was made alike, refuse, or overwrite it"
     )
     # device
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, npu, npu:N (ascend = npu)")
-    device_id: int = Field(0, ge=0, description="card of a device given without a number")
+    device_id: int = Field(0, ge=0, lt=1024, description="card of a device given without a number")
     cards: int = Field(1, ge=1, le=1024, description="cards used in all")
     tensor_parallel: int = Field(1, ge=1, le=64, description="cards one copy of the model is split over")
     ray_address: str | None = Field(None, description="None = this machine; auto or host:port joins a Ray cluster")
@@ -117,25 +136,33 @@ class Experiment(BaseModel):
     max_seq_length: int = Field(8192, ge=2, le=1 << 20, description="longest prompt + answer, tokens")
     batch_size: int = Field(16, ge=1, le=4096, description="requests computed together (slots)")
     block_size: int | None = Field(None, ge=1, le=1024, description="tokens per KV block; None = 128 on npu, 32 else")
-    max_tokens_per_step: int = Field(2048, ge=1, description="token budget of one step (chunked prefill above it)")
-    kv_cache_gib: float | None = Field(None, gt=0, description="KV pool, GiB; None = sized from free memory")
+    max_tokens_per_step: int = Field(
+        2048, ge=1, le=1 << 20, description="token budget of one step (chunked prefill above it)"
+    )
+    kv_cache_gib: float | None = Field(
+        None, gt=0, le=1 << 20, description="KV pool, GiB; None = sized from free memory"
+    )
     graph_mode: bool = Field(True, description="captured or compiled decode step")
     operator_fusion: bool = Field(True, description="fused operator table against the plain one")
     memory_optimize: bool = Field(True, description="KV blocks on demand with prefix reuse against a reservation")
     plain_ops: list[str] = Field([], description="operators that stay plain although operator_fusion is on")
     # batch inference
-    prompts_file: str = Field("demo", description="JSON lines with a `prompt` field, or a text file, one a line")
-    max_new_tokens: int = Field(1024, ge=1, description="longest answer, tokens")
-    temperature: float = Field(0.0, ge=0.0, description="0 = greedy")
-    top_k: int | None = Field(None, ge=1, description="sample from the k most probable tokens")
+    prompts_file: str | None = Field(
+        None, description="JSON list, JSON lines or text, one prompt a line; or `demo`; needed by 02 and 03"
+    )
+    max_new_tokens: int = Field(1024, ge=1, le=1 << 20, description="longest answer, tokens")
+    temperature: float = Field(0.0, ge=0.0, le=100.0, description="0 = greedy")
+    top_k: int | None = Field(None, ge=1, le=1 << 24, description="sample from the k most probable tokens")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability")
     min_p: float = Field(0.0, ge=0.0, le=1.0, description="sample from tokens above this share of the best one's")
-    repetition_penalty: float = Field(1.0, gt=0.0, description="divides logits of tokens seen before; 1 = none")
+    repetition_penalty: float = Field(
+        1.0, gt=0.0, le=100.0, description="divides logits of tokens seen before; 1 = none"
+    )
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0, description="subtracted from logits of generated tokens")
     sampling: Literal["given", "model"] = Field(
-        "given", description="values above as given, or `model`: those not set come from generation_config.json"
+        "given", description="values above as given, or where not set those of the model (generation_config.json)"
     )
-    concurrency: int = Field(32, ge=1, description="requests kept in flight")
+    concurrency: int = Field(32, ge=1, le=1 << 20, description="requests kept in flight")
     output_path: str | None = Field(None, description="answers as JSON; default generations.json in the run folder")
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
     thinking: bool | None = Field(None, description="the template's enable_thinking; None = as the model has it")
@@ -143,8 +170,10 @@ class Experiment(BaseModel):
     sweep_concurrency: list[int] = Field([1, 4, 16], min_length=1, description="requests kept in flight")
     sweep_prompt_len: list[int] = Field([64], min_length=1, description="prompt lengths, tokens")
     sweep_output_len: list[int] = Field([32], min_length=1, description="output lengths, tokens")
-    sweep_repeats: int = Field(1, ge=1, description="measurements of each point")
-    sweep_requests_per_point: int | None = Field(None, ge=1, description="default 2 x concurrency, at least 4")
+    sweep_repeats: int = Field(1, ge=1, le=10_000, description="measurements of each point")
+    sweep_requests_per_point: int | None = Field(
+        None, ge=1, le=1 << 20, description="default 2 x concurrency, at least 4"
+    )
     sweep_cards: list[int] | None = Field(
         None, min_length=1, description="cards of a point, each number measured; None = cards; fewer share the cards"
     )
@@ -163,79 +192,100 @@ class Experiment(BaseModel):
         min_length=1,
         description="sets to evaluate: mmlu, ceval, agieval, wikitext",
     )
-    dataset_path: str = Field("demo", description="folder with local copies of the sets, or `demo`")
-    eval_batch_size: int = Field(8, ge=1, description="requests scored together")
-    eval_max_seq_length: int = Field(4096, ge=2, description="context limit while evaluating, tokens")
-    eval_fewshot: int | None = Field(None, ge=0, description="shots; default mmlu 5, ceval 5, agieval 0")
-    eval_limit: int | None = Field(None, ge=1, description="documents per task; None = all")
+    dataset_path: str | None = Field(
+        None, description="folder with local copies of the sets, or `demo` with the demo model; needed by 05"
+    )
+    eval_batch_size: int = Field(8, ge=1, le=1 << 16, description="requests scored together")
+    eval_max_seq_length: int = Field(4096, ge=2, le=1 << 20, description="context limit while evaluating, tokens")
+    eval_fewshot: int | None = Field(None, ge=0, le=1000, description="shots; default mmlu 5, ceval 5, agieval 0")
+    eval_limit: int | None = Field(None, ge=1, le=1 << 31, description="documents per task; None = all")
     eval_chat_template: bool = Field(False, description="apply the chat template to evaluation prompts")
     # comparison
     compare_runs: list[str] = Field([], description="runs to compare; default: every run of the experiment")
     accuracy_margin_points: float = Field(
         1.0, gt=0, le=100, description="accuracy a faster run may lose and still be recommended, points"
     )
-    # an existing run folder
-    if_exists: Literal["resume", "refuse", "overwrite"] = Field(
-        "resume", description="when the stage was run before: do what is missing, refuse, or start again"
-    )
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_article_spelling(cls, data: Any) -> Any:
+    def _resolve_spellings_and_dependent_defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = {key: _plain(key, value) for key, value in data.items()}
-        data = _expand_optimization(data)
-        unknown = [key for key in data if key not in cls.model_fields]
-        if unknown:
-            raise ParameterError(_unknown_key(unknown[0], list(cls.model_fields)))
-        if isinstance(data.get("eval_datasets"), str):
-            data["eval_datasets"] = [name.strip() for name in data["eval_datasets"].split(",") if name.strip()]
+        data = {key: rules.plain(value, kind_of(key)) for key, value in expand_aliases(data).items()}
+        for key in RETIRED:
+            if key in data:
+                raise ParameterError(f"{key}: {RETIRED[key]}")
         # Defaults that follow a short max_seq_length, so that lowering one number does not need three.
         longest = data.get("max_seq_length", 8192)
         if isinstance(longest, int) and longest >= 2:
             data.setdefault("eval_max_seq_length", min(4096, longest))
             data.setdefault("max_new_tokens", min(1024, longest // 2))
+        model = data.get("input_model", DEMO)
+        if model == DEMO:  # the demo brings its own data; any other model must say what it is to answer
+            data |= {key: DEMO for key in ("dataset_path", "prompts_file") if data.get(key) is None}
+        elif isinstance(model, str) and (name := re.sub(r"[^\w.+-]+", "-", Path(model).name).strip(".")):
+            data.setdefault("model_name", name)
         return data
+
+    @field_validator("*")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                rules.check_text(text)
+        return value
 
     @field_validator("experiment", "run", "model_name")
     @classmethod
     def _name_is_a_folder_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w.+-]+", value) or value.strip(".") == "":
-            raise ValueError("use letters, digits, '.', '_', '-' and '+' only: it names a folder")
-        return value
+        return rules.folder_name(value)
+
+    @field_validator(*PATH_PARAMETERS)
+    @classmethod
+    def _home_is_expanded(cls, value: str | None) -> str | None:
+        return value if value is None else rules.path_text(value)
 
     @field_validator("precision")
     @classmethod
     def _precision(cls, value: str) -> str:
-        return _one_of(value, PRECISIONS)
+        return rules.one_of(value, PRECISIONS)
 
     @field_validator("framework")
     @classmethod
     def _framework(cls, value: str) -> str:
-        return _one_of(value, FRAMEWORKS)
+        return rules.one_of(value, FRAMEWORKS)
 
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
         value = "npu" + value[6:] if value.startswith("ascend") else value
-        if not DEVICE_PATTERN.match(value):
+        if not DEVICE_PATTERN.fullmatch(value):
             raise ValueError("allowed: auto, cpu, cuda, cuda:N, npu, npu:N, ascend")
         return value
+
+    @field_validator("ray_address")
+    @classmethod
+    def _ray_address(cls, value: str | None) -> str | None:
+        return value if value is None else rules.ray_address(value)
 
     @field_validator("eval_datasets")
     @classmethod
     def _eval_sets(cls, value: list[str]) -> list[str]:
-        return [_one_of(name, {name: name for name in EVAL_SETS}) for name in value]
+        return [rules.one_of(name, {name: name for name in EVAL_SETS}) for name in value]
 
-    @field_validator(
-        "sweep_concurrency", "sweep_prompt_len", "sweep_output_len", "sweep_cards", "sweep_tensor_parallel"
-    )
+    @field_validator("compare_runs")
     @classmethod
-    def _positive(cls, value: list[int] | None) -> list[int] | None:
-        if any(item < 1 for item in value or ()):
-            raise ValueError("every entry must be at least 1")
+    def _runs(cls, value: list[str]) -> list[str]:
+        if any(".." in Path(name).parts for name in value):
+            raise ValueError("name runs of this experiment, experiment/run, or a whole path; `..` is not followed")
         return value
+
+    @field_validator(*LIST_PARAMETERS)
+    @classmethod
+    def _lists(cls, value: list[Any] | None) -> list[Any] | None:
+        if any(isinstance(item, int) and not 1 <= item <= 1 << 20 for item in value or ()):
+            raise ValueError("every entry must be at least 1 and at most 1048576")
+        return None if value is None else rules.without_repetition(value)
 
     @model_validator(mode="after")
     def _combinations(self) -> Experiment:
@@ -250,12 +300,7 @@ class Experiment(BaseModel):
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt within "
                 f"max_seq_length={self.max_seq_length}; lower one or raise the other"
             )
-        if self.quantize == "auto" and self.max_kl is None and self.max_accuracy_loss is None:
-            raise ParameterError("quantize: auto needs a limit to stay within: set max_kl or max_accuracy_loss")
-        if (self.quantize == "auto" or self.smooth is not None) and self.calibration_file is None:
-            raise ParameterError(
-                "quantize: auto and smooth need calibration_file: a file of texts like those the model will see"
-            )
+        self._check_int8_options()
         longest = max(self.sweep_prompt_len) + max(self.sweep_output_len)
         if longest > self.max_seq_length:
             raise ParameterError(
@@ -267,6 +312,21 @@ class Experiment(BaseModel):
                 f"eval_max_seq_length={self.eval_max_seq_length} is above max_seq_length={self.max_seq_length}"
             )
         return self
+
+    def _check_int8_options(self) -> None:
+        if self.quantize == "none" and (self.smooth is not None or self.clip_search):
+            raise ParameterError("smooth and clip_search change int8 weights: set quantize, or leave them out")
+        limited = self.max_kl is not None or self.max_accuracy_loss is not None
+        if limited and self.quantize != "auto":
+            raise ParameterError(
+                f"max_kl and max_accuracy_loss choose a mix: they need quantize: auto, not {self.quantize}"
+            )
+        if self.quantize == "auto" and not limited:
+            raise ParameterError("quantize: auto needs a limit to stay within: set max_kl or max_accuracy_loss")
+        if (self.quantize == "auto" or self.smooth is not None) and self.calibration_file is None:
+            raise ParameterError(
+                "quantize: auto and smooth need calibration_file: a file of texts like those the model will see"
+            )
 
     def _check_layouts(self) -> None:
         """Every number of sweep_cards and sweep_tensor_parallel must be used, and no point may need more cards."""
@@ -282,12 +342,24 @@ class Experiment(BaseModel):
             raise ParameterError(f"sweep_tensor_parallel: {unused[0]} divides none of the card counts {cards}")
 
     def to_yaml(self) -> str:
-        """The resolved parameters as flat YAML that `load_experiment` reads back to an equal Experiment."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        """The resolved parameters as flat YAML that `load_experiment` reads back; what they came from is left out."""
+        return yaml.safe_dump(self.model_dump(exclude={"params_file"}), sort_keys=False, allow_unicode=True)
+
+    def model_dump(self, **options: Any) -> dict[str, Any]:
+        """The parameters as plain values; the word demo reads as it was written."""
+        dumped = super().model_dump(**options)
+        return {**dumped, **{key: word for key, word in self._words.items() if key in dumped}}
+
+    def standing_for(self, paths: Mapping[str, str], **changes: str) -> Experiment:
+        """A copy in which the parameters named in `paths` are read from there, and shown and stored as they are now."""
+        copy = self.model_copy(update={**paths, **changes})
+        copy._words = {**self._words, **{key: getattr(self, key) for key in paths}}
+        return copy
 
     def with_changes(self, **changes: Any) -> Experiment:
         """A checked copy with some parameters replaced."""
-        return build_experiment({**self.model_dump(), **changes})
+        copy = build_experiment({**self.model_dump(), **changes})
+        return copy.standing_for({key: getattr(self, key) for key in self._words if key not in changes})
 
     def on_cards(self, cards: int, tensor_parallel: int = 1, **changes: Any) -> Experiment:
         """A checked copy about one layout of cards, with nothing else to sweep over."""
@@ -317,155 +389,63 @@ class Experiment(BaseModel):
         return Path(self.output_root) / self.experiment / "models" / f"{self.model_name}-{suffix}"
 
 
-def build_experiment(values: dict[str, Any], *, source: str = "parameters") -> Experiment:
-    """A checked Experiment from plain values; ParameterError with one readable line per fault."""
+def build_experiment(
+    values: Mapping[str, Any], *, source: str = "parameters", places: Mapping[str, str] | None = None
+) -> Experiment:
+    """A checked Experiment from plain values; ParameterError with every fault in one line.
+
+    `places` says in which line of which file a parameter stands, where that is not just `source`.
+    """
     try:
         return Experiment(**values)
     except ValidationError as error:
-        raise ParameterError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
-    except ParameterError as error:
-        raise ParameterError(f"{source}: {error}") from None
+        faults = [_explain(item, source, places or {}) for item in error.errors()]
+    raise ParameterError("; ".join(faults)) from None
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; a duplicate key, a list or broken YAML is a ParameterError."""
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        raise ParameterError(
-            f"no parameter file at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
-    try:
-        # Text copied from a web page indents with no-break spaces, which YAML takes for part of a name.
-        text = path.read_text(encoding="utf-8").replace("\u00a0", " ")
-        values = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ParameterError(f"{path} must hold `name: value` lines, found a {type(values).__name__}")
-    return values
-
-
-def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
-    """Read one parameter file, apply overrides, check everything; no file or device is touched beyond that."""
-    values = read_yaml(path)
-    try:
-        # Overrides come last and in the flat spelling, so the article's nested block must not outlive one of them.
-        merged = {**_expand_optimization(values), **_expand_optimization(overrides or {})}
-    except ParameterError as error:
-        raise ParameterError(f"{path}: {error}") from None
-    merged.setdefault("experiment", Path(path).stem)
-    return build_experiment(merged, source=str(path))
-
-
-def experiment_from_notebook(namespace: dict[str, Any]) -> Experiment:
-    """An Experiment from a notebook's globals(), called before anything but the parameter cells has run.
-
-    papermill only warns about a name that no notebook knows; here every plain variable must be a parameter, so a
-    misspelt one stops the notebook in its first cell. Also leaves the folder `notebooks`, so that relative paths
-    mean the same in JupyterLab as on the command line.
-    """
-    values = {name: value for name, value in namespace.items() if _is_parameter(name, value)}
-    before = namespace.get("experiment")
-    if isinstance(before, Experiment):  # the cell runs again: the name is taken, and later cells have added theirs
-        values = {name: value for name, value in values.items() if name in Experiment.model_fields}
-        values["experiment"] = before.experiment
-    _leave_notebooks_folder()
-    return build_experiment(values, source="notebook parameters")
-
-
-def _leave_notebooks_folder() -> None:
-    """JupyterLab starts a kernel in the notebook's folder, `make` and the command line in the one above."""
-    here = Path.cwd()
-    if here.name == "notebooks" and (here.parent / "params").is_dir():
-        os.chdir(here.parent)
-
-
-def parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """`key=value` strings of the command line, each value read as YAML."""
-    result: dict[str, Any] = {}
-    for text in assignments:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ParameterError(f"--set takes key=value, got {text!r}")
-        try:
-            result[key.strip()] = yaml.load(value, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
-            raise ParameterError(f"--set {key}: {' '.join(str(error).split())}") from None
-    return result
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads `1e5` as a number, which YAML 1.1 takes for a string."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _expand_optimization(values: dict[str, Any]) -> dict[str, Any]:
-    """The article's `optimization:` block as flat switches; it wins over a notebook's default of the same name."""
-    values = dict(values)
-    if "tensorrt" in values:
-        values["graph_mode"] = values.pop("tensorrt")
-    block = values.pop("optimization", None)
+def expand_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The article's `tensorrt` and `optimization:` block as flat switches; the block wins over its neighbours."""
+    flat = dict(values)
+    if "tensorrt" in flat:
+        flat["graph_mode"] = flat.pop("tensorrt")
+    block = flat.pop("optimization", None)
     if block is None:
-        return values
+        return flat
     if not isinstance(block, dict):
-        raise ParameterError(f"optimization: expected a block of {sorted(ARTICLE_SWITCHES)}, got {block!r}")
+        raise ParameterError(f"optimization: expected a block of {sorted(ARTICLE_SWITCHES)}, got {rules.shown(block)}")
     for key, value in block.items():
         if key not in ARTICLE_SWITCHES:
-            raise ParameterError("optimization: " + _unknown_key(str(key), list(ARTICLE_SWITCHES)))
-        values[ARTICLE_SWITCHES[key]] = value
-    return values
+            raise ParameterError("optimization: " + rules.unknown_key(str(key), ARTICLE_SWITCHES))
+        flat[ARTICLE_SWITCHES[key]] = value
+    return flat
 
 
-def _is_parameter(name: str, value: Any) -> bool:
-    # IPython's own names (In, Out, exit, quit, get_ipython) are not plain values or are listed here.
-    plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
-    return (
-        plain
-        and not name.startswith("_")
-        and name not in ("In", "Out", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH")
-    )
+def kind_of(key: str) -> str:
+    """The type of a parameter as a notebook's cell writes it: `str`, `list[int]`, `float | None`."""
+    if key not in Experiment.model_fields:
+        return "unknown"
+    annotation = Experiment.model_fields[key].annotation
+    text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    return re.sub(r"typing\.Literal\[.*?\]", "str", text)
 
 
-def _plain(key: str, value: Any) -> Any:
-    """numpy scalars, Path and tuples as the plain types they stand for; a whole float stays a float."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, tuple):
-        return [_plain(key, item) for item in value]
-    if isinstance(value, list):
-        return [_plain(key, item) for item in value]
-    item = getattr(value, "item", None)
-    return item() if callable(item) and getattr(value, "shape", None) == () else value
+def choices_of(key: str) -> list[str]:
+    """The allowed words of a parameter that is a choice, else nothing."""
+    return [word for word in get_args(Experiment.model_fields[key].annotation) if isinstance(word, str)]
 
 
-def _one_of(value: str, allowed: dict[str, str]) -> str:
-    if value.lower() not in allowed:
-        near = difflib.get_close_matches(value.lower(), list(allowed), n=1)
-        raise ValueError(f"allowed: {', '.join(allowed)}" + (f"; did you mean {near[0]}?" if near else ""))
-    return allowed[value.lower()]
-
-
-def _unknown_key(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown parameter {key!r}{hint} (all names: python -m ascend_kit check --list)"
-
-
-def _explain(item: dict[str, Any]) -> str:
-    name = ".".join(str(part) for part in item["loc"])
+def _explain(item: Any, source: str, places: Mapping[str, str]) -> str:
+    """One fault as `file, line N: name: what is allowed, got value`."""
+    key, value = str(item["loc"][0]) if item["loc"] else "", item["input"]
     text = item["msg"].removeprefix("Value error, ")
-    return f"{name}: {text}, got {item['input']!r}" if name else text
+    if item["type"] == "extra_forbidden":
+        text = rules.unknown_key(key, Experiment.model_fields)
+    elif key:
+        if item["type"] == "literal_error":
+            text += rules.did_you_mean(str(value), choices_of(key))
+        if item["type"] == "string_type" and isinstance(value, (bool, int, float)):
+            text += " (YAML takes it for another type: put it in quotes)"
+        text = f"{'.'.join(str(part) for part in item['loc'])}: {text}, got {rules.shown(value)}"
+    named = [key] if key else re.findall(r"\w+", text)
+    place = next((places[name] for name in named if name in places), source)
+    return f"{place}: {text}"

@@ -1,0 +1,149 @@
+"""An Experiment from a notebook: which cells hold parameters, and what wins over what.
+
+Only names assigned in the parameters cell and in the cell that papermill injects are parameters, and their values are
+those written there: what other cells assign, before or after, changes nothing, however often cells are run. Both cells
+are found in the kernel's history by their first line, which JupyterLab, papermill, nbclient and nbconvert all keep.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ascend_kit.params.experiment import Experiment, expand_aliases
+from ascend_kit.params.paths import check_paths
+from ascend_kit.params.values import ParameterError, shown, unknown_key
+from ascend_kit.params.yaml_file import build_over_params_file
+
+CELL_MARK = "# Parameters of this notebook"  # first line of a generated cell starts with this
+INJECTED_MARK = "# Parameters"  # first line of the cell that papermill injects
+DEMO_FILE = "params/demo.yaml"
+ALIASES = ("optimization", "tensorrt")
+# What the panel applied in this kernel: it wins over all cells until the kernel ends.
+applied: dict[str, Any] = {}
+
+
+def experiment_from_notebook(namespace: Mapping[str, Any]) -> Experiment:
+    """The experiment of a notebook's globals(); ParameterError for a wrong name, value or path.
+
+    Experiment's defaults < params_file < values changed in the parameters cell < injected values < the panel. Without
+    params_file and without a model the file is params/demo.yaml. Also leaves the folder `notebooks`, so that relative
+    paths mean the same in JupyterLab as on the command line.
+    """
+    _leave_notebooks_folder()
+    declared, injected = _cells(namespace)
+    _refuse_unknown(declared, "the parameters cell")
+    _refuse_unknown(injected, "the injected parameters")
+    changed = {name: value for name, value in declared.items() if name in ALIASES or value != _default(name)}
+    given = {**expand_aliases(changed), **expand_aliases(injected), **applied}
+    names_a_model = given.keys() & {"input_model", "model_name"}
+    default_file = None if names_a_model else _demo_file()
+    experiment = build_over_params_file(given, source="notebook parameters", default_file=default_file)
+    if _history(namespace):
+        check_paths(experiment, declared.keys())
+    return experiment
+
+
+def literal_assignments(source: str) -> dict[str, Any]:
+    """Name -> value of a cell that holds nothing but `name: type = literal` lines; ParameterError for anything else."""
+    try:
+        statements = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ParameterError(f"the parameters cell is not Python: {error}") from None
+    values = {}
+    for statement in statements:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        value = getattr(statement, "value", None)
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name) or value is None:
+            found = shown(ast.unparse(statement))
+            raise ParameterError(f"the parameters cell may hold only `name: type = literal` lines, found {found}")
+        try:
+            values[targets[0].id] = _literal(value)
+        except ValueError:
+            raise ParameterError(f"{targets[0].id} must be a plain literal, found `{ast.unparse(value)}`") from None
+    return values
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "float" and node.args:
+        return float(ast.literal_eval(node.args[0]))  # papermill writes float('nan') and float('inf')
+    return ast.literal_eval(node)
+
+
+def _cells(namespace: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of the parameters cell and of the injected one, as they were last run in this kernel."""
+    history = _history(namespace)
+    injected = [source for source in history if source.split("\n")[0].strip() == INJECTED_MARK]
+    marked = [source for source in history if source.startswith(CELL_MARK)]
+    declared: dict[str, Any] = {}
+    if marked:
+        declared = literal_assignments(marked[-1])
+    elif own := [literal_assignments(source) for source in history if _is_all_annotated(source)]:
+        declared = [values for values in own if values.keys() == own[0].keys()][-1]
+    elif injected:
+        declared = {}
+    elif history:  # the results of a notebook whose parameters were not run since the kernel started
+        declared = _saved_parameters()
+    else:  # a script, or a test: everything plain in it must be a parameter
+        declared = {name: value for name, value in namespace.items() if _is_plain(name, value)}
+    return declared, literal_assignments(injected[-1]) if injected else {}
+
+
+def _history(namespace: Mapping[str, Any]) -> list[str]:
+    """The sources of the cells run in this kernel, oldest first; empty outside a notebook."""
+    return [str(source).strip() for source in namespace.get("In", []) if str(source).strip()]
+
+
+def _is_all_annotated(source: str) -> bool:
+    try:
+        statements = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    return bool(statements) and all(isinstance(statement, ast.AnnAssign) for statement in statements)
+
+
+def _saved_parameters() -> dict[str, Any]:
+    """The parameters in the notebook's file as JupyterLab last saved it; nothing where the file is not known."""
+    path = Path(os.environ.get("JPY_SESSION_NAME", ""))
+    if path.suffix != ".ipynb" or not path.is_file():
+        return {}
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    values: dict[str, Any] = {}
+    for cell in cells:
+        if {"parameters", "injected-parameters"} & set(cell.get("metadata", {}).get("tags", [])):
+            values |= literal_assignments("".join(cell["source"]))
+    return values
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
+    return plain and not name.startswith("_") and name not in ("In", "Out")
+
+
+def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
+    known = [*Experiment.model_fields, *ALIASES]
+    wrong = next((name for name in values if name not in known), None)
+    if wrong is not None:
+        raise ParameterError(f"{where}: {unknown_key(wrong, known)}")
+
+
+def _default(name: str) -> Any:
+    return Experiment.model_fields[name].default
+
+
+def _demo_file() -> str | None:
+    checkout = Path(__file__).resolve().parents[2]
+    return next((str(path) for path in (Path(DEMO_FILE), checkout / DEMO_FILE) if path.is_file()), None)
+
+
+def _leave_notebooks_folder() -> None:
+    """JupyterLab starts a kernel in the notebook's folder; `make` and the command line work in the project's."""
+    here = Path.cwd()
+    if here.name in ("notebooks", "work"):
+        project = next((path for path in here.parents if (path / "params").is_dir()), None)
+        if project is not None:
+            os.chdir(project)

@@ -1,0 +1,75 @@
+"""What the paths of an experiment must be, looked at before any work starts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ascend_kit.params.experiment import DEMO, Experiment
+from ascend_kit.params.values import ParameterError
+
+FOLDERS_READ = ("input_model", "tokenizer_path", "dataset_path")
+FILES_READ = ("prompts_file", "calibration_file")
+FOLDERS_WRITTEN = ("output_root", "output_model")
+FILES_WRITTEN = ("output_path",)
+NEEDED = {
+    "dataset_path": "name the folder of your copies of the sets; the sample questions are for the demo model only",
+    "prompts_file": "name a file of prompts like those the model will get, or write `demo` for the built-in ones",
+}
+
+
+def check_paths(experiment: Experiment, used: Collection[str]) -> None:
+    """ParameterError for every path among the parameters `used` that is missing, not given or of the wrong kind."""
+    faults = [f"{key} is not set: {NEEDED[key]}" for key in NEEDED if key in used and getattr(experiment, key) is None]
+    if "dataset_path" in used and experiment.dataset_path == DEMO and experiment.input_model != DEMO:
+        faults.append(f"dataset_path: demo is not for {experiment.input_model}: {NEEDED['dataset_path']}")
+    for keys, fault in (
+        (FOLDERS_READ, lambda path: _fault_of_input(path, folder=True)),
+        (FILES_READ, lambda path: _fault_of_input(path, folder=False)),
+        (FOLDERS_WRITTEN, lambda path: _fault_of_output(path, folder=True)),
+        (FILES_WRITTEN, lambda path: _fault_of_output(path, folder=False)),
+    ):
+        for key in keys:
+            value = getattr(experiment, key)
+            if key in used and value is not None and value != DEMO and (text := fault(Path(value))):
+                faults.append(f"{key}: {text}{_gone_source(experiment) if key == 'input_model' else ''}")
+    if faults:
+        raise ParameterError(
+            "; ".join(faults) + " (a path is read from the current folder; the word demo means the built-in example)"
+        )
+
+
+def _gone_source(experiment: Experiment) -> str:
+    """The way out for a model that was converted and whose source is no longer there."""
+    converted = experiment.converted_folder
+    if experiment.use_model != "converted" or Path(experiment.input_model).exists() or not converted.is_dir():
+        return ""
+    return f"; to run {converted} without its source set input_model to it and use_model: source"
+
+
+def _fault_of_input(path: Path, *, folder: bool) -> str | None:
+    if not path.exists():
+        return f"nothing at {path}{_nearest(path)}"
+    if path.is_dir() != folder:
+        return f"{path} is a {'file' if folder else 'folder'}, it must be a {'folder' if folder else 'file'}"
+    return None if os.access(path, os.R_OK | (os.X_OK if folder else 0)) else f"{path} may not be read"
+
+
+def _fault_of_output(path: Path, *, folder: bool) -> str | None:
+    if path.exists() and path.is_dir() != folder:
+        return f"{path} is a {'file' if folder else 'folder'}, it must be a {'folder' if folder else 'file'}"
+    above = path.absolute() if folder else path.absolute().parent
+    existing = next(parent for parent in (above, *above.parents) if parent.exists())
+    if not existing.is_dir():
+        return f"{existing} is a file, so nothing can be written below it"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} may not be written to"
+
+
+def _nearest(path: Path) -> str:
+    parent = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
+    if parent is None or not os.access(parent, os.R_OK):
+        return ""
+    near = difflib.get_close_matches(path.name, [item.name for item in parent.iterdir()], n=1)
+    return f"; did you mean {parent / near[0]}?" if near and parent == path.absolute().parent else f" ({parent} exists)"

@@ -1,0 +1,172 @@
+"""Parameter files: YAML read strictly, in bounded time and memory, every fault with its file and line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ascend_kit.params.experiment import Experiment, build_experiment, expand_aliases
+from ascend_kit.params.values import ParameterError, shown
+
+MAX_FILE_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 20_000, 20
+# YAML 1.1 reads 010 as eight and 1:30 as ninety.
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
+SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+class YamlFault(yaml.MarkedYAMLError):
+    """Something that YAML allows and a parameter file does not."""
+
+    def __init__(self, problem: str, node: yaml.Node):
+        super().__init__(problem=problem, problem_mark=node.start_mark)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a duplicate key, a list or broken YAML is a ParameterError."""
+    return read_with_places(path)[0]
+
+
+def read_with_places(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping in a YAML file, and `file, line N` of each of its keys."""
+    path = Path(path).expanduser()
+    text = _text(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = _value(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ParameterError(f"{path}{where}: not valid YAML for parameters: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ParameterError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if value is None:
+        return {}, {}
+    if not isinstance(value, dict) or not isinstance(node, yaml.MappingNode):
+        raise ParameterError(f"{path} must hold `name: value` lines, found a {type(value).__name__}")
+    return value, {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
+
+
+def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
+    """Read one parameter file, apply overrides, check everything; no file or device is touched beyond that."""
+    # Overrides come last and in the flat spelling, so the article's nested block must not outlive one of them.
+    values, places = read_with_places(path)
+    try:
+        changes = expand_aliases(overrides or {})
+        merged = {**expand_aliases(values), **changes}
+    except ParameterError as error:
+        raise ParameterError(f"{path}: {error}") from None
+    merged.setdefault("experiment", Path(path).stem)
+    places = {key: place for key, place in places.items() if key not in changes}
+    return build_over_params_file(merged, source=str(path), places=places)
+
+
+def build_over_params_file(
+    values: Mapping[str, Any], *, source: str, places: Mapping[str, str] | None = None, default_file: str | None = None
+) -> Experiment:
+    """A checked Experiment from values; their `params_file`, or else `default_file`, fills in what they leave out."""
+    name = values.get("params_file") or default_file
+    if name is None:
+        return build_experiment(values, source=source, places=places)
+    below, places_below = read_with_places(str(name))
+    if "params_file" in below:
+        raise ParameterError(f"{places_below['params_file']}: params_file may not name a file that names another one")
+    merged = {"experiment": Path(str(name)).stem, **expand_aliases(below), **values}
+    places_below = {key: place for key, place in places_below.items() if key not in values}
+    return build_experiment(merged, source=source, places={**places_below, **(places or {})})
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """`key=value` strings of the command line, each value read as YAML."""
+    result: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ParameterError(f"--set takes key=value, got {shown(text)}")
+        try:
+            result[key.strip()] = _value(yaml.compose(value, Loader=yaml.SafeLoader))
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
+            raise ParameterError(f"--set {key}: {_one_line(problem)}") from None
+    return result
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ParameterError(f"{path} is {path.stat().st_size} bytes long: no parameter file")
+        # Text copied from a web page indents with no-break spaces, which YAML takes for part of a name.
+        return path.read_bytes().decode("utf-8-sig").replace("\u00a0", " ")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ParameterError(f"no parameter file at {path}{hint}") from None
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{path} is not valid YAML: no UTF-8 text at byte {error.start}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ParameterError):
+            raise
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise ParameterError(f"parameter file {shown(str(path))} cannot be read: {reason}") from None
+
+
+def _value(node: yaml.Node | None) -> Any:
+    """The plain value of a composed document, after everything in it was found harmless."""
+    if node is None:
+        return None
+    _check(node, 0, [0])
+    try:
+        return yaml.constructor.SafeConstructor().construct_document(node)
+    except (ValueError, OverflowError) as error:
+        raise YamlFault(f"a value cannot be built: {_one_line(error)}", node) from None
+
+
+def _check(node: yaml.Node, depth: int, count: list[int]) -> None:
+    """Refuse what is too deep or too much (aliases counted each time they stand), and what YAML reads in surprise."""
+    count[0] += 1
+    if depth > MAX_DEPTH or count[0] > MAX_NODES:
+        raise YamlFault("nested too deeply, or an alias that refers to itself or to too much", node)
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check(item, depth + 1, count)
+    elif isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, item in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                what = "a merge key `<<`" if key.tag.endswith(":merge") else f"{_written(key)} as a name"
+                raise YamlFault(f"{what} is not allowed: names are plain words, each with its value", key)
+            if key.value in keys:
+                raise YamlFault(f"key {key.value!r} stands twice", key)
+            keys.add(key.value)
+            _check(item, depth + 1, count)
+
+
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    kind, text = node.tag.rpartition(":")[2], node.value
+    if kind == "int" and OCTAL.fullmatch(text) and text.strip("+-0_"):
+        raise YamlFault(f"{text} is an octal number in YAML; write it without the leading 0", node)
+    if kind in ("int", "float") and SEXAGESIMAL.fullmatch(text):
+        raise YamlFault(
+            f"{text} is a number to the base of 60 in YAML; write the number itself, or quote the text", node
+        )
+    try:
+        yaml.constructor.SafeConstructor().construct_object(node)
+    except yaml.MarkedYAMLError:
+        raise YamlFault(f"a value of the kind {node.tag} is not allowed", node) from None
+    except (ValueError, OverflowError) as error:
+        raise YamlFault(f"{shown(text)} cannot be read: {_one_line(error)}", node) from None
+
+
+def _written(key: yaml.Node) -> str:
+    return shown(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a block"
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
