@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ascend_kit.demo.corpus import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START, Corpus
 
@@ -86,9 +86,7 @@ def train_model(
 
 def save_model(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Write a bfloat16 checkpoint in several shards, with tokenizer and generation settings."""
-    import torch
-
-    model = model.to(torch.bfloat16)
+    model = model.bfloat16()
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
@@ -106,12 +104,9 @@ def learning_rate_share(step: int, steps: int) -> float:
 def _new_model(tokenizer: "PreTrainedTokenizerFast") -> "Qwen3ForCausalLM":
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    end_of_text: Any = tokenizer.eos_token_id
     config = Qwen3Config(
-        **MODEL_SIZES,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
+        **MODEL_SIZES, bos_token_id=None, eos_token_id=end_of_text, pad_token_id=end_of_text, use_cache=True
     )
     return Qwen3ForCausalLM(config)
 

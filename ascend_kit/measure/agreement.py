@@ -155,7 +155,7 @@ class ParityCheck:
         """The report; ParityError when a limit is missed."""
         experiment, result = self.experiment, open_checkpoint(folder)
         source = open_source(Path(experiment.input_model), experiment.framework, experiment.tokenizer_path)
-        texts = read_prompts(experiment.prompts_file)[: self.num_prompts]
+        texts = read_prompts(experiment.needed("prompts_file"))[: self.num_prompts]
         prompts = tokenize_texts(texts, _tokenizer_folder(experiment, source), self.max_prompt_tokens)
         if not source.quantization.schemes:  # source and result share our reading of config.json; transformers does not
             check_reading(source, prompts[:REFEREE_PROMPTS])

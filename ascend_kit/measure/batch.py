@@ -49,7 +49,7 @@ def run_batch(
     and the others go on. The JSON file (`output_path`, or generations.json in the run folder) is written once every
     prompt was tried. Empty answers are an alarm of the stage.
     """
-    prompts = read_prompts(experiment.prompts_file)
+    prompts = read_prompts(experiment.needed("prompts_file"))
     identity = engine.load_model().identity.with_parts(task=_task(experiment))
     hashes = [hash_value(prompt.messages or str(prompt)) for prompt in prompts]
     folder.begin(experiment, TABLE, "batch", "generations", identity=identity)

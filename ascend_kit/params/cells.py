@@ -31,7 +31,7 @@ USED_BY = {
     "concurrency output_path chat_template": "3",
     "thinking": "35",
     "sweep_concurrency sweep_prompt_len sweep_output_len ttft_limit_ms tpot_limit_ms": "14",
-    "sweep_repeats sweep_requests_per_point sweep_cards sweep_tensor_parallel sweep_at_once sweep_baseline": "4",
+    "sweep_repeats sweep_requests_per_point sweep_cards sweep_tensor_parallel sweep_baseline": "4",
     "eval_datasets dataset_path eval_batch_size eval_max_seq_length eval_fewshot eval_limit eval_chat_template": "5",
     "compare_runs accuracy_margin_points": "6",
 }

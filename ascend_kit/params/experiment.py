@@ -55,7 +55,12 @@ ENGINE_SWITCHES = (
 
 
 DEMO = "demo"  # the word for the built-in model, questions and prompts
-RETIRED: dict[str, str] = {}  # name -> why it is gone and what to do
+RETIRED = {"sweep_at_once": "points are always measured one after the other now; leave it out"}
+# What only the demo has by itself.
+NEEDED = {
+    "dataset_path": "name the folder of your copies of the sets; the sample questions are for the demo model only",
+    "prompts_file": "name a file of prompts like those the model will get, or write `demo` for the built-in ones",
+}
 LIST_PARAMETERS = (
     "sweep_concurrency", "sweep_prompt_len", "sweep_output_len", "sweep_cards", "sweep_tensor_parallel",
     "eval_datasets", "compare_runs", "quantize_keep", "plain_ops",
@@ -179,9 +184,6 @@ class Experiment(BaseModel):
     )
     sweep_tensor_parallel: list[int] | None = Field(
         None, min_length=1, description="cards per copy of the model in the sweep; None = tensor_parallel"
-    )
-    sweep_at_once: bool | None = Field(
-        None, description="measure points at the same time where cards are free; None = yes, but not on a CPU"
     )
     sweep_baseline: bool = Field(True, description="also measure transformers' generate")
     ttft_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TTFT")
@@ -349,6 +351,13 @@ class Experiment(BaseModel):
         """The parameters as plain values; the word demo reads as it was written."""
         dumped = super().model_dump(**options)
         return {**dumped, **{key: word for key, word in self._words.items() if key in dumped}}
+
+    def needed(self, key: Literal["dataset_path", "prompts_file"]) -> str:
+        """The path of a parameter that has no default for a model of one's own; ParameterError when it is not set."""
+        value: str | None = getattr(self, key)
+        if value is None:
+            raise ParameterError(f"{key} is not set: {NEEDED[key]}")
+        return value
 
     def standing_for(self, paths: Mapping[str, str], **changes: str) -> Experiment:
         """A copy in which the parameters named in `paths` are read from there, and shown and stored as they are now."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.params.experiment import Experiment, expand_aliases
+from ascend_kit.params.experiment import RETIRED, Experiment, expand_aliases
 from ascend_kit.params.paths import check_paths
 from ascend_kit.params.values import ParameterError, shown, unknown_key
 from ascend_kit.params.yaml_file import build_over_params_file
@@ -38,7 +38,11 @@ def experiment_from_notebook(namespace: Mapping[str, Any]) -> Experiment:
     declared, injected = _cells(namespace)
     _refuse_unknown(declared, "the parameters cell")
     _refuse_unknown(injected, "the injected parameters")
-    changed = {name: value for name, value in declared.items() if name in ALIASES or value != _default(name)}
+    changed = {
+        name: value
+        for name, value in declared.items()
+        if name not in Experiment.model_fields or value != _default(name)
+    }
     given = {**expand_aliases(changed), **expand_aliases(injected), **applied}
     names_a_model = given.keys() & {"input_model", "model_name"}
     default_file = None if names_a_model else _demo_file()
@@ -125,7 +129,7 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
-    known = [*Experiment.model_fields, *ALIASES]
+    known = [*Experiment.model_fields, *ALIASES, *RETIRED]  # a retired name is refused with its reason
     wrong = next((name for name in values if name not in known), None)
     if wrong is not None:
         raise ParameterError(f"{where}: {unknown_key(wrong, known)}")

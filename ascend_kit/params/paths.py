@@ -7,17 +7,13 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from ascend_kit.params.experiment import DEMO, Experiment
+from ascend_kit.params.experiment import DEMO, NEEDED, Experiment
 from ascend_kit.params.values import ParameterError
 
 FOLDERS_READ = ("input_model", "tokenizer_path", "dataset_path")
 FILES_READ = ("prompts_file", "calibration_file")
 FOLDERS_WRITTEN = ("output_root", "output_model")
 FILES_WRITTEN = ("output_path",)
-NEEDED = {
-    "dataset_path": "name the folder of your copies of the sets; the sample questions are for the demo model only",
-    "prompts_file": "name a file of prompts like those the model will get, or write `demo` for the built-in ones",
-}
 
 
 def check_paths(experiment: Experiment, used: Collection[str]) -> None:
