@@ -178,7 +178,7 @@ def _agieval(row: Row, subject: str) -> Row:
     passage, question, options = row.get("passage") or "", row["question"], row.get("options")
     is_chinese = subject != "gaokao-english" and (subject.startswith(("gaokao", "jec")) or subject == "logiqa-zh")
     if not isinstance(question, str) or not question.strip():
-        return {**row, "query": None, "choices": options, "gold": None}
+        return {"query": question, "choices": options, "gold": None, "answer": row.get("answer")}
     if not options:
         end = f"{CHINESE}{question}\n答案：" if is_chinese else f"{ENGLISH}{question}\nA: The answer is"
         return {"query": passage + end, "answer": row.get("answer")}
@@ -223,12 +223,14 @@ def _ceval_fault(row: Row) -> str | None:
 
 def _agieval_fault(row: Row) -> str | None:
     choices, gold = row["choices"], row["gold"]
+    if fault := _text(row, "query"):
+        return fault
     if not isinstance(choices, list) or len(choices) < 2 or not all(_is_text(choice) for choice in choices):
         return f"choices are {choices!r}, expected two or more texts"
     places = set(range(len(choices)))
     if not isinstance(gold, list) or not gold or any(isinstance(n, bool) or n not in places for n in gold):
         return f"gold is {gold!r}, expected places 0 to {len(choices) - 1} (label: letters from A on)"
-    return _text(row, "query")
+    return None
 
 
 def _is_text(value: Any) -> bool:

@@ -1,0 +1,69 @@
+"""How often the 95 % intervals of an evaluation cover the truth, and how often its tests cry wolf, in simulation.
+
+    python benchmarks/coverage.py [--rounds 4000]
+
+Two equally good models answer 270 questions, independent ones or 45 passages of six. Prints one line per case:
+coverage of the paired difference and of the accuracy (asked: 93 to 97 %; above it where almost nothing differs), and
+the share of tests below 5 % (asked: at most 5 %).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy
+
+from ascend_kit.evaluation.paired import accuracy_interval, paired_counts
+
+PASSAGES, QUESTIONS = 45, 6
+# name: (share of passages won or lost as a whole, share of single questions that differ, Beta of a passage's easiness)
+CASES = {
+    "independent questions": (0.0, 0.10, None),
+    "passages easy or hard": (0.0, 0.10, (3, 2)),
+    "one passage in ten won or lost": (0.1, 0.02, (3, 2)),
+    "three in ten won or lost": (0.3, 0.05, (3, 2)),
+    "few differ at all": (0.02, 0.02, (6, 4)),
+    "accuracy near 1": (0.1, 0.02, (18, 2)),
+}
+
+
+def simulate(
+    rounds: int, shifted: float, flipped: float, easiness: tuple[float, float] | None, seed: int
+) -> list[float]:
+    """Shares of rounds: difference covered, accuracy covered, p-value below 5 %."""
+    rng = numpy.random.default_rng(seed)
+    mean = 0.6 if easiness is None else easiness[0] / sum(easiness)
+    passages = [None if easiness is None else n // QUESTIONS for n in range(PASSAGES * QUESTIONS)]
+    found = numpy.zeros(3)
+    for _ in range(rounds):
+        chance = numpy.full(PASSAGES, mean) if easiness is None else rng.beta(*easiness, PASSAGES)
+        answers = [rng.random((PASSAGES, QUESTIONS)) < chance[:, None] for _ in range(2)]
+        # Both models share most answers; whole passages and single questions go either way with equal chance.
+        ours, theirs = answers[0].copy(), answers[0].copy()
+        whole = rng.random(PASSAGES)
+        for side, low, high in ((ours, 0, shifted / 2), (theirs, shifted / 2, shifted)):
+            chosen = (whole >= low) & (whole < high)
+            side[chosen] = False
+        other = rng.random((PASSAGES, QUESTIONS)) < flipped
+        theirs = numpy.where(other, answers[1], theirs)
+        counts = paired_counts(*(side.astype(int).ravel().tolist() for side in (ours, theirs)), passages)
+        low, high = counts.interval()
+        found[0] += low <= 0 <= high
+        low, high = accuracy_interval(answers[0].astype(int).ravel().tolist(), passages)
+        found[1] += low <= mean <= high
+        found[2] += counts.p_value < 0.05
+    return list(found / rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=4000)
+    rounds = parser.parse_args().rounds
+    print(f"{'case':32} {'difference':>11} {'accuracy':>9} {'p < 0.05':>9}")
+    for seed, (name, case) in enumerate(CASES.items()):
+        shares = simulate(rounds, *case, seed)
+        print(f"{name:32} {shares[0]:11.1%} {shares[1]:9.1%} {shares[2]:9.1%}")
+
+
+if __name__ == "__main__":
+    main()
