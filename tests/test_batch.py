@@ -156,3 +156,66 @@ def _greedy(tokens):
     from ascend_kit import SamplingParams
 
     return SamplingParams(max_new_tokens=tokens)
+
+
+def test_conversations_are_rendered_with_the_models_template_and_thinking_is_passed_on(experiment, engine):
+    engine.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if enable_thinking %}!{% endif %}"
+    )
+    Path(experiment.prompts_file).write_text(
+        '{"prompt": "one"}\n{"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "3"}]}\n'
+    )
+    chat = experiment.with_changes(chat_template=True, thinking=True)
+    wanted = engine.generate(["<user>one!", "<user>two<assistant>3!"], _greedy(5))
+
+    with RunFolder.open(chat, "03_generate") as folder:
+        answers = run_batch(engine, chat, folder).answers
+
+    assert list(answers["text"]) == [output.text for output in wanted]
+
+
+def test_missing_template_is_refused_before_anything_is_written(experiment, engine):
+    with RunFolder.open(experiment, "03_generate") as folder:
+        with pytest.raises(ValueError, match="chat_template: false"):
+            run_batch(engine, experiment.with_changes(chat_template=True), folder)
+
+        assert list(folder.rows("answers")) == [] and folder.read_json("batch") is None
+
+
+def test_sampling_of_the_model_is_used_where_nothing_else_is_said(experiment, engine, tmp_path):
+    asked = []
+    add = engine.add_request
+    engine.add_request = lambda prompt, sampling, **rest: asked.append(sampling) or add(prompt, sampling, **rest)
+    file = Path(engine.model_path, "generation_config.json")
+    before = file.read_text()
+    file.write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}))
+    try:
+        chosen = experiment.with_changes(sampling="model", top_k=7)
+        with RunFolder.open(chosen, "03_generate") as folder:
+            run_batch(engine, chosen, folder)
+    finally:
+        file.write_text(before)
+
+    assert {(one.temperature, one.top_k, one.top_p, one.max_new_tokens) for one in asked} == {(0.6, 7, 0.95, 5)}
+    assert sorted(one.seed for one in asked) == [0, 1, 2, 3, 4]
+
+
+def test_empty_answers_are_an_alarm_of_the_stage(experiment, engine):
+    from ascend_kit.stages import RunRecord
+
+    with RunFolder.open(experiment, "03_generate") as folder:
+        step = engine.step
+
+        def empty():
+            outputs = step()
+            for output in outputs:
+                output.text = "" if output.index % 5 == 1 else output.text
+            return outputs
+
+        engine.step = empty
+        run_batch(engine, experiment, folder)
+    stage = RunRecord.read(experiment.run_folder).stages["03_generate"]
+
+    assert stage.state == "alarm"
+    assert [alarm["key"] for alarm in stage.alarms] == ["empty_answers"]
+    assert "1 of 5 answers are empty" in stage.alarms[0]["text"]

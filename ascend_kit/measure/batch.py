@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,17 +50,20 @@ def run_batch(
     prompt was tried. Empty answers are an alarm of the stage.
     """
     prompts = read_prompts(experiment.needed("prompts_file"))
-    identity = engine.load_model().identity.with_parts(task=_task(experiment))
+    sampling = _sampling(experiment, engine.load_model().model_path)
+    if any(_needs_template(experiment, prompt) for prompt in prompts):
+        engine.render_chat("", thinking=experiment.thinking)  # ValueError where the template cannot do it
+    identity = engine.identity.with_parts(task=_task(experiment, sampling))
     hashes = [hash_value(prompt.messages or str(prompt)) for prompt in prompts]
     folder.begin(experiment, TABLE, "batch", "generations", identity=identity)
     folder.write_json("batch", {
-        "identity": identity.to_row(), "prompts": hashes, "is_sampled": experiment.temperature > 0,
+        "identity": identity.to_row(), "prompts": hashes, "is_sampled": sampling.temperature > 0,
     })  # fmt: skip
     known = load_answers(folder)
     done = set(known["index"][known["status"] == "ok"]) if len(known) else set()
     waiting = deque((i, prompt) for i, prompt in enumerate(prompts) if i not in done)
     finished, session = len(prompts) - len(waiting), uuid.uuid4().hex[:8]
-    for index, prompt, output in _serve(engine, experiment, waiting):
+    for index, prompt, output in _serve(engine, experiment, sampling, waiting):
         record = record_from_output(output)
         row = _row(index, prompt, output, record)
         folder.append(TABLE, {"session": session, "prompt_hash": hashes[index], **row}, identity)
@@ -123,7 +126,7 @@ def load_metrics(answers: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _serve(
-    engine: AscendInferEngine, experiment: Experiment, waiting: deque[tuple[int, Prompt]]
+    engine: AscendInferEngine, experiment: Experiment, sampling: SamplingParams, waiting: deque[tuple[int, Prompt]]
 ) -> Iterator[tuple[int, Prompt, RequestOutput]]:
     """Closed loop: a new request starts when one ends; requests left in flight are cancelled."""
     in_flight: dict[int, tuple[int, Prompt]] = {}
@@ -132,9 +135,11 @@ def _serve(
             while waiting and len(in_flight) < experiment.concurrency:
                 index, prompt = waiting.popleft()
                 arrival = time.perf_counter()
+                # A seed of its own per prompt: the answer does not depend on what else runs, nor on a resumption.
+                own = replace(sampling, seed=experiment.seed + index)
                 try:
-                    text, sampling = _encode(engine, experiment, prompt), _sampling(experiment, index)
-                    request = engine.add_request(text, sampling, arrival_s=arrival, is_watched=False)
+                    text = _encode(engine, experiment, prompt)
+                    request = engine.add_request(text, own, arrival_s=arrival, is_watched=False)
                 except (TypeError, ValueError) as error:  # half an emoji, a template that takes no system message
                     yield index, prompt, _refused(index, arrival, error)
                     continue
@@ -148,28 +153,34 @@ def _serve(
 
 
 def _encode(engine: AscendInferEngine, experiment: Experiment, prompt: Prompt) -> str | list[int]:
-    if not experiment.chat_template and prompt.messages is None:
+    if not _needs_template(experiment, prompt):
         return prompt
-    text = engine.tokenizer.apply_chat_template(prompt.as_messages(), tokenize=False, add_generation_prompt=True)
+    text = engine.render_chat(prompt.as_messages(), thinking=experiment.thinking)
     # The template has its own special tokens: the tokenizer must not add another set.
     return engine.tokenizer.encode(text, add_special_tokens=False)
 
 
-def _sampling(experiment: Experiment, index: int) -> SamplingParams:
-    # A seed of its own per prompt: the answer does not depend on what else runs, nor on a resumption.
-    return SamplingParams(**_sampling_values(experiment), seed=experiment.seed + index)
+def _needs_template(experiment: Experiment, prompt: Prompt) -> bool:
+    return experiment.chat_template or prompt.messages is not None
 
 
-def _sampling_values(experiment: Experiment) -> dict[str, Any]:
-    """The sampling parameters that an experiment states; the seed is the prompt's own."""
-    names = [item.name for item in fields(SamplingParams) if item.name in Experiment.model_fields]
-    return {name: getattr(experiment, name) for name in names if name != "seed"}
+def _sampling(experiment: Experiment, model_path: str) -> SamplingParams:
+    """How every prompt is decoded, but for its seed. `sampling: model` fills in what is at its default."""
+    names = [
+        item.name for item in fields(SamplingParams) if item.name in Experiment.model_fields and item.name != "seed"
+    ]
+    values = {name: getattr(experiment, name) for name in names}
+    if experiment.sampling == "given":
+        return SamplingParams(**values)
+    defaults = {name: Experiment.model_fields[name].default for name in names}
+    given = {name: value for name, value in values.items() if value != defaults[name] or name == "max_new_tokens"}
+    return SamplingParams.from_model(model_path, **given)
 
 
-def _task(experiment: Experiment) -> dict[str, Any]:
+def _task(experiment: Experiment, sampling: SamplingParams) -> dict[str, Any]:
     """What is asked of the engine besides the prompts: the part of an answer's identity beside the engine's own."""
-    task = {**_sampling_values(experiment), "chat_template": experiment.chat_template, "thinking": experiment.thinking}
-    return {**task, "seed": experiment.seed} if experiment.temperature > 0 else task
+    chat = {"chat_template": experiment.chat_template, "thinking": experiment.thinking}
+    return {**vars(sampling), **chat, "seed": experiment.seed if sampling.temperature > 0 else None}
 
 
 def _refused(index: int, arrival_s: float, error: Exception) -> RequestOutput:
@@ -179,10 +190,15 @@ def _refused(index: int, arrival_s: float, error: Exception) -> RequestOutput:
 
 
 def _raise_alarms(answers: pandas.DataFrame, folder: RunFolder) -> None:
-    empty = answers[(answers["status"] == "ok") & (answers["text"].str.strip() == "")]
-    if len(empty):
-        places = ", ".join(map(str, list(empty["index"])[:5]))
-        folder.alarm("empty_answers", f"{len(empty)} of {len(answers)} answers are empty (prompts {places})")
+    faults = {
+        "empty_answers": ("are empty", (answers["status"] == "ok") & (answers["text"].str.strip() == "")),
+        "not_finite": ("ended with logits that are no numbers", answers["error"].fillna("").str.contains("not finite")),
+    }
+    for key, (text, is_bad) in faults.items():
+        bad = list(answers["index"][is_bad])
+        if bad:
+            places = ", ".join(map(str, bad[:5]))
+            folder.alarm(key, f"{len(bad)} of {len(answers)} answers {text} (prompts {places})", count=len(bad))
 
 
 def _row(index: int, prompt: str, output: RequestOutput, record: RequestRecord) -> dict[str, Any]:
