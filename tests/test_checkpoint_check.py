@@ -14,6 +14,7 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 from ascend_kit import AscendInferEngine, SamplingParams, convert
+from ascend_kit.__main__ import main
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -281,3 +282,25 @@ def test_the_lock_is_held_until_the_folder_has_its_name(folder: Path, tmp_path: 
         with pytest.raises(CheckpointError, match="another conversion"):
             convert(folder, tmp_path / "result", if_exists="overwrite")
     convert(folder, tmp_path / "result", if_exists="overwrite")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: change_config(folder, hidden_act="relu"), "hidden_act"),
+        (lambda folder: change_tensors(folder, lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    ],
+)
+def test_the_command_check_names_a_fault_without_loading_the_model(folder: Path, tmp_path: Path, capsys, change, words):
+    path = tmp_path / "run.yaml"
+    keys = {"input_model": folder, "output_root": tmp_path / "out", "dataset_path": tmp_path, "prompts_file": "demo"}
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()) + "device: cpu\n")
+    assert main(["check", str(path)]) == 0
+
+    change(folder)
+
+    assert main(["check", str(path)]) != 0
+    said = capsys.readouterr()
+    assert words in said.out + said.err

@@ -11,12 +11,14 @@ from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult
 from ascend_kit.checkpoint.destination import check_destination, existing_result
 from ascend_kit.checkpoint.huggingface import Checkpoint, check_companions, companion_files, open_checkpoint
+from ascend_kit.checkpoint.identity import check_converted
 from ascend_kit.checkpoint.int8_plan import Int8Options, plan_int8
 from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_megatron
 from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.device.device import select_device
 from ascend_kit.model.config import DTYPES, ModelConfig
+from ascend_kit.model.tensors import kept_linears
 from ascend_kit.params import Experiment
 
 QUANTIZE = ("none", "w8a8", "w8a16", "auto")
@@ -142,6 +144,28 @@ def open_source(folder: Path, framework: str, tokenizer_path: str | Path | None)
             f"{folder} is not a Megatron checkpoint: it has neither {ITERATION_FILE} nor mp_rank_* folders"
         )
     return open_megatron(folder, tokenizer_path) if megatron else open_checkpoint(folder)
+
+
+def check_model(experiment: Experiment) -> list[str]:
+    """What can be known of an experiment's model from headers and small files, in seconds; reads no weights.
+
+    Returns the tensors that are left out, in words. CheckpointError or ValueError names what does not fit: config.json,
+    tokenizer, names, shapes and dtypes of the tensors, `quantize_keep`, a converted folder made from another model.
+    """
+    source = Path(experiment.input_model)
+    if not source.is_dir():
+        return []
+    checkpoint = open_source(source, experiment.framework, experiment.tokenizer_path)
+    model = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
+    texts = Path(experiment.tokenizer_path) if experiment.tokenizer_path else None
+    check_companions(companion_files(checkpoint.config_folder, texts))
+    left_out = [*checkpoint.notes, *check_tensors(checkpoint, model, data=False)]
+    if experiment.quantize != "none":
+        kept_linears(model, experiment.quantize_keep)
+    runs_converted = experiment.use_model == "converted" and experiment.if_model_exists != "overwrite"
+    if runs_converted and experiment.converted_folder.is_dir():
+        check_converted(experiment, content=False)
+    return left_out
 
 
 def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:

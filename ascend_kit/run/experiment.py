@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.identity import Identity
-from ascend_kit.params import Experiment, load_experiment
+from ascend_kit.params import Experiment, ParameterError, load_experiment
 from ascend_kit.run import copies
 from ascend_kit.run.checks import Notebook, RunError, check_paths, find_notebooks, select_notebooks
 from ascend_kit.run.execute import Execution, working_files
@@ -289,4 +289,10 @@ def check_experiment(
     """Everything that `run_experiment` checks beforehand, without running anything."""
     experiment = load_experiment(path, overrides)
     check_paths(experiment, find_notebooks(notebooks))
+    from ascend_kit.checkpoint.convert import check_model
+
+    try:
+        check_model(experiment)
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
     return experiment
