@@ -18,7 +18,7 @@ from ascend_kit.device.advice import explain, render_explanations
 from ascend_kit.doctor.checks import run_checks
 from ascend_kit.doctor.findings import render_sections, to_rows, totals, worst_status
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.stages import OpCheck, probe_device, run_stage, trouble
+from ascend_kit.doctor.stages import OpCheck, plain_ops_line, probe_device, run_stage, trouble
 
 Report = Callable[[OpCheck], None]
 
@@ -58,6 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.explain:
         return _explain(arguments.explain, arguments.json)
+    if arguments.first_run:
+        from ascend_kit.doctor.first_run import first_run
+
+        show = (lambda _: None) if arguments.json else print
+        code = first_run(
+            Host(), arguments.device, arguments.output, seconds=arguments.seconds, small=arguments.small, show=show
+        )
+        if arguments.json:
+            print(arguments.output.read_text(encoding="utf-8"))
+        return code
     if arguments.self_test:
         return _self_test(arguments.device, arguments.json)
     show = None if arguments.json else (lambda section: print(render_sections(section), flush=True))
@@ -86,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--self-test", action="store_true", help="compare every operator with its reference on the device"
     )
+    parser.add_argument(
+        "--first-run", action="store_true", help="all of it, and a random model for a minute; one report"
+    )
+    parser.add_argument("--output", type=Path, default=Path("first_run.json"), help="where --first-run reports to")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long --first-run measures its model")
+    parser.add_argument("--small", action="store_true", help="--first-run with a model of toy size")
     parser.add_argument(
         "--explain", metavar="FILE", help="explain the errors in a log file, or in the standard input (-)"
     )
@@ -121,4 +137,6 @@ def _self_test(device: str, as_json: bool) -> int:
     if not as_json:
         skipped = sum(check.status == "skip" for check in checks)
         print(f"\n{len(checks) - len(failed) - skipped} ok, {len(failed)} fail, {skipped} skipped")
+        if line := plain_ops_line(checks):
+            print(f"To go on without the fused operators that failed, add to the parameter file:\n{line}")
     return int(bool(failed))

@@ -7,7 +7,7 @@ hang is kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -66,6 +66,12 @@ def probe_device(host: Host, device: str) -> tuple[dict | None, CommandResult]:
     result = host.run(command, timeout_s=TIMEOUT_S["probe"])
     lines = [line for line in result.stdout.splitlines() if line.startswith(PREFIX)]
     return (json.loads(lines[-1].removeprefix(PREFIX)) if lines else None), result
+
+
+def plain_ops_line(checks: Iterable[OpCheck]) -> str:
+    """The line for a parameter file that keeps the operators that failed plain; empty when none failed."""
+    failed = sorted({check.op for check in checks if check.stage == "ops" and check.status == "fail"})
+    return f"plain_ops: [{', '.join(failed)}]" if failed else ""
 
 
 def trouble(result: CommandResult) -> tuple[str, str]:
