@@ -333,3 +333,19 @@ def test_a_converted_folder_that_was_changed_is_refused_by_file_name(tiny_qwen3_
         file.write(b"x")
     with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes"):
         make_engine(weights.parent).load_model()
+
+
+def test_plain_operators_reach_the_engine_and_its_identity(tiny_qwen3_dir):
+    from ascend_kit.engine.config import EngineConfig
+
+    settings = dict(device="cpu", precision="fp32", max_seq_length=64, batch_size=2, kv_cache_gib=0.01)
+    sampling = SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+    with AscendInferEngine(tiny_qwen3_dir, **settings, graph_mode=False) as engine:
+        expected = engine.generate([[1, 2, 3]], sampling)[0].token_ids
+    with AscendInferEngine(tiny_qwen3_dir, **settings, graph_mode=False, plain_ops=["rotary", "linear"]) as engine:
+        assert engine.generate([[1, 2, 3]], sampling)[0].token_ids == expected
+        assert engine.identity.to_row()["engine"]["plain_ops"] == ["linear", "rotary"]
+    assert EngineConfig("m", plain_ops=["b", "a"]).plain_ops == ("a", "b")
+    with pytest.raises(ValueError, match=r"plain_ops: no operator 'rotery'; did you mean 'rotary'"):
+        AscendInferEngine(tiny_qwen3_dir, **settings, plain_ops=["rotery"]).load_model()

@@ -8,7 +8,7 @@ import torch
 from ascend_kit.device import graphs
 from ascend_kit.device.advice import advice
 from ascend_kit.device.device import select_device
-from ascend_kit.device.graphs import DecodeGraphs, GraphError, GraphHang, decode_sizes, wait_until
+from ascend_kit.device.graphs import DecodeGraphs, GraphError, GraphHang, decode_sizes, memory_reserve, wait_until
 from ascend_kit.device.ops import AttentionMeta, select_ops
 
 BLOCK, BLOCKS, MAX_BLOCKS = 128, 12, 4
@@ -207,6 +207,19 @@ def test_sizes_are_few_ascending_and_end_with_the_largest_batch():
     assert decode_sizes(8, sizes=[3]) == [3, 8]
     with pytest.raises(ValueError, match=r"1\.\.8"):
         decode_sizes(8, sizes=[9])
+
+
+def test_memory_for_graphs_collectives_and_activations_is_kept_free():
+    shape = dict(num_heads=32, widest=24576, vocab_size=151936, batch_size=4, step_tokens=2048)
+
+    kept = memory_reserve("npu", **shape, graph_mode=True, communicates=True)
+
+    # 16 MiB + 24 x 65,536 x 48 B + 2 x 24 x 128 x 128 x 4 x 32 B, and logits of the sizes 1, 2 and 4
+    assert kept["graphs"] == 16_777_216 + 75_497_472 + 100_663_296 + 2 * 151936 * 7
+    assert kept["collectives"] == 400 << 20
+    assert kept["activations"] == 4 * 2048 * 24576 * 2 + 2 * 4 * 151936 * 4
+    assert memory_reserve("npu", **shape, graph_mode=False, communicates=False)["graphs"] == 0
+    assert memory_reserve("cpu", **shape, graph_mode=True, communicates=True) == {}
 
 
 def test_waiting_ends_when_done_and_raises_when_not():

@@ -37,6 +37,7 @@ StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
 # 16.
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 DEFAULT_TIMEOUT_S = 120.0
+NPU_CORES = 24  # of 910B1 and B2; B3 and B4 have 20
 NO_ADVICE = "set graph_mode: false to go on without"
 UPDATE_FIRST_VARIABLE = "ASCEND_KIT_GRAPH_UPDATE_FIRST"
 
@@ -67,6 +68,35 @@ def decode_sizes(max_batch: int, sizes: Sequence[int] | None = None) -> list[int
     if wrong:
         raise ValueError(f"graph sizes {wrong} are outside 1..{max_batch}, the number of batch slots")
     return sorted(set(sizes) | {max_batch})
+
+
+def memory_reserve(
+    kind: str,
+    *,
+    num_heads: int,
+    widest: int,
+    vocab_size: int,
+    batch_size: int,
+    step_tokens: int,
+    graph_mode: bool,
+    communicates: bool,
+) -> dict[str, int]:
+    """Bytes to keep free beside weights and KV cache on an accelerator, by what takes them later; empty on a CPU.
+
+    `graphs`: the attention kernel's largest workspace (16 MiB + cores x 65,536 x 48 B + 2 x cores x 128 x 128 x 4 B a
+    head; all sizes share it) and every size's logits in 16 bits. `collectives`: twice HCCL_BUFFSIZE. `activations`:
+    four of the widest rows of a step, and float32 logits to sample from, twice.
+    """
+    if kind == "cpu":
+        return {}
+    workspace = (16 << 20) + NPU_CORES * (65536 * 48 + 2 * 128 * 128 * 4 * num_heads) if kind == "npu" else 0
+    logits = 2 * vocab_size * sum(decode_sizes(batch_size))
+    buffer_mib = os.environ.get("HCCL_BUFFSIZE", "200")
+    return {
+        "graphs": workspace + logits if graph_mode else 0,
+        "collectives": 2 * int(buffer_mib if buffer_mib.isdigit() else 200) << 20 if communicates else 0,
+        "activations": 4 * step_tokens * widest * 2 + 2 * batch_size * vocab_size * 4,
+    }
 
 
 def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None:

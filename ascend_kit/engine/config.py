@@ -42,6 +42,7 @@ class EngineConfig:
     batch_size: int = _default("batch_size")
     graph_mode: bool = _default("graph_mode")
     operator_fusion: bool = _default("operator_fusion")
+    plain_ops: tuple[str, ...] = ()  # operators that stay plain although operator_fusion is on
     memory_optimize: bool = _default("memory_optimize")
     block_size: int | None = _default("block_size")
     max_tokens_per_step: int = _default("max_tokens_per_step")
@@ -100,6 +101,10 @@ def _checked(name: str, value: Any) -> Any:
         if not (isinstance(value, (str, Path)) and str(value)) and not (value is None and name == "tokenizer_path"):
             raise ValueError(f"{name}={value!r}: allowed: the path of a folder")
         return None if value is None else str(Path(value).expanduser())
+    if name == "plain_ops":
+        if isinstance(value, str) or not all(isinstance(part, str) for part in value):
+            raise ValueError(f"plain_ops={value!r}; allowed: a list of operators")
+        return tuple(sorted(set(value)))
     if name == "precision":
         if not isinstance(value, str) or value.lower() not in PRECISIONS:
             raise ValueError(f"precision={value!r}; allowed: {', '.join(PRECISIONS)}")

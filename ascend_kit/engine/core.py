@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ascend_kit.device.device import Device
+from ascend_kit.device.graphs import memory_reserve
 from ascend_kit.device.ops import select_ops
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.engine import scoring
@@ -20,9 +21,9 @@ from ascend_kit.engine.sequence import RequestOutput, Sequence
 from ascend_kit.files import GIB
 from ascend_kit.model.config import DTYPES, ModelConfig
 
-# Share of free memory given to KV blocks when no size is asked for. Device memory is ours alone, but a graph's
-# buffers and activations need some; host memory is shared with everything else on the machine.
-KV_SHARE = {"cpu": 0.4, "cuda": 0.85, "npu": 0.85}
+# Share of the memory free beside `reserve_bytes` given to KV blocks when no size is asked for. Device memory is ours
+# alone but for fragments; host memory is shared with everything else on the machine.
+KV_SHARE = {"cpu": 0.4, "cuda": 0.95, "npu": 0.95}
 
 StopCheck = Callable[[Sequence, int], str | None]
 
@@ -65,7 +66,7 @@ class EngineCore:
     ):
         self.settings, self.config, self.device = settings, config, device
         dtype = DTYPES[settings.precision]
-        ops = select_ops(device.kind, settings.operator_fusion)
+        ops = select_ops(device.kind, settings.operator_fusion, settings.plain_ops)
         self.block_size = settings.block_size or device.default_block_size
         self.decoder = load_decoder(
             settings.model_path,
@@ -79,6 +80,16 @@ class EngineCore:
         device.assert_on_device(self.decoder)
         self.block_bytes = (
             2 * config.num_layers * self.decoder.num_kv_heads * config.head_dim * self.block_size * dtype.itemsize
+        )
+        self.reserve_bytes = memory_reserve(
+            device.kind,
+            num_heads=config.num_heads // self.decoder.parallel.size,
+            widest=max(config.hidden_size, 2 * config.intermediate_size // self.decoder.parallel.size),
+            vocab_size=config.vocab_size,
+            batch_size=settings.batch_size,
+            step_tokens=settings.max_tokens_per_step,
+            graph_mode=settings.graph_mode,
+            communicates=self.decoder.parallel.size > 1,
         )
         num_blocks = self._pool_size(ranks_on_host)
         if parallel is not None:  # one plan for all ranks: block numbers must exist everywhere
@@ -103,7 +114,8 @@ class EngineCore:
         kv_cache_gib = self.settings.kv_cache_gib
         useful = self.settings.batch_size * -(-self.settings.max_seq_length // self.block_size)
         share = KV_SHARE[self.device.kind] / (ranks_on_host if self.device.kind == "cpu" else 1)
-        room = kv_cache_gib * GIB if kv_cache_gib else share * self.device.free_memory_bytes()
+        free = self.device.free_memory_bytes() - sum(self.reserve_bytes.values())
+        room = kv_cache_gib * GIB if kv_cache_gib else share * free
         affordable = int(room // self.block_bytes)
         if affordable < 1:
             raise ValueError(
@@ -187,6 +199,7 @@ class EngineCore:
             "kv_block_bytes": self.block_bytes,
             "block_size": self.block_size,
             "weight_bytes": self.decoder.weight_bytes(),
+            "reserve_bytes": self.reserve_bytes,
             "graphs": self.runner.graphs.info() if self.runner.graphs is not None else None,
         }
 
