@@ -332,9 +332,7 @@ class AscendInferEngine:
     ) -> list[Sequence]:
         """Queue all prompts; `on_step` hears of each by its place in the list."""
         self._loaded()
-        if isinstance(prompts, bytes):
-            text.check_prompt(prompts, "prompt")
-        every: list[Any] = [prompts] if text.is_one_prompt(prompts) else list(prompts)
+        every = text.as_list(prompts)
         for place, prompt in enumerate(every):
             text.check_prompt(prompt, f"prompt {place}")
         settings = [sampling] * len(every) if sampling is None or isinstance(sampling, SamplingParams) else sampling

@@ -161,8 +161,10 @@ def _portable(error: Exception) -> Exception:
 
 
 def is_interactive() -> bool:
-    """Whether torch_npu takes this process for an interactive session, as it does kernels and prompts."""
-    return "ipykernel" in sys.modules or hasattr(sys, "ps1") or bool(sys.flags.interactive)
+    """Whether this process is a notebook's kernel or a prompt."""
+    shell = sys.modules.get("IPython")
+    is_shell = shell is not None and shell.get_ipython() is not None
+    return is_shell or hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def needs_process(kind: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import re
 import threading
 import warnings
@@ -42,14 +43,13 @@ class NotEncodable(ValueError):
 # --- text to tokens -------------------------------------------------------------------------------------------
 
 
-def is_one_prompt(prompts: Any) -> bool:
-    """Whether this is a single prompt, text or token ids, and not a list of prompts."""
-    if isinstance(prompts, str):
-        return True
-    dimensions = getattr(prompts, "ndim", None)
-    if dimensions is not None:
-        return dimensions == 1
-    return bool(prompts) and not isinstance(prompts[0], (str, bytes)) and not hasattr(prompts[0], "__len__")
+def as_list(prompts: Any) -> list[Any]:
+    """The prompts of a list, an iterator or a matrix; a single prompt, text or token ids, as a list of one."""
+    if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__iter__") or getattr(prompts, "ndim", 2) == 1:
+        return [prompts]
+    every = list(prompts)
+    is_one = bool(every) and isinstance(every[0], numbers.Number)
+    return [every] if is_one else every
 
 
 def check_prompt(prompt: Any, name: str) -> None:

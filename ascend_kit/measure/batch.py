@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
+from ascend_kit.engine.text import render_chat
 from ascend_kit.files import to_json, write_atomic
 from ascend_kit.identity import Identity, hash_value
 from ascend_kit.measure.metrics import RequestRecord, e2e_s, record_from_output, summarize, tpot_s, ttft_s
@@ -152,16 +153,17 @@ def _serve(
             engine.cancel(request)
 
 
-def _encode(engine: AscendInferEngine, experiment: Experiment, prompt: Prompt) -> str | list[int]:
+def _encode(engine: AscendInferEngine, experiment: Experiment, prompt: str) -> str | list[int]:
     if not _needs_template(experiment, prompt):
         return prompt
-    text = engine.render_chat(prompt.as_messages(), thinking=experiment.thinking)
+    messages = getattr(prompt, "messages", None)
+    text = render_chat(engine.tokenizer, messages or str(prompt), thinking=experiment.thinking)
     # The template has its own special tokens: the tokenizer must not add another set.
     return engine.tokenizer.encode(text, add_special_tokens=False)
 
 
-def _needs_template(experiment: Experiment, prompt: Prompt) -> bool:
-    return experiment.chat_template or prompt.messages is not None
+def _needs_template(experiment: Experiment, prompt: str) -> bool:
+    return experiment.chat_template or getattr(prompt, "messages", None) is not None
 
 
 def _sampling(experiment: Experiment, model_path: str) -> SamplingParams:

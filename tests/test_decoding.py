@@ -1,0 +1,457 @@
+"""What decides the next token and the end of an answer, against transformers' own processors and hand-made cases."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+
+from ascend_kit import AscendInferEngine, SamplingParams
+from ascend_kit.engine import text
+from ascend_kit.engine.sampler import NOT_FINITE, sample
+from ascend_kit.engine.sequence import RequestOutput, Sequence
+
+PROMPT = [7, 3, 9, 3, 200]
+SETTINGS = dict(precision="fp32", device="cpu", max_seq_length=256, batch_size=8, block_size=16, kv_cache_gib=0.02)
+
+
+def open_engine(folder, **changes):
+    return AscendInferEngine(folder, **{**SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_qwen3_dir):
+    with open_engine(tiny_qwen3_dir) as engine:
+        yield engine
+
+
+def frequencies(logits, count=6000, written=(), **params):
+    """Share of each token in many draws."""
+    sequences = []
+    for seed in range(count):
+        sequence = Sequence([0], SamplingParams(**{"temperature": 1.0, "seed": seed, **params}), arrival_s=0.0)
+        sequence.token_ids += written
+        sequences.append(sequence)
+    return torch.bincount(sample(logits.repeat(count, 1), sequences, ()), minlength=len(logits)) / count
+
+
+def warped(logits, *processors, ids=((0,),)):
+    scores = logits.unsqueeze(0)
+    for processor in processors:
+        scores = processor(torch.tensor(ids), scores)
+    return scores[0].softmax(-1)
+
+
+# --- sampling -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k,top_p,min_p", [(3, 0.7, 0.0), (4, 0.85, 0.0), (None, 0.9, 0.0), (None, 1.0, 0.3)])
+def test_top_k_top_p_and_min_p_are_those_of_transformers(top_k, top_p, min_p):
+    logits = torch.tensor([0.2, 2.0, 1.0, -1.0, 0.6, 1.4])
+    chain = [transformers.TemperatureLogitsWarper(0.8)]
+    chain += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    chain += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    chain += [transformers.MinPLogitsWarper(min_p)] if min_p else []
+
+    got = frequencies(logits, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
+
+    expected = warped(logits, *chain)
+    assert set(got.nonzero().flatten().tolist()) == set(expected.nonzero().flatten().tolist())
+    assert (got - expected).abs().max() < 0.03  # standard error at most 0.0065
+
+
+def test_the_repetition_penalty_is_that_of_transformers_over_prompt_and_answer(tiny_qwen3_dir, engine):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32).eval()
+    expected = model.generate(
+        torch.tensor([PROMPT]),
+        attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
+        max_new_tokens=24,
+        do_sample=False,
+        repetition_penalty=1.7,
+        pad_token_id=257,
+    )[0, len(PROMPT) :].tolist()
+    plain = engine.generate([PROMPT], SamplingParams(max_new_tokens=24))[0].token_ids
+
+    got = engine.generate([PROMPT] * 2, [SamplingParams(max_new_tokens=24, repetition_penalty=1.7), SamplingParams()])
+
+    assert got[0].token_ids == expected != plain
+    assert got[1].token_ids[:24] == plain, "a neighbour without the penalty"
+
+
+def test_the_presence_penalty_is_subtracted_once_from_what_the_answer_has():
+    logits = torch.tensor([0.0, 1.0, 2.0, 1.5])
+
+    got = frequencies(logits, written=[2, 2, 1], presence_penalty=1.2)
+
+    expected = torch.tensor([0.0, -0.2, 0.8, 1.5]).softmax(-1)  # token 0 is in the prompt alone
+    assert (got - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-40, 5e-324])
+def test_a_tiny_temperature_is_greedy(engine, temperature):
+    greedy = engine.generate([PROMPT], SamplingParams(max_new_tokens=8))[0].token_ids
+
+    assert engine.generate([PROMPT], SamplingParams(max_new_tokens=8, temperature=temperature))[0].token_ids == greedy
+
+
+def test_samples_without_a_seed_differ_and_repeat_with_the_engines_seed(tiny_qwen3_dir):
+    def samples(seed):
+        with open_engine(tiny_qwen3_dir, seed=seed) as engine:
+            outputs = engine.generate([PROMPT] * 6, SamplingParams(max_new_tokens=10, temperature=1.5, ignore_eos=True))
+            again = engine.generate([PROMPT], SamplingParams(max_new_tokens=10, temperature=1.5, ignore_eos=True))
+            seeded = engine.generate([PROMPT] * 2, SamplingParams(max_new_tokens=10, temperature=1.5, seed=3))
+            return [tuple(o.token_ids) for o in outputs + again], [tuple(o.token_ids) for o in seeded]
+
+    first, seeded = samples(0)
+
+    assert len(set(first)) == 7 and seeded[0] == seeded[1]
+    assert samples(0) == (first, seeded)
+    other, same = samples(1)
+    assert not set(other) & set(first) and same == seeded
+
+
+def test_generation_config_is_read_as_transformers_reads_it(tmp_path):
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05})
+    )
+    sampling = SamplingParams.from_model(tmp_path, max_new_tokens=9, top_p=0.5)
+
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.6, 20, 0.5)
+    assert (sampling.repetition_penalty, sampling.max_new_tokens) == (1.05, 9)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7, "top_k": 0}')
+    assert SamplingParams.from_model(tmp_path) == SamplingParams()  # without do_sample it is greedy
+    with pytest.raises(ValueError, match=r"no .*generation_config\.json"):
+        SamplingParams.from_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "hot"),
+        ("temperature", -0.1),
+        ("top_k", 0),
+        ("top_k", 2.5),
+        ("top_p", 0.0),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 3.0),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", True),
+        ("max_new_tokens", 0),
+        ("seed", 1.5),
+        ("logprobs", 101),
+        ("stop", ("",)),
+        ("stop", (b"x",)),
+        ("stop_token_ids", (True,)),
+        ("stop_token_ids", ("a",)),
+        ("min_new_tokens", 999),
+    ],
+)
+def test_sampling_values_that_make_no_sense_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: allowed"):
+        SamplingParams(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    sampling = SamplingParams(max_new_tokens=np.int64(3), temperature=np.float32(0.5), stop_token_ids=(np.int32(4),))
+
+    assert sampling == SamplingParams(max_new_tokens=3, temperature=0.5, stop_token_ids=(4,))
+
+
+# --- logits that are not finite -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_with_a_logit_that_is_not_finite_gets_no_token_and_its_neighbour_does(bad):
+    logits = torch.zeros(2, 6)
+    logits[1, 4], logits[0, 2] = 5.0, bad
+
+    tokens = sample(logits, [Sequence([0], SamplingParams(), arrival_s=0.0) for _ in range(2)], ())
+
+    assert tokens.tolist() == [NOT_FINITE, 4]
+
+
+def test_an_overflowing_model_ends_requests_and_scores_with_an_error(tmp_path):
+    folder = make_model(tmp_path / "m", "qwen3")
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors["model.layers.0.mlp.down_proj.weight"]
+    weight *= 3e4 / weight.abs().max()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with open_engine(folder, precision="fp16", operator_fusion=False) as engine:
+        output = engine.generate([PROMPT], SamplingParams(max_new_tokens=4, logprobs=1, ignore_eos=True))[0]
+        score = engine.score([(PROMPT, [65, 66])])[0]
+        assert not engine.has_unfinished
+        engine.core.blocks.check([])
+
+    assert output.finish_reason == "error" and "not finite" in output.error
+    assert output.token_ids == [] == output.logprobs
+    assert math.isnan(score.logprob) and not score.is_greedy and "not finite" in score.error
+
+
+# --- ends -----------------------------------------------------------------------------------------------------
+
+
+def with_first_token(folder, token, prompt=PROMPT):
+    """Change the head so that greedy decoding starts with `token`."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hidden = model.model(torch.tensor([prompt])).last_hidden_state[0, -1].detach()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][token] = hidden / hidden.norm() ** 2 * 90
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_eos(folder, config, generation):
+    for name, value in (("config.json", config), ("generation_config.json", generation)):
+        path = folder / name
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), "eos_token_id": value}))
+
+
+@pytest.mark.parametrize("config,generation", [(300, 300), (256, 300), (300, [256, 300])])
+def test_end_ids_of_config_generation_config_and_tokenizer_count_together(tmp_path, config, generation):
+    folder = make_model(tmp_path / "m", "qwen3")
+    set_eos(folder, config, generation)
+    with_first_token(folder, 256)  # the tokenizer's own end
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with open_engine(folder) as engine:
+            output = engine.generate([PROMPT], SamplingParams(max_new_tokens=5))[0]
+
+    assert (output.token_ids, output.finish_reason) == ([256], "stop")
+    said = [str(one.message) for one in caught if "end tokens disagree" in str(one.message)]
+    assert len(said) == (0 if generation == [256, 300] else 1)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_answer(tmp_path):
+    folder = make_model(tmp_path / "m", "qwen3")
+    with_first_token(folder, 257)  # <pad>, which is never shown
+
+    with open_engine(folder) as engine:
+        output = engine.generate([PROMPT], SamplingParams(max_new_tokens=5, stop=("no such text", "<pad>")))[0]
+
+    assert (output.token_ids, output.finish_reason, output.text) == ([257], "stop", "")
+
+
+def test_a_stop_string_across_tokens_cuts_the_text(engine):
+    plain = engine.generate([PROMPT], SamplingParams(max_new_tokens=30, ignore_eos=True))[0].text
+    at = next(n for n in range(3, 20) if plain[n : n + 3].isprintable() and "\ufffd" not in plain[n : n + 3])
+    word = plain[at : at + 3]  # byte-level: one token a character at most
+
+    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True, stop=word)
+    whole = engine.generate([PROMPT], sampling)[0]
+    events = list(engine.stream([PROMPT], sampling))
+
+    assert (whole.text, whole.finish_reason) == (plain[: plain.index(word)], "stop")
+    assert "".join(event.text for event in events) == whole.text
+
+
+# --- text -----------------------------------------------------------------------------------------------------
+
+TEXT = "Ascend 昇腾 910B, 🙂👩\u200d🚀 é ñ . isn't it ? yes ! \n\t tab  two spaces — ‘quotes’ 𠮷野家 end"
+
+
+def byte_level():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def sentencepiece(clean=False):
+    """Words behind ▁, letters, and bytes for the rest: as the tokenizers of Llama decode."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    pieces = [f"<0x{number:02X}>" for number in range(256)] + ["▁", "▁is", "n't", "▁two", "▁,", "end", "tab"]
+    pieces += [letter for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!'"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    merges = [("▁", "i"), ("▁i", "s")]
+    vocab["▁i"] = len(vocab)
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token=None))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.Sequence(steps)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=clean)
+
+
+def cleaning():
+    return sentencepiece(clean=True)
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, cleaning])
+@pytest.mark.parametrize("window,context", [(24, 8), (2, 1), (5, 2), (1000, 8)])
+def test_text_in_pieces_is_the_text_decoded_whole(make, window, context, monkeypatch):
+    monkeypatch.setattr(text.Detokenizer, "WINDOW", window)
+    monkeypatch.setattr(text.Detokenizer, "CONTEXT", context)
+    tokenizer = make()
+    draw = np.random.default_rng(0)
+    cases = [tokenizer.encode(TEXT * 3), [0xE6, 0x98], [0x98, 0xF0, 0x9F, 65, 66], list(range(150, 256))]
+    cases += [draw.integers(0, len(tokenizer), 80).tolist() for _ in range(30)]
+    for ids in cases:
+        detokenizer = text.Detokenizer(tokenizer)
+
+        pieces = [detokenizer.add(token) for token in ids] + [detokenizer.finish()]
+
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_newline_that_is_a_byte_token_stops_at_once():
+    tokenizer = sentencepiece()
+    detokenizer = text.Detokenizer(tokenizer, ("\n",))
+    found = []
+    for token in tokenizer.encode("end\nmore"):
+        detokenizer.add(token)
+        found.append(detokenizer.cut_at_stop())
+        if found[-1]:
+            break
+
+    assert (
+        detokenizer.text == "end"
+        and tokenizer.convert_ids_to_tokens(tokenizer.encode("end\nmore"))[len(found) - 1] == "<0x0A>"
+    )
+
+
+# --- prompts and pairs ----------------------------------------------------------------------------------------
+
+
+def bos_tokenizer(folder):
+    """Byte-level with a begin-of-text token (257) before every text."""
+    from tokenizers import Tokenizer, processors
+
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.post_processor = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 257)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def test_texts_are_encoded_together_as_lm_eval_does(tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    folder = make_model(tmp_path / "m", "qwen3")
+    tokenizer = bos_tokenizer(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    pairs = [("The sky is", " blue"), ("The sky is ", "blue"), ("a  ", " b"), ("x", "y"), ("Ü", "ß")]
+
+    with open_engine(folder) as engine:
+        scores = engine.score(pairs)
+
+    for pair, score in zip(pairs, scores, strict=True):
+        (expected, greedy) = judge._loglikelihood_tokens([(pair, *judge._encode_pair(*pair))], disable_tqdm=True)[0]
+        assert score.logprob == pytest.approx(expected, abs=1e-3) and score.is_greedy == greedy
+
+
+def test_a_prompt_that_has_its_begin_token_gets_no_second_one(tmp_path):
+    folder = make_model(tmp_path / "m", "qwen3")
+    bos_tokenizer(folder)
+
+    with open_engine(folder) as engine:
+        outputs = engine.generate(["<pad>Hi", "Hi"], SamplingParams(max_new_tokens=1))
+
+    assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids
+    assert outputs[0].prompt_token_ids.count(257) == 1
+
+
+def test_one_prompt_alone_is_one_prompt_in_any_form(engine):
+    sampling = SamplingParams(max_new_tokens=3)
+    expected = engine.generate([PROMPT], sampling)[0].token_ids
+
+    assert len(engine.generate("Hello", sampling)) == 1
+    for form in (PROMPT, tuple(PROMPT), np.array(PROMPT), [np.array(PROMPT)], [[np.int64(t) for t in PROMPT]]):
+        assert [output.token_ids for output in engine.generate(form, sampling)] == [expected]
+    assert len(engine.generate(np.array([PROMPT, PROMPT]), sampling)) == 2
+    assert engine.generate([], sampling) == []
+
+
+@pytest.mark.parametrize(
+    "prompt,word", [([1, True], "True"), ([1.5], "1.5"), (["a", "b"], "'a'"), ("half \ud83d", "U+D83D")]
+)
+def test_a_prompt_that_cannot_be_encoded_fails_alone(engine, prompt, word):
+    outputs = engine.generate([[1, 2], prompt, "whole \U0001f600"], SamplingParams(max_new_tokens=2))
+
+    assert [output.finish_reason == "error" for output in outputs] == [False, True, False]
+    assert word in outputs[1].error
+    number = engine.add_request(prompt)
+    assert [(output.index, output.finish_reason) for output in engine.step()] == [(number, "error")]
+
+
+def test_a_pair_that_cannot_be_encoded_fails_alone(engine):
+    scores = engine.score([([1, 2], [3]), ("half \ud83d", " x"), ([1, 2], [4])])
+
+    assert [score.error is None for score in scores] == [True, False, True]
+    assert math.isnan(scores[1].logprob) and "D83D" in scores[1].error
+
+
+@pytest.mark.parametrize("prompts", [[b"bytes"], b"bytes", [None], [{"a": 1}], 5])
+def test_what_is_no_prompt_is_refused_by_name(engine, prompts):
+    with pytest.raises(TypeError, match="expected text or a list of token ids"):
+        engine.generate(prompts)
+    assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize("pairs", [["ab"], [("a", "b", "c")], ["a"], ("context", "continuation")])
+def test_what_is_no_pair_is_refused_by_name(engine, pairs):
+    with pytest.raises(ValueError, match=r"pair 0: expected \(context, continuation\)"):
+        engine.score(pairs)
+
+
+def test_use_before_loading_says_what_to_do(tiny_qwen3_dir):
+    engine = open_engine(tiny_qwen3_dir)
+    calls = [
+        lambda: engine.generate(["a"]),
+        lambda: engine.stream(["a"]),
+        lambda: engine.score([("a", "b")]),
+        lambda: engine.infer([[1]]),
+        lambda: engine.add_request("a"),
+        lambda: engine.step(),
+        lambda: engine.cancel(0),
+        lambda: engine.stats(),
+        lambda: engine.render_chat("a"),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"call load_model\(\)"):
+            call()
+
+
+# --- chats ----------------------------------------------------------------------------------------------------
+
+SWITCH = (
+    "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}{% if add_generation_prompt %}<a>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def test_thinking_is_switched_in_the_template(engine):
+    engine.tokenizer.chat_template = SWITCH
+    try:
+        assert engine.render_chat("Hi", thinking=False) == "<u>Hi</u><a><think></think>"
+        assert engine.render_chat("Hi", thinking=True) == engine.render_chat("Hi") == "<u>Hi</u><a>"
+        assert engine.render_chat([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]) == (
+            "<u>1</u><u>2</u><a>"
+        )
+        engine.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        assert engine.render_chat("Hi", thinking=False) == "Hi"
+        with pytest.raises(ValueError, match="thinking=True: the chat template has no switch"):
+            engine.render_chat("Hi", thinking=True)
+    finally:
+        engine.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        engine.render_chat("Hi")
+
+
+def test_an_output_comes_back_from_its_row(engine):
+    output = engine.generate([PROMPT], SamplingParams(max_new_tokens=3, logprobs=2))[0]
+
+    assert RequestOutput.from_row(json.loads(json.dumps(output.to_row()))) == output
