@@ -575,16 +575,50 @@ def test_thinking_is_switched_off_and_said(engine) -> None:
     assert list(judge._thinking(plain, always)) == [] == list(judge._thinking(chat, engine))
 
 
-def test_another_model_is_never_scored_on_the_demos_questions(engine, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("ASCEND_KIT_CACHE", str(tmp_path / "cache"))
-    built_in = write_sets(tmp_path / "cache" / "demo-data-1")
+def test_another_model_is_never_scored_on_the_demos_questions(engine, tmp_path) -> None:
+    sample = write_sets(tmp_path / "sample")
     values = {"output_root": str(tmp_path / "out"), "eval_datasets": ["mmlu"], "eval_fewshot": 0}
+    others = build_experiment({**values, "input_model": "/models/Qwen3-8B", "dataset_path": "demo"})
+    forgotten = build_experiment({**values, "input_model": "/models/Qwen3-8B"})
 
-    for path in ("demo", str(built_in)):
-        experiment = build_experiment({**values, "input_model": "/models/Qwen3-8B", "dataset_path": path})
+    for experiment in (others, forgotten, others.standing_for({"dataset_path": str(sample)})):
         with pytest.raises(DataError, match=r"dataset_path is not given, .* /models/Qwen3-8B: .* mmlu/ \(a copy"):
             run(engine, experiment)
-    assert len(check_data(build_experiment({**values, "dataset_path": str(built_in)}))) == 2
+        assert not (experiment.run_folder / "scores.jsonl").exists()
+    demo = build_experiment(values)
+    assert check_data(demo) == [] and len(check_data(demo.standing_for({"dataset_path": str(sample)}))) == 2
+    with pytest.raises(DataError, match=r"demo\.resolve"):
+        run(engine, demo)
+
+
+def test_overwritten_weights_tokenizer_or_template_are_scored_again(tiny_qwen3_dir, tmp_path, device) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_qwen3_dir, model)
+    data = write_sets(tmp_path / "data", documents=6)
+    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["mmlu"], eval_fewshot=0, input_model=str(model))
+
+    def logprobs() -> list:
+        with AscendInferEngine(model, precision="fp32", device=device, max_seq_length=4096) as fresh:
+            result, _ = run(fresh, experiment)
+        return result.documents.sort_values(["task", "doc_id"])["choice_logprobs"].to_list()
+
+    def scored_rows() -> int:
+        return len(RunFolder(experiment.run_folder).load("scores"))
+
+    first = logprobs()
+    assert logprobs() == first and scored_rows() == 2
+    weights = load_file(model / "model.safetensors")
+    name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    weights[name] = weights[name][torch.randperm(len(weights[name]), generator=torch.Generator().manual_seed(0))]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert logprobs() != first and scored_rows() == 4
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}))
+    logprobs()
+    assert scored_rows() == 6
 
 
 def score_table(group: str, n: int, num_fewshot: int = 5) -> list[dict]:

@@ -20,9 +20,9 @@ import yaml
 from ascend_kit.evaluation import rows as shapes
 from ascend_kit.evaluation.files import DataError, SetFiles, set_files, set_folders, subject_key
 from ascend_kit.evaluation.rows import Reader, Row, Shape
-from ascend_kit.files import cache_root
 from ascend_kit.identity import hash_value
 from ascend_kit.params import Experiment
+from ascend_kit.params.experiment import DEMO
 
 MULTIPLE_CHOICE_GROUP = "agieval_multiple_choice"
 FAULTS_SHOWN = 8
@@ -123,21 +123,17 @@ def go_offline() -> None:
 def check_data(experiment: Experiment) -> list[LocalTask]:
     """The tasks of an experiment, every file and row of them checked, without a model: DataError with all faults.
 
-    The built-in example's data is no data for another model: then `dataset_path` must be given.
+    Empty for the word `demo`, whose data is right when it is built. The demo's questions say nothing about another
+    model: then `dataset_path` must be given.
     """
-    built_in = [_is_built_in(value) for value in (experiment.input_model, experiment.dataset_path)]
-    if built_in == [False, True]:
+    written = experiment.model_dump()  # the word demo as it was written, wherever the demo lies
+    if written["dataset_path"] in (None, DEMO) and written["input_model"] != DEMO:
         raise DataError(
             f"dataset_path is not given, and the demo's questions say nothing about {experiment.input_model}: name a "
             f"folder that holds {', '.join(_wanted_folder(SETS[name]) for name in experiment.eval_datasets)}"
         )
-    if experiment.dataset_path == "demo":
-        return []  # not built yet, and right when it is
-    return find_tasks(experiment.dataset_path, experiment.eval_datasets, num_fewshot=experiment.eval_fewshot)
-
-
-def _is_built_in(path: str | None) -> bool:
-    return path is None or path == "demo" or path.startswith(str(cache_root() / "demo-"))
+    path = experiment.needed("dataset_path")
+    return [] if path == DEMO else find_tasks(path, experiment.eval_datasets, num_fewshot=experiment.eval_fewshot)
 
 
 def find_tasks(dataset_path: str | Path, sets: Iterable[str], *, num_fewshot: int | None = None) -> list[LocalTask]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.evaluation import judge, scores
 from ascend_kit.evaluation.datasets import LocalTask, check_data, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
 from ascend_kit.evaluation.scores import EvaluationResult, load_evaluation
@@ -47,6 +48,8 @@ def evaluate(
     total, task)` counts documents.
     """
     tasks = check_data(experiment)
+    if not tasks:
+        raise DataError("dataset_path is the word demo: use demo.resolve(experiment), which builds the sample sets")
     go_offline()
     folder.begin(experiment, *TABLES)
     _Session(engine, experiment, folder, tasks, on_progress or (lambda done, total, task: None)).run()
