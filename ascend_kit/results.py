@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.files import to_json, write_atomic
 from ascend_kit.identity import Identity, Use
 from ascend_kit.params import Experiment
+from ascend_kit.params.cells import parameters_of
 from ascend_kit.stages import RunFolderError, RunRecord, Stage, StageLock, admit, changing_stage
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class RunFolder:
         by_hand = not self._lock.is_parents  # else the command line has admitted and started the stage
         with changing_stage(self.path, self.stage, experiment) as stage:
             if by_hand:
-                admit(stage, experiment, experiment.if_exists)
+                admit(stage, experiment, experiment.if_exists, parameters_of(self.stage) or None)
             if experiment.if_exists == "overwrite":
                 self.clear(*stage.tables)
                 stage.tables = []
