@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
-from ascend_kit.files import cache_root, to_json, write_atomic
+from ascend_kit.files import to_json, write_atomic
 from ascend_kit.params import Experiment
 
 SCHEMA_VERSION = 2
@@ -160,11 +160,7 @@ def changing_stage(folder: Path, name: str, experiment: Experiment | None = None
 
 def parameter_values(experiment: Experiment) -> dict[str, Any]:
     """The resolved parameters as plain JSON values; the built-in example stays the word `demo`, wherever it lies."""
-    built_in = str(cache_root() / "demo-")
-    values = json.loads(to_json(experiment.model_dump()))
-    return {
-        key: "demo" if isinstance(value, str) and value.startswith(built_in) else value for key, value in values.items()
-    }
+    return json.loads(to_json(experiment.model_dump()))
 
 
 def changed_parameters(

@@ -39,6 +39,11 @@ class ConversionResult:
     seconds: float = 0.0
     resumed_shards: tuple[str, ...] = ()
 
+    def to_row(self) -> dict[str, Any]:
+        """What is kept of the conversion for whoever shows it later."""
+        return {"folder": str(self.folder), "scheme": self.scheme, "reused": self.reused, "seconds": self.seconds,
+                "mb_per_s": self.mb_per_s}  # fmt: skip
+
     def __str__(self) -> str:
         if self.reused:
             return f"{self.folder} ({self.scheme}): taken over as it was, made alike earlier"

@@ -85,19 +85,18 @@ def _chat_template(folder: Path) -> Any:
 
 
 def check_converted(experiment: Experiment, *, content: bool = True) -> None:
-    """CheckpointError naming both unless the converted folder was made from `input_model`.
+    """CheckpointError naming both unless the converted folder, where it is to be used, was made from `input_model`.
 
     Equal content is the same source, wherever it lies. With `content` a source file that was touched since is read
     (once, the hash is remembered); without, headers and stat decide and an undecided file passes.
     """
+    if experiment.use_model != "converted":
+        return
     converted, source = experiment.converted_folder, Path(experiment.input_model)
     texts = Path(experiment.tokenizer_path) if experiment.tokenizer_path else None
     manifest = read_manifest(converted)
     if manifest is None:
-        raise CheckpointError(
-            f"{converted} holds no {MANIFEST_NAME}, so nobody can tell what it was made from; run 02_convert first, or "
-            "set use_model: source"
-        )
+        raise CheckpointError(f"{converted} holds no {MANIFEST_NAME}: run 02_convert first, or set use_model: source")
     made_from = manifest["source"]["folder"]
     if not source.is_dir():
         raise CheckpointError(

@@ -226,7 +226,7 @@ class Experiment(BaseModel):
         if model == DEMO:  # the demo brings its own data; any other model must say what it is to answer
             data |= {key: DEMO for key in ("dataset_path", "prompts_file") if data.get(key) is None}
         elif isinstance(model, str) and (name := re.sub(r"[^\w.+-]+", "-", Path(model).name).strip(".")):
-            data.setdefault("model_name", name)
+            data.setdefault("model_name", f"model-{name}" if rules.DATE.fullmatch(name) else name[:60])
         return data
 
     @field_validator("*")

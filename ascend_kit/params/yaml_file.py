@@ -23,8 +23,23 @@ SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 class YamlFault(yaml.MarkedYAMLError):
     """Something that YAML allows and a parameter file does not."""
 
-    def __init__(self, problem: str, node: yaml.Node):
+    def __init__(self, problem: str, node: yaml.Node | yaml.Event):
         super().__init__(problem=problem, problem_mark=node.start_mark)
+
+
+class BoundedLoader(yaml.SafeLoader):
+    """Stops at the depth that no parameter file has, before the nodes below it are made."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise YamlFault("nested too deeply", self.peek_event())
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -37,13 +52,13 @@ def read_with_places(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     path = Path(path).expanduser()
     text = _text(path)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=BoundedLoader)
         value = _value(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         raise ParameterError(f"{path}{where}: not valid YAML for parameters: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ParameterError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if value is None:
         return {}, {}
@@ -89,8 +104,8 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise ParameterError(f"--set takes key=value, got {shown(text)}")
         try:
-            result[key.strip()] = _value(yaml.compose(value, Loader=yaml.SafeLoader))
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            result[key.strip()] = _value(yaml.compose(value, Loader=BoundedLoader))
+        except (yaml.YAMLError, ValueError) as error:
             problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
             raise ParameterError(f"--set {key}: {_one_line(problem)}") from None
     return result
@@ -130,7 +145,7 @@ def _check(node: yaml.Node, depth: int, count: list[int]) -> None:
     """Refuse what is too deep or too much (aliases counted each time they stand), and what YAML reads in surprise."""
     count[0] += 1
     if depth > MAX_DEPTH or count[0] > MAX_NODES:
-        raise YamlFault("nested too deeply, or an alias that refers to itself or to too much", node)
+        raise YamlFault("an alias that refers to itself or to too much", node)
     if isinstance(node, yaml.ScalarNode):
         _check_scalar(node)
     elif isinstance(node, yaml.SequenceNode):

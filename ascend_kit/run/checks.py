@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.params import Experiment, ParameterError, paths
+from ascend_kit.params.experiment import DEMO
 from ascend_kit.params.notebook import literal_assignments
 
 STAGE_NAME = re.compile(r"\d\d_\w+")
@@ -93,6 +94,23 @@ def select_notebooks(available: list[Notebook], only: list[str] | None) -> list[
             )
         chosen.add(hits[0])
     return [notebook for notebook in available if notebook.name in chosen]
+
+
+def check_conversion(experiment: Experiment, notebooks: list[Notebook]) -> None:
+    """RunError when a notebook runs the converted model, none converts it, and it is not there or of another model."""
+    from ascend_kit.checkpoint.identity import check_converted
+    from ascend_kit.checkpoint.tensor_file import CheckpointError
+    from ascend_kit.demo.assets import cached_model
+
+    uses = any("use_model" in notebook.defaults for notebook in notebooks)
+    if not uses or any("if_model_exists" in notebook.defaults for notebook in notebooks):
+        return
+    if experiment.input_model == DEMO and (model := cached_model()):
+        experiment = experiment.standing_for({"input_model": str(model)})
+    try:
+        check_converted(experiment, content=False)
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
 
 
 def check_paths(experiment: Experiment, notebooks: list[Notebook]) -> None:

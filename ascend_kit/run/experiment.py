@@ -17,7 +17,7 @@ from typing import Any
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, ParameterError, load_experiment
 from ascend_kit.run import copies
-from ascend_kit.run.checks import Notebook, RunError, check_paths, find_notebooks, select_notebooks
+from ascend_kit.run.checks import Notebook, RunError, check_conversion, check_paths, find_notebooks, select_notebooks
 from ascend_kit.run.execute import Execution, working_files
 from ascend_kit.run.inputs import stage_inputs
 from ascend_kit.run.signals import StopRequest
@@ -63,6 +63,7 @@ def run_experiment(
     available = find_notebooks(notebooks)
     chosen = select_notebooks(available, only)
     check_paths(experiment, chosen)
+    check_conversion(experiment, chosen)
     mode = _mode(experiment, resume, overwrite)
     folder = experiment.run_folder
     with contextlib.ExitStack() as stack:

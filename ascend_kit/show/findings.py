@@ -16,7 +16,6 @@ from ascend_kit.results import RunFolder
 from ascend_kit.show.drawing import config_labels
 
 if TYPE_CHECKING:
-    from ascend_kit.checkpoint.convert import ConversionResult
     from ascend_kit.evaluation.scores import EvaluationResult
     from ascend_kit.evaluation.tradeoff import Verdict
 
@@ -55,13 +54,13 @@ def environment_findings(checks: Table, ceilings: dict[str, Any]) -> list[Findin
     return found
 
 
-def conversion_findings(manifest: dict[str, Any], result: ConversionResult) -> list[Finding]:
-    """What was written, how fast, and whether it was there before."""
-    values = {"count": manifest["num_tensors"], "scheme": result.scheme,
+def conversion_findings(manifest: dict[str, Any], conversion: dict[str, Any]) -> list[Finding]:
+    """What was written, how fast, and whether it was there before; `conversion` as in conversion.json."""
+    values = {"count": manifest["num_tensors"], "scheme": conversion["scheme"],
               "mb": sum(entry["size"] for entry in manifest["files"]) / 1e6}  # fmt: skip
-    if result.reused:
+    if conversion["reused"]:
         return [say("convert.reused", **values)]
-    return [say("convert.written", **values, seconds=result.seconds, mb_per_s=result.mb_per_s or 0.0)]
+    return [say("convert.written", **values, seconds=conversion["seconds"], mb_per_s=conversion["mb_per_s"] or 0.0)]
 
 
 def sweep_findings(rows: Table) -> list[Finding]:
