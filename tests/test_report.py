@@ -1,15 +1,20 @@
 """The HTML report: it opens offline, runs nothing, escapes what models say, and shows every notebook."""
 
+import base64
+import hashlib
 import json
 import re
+from html import unescape
 
 import nbformat
 import pandas
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ascend_kit.show import tables
-from ascend_kit.show.render import markdown, output, sanitize
+from ascend_kit.messages import say
+from ascend_kit.results import RunFolder
+from ascend_kit.show import charts, tables
+from ascend_kit.show.render import inline_svg, markdown, output, sanitize
 from ascend_kit.show.report import write_report
 from ascend_kit.show.tables import cell_text, facts, readable, shorten
 
@@ -68,13 +73,16 @@ def run_folder(tmp_path):
     return folder
 
 
-def test_report_loads_nothing_and_runs_nothing(run_folder):
+def test_report_loads_nothing_and_runs_one_script_of_its_own(run_folder):
     page = write_report(run_folder).read_text(encoding="utf-8")
 
-    assert "default-src 'none'" in page
-    assert "<script" not in page and "onerror" not in re.sub(r"&lt;.*?&gt;", "", page)
-    outside = re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', page)
-    assert outside == []
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert policy in unescape(page)
+    assert page.count("<script") == 1 and "onerror" not in re.sub(r"&lt;.*?&gt;", "", page)
+    assert re.findall(r' src="(?!data:)([^"]*)"', page) == []
+    assert set(re.findall(r'href="(?!#)([^"]*)"', page)) <= {"../../index.html", "01_good.ipynb", "02_bad.ipynb"}
 
 
 def test_hostile_text_stays_readable_as_text(run_folder):
@@ -97,6 +105,7 @@ def test_report_shows_state_time_error_figures_and_facts(run_folder):
         "Ascend910B3",
         "64.0",
         "cann version",
+        "Figure 1. figure.",
         f"data:image/png;base64,{PNG}",
         "100 lines of output",
         "Traceback",
@@ -256,3 +265,128 @@ def test_facts_unfold_inner_mappings():
     markup = facts({"versions": {"torch": "2.13"}, "steps": 3}).data
 
     assert "versions.torch" in markup and "2.13" in markup
+
+
+def write_run(folder, stages, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"schema_version": 2, "created": "2026-01-01T00:00:00+0000", "updated": "2026-01-02", "stages": stages}
+    (folder / "run.json").write_text(json.dumps(record))
+    for name, value in files.items():
+        rows = value if isinstance(value, list) else None
+        text = "".join(json.dumps(row) + "\n" for row in rows) if rows is not None else json.dumps(value)
+        (folder / f"{name}.{'jsonl' if rows is not None else 'json'}").write_text(text)
+    return folder
+
+
+def point(rate, concurrency=16, **also):
+    return {"status": "ok", "backend": "ascend_kit", "concurrency": concurrency, "prompt_len": 64, "output_len": 32,
+            "output_tokens_per_s": rate, "ttft_p50_ms": 20.0, "tpot_p50_ms": 1.5, **also}  # fmt: skip
+
+
+DEVICE = {"kind": "npu", "name": "Ascend910B3", "versions": {"torch": "2.12.0", "cann": "8.5"}}
+PARAMETERS = {"model_name": "Qwen3-8B", "precision": "bf16", "quantize": "w8a8", "graph_mode": True, "cards": 2}
+STAGE = {"state": "ok", "parameters": PARAMETERS, "facts": {"device": DEVICE}}
+
+
+def first_screen(folder):
+    page = write_report(folder).read_text(encoding="utf-8")
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.split("<header")[1].split("</header>")[0]))
+
+
+def test_first_screen_is_verdict_model_device_and_four_numbers(tmp_path):
+    runs = [
+        {
+            "run": "e/fast",
+            "accuracy_percent": 72.8,
+            "difference_points": -0.44,
+            "low_points": -1.91,
+            "high_points": 1.04,
+        }
+    ]
+    verdict = say("compare.verdict", text="Use e/fast.", best="e/fast", baseline="e/plain", runs=runs).to_row()
+    rows = [point(900), point(1100), point(400, 1), point(5000, backend="transformers")]
+    folder = write_run(
+        tmp_path / "e/fast", {"04_throughput": STAGE}, rows=rows, **{"04_throughput": {"findings": [verdict]}}
+    )
+
+    screen = first_screen(folder)
+
+    for text in ("Use e/fast.", "Qwen3-8B", "bf16, w8a8", "graph_mode", "torch 2.12.0", "2 x Ascend910B3", "CANN 8.5",
+                 "1,000", "mean, 900 to 1,100 in 2 repeats", "20 ms", "1.5 ms", "-0.44",
+                 "95 % interval -1.91 to +1.04"):  # fmt: skip
+        assert text in screen, text
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"state": "failed", "error": "CheckpointError: no folder"}, "No result: 05_evaluate failed. CheckpointError"),
+        ({"state": "alarm", "alarms": [{"key": "k", "text": "answers as by guessing", "values": {}}]},
+         "Do not trust this run: answers as by guessing"),
+        ({"state": "ok"}, "Neither speed nor accuracy was measured"),
+    ],
+)  # fmt: skip
+def test_failure_and_alarm_are_the_verdict_before_any_number(tmp_path, stage, words):
+    screen = first_screen(write_run(tmp_path / "e/r", {"05_evaluate": stage}))
+
+    assert words in screen
+
+
+def test_index_lists_all_runs_newest_first_with_their_verdicts(tmp_path):
+    for name, day in (("old", "2026-01-01"), ("new", "2026-01-03")):
+        folder = write_run(tmp_path / "e" / name, {"04_throughput": STAGE}, rows=[point(900)])
+        record = json.loads((folder / "run.json").read_text()) | {"updated": day}
+        (folder / "run.json").write_text(json.dumps(record))
+        write_report(folder)
+    (tmp_path / "e/broken").mkdir()
+    (tmp_path / "e/broken/run.json").write_text("{ torn")
+
+    page = (tmp_path / "index.html").read_text()
+
+    assert page.index("e/new/report.html") < page.index("e/old/report.html") and "900" in page and "torn" not in page
+
+
+def test_empty_cells_leave_nothing_behind_and_findings_stand_once(tmp_path):
+    cells = [
+        new_markdown_cell("# Title"),
+        new_markdown_cell("Where a score was published, it stands here."),
+        new_code_cell("tables.readable(result.published)"),
+        new_code_cell("findings.conclude(folder)", outputs=[stream("- said once")]),
+    ]
+    folder = write_run(tmp_path / "e/r", {"05_evaluate": STAGE}, **{"05_evaluate": {"findings": ["said once"]}})
+    nbformat.write(new_notebook(cells=cells), folder / "05_evaluate.ipynb")
+
+    page = write_report(folder).read_text()
+
+    assert page.count("said once") == 1 and "published" not in page and "Nothing to show" not in page
+
+
+def test_a_saved_chart_is_drawn_inside_the_page_and_its_points_tell_their_values(tmp_path):
+    folder = write_run(tmp_path / "e/r", {"04_throughput": STAGE})
+    rows = pandas.DataFrame([point(900), point(400, 1), point(300, backend=HOSTILE), point(100, 1, backend=HOSTILE)])
+    image = charts.keep(RunFolder(folder), "throughput", charts.throughput(rows), "Output tokens per second")
+    _, metadata = image._repr_mimebundle_()
+    shown = new_output(
+        "display_data", data={"image/png": PNG}, metadata={"image/png": metadata.get("image/png", metadata)}
+    )
+    nbformat.write(
+        new_notebook(cells=[new_code_cell("charts.keep(folder)", outputs=[shown])]), folder / "04_throughput.ipynb"
+    )
+
+    page = write_report(folder).read_text()
+
+    assert "<svg role=" in page and "<title>ascend_kit: 900 output tokens/s at 16</title>" in page
+    assert "data:image/png" not in page and 'href="figures/throughput.png"' in page
+    assert "Figure 1. Output tokens per second. Qwen3-8B" in page
+    assert page.count("<script") == 1 and "<img src=x" not in page
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["<script>alert(1)</script>", "<g onclick='alert(1)'/>", "<image href='http://x/y.png'/>", "<foreignObject/>",
+     "<g style='fill: url(http://x)'/>", "<use href='javascript:alert(1)'/>"],
+)  # fmt: skip
+def test_a_hostile_svg_keeps_nothing_that_acts_or_loads(part):
+    drawn = inline_svg(f"<svg xmlns='http://www.w3.org/2000/svg'>{part}<path d='M 0 0'/></svg>", "f1", "alt")
+
+    assert "alert" not in drawn and "http://x" not in drawn and "foreign" not in drawn and "<path d=" in drawn

@@ -193,7 +193,7 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
         values = table.to_numpy() * factor
         axes.imshow(values, cmap="YlGnBu" if good == "high" else "YlOrRd", vmin=0, vmax=most, aspect="auto")
         for (y, x), value in ((place, values[place]) for place in _places(values.shape)):
-            colour = "#FFFFFF" if value > 0.6 * most else "#111111"
+            colour = "#FEFEFE" if value > 0.6 * most else "#111111"
             axes.text(x, y, plain(float(f"{value:.3g}")) if known(value) else "", ha="center", va="center",
                       color=colour, fontsize=FONT - 1)  # fmt: skip
         axes.grid(False)

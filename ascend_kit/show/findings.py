@@ -5,12 +5,13 @@ Each function reads a table as it was loaded from disk; `conclude` prints the fi
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.files import Table
+from ascend_kit.files import Table, to_json
 from ascend_kit.messages import Finding, Level, say
 from ascend_kit.results import RunFolder
 from ascend_kit.show.drawing import config_labels
@@ -171,7 +172,13 @@ def _score(row: Any) -> Finding:
 def comparison_findings(decision: Verdict, perplexity: Table) -> list[Finding]:
     """The verdict and its cautions, and how running text compares."""
     lines = [line for line in decision.text.splitlines() if line.strip()]
-    found = [say("compare.verdict", text=line) for line in lines[:1]] + [say("text", text=line) for line in lines[1:]]
+    columns = ["run", "accuracy_percent", "difference_points", "low_points", "high_points", "n"]
+    runs = (
+        json.loads(to_json(decision.table.reindex(columns=columns).to_dict("records"))) if len(decision.table) else []
+    )
+    values = {"best": decision.best, "baseline": decision.baseline, "runs": runs}
+    found = [say("compare.verdict", text=line, **values) for line in lines[:1]]
+    found += [say("text", text=line) for line in lines[1:]]
     found += [say("text", "caution", text=f"{text}.") for text in decision.cautions]
     return found + [
         say("compare.bits_per_byte", candidate=row.candidate, baseline=row.baseline, outcome=row.outcome,

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any
+from xml.etree import ElementTree
 
 import nh3
 
 from ascend_kit.messages import translate
+from ascend_kit.show.drawing import TIP, TIP_SEPARATOR
 from ascend_kit.show.tables import markup, visible
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -69,6 +71,13 @@ DROPPED_WITH_CONTENT = set(["script", "style", "iframe", "object", "template", "
 ATTRIBUTES = set(["colspan", "rowspan", "scope", "title", "alt", "width", "height", "align", "style"])
 STYLES = {"text-align", "color", "background-color", "font-weight", "font-style", "white-space"}
 SAFE_IMAGE = re.compile(r"^data:image/(png|jpeg|gif|svg\+xml);base64,[A-Za-z0-9+/=\s]+$")
+SVG = "{http://www.w3.org/2000/svg}"
+SVG_TAGS = set(["svg", "g", "path", "use", "text", "tspan", "defs", "clipPath", "rect", "image"])
+SVG_ATTRIBUTES = set(["d", "x", "y", "width", "height", "viewBox", "transform", "preserveAspectRatio", "text-anchor"])
+# What a dark page shows in its own colours; matplotlib writes these for text, grid and background.
+THEME = {"#000000": "--ink", "#222222": "--ink", "#ffffff": "--paper", "#e5e5e5": "--line", "#444444": "--soft",
+         "#555555": "--soft"}  # fmt: skip
+THEME_COLOUR = re.compile("|".join(THEME), re.IGNORECASE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -163,6 +172,59 @@ def image(item: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
         packed = base64.b64encode(_joined(data["image/svg+xml"]).encode()).decode()
         return f"data:image/svg+xml;base64,{packed}", {}
     return None
+
+
+def inline_svg(text: str, prefix: str, alt: str) -> str:
+    """A chart's SVG for use inside a page: known elements and attributes only, ids with `prefix`, theme colours.
+
+    The texts that `drawing.tip` put into ids become titles of the points. Empty when the file is no SVG.
+    """
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError:
+        return ""
+    shown = f'<svg role="img" aria-label="{markup(alt)}" '
+    return _svg_element(root, prefix).replace("<svg ", shown, 1)
+
+
+def _svg_element(element: ElementTree.Element, prefix: str, title: str = "") -> str:
+    name = element.tag.rpartition("}")[2]
+    if name not in SVG_TAGS:
+        return ""
+    own = element.get("id", "")
+    tips = own.removeprefix(TIP).split(TIP_SEPARATOR) if own.startswith(TIP) else []
+    points = [child for child in element.iter() if child.tag.endswith("}use")] or list(element.iter(SVG + "path"))
+    titles = dict(zip(map(id, points), tips, strict=False)) if tips else {}
+    inner = f"<title>{markup(title)}</title>" if title else ""
+    inner += escape(visible(element.text or "")) if name in ("text", "tspan") else ""
+    inner += "".join(_svg_child(child, prefix, titles) for child in element)
+    return f"<{name}{''.join(_svg_attributes(element, prefix, name))}>{inner}</{name}>"
+
+
+def _svg_child(child: ElementTree.Element, prefix: str, titles: dict[int, str]) -> str:
+    if child.tag.endswith("}g") and titles and not child.get("id", "").startswith(TIP):
+        inner = "".join(_svg_child(one, prefix, titles) for one in child)
+        return f"<g{''.join(_svg_attributes(child, prefix, 'g'))}>{inner}</g>"
+    return _svg_element(child, prefix, titles.get(id(child), ""))
+
+
+def _svg_attributes(element: ElementTree.Element, prefix: str, name: str) -> Iterator[str]:
+    for key, value in element.items():
+        key = key.rpartition("}")[2]
+        if key == "id" and name in ("path", "clipPath", "marker"):
+            value = f"{prefix}-{value}"
+        elif key == "href":
+            if not value.startswith("#") and not SAFE_IMAGE.match(value):
+                continue
+            value = f"#{prefix}-{value[1:]}" if value.startswith("#") else value
+        elif key in ("style", "clip-path"):
+            value = THEME_COLOUR.sub(lambda m: f"var({THEME[m[0].lower()]})", value)
+            value = re.sub(r"url\(#", f"url(#{prefix}-", value)
+            if re.search(r"url\((?!#)|expression|@import", value):
+                continue
+        elif key not in SVG_ATTRIBUTES:
+            continue
+        yield f' {key}="{escape(value)}"'
 
 
 def _text(text: str, style: str) -> str:

@@ -1,0 +1,109 @@
+"""The first screen of a report: a verdict in one sentence, what was run on what, four numbers, cautions and alarms."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from ascend_kit.messages import Finding, translate
+from ascend_kit.params import ENGINE_SWITCHES
+from ascend_kit.results import RunFolder
+from ascend_kit.stages import RunRecord
+
+NUMBERS = ("rate", "ttft", "tpot", "accuracy")
+POINT = ("concurrency", "prompt_len", "output_len")
+SERIOUS_FIRST = ("failed", "alarm", "caution")
+
+
+def about(run: RunRecord, parameters: dict[str, Any]) -> dict[str, str]:
+    """Model, precision, switches that are on, engine, device and CANN, as far as the run knows them."""
+    device: dict[str, Any] = {}
+    for stage in run.stages.values():
+        device |= stage.facts.get("device") or {}
+    versions = device.get("versions") or {}
+    cards = parameters.get("cards", 1)
+    precision = [parameters.get("precision"), parameters.get("quantize")]
+    switches = [name for name in ENGINE_SWITCHES if parameters.get(name) is True]
+    values = {
+        "model": parameters.get("model_name"),
+        "precision": ", ".join(word for word in precision if word and word != "none"),
+        "switches": ", ".join(switches) or ("none" if parameters else ""),
+        "engine": f"ascend_kit, torch {versions['torch']}" if versions.get("torch") else "",
+        "device": device.get("name", "") and (f"{cards} x " if cards > 1 else "") + str(device["name"]),
+        "CANN": versions.get("cann") or versions.get("CANN"),
+    }
+    return {translate(f"about.{name}"): str(text) for name, text in values.items() if text}
+
+
+def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> dict[str, Any]:
+    """`verdict` and its `level`, `numbers` (name, text, note) and `warnings` (level, text), the serious ones first."""
+    compared = next((finding for finding in findings if finding.key == "compare.verdict"), None)
+    numbers = [*_speed(folder), _accuracy(folder, compared, findings)]
+    warnings = {str(f): f.level for f in findings if f.level != "note"}
+    warnings |= {alarm["text"]: "alarm" for stage in run.stages.values() for alarm in stage.alarms}
+    warnings |= {f"{stage.name}: {stage.error}": "failed" for stage in run.stages.values() if stage.error}
+    ordered = sorted(warnings.items(), key=lambda item: SERIOUS_FIRST.index(item[1]))
+    level, verdict = _verdict(run, compared, numbers)
+    shown = [{"level": kind, "text": text} for text, kind in ordered if text not in verdict]
+    named = [
+        {"name": translate(f"number.{name}"), "text": text, "note": note}
+        for name, (text, note) in zip(NUMBERS, numbers, strict=True)
+        if text
+    ]
+    return {"verdict": verdict, "level": level, "numbers": named, "warnings": shown}
+
+
+def _verdict(run: RunRecord, compared: Finding | None, numbers: list[tuple[str, str]]) -> tuple[str, str]:
+    """(level, sentence): what failed, else what is not to be trusted, else the comparison, else what was measured."""
+    failed = [stage for stage in run.stages.values() if stage.state == "failed"]
+    alarms = [alarm["text"] for stage in run.stages.values() for alarm in stage.alarms]
+    if failed:
+        return "failed", translate("verdict.failed", stage=failed[0].name, error=failed[0].error or "")
+    if alarms:
+        return "alarm", translate("verdict.alarm", text=alarms[0])
+    if compared is not None:
+        return compared.level, str(compared)
+    (rate, _), *_, (accuracy, _) = numbers
+    key = {(True, True): "both", (True, False): "rate", (False, True): "accuracy"}.get(
+        (bool(rate), bool(accuracy)), "none"
+    )
+    return "caution", translate(f"verdict.only_{key}", rate=rate, accuracy=accuracy)
+
+
+def _speed(folder: RunFolder) -> list[tuple[str, str]]:
+    """(text, note) of output tokens/s, TTFT and TPOT at the engine's best point, by the mean of its repeats."""
+    from ascend_kit.measure.sweep import load_rows
+
+    points: dict[tuple, list[dict[str, Any]]] = {}
+    for row in load_rows(folder).to_dict("records"):
+        if row.get("status") == "ok" and row.get("backend") not in ("transformers", "vllm"):
+            points.setdefault(tuple(row[name] for name in (*POINT, "cards") if name in row), []).append(row)
+    if not points:
+        return [("", "")] * 3
+    best = max(points.values(), key=lambda rows: statistics.fmean(row["output_tokens_per_s"] for row in rows))
+    rates = [row["output_tokens_per_s"] for row in best]
+    place = translate("number.at", **{name: best[0][name] for name in POINT})
+    spread = translate("number.range", low=min(rates), high=max(rates), count=len(rates))
+    times = [statistics.fmean(row[f"{name}_p50_ms"] for row in best) for name in ("ttft", "tpot")]
+    return [(f"{statistics.fmean(rates):,.0f}", f"{spread}, {place}")] + [
+        (f"{value:.3g} ms" if value == value else "", translate("number.median")) for value in times
+    ]
+
+
+def _accuracy(folder: RunFolder, compared: Finding | None, findings: list[Finding]) -> tuple[str, str]:
+    """The difference to the baseline where this run was compared with one, else the accuracy of its sets."""
+    name = f"{folder.path.parent.name}/{folder.path.name}"
+    values = compared.values if compared else {}
+    for row in values.get("runs", []):
+        if row["run"] == name and row.get("accuracy_percent") is not None:
+            if row.get("low_points") is None:
+                return f"{row['accuracy_percent']:.1f} %", translate("number.is_baseline")
+            note = translate("number.against", **row, baseline=values["baseline"])
+            return f"{row['difference_points']:+.2f}", note
+    sets = [f for f in findings if f.key.startswith("scores.percent")]
+    if not sets:
+        return "", ""
+    total = sum(f.values["count"] for f in sets)
+    mean = sum(f.values["value"] * f.values["count"] for f in sets) / total
+    parts = ", ".join(f"{f.values['task']} {f.values['value']:.1f}" for f in sets)
+    return f"{mean:.1f} %", translate("number.sets", sets=parts, count=total)
