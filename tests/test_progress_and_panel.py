@@ -129,3 +129,35 @@ def test_headless_form_is_a_table_of_what_is_not_default():
     table = ParameterPanel(Experiment(seed=3, top_k=5), browser=False).table()
 
     assert dict(zip(table["parameter"], table["value"], strict=True)) == {"seed": "3", "top_k": "5"}
+
+
+class Shown:
+    """Stands for IPython's display handle: keeps what an output holds in the end."""
+
+    def __init__(self):
+        self.data = None
+
+    def update(self, data, raw=False):
+        self.data = data
+
+
+def test_a_bar_that_has_ended_leaves_text_in_place_of_the_widget(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *_, display_id=False: shown.append(Shown()) or shown[-1])
+
+    with Progress("work", TwoReplicas(), browser=True) as progress:
+        progress(4, 4, "point 4")
+
+    assert shown[0].data["text/plain"].startswith("work: 4/4 (100%)") and "point 4" in shown[0].data["text/plain"]
+    assert "replica 0: 10.0.0.1 npu 0" in shown[1].data["text/plain"]
+
+
+def test_the_form_in_a_saved_copy_is_a_table_for_who_has_no_kernel(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+
+    ParameterPanel(Experiment(seed=3), browser=True)._ipython_display_()
+
+    (data,) = shown
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert ">seed</td>" in data["text/html"] and "HBox(" not in data["text/plain"]

@@ -8,6 +8,7 @@ from typing import Any
 from ascend_kit.messages import Finding, translate
 from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
+from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunRecord
 
 NUMBERS = ("rate", "ttft", "tpot", "accuracy")
@@ -44,7 +45,11 @@ def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> 
     warnings |= {f"{stage.name}: {stage.error}": "failed" for stage in run.stages.values() if stage.error}
     ordered = sorted(warnings.items(), key=lambda item: SERIOUS_FIRST.index(item[1]))
     level, verdict = _verdict(run, compared, numbers)
-    shown = [{"level": kind, "text": text} for text, kind in ordered if text not in verdict]
+    shown = [
+        {"level": kind, "text": text}
+        for text, kind in ordered
+        if text not in verdict and text.partition(": ")[2] not in verdict
+    ]
     named = [
         {"name": translate(f"number.{name}"), "text": text, "note": note}
         for name, (text, note) in zip(NUMBERS, numbers, strict=True)
@@ -86,7 +91,7 @@ def _speed(folder: RunFolder) -> list[tuple[str, str]]:
     spread = translate("number.range", low=min(rates), high=max(rates), count=len(rates))
     times = [statistics.fmean(row[f"{name}_p50_ms"] for row in best) for name in ("ttft", "tpot")]
     return [(f"{statistics.fmean(rates):,.0f}", f"{spread}, {place}")] + [
-        (f"{value:.3g} ms" if value == value else "", translate("number.median")) for value in times
+        (f"{cell_text(value)} ms" if value == value else "", translate("number.median")) for value in times
     ]
 
 
@@ -99,7 +104,7 @@ def _accuracy(folder: RunFolder, compared: Finding | None, findings: list[Findin
             if row.get("low_points") is None:
                 return f"{row['accuracy_percent']:.1f} %", translate("number.is_baseline")
             note = translate("number.against", **row, baseline=values["baseline"])
-            return f"{row['difference_points']:+.2f}", note
+            return translate("number.points", points=row["difference_points"]), note
     sets = [f for f in findings if f.key.startswith("scores.percent")]
     if not sets:
         return "", ""

@@ -87,7 +87,14 @@ class ParameterPanel:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        display(self.widget() if self._browser else readable(self.table()))
+        table = readable(self.table())
+        if not self._browser:
+            display(table)
+            return
+        # A reader without a kernel cannot draw the form and takes the table that stands beside it.
+        form = self.widget()._repr_mimebundle_()
+        fallback = {"text/html": table.data if table else "", "text/plain": self.table().to_string()}
+        display({**form, **fallback}, raw=True)
 
     def widget(self) -> Any:
         """The form as an ipywidgets box."""

@@ -1,6 +1,7 @@
 """Progress of long calls: a widget bar in the browser, plain lines headless, so that both copies read well.
 
-Stored widgets are not drawn by static readers, hence the lines.
+Stored widgets are not drawn by static readers, hence the lines; a bar that has ended is replaced by its last line.
+tqdm's bar is not used for that reason: it stays a widget for ever.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.finish(failed=kind is not None)
+        self._replicas.finish()
 
     def _is_due(self, share: float) -> bool:
         """The end always, else a tenth further or a while later: enough to follow, few enough to keep."""
@@ -88,6 +90,7 @@ class _Replicas:
 
     def __init__(self) -> None:
         self._bars: list[tuple[Any, Any]] = []
+        self._shown: Any = None
         self._last: dict[int, tuple[float, int, float]] = {}  # replica -> moment, tokens, busy seconds
         self._drawn_s = 0.0
 
@@ -125,7 +128,12 @@ class _Replicas:
             (ipywidgets.FloatProgress(value=0.0, max=1.0, description=f"replica {row['replica']}"), ipywidgets.Label())
             for row in rows
         ]
-        display(ipywidgets.VBox([ipywidgets.HBox(list(pair)) for pair in self._bars]))
+        box = ipywidgets.VBox([ipywidgets.HBox(list(pair)) for pair in self._bars])
+        self._shown = display(box, display_id=True)
+
+    def finish(self) -> None:
+        """Leave a line of text for each replica in place of the bars, which need a kernel."""
+        _replace(self._shown, "\n".join(f"{bar.description}: {text.value}" for bar, text in self._bars))
 
     def _since(self, row: dict[str, Any]) -> tuple[float, float]:
         """(output tokens/s, busy share) since the last look at this replica; zeros at the first."""
@@ -152,7 +160,8 @@ class _Bar:
         self._bar = ipywidgets.FloatProgress(value=0.0, max=1.0, description=label,
                                              style={"description_width": "initial"})  # fmt: skip
         self._text = ipywidgets.Label()  # a Label shows text as it is; generated text is never markup
-        display(ipywidgets.HBox([self._bar, self._text]))
+        self._label = label
+        self._shown = display(ipywidgets.HBox([self._bar, self._text]), display_id=True)
 
     def update(self, share: float, text: str) -> None:
         self._bar.value = share
@@ -160,6 +169,13 @@ class _Bar:
 
     def finish(self, *, failed: bool) -> None:
         self._bar.bar_style = "danger" if failed else "success"
+        _replace(self._shown, f"{self._label}: {self._text.value}" + (" (stopped by an error)" if failed else ""))
+
+
+def _replace(shown: Any, text: str) -> None:
+    """Put text where a widget was shown; nothing outside a notebook, where nothing was."""
+    if shown is not None:
+        shown.update({"text/plain": text}, raw=True)
 
 
 def _count(value: float, text: str) -> str:

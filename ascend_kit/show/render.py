@@ -72,8 +72,10 @@ ATTRIBUTES = set(["colspan", "rowspan", "scope", "title", "alt", "width", "heigh
 STYLES = {"text-align", "color", "background-color", "font-weight", "font-style", "white-space"}
 SAFE_IMAGE = re.compile(r"^data:image/(png|jpeg|gif|svg\+xml);base64,[A-Za-z0-9+/=\s]+$")
 SVG = "{http://www.w3.org/2000/svg}"
-SVG_TAGS = set(["svg", "g", "path", "use", "text", "tspan", "defs", "clipPath", "rect", "image"])
-SVG_ATTRIBUTES = set(["d", "x", "y", "width", "height", "viewBox", "transform", "preserveAspectRatio", "text-anchor"])
+SVG_TAGS = frozenset(("svg", "g", "path", "use", "text", "tspan", "defs", "clipPath", "pattern", "rect", "image"))
+SVG_ATTRIBUTES = frozenset(
+    ("d", "x", "y", "width", "height", "viewBox", "transform", "preserveAspectRatio", "text-anchor", "patternUnits")
+)
 # What a dark page shows in its own colours; matplotlib writes these for text, grid and background.
 THEME = {"#000000": "--ink", "#222222": "--ink", "#ffffff": "--paper", "#e5e5e5": "--line", "#444444": "--soft",
          "#555555": "--soft"}  # fmt: skip
@@ -211,7 +213,7 @@ def _svg_child(child: ElementTree.Element, prefix: str, titles: dict[int, str]) 
 def _svg_attributes(element: ElementTree.Element, prefix: str, name: str) -> Iterator[str]:
     for key, value in element.items():
         key = key.rpartition("}")[2]
-        if key == "id" and name in ("path", "clipPath", "marker"):
+        if key == "id" and name in ("path", "clipPath", "pattern"):
             value = f"{prefix}-{value}"
         elif key == "href":
             if not value.startswith("#") and not SAFE_IMAGE.match(value):

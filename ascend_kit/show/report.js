@@ -35,7 +35,7 @@ for (const head of document.querySelectorAll("thead th")) {
   head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
 }
 for (const table of document.querySelectorAll("table")) {
-  if (!table.tBodies[0] || table.tBodies[0].rows.length < 8) continue;
+  if (!table.tBodies[0] || table.tBodies[0].rows.length < (table.className === "runs" ? 2 : 12)) continue;
   const field = document.createElement("input");
   field.type = "search";
   field.placeholder = document.body.dataset.filter;

@@ -128,8 +128,9 @@ def write_index(root: Path) -> Path:
         first = _read_json(path.parent / "report.json")
         numbers = [entry["text"] for entry in first.get("numbers", [])]
         name = f"{path.parent.parent.name}/{path.parent.name}"
+        updated = (run.updated or "")[:16].replace("T", " ")
         runs.append({
-            "name": name, "state": run.state, "updated": run.updated or "", "verdict": first.get("verdict", ""),
+            "name": name, "state": run.state, "updated": updated, "verdict": first.get("verdict", ""),
             "link": quote(f"{name}/report.html"), "about": ", ".join(first.get("about", {}).values()),
             "numbers": numbers + [""] * (len(headline.NUMBERS) - len(numbers)),
         })  # fmt: skip
@@ -225,9 +226,13 @@ def _cells(cells: list[dict[str, Any]], section: Section, figures: Figures) -> I
                 continue
             yield prose
             prose = ""
-            code = render.code(source, translate("report.code", cell=cell.get("id", "")))
+            code = render.code(source, translate("report.code", cell=_cell_name(cell)))
             yield f'<div class="cell">{code}{outputs}</div>'
     yield prose
+
+
+def _cell_name(cell: dict[str, Any]) -> str:
+    return "injected parameters" if "injected-parameters" in cell["metadata"].get("tags", []) else cell.get("id", "")
 
 
 def _output(item: dict[str, Any], section: Section, figures: Figures) -> str:
