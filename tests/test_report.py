@@ -332,6 +332,18 @@ def test_failure_and_alarm_are_the_verdict_before_any_number(tmp_path, stage, wo
     assert words in screen
 
 
+def test_cautions_stand_on_the_first_screen_and_what_failed_is_said_once(tmp_path):
+    findings = [say("sweep.preemptions", "caution", count=2).to_row(), say("sweep.nothing").to_row()]
+    stages = {"04_throughput": STAGE, "05_evaluate": {"state": "failed", "error": "DataError: no file"}}
+    folder = write_run(tmp_path / "e/r", stages, **{"04_throughput": {"findings": findings}})
+
+    screen = first_screen(folder)
+
+    assert (
+        "2 preemptions" in screen and screen.count("DataError: no file") == 1 and "Nothing was measured" not in screen
+    )
+
+
 def test_index_lists_all_runs_newest_first_with_their_verdicts(tmp_path):
     for name, day in (("old", "2026-01-01"), ("new", "2026-01-03")):
         folder = write_run(tmp_path / "e" / name, {"04_throughput": STAGE}, rows=[point(900)])

@@ -45,11 +45,8 @@ def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> 
     warnings |= {f"{stage.name}: {stage.error}": "failed" for stage in run.stages.values() if stage.error}
     ordered = sorted(warnings.items(), key=lambda item: SERIOUS_FIRST.index(item[1]))
     level, verdict = _verdict(run, compared, numbers)
-    shown = [
-        {"level": kind, "text": text}
-        for text, kind in ordered
-        if text not in verdict and text.partition(": ")[2] not in verdict
-    ]
+    told = [f"{stage.name}: {stage.error}" for stage in run.stages.values() if stage.state == "failed"][:1]
+    shown = [{"level": kind, "text": text} for text, kind in ordered if text not in told and text not in verdict]
     named = [
         {"name": translate(f"number.{name}"), "text": text, "note": note}
         for name, (text, note) in zip(NUMBERS, numbers, strict=True)

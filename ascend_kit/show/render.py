@@ -21,53 +21,13 @@ from ascend_kit.show.tables import markup, visible
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 OVERWRITTEN = re.compile(r"[^\n]*\r")  # a terminal shows what was printed after the carriage return
 LONG_OUTPUT_LINES = 40
-TAGS = set(
-    [
-        "table",
-        "thead",
-        "tbody",
-        "tfoot",
-        "tr",
-        "th",
-        "td",
-        "caption",
-        "colgroup",
-        "col",
-        "div",
-        "span",
-        "p",
-        "b",
-        "strong",
-        "i",
-        "em",
-        "code",
-        "pre",
-        "br",
-        "wbr",
-        "hr",
-        "ul",
-        "ol",
-        "li",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "small",
-        "sub",
-        "sup",
-        "a",
-        "img",
-        "details",
-        "summary",
-        "dl",
-        "dt",
-        "dd",
-    ]
-)
+TAGS = {
+    *("table", "thead", "tbody", "tfoot", "tr", "th", "td", "caption", "colgroup", "col", "div", "span", "p", "b"),
+    *("strong", "i", "em", "code", "pre", "br", "wbr", "hr", "ul", "ol", "li", "h1", "h2", "h3", "h4", "h5", "h6"),
+    *("small", "sub", "sup", "a", "img", "details", "summary", "dl", "dt", "dd"),
+}
 # Elements that go together with what they hold.
-DROPPED_WITH_CONTENT = set(["script", "style", "iframe", "object", "template", "noscript", "svg", "math", "title"])
+DROPPED_WITH_CONTENT = {"script", "style", "iframe", "object", "template", "noscript", "svg", "math", "title"}
 ATTRIBUTES = set(["colspan", "rowspan", "scope", "title", "alt", "width", "height", "align", "style"])
 STYLES = {"text-align", "color", "background-color", "font-weight", "font-style", "white-space"}
 SAFE_IMAGE = re.compile(r"^data:image/(png|jpeg|gif|svg\+xml);base64,[A-Za-z0-9+/=\s]+$")
