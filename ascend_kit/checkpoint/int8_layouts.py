@@ -31,7 +31,14 @@ MSMODELSLIM_PATTERN = "quant_model_description*.json"
 MSMODELSLIM_SCHEMES = {"W8A8": "w8a8", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W8A16": "w8a16", "FLOAT": "none"}
 FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized"}
 # What a compressed-tensors description may hold, and at which values.
-WEIGHTS = {"num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("channel",), "dynamic": (False,)}
+WEIGHTS = {
+    "num_bits": (8,),
+    "type": ("int",),
+    "symmetric": (True,),
+    "strategy": ("channel",),
+    "dynamic": (False,),
+    "actorder": (None, "static", "weight"),  # the order in which GPTQ went; `group` would permute what is stored
+}
 INPUTS = {"num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("token",), "dynamic": (True,)}
 ARGS_UNUSED = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
 GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "format"})
