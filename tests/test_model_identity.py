@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_model
+from megatron_writer import save_megatron
 from safetensors.torch import load_file, save_file
 
 from ascend_kit import convert
@@ -127,3 +128,20 @@ def test_a_converted_shard_changed_afterwards_is_refused(experiment):
 
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         model_identity(experiment.converted_folder)
+
+
+def test_a_tokenizer_from_another_folder_and_a_megatron_source_are_recognised_again(tmp_path):
+    source = make_model(tmp_path / "source", "qwen3")
+    texts = make_model(tmp_path / "texts", "qwen3", seed=1)
+    weights, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    mcore = save_megatron(tmp_path / "mcore", weights, config, tp=2)
+    shared = {"output_root": str(tmp_path / "out"), "device": "cpu"}
+    plain = Experiment(input_model=str(source), tokenizer_path=str(texts), model_name="plain", **shared)
+    merged = Experiment(input_model=str(mcore), tokenizer_path=str(source), model_name="merged", **shared)
+
+    for made in (plain, merged):
+        convert(made)
+        check_converted(made)
+    (texts / "generation_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="generation_config"):
+        check_converted(plain)

@@ -18,8 +18,8 @@ from ascend_kit.checkpoint.huggingface import Checkpoint, companion_files
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, new_manifest, source_name
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
-from ascend_kit.checkpoint.source_hashes import SourceHashes
 from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.checkpoint.torch_file import check_torch_file
 from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard, writing
 from ascend_kit.identity import file_hash, hash_file, remember_hash
 from ascend_kit.model.config import ModelConfig
@@ -107,16 +107,17 @@ class Conversion:
 
     def run(self, before_publish: Callable[[Path], None] | None) -> ConversionResult:
         started = time.perf_counter()
-        source_hashes = SourceHashes(self.checkpoint)
         with PartialFolder(self.destination, self._fingerprint()) as partial:
             self._check_space(partial)
-            source_hashes.start(in_stream=self.num_workers == 1)
-            try:
-                resumed = self._write_shards(partial)
-            except BaseException:
-                source_hashes.cancel()
-                raise
-            sources = source_hashes.result()
+            # Beside the conversion, which reads the same files: the disk is asked once.
+            with ThreadPoolExecutor(1, "source-hash") as pool:
+                hashing = {path: pool.submit(_checked_hash, path) for path in self.checkpoint.files}
+                try:
+                    resumed = self._write_shards(partial)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+                sources = {path: running.result() for path, running in hashing.items()}
             with writing(partial.path):
                 self._write_small_files(partial.path)
                 manifest = self._write_manifest(partial, sources)
@@ -124,8 +125,6 @@ class Conversion:
             if before_publish:
                 before_publish(partial.path)
             partial.publish()
-        for path, value in sources.items():
-            remember_hash(path, value)
         for entry in manifest["files"]:
             remember_hash(self.destination / entry["name"], entry["hash"])
         return ConversionResult(
@@ -236,6 +235,13 @@ class Conversion:
     def _hash(self, partial: PartialFolder, name: str) -> str:
         entry = partial.finished.get(name)
         return entry["hash"] if entry else hash_file(partial.path / name)
+
+
+def _checked_hash(path: Path) -> str:
+    """The content hash of a source file, after its checksums where it has any."""
+    if path.suffix != ".safetensors":
+        check_torch_file(path)
+    return file_hash(path)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult
-from ascend_kit.checkpoint.destination import check_destination, existing_result
 from ascend_kit.checkpoint.huggingface import Checkpoint, check_companions, companion_files, open_checkpoint
 from ascend_kit.checkpoint.identity import check_converted
 from ascend_kit.checkpoint.int8_plan import Int8Options, plan_int8
+from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_manifest, verify
 from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_megatron
 from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
@@ -96,7 +96,7 @@ def convert(
     )
     options.check()
     source_folder, destination = Path(input_model).resolve(), Path(os.path.abspath(output_model))
-    check_destination(source_folder, destination)
+    _check_destination(source_folder, destination)
     checkpoint = open_source(source_folder, framework, tokenizer_path)
     model = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
     left_out = (*checkpoint.notes, *check_tensors(checkpoint, model))
@@ -104,7 +104,7 @@ def convert(
     check_companions(companion_files(checkpoint.config_folder, texts))
     settings = {"precision": precision, "framework": checkpoint.framework, **options.settings()}
     if destination.exists():
-        manifest = existing_result(destination, checkpoint, settings, if_exists, texts)
+        manifest = _existing_result(destination, checkpoint, settings, if_exists, texts)
         if manifest is not None:
             return ConversionResult(destination, True, manifest)
     recipe, mix = plan_int8(
@@ -172,3 +172,56 @@ def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:
     for name, (given, allowed) in choices.items():
         if given not in allowed:
             raise ValueError(f"{name}={given!r}: allowed are {', '.join(allowed)}")
+
+
+def _check_destination(source: Path, destination: Path) -> None:
+    """ValueError when writing to `destination` could touch the source."""
+    if not source.is_dir():
+        raise CheckpointError(f"input_model: no checkpoint folder at {source}")
+    real = destination.resolve()
+    if real == source or (destination.exists() and os.path.samefile(source, destination)):
+        raise CheckpointError(f"output_model {destination} is the source itself; choose another folder")
+    if real in source.parents or source in real.parents:
+        raise CheckpointError(
+            f"output_model {destination} and input_model {source} lie inside each other; choose a "
+            "folder beside the source"
+        )
+
+
+def _existing_result(
+    destination: Path, checkpoint: Checkpoint, settings: dict[str, Any], if_exists: str, tokenizer_path: Path | None
+) -> dict[str, Any] | None:
+    """The manifest of a result to reuse, None when it is to be overwritten; CheckpointError otherwise."""
+    manifest = read_manifest(destination) if destination.is_dir() else None
+    if if_exists == "refuse":
+        raise CheckpointError(
+            f"output_model {destination} exists; choose another folder, or if_exists=reuse or "
+            "overwrite (if_model_exists in a parameter file)"
+        )
+    if manifest is None:
+        raise CheckpointError(
+            f"output_model {destination} exists and was not made by convert (no {MANIFEST_NAME}); "
+            "it is neither reused nor overwritten, remove it yourself"
+        )
+    if if_exists == "overwrite":
+        return None
+    verify(destination)
+    _check_same(destination, manifest, checkpoint, settings, tokenizer_path)
+    return manifest
+
+
+def _check_same(
+    destination: Path,
+    manifest: dict[str, Any],
+    checkpoint: Checkpoint,
+    settings: dict[str, Any],
+    tokenizer_path: Path | None,
+) -> None:
+    way_out = "use if_exists=overwrite (if_model_exists in a parameter file) or another output_model"
+    for key in sorted(settings.keys() | manifest["settings"].keys()):
+        was, now = manifest["settings"].get(key), settings.get(key)
+        if was != now:
+            raise CheckpointError(f"{destination} was converted with {key}={was}, now {key}={now}; {way_out}")
+    companions = companion_files(checkpoint.config_folder, tokenizer_path)
+    for text in changed_sources(checkpoint.folder, checkpoint.files, companions, manifest):
+        raise CheckpointError(f"{destination} was made from another version of {checkpoint.folder}: {text}; {way_out}")

@@ -103,7 +103,8 @@ def check_converted(experiment: Experiment, *, content: bool = True) -> None:
             f"input_model {source} does not exist; {converted} was made from {made_from}. To run the converted folder "
             f"by itself, set input_model: {converted} and use_model: source"
         )
-    companions = companion_files(texts or source, texts)
+    config_folder = texts if texts is not None and is_megatron(source) else source
+    companions = companion_files(config_folder, texts)
     different = next(changed_sources(source, weight_files(source), companions, manifest, content=content), None)
     if different is not None:
         raise CheckpointError(

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,7 +71,6 @@ class ReadFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self.observer: Callable[[int, memoryview], None] | None = None  # told (offset, bytes) of what is read
         self._fd: int | None = None
         self._lock = threading.Lock()
         try:
@@ -103,8 +102,6 @@ class ReadFile:
                     f"the file ends at {offset + done}"
                 )
             done += count
-        if self.observer is not None:
-            self.observer(offset, buffer)
 
     def read_bytes(self, offset: int, length: int, what: str) -> bytes:
         buffer = bytearray(length)
