@@ -54,6 +54,16 @@ def test_an_int8_step_adds_only_the_quantisations(name, sim, device):
     assert cost.syncs == 1
 
 
+@pytest.mark.parametrize("name", LAUNCHES_PER_LAYER)
+@pytest.mark.parametrize("graph_mode", [False, True])
+def test_weight_only_int8_casts_nothing_in_a_step(name, graph_mode, sim, device):
+    cost = cost_of(sim, name, quantize="w8a16", graph_mode=graph_mode)
+
+    # Three products for q, k and v where 16-bit weights have two.
+    assert cost.launches_per_layer <= LAUNCHES_PER_LAYER[name] + 1
+    assert cost.syncs == 1
+
+
 def test_the_fused_table_is_what_saves_the_launches(sim, device):
     plain = cost_of(sim, "Qwen3-8B", fused=False)
 

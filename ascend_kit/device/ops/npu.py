@@ -253,9 +253,18 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     if x.dtype not in _FLOAT16:
         return reference.int8_weight_matmul(x, weight, weight_scale, bias)
     if bias is not None and x.dtype == torch.bfloat16:
-        bias = bias.float()  # the kernel's bias is float32 beside bfloat16
+        bias = _cast_once(bias, torch.float32)  # the kernel's bias is float32 beside bfloat16
     # The document prefers a transposed view of [out, in] for scales per output channel.
-    return _npu().npu_weight_quant_batchmatmul(x, weight.t(), weight_scale.to(x.dtype), bias=bias)
+    return _npu().npu_weight_quant_batchmatmul(x, weight.t(), _cast_once(weight_scale, x.dtype), bias=bias)
+
+
+def _cast_once(constant: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight's constant in another dtype, kept with it: a cast at every call would be a kernel of its own."""
+    kept = getattr(constant, "_cast", None)
+    if kept is None or kept.dtype != dtype or kept.device != constant.device:
+        kept = constant.detach().to(dtype)
+        constant._cast = kept  # type: ignore[attr-defined]
+    return kept
 
 
 def argmax(logits: Tensor) -> Tensor:
