@@ -13,6 +13,7 @@ from torch import Tensor
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta, reference, select_ops
+from ascend_kit.device.parallel import BACKENDS
 from ascend_kit.doctor.comparison import (
     HEADS,
     AttentionCase,
@@ -84,22 +85,19 @@ def run_collective(device: Device) -> Iterator[OpCheck]:
     def reduced() -> float:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.start_processes(
-                _rank,
-                args=(device.kind, device.index, device.collective_backend, folder),
-                nprocs=2,
-                start_method="spawn",
+                _rank, args=(device.kind, device.index, folder), nprocs=2, start_method="spawn"
             )
         return 0.0  # a rank that sees a wrong sum raises
 
     yield comparer.check("all_reduce", f"2 ranks, {device.collective_backend}, bf16 [64, 4096]", 0.0, reduced)
 
 
-def _rank(rank: int, kind: str, first: int, backend: str, folder: str) -> None:
+def _rank(rank: int, kind: str, first: int, folder: str) -> None:
     import torch.distributed as dist
 
     device = select_device(kind, 0 if kind == "cpu" else first ^ rank)  # the card itself and its neighbour
     dist.init_process_group(
-        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=180)
+        BACKENDS[kind], init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=180)
     )
     try:
         values = torch.full((64, 4096), float(rank + 1), dtype=torch.bfloat16, device=device.torch_device)

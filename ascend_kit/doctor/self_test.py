@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -54,6 +57,31 @@ def run_ops(device: Device, seed: int = 0) -> Iterator[OpCheck]:
         for heads in HEADS:
             yield from _check_attention(comparer, heads, dtype)
         yield from _check_int8(comparer, dtype)
+    if device.kind == "npu":
+        yield from _check_alternatives(comparer, torch.bfloat16)
+
+
+def _check_alternatives(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
+    """The NPU table's other forms, each with its time; one that does not work here is no fault, as it is not in use."""
+    from ascend_kit.device.ops import npu
+
+    decode = attention_cases(comparer.device.default_block_size)[-1]
+    forms = (
+        ("ASCEND_KIT_NPU_ROPE", "tnd", lambda: _check_rotary(comparer, dtype)),
+        ("ASCEND_KIT_NPU_ROPE", "rotary_mul", lambda: _check_rotary(comparer, dtype)),
+        ("ASCEND_KIT_NPU_KV_WRITE", "nd_update", lambda: _check_case(comparer, decode, HEADS[1], dtype)),
+        ("ASCEND_KIT_NPU_HEAD_64", "tnd", lambda: _check_attention(comparer, HEADS[2], dtype)),
+    )
+    for name, value, checks in forms:
+        with mock.patch.dict(os.environ, {name: value}):
+            npu.switch.cache_clear()
+            for check in checks():
+                works = check.status == "ok"
+                detail = (
+                    check.detail or f"{1e3 * check.seconds:.1f} ms, the default is another; to use it: {name}={value}"
+                )
+                yield replace(check, op=f"{check.op} ({value})", status="ok" if works else "skip", detail=detail)
+        npu.switch.cache_clear()
 
 
 def run_smoke(device: Device) -> Iterator[OpCheck]:
