@@ -177,7 +177,8 @@ def test_rows_state_unit_shots_conditions_and_count(finished) -> None:
     assert tasks.loc[("wikitext", "bits_per_byte"), "unit"] == "bits/byte"
     assert finished.result.ok and not finished.result.failed
     finished.result.raise_if_failed()
-    assert finished.result.conditions["harness"].startswith("lm-eval 0.4")
+    identity = finished.folder.identities()[row["identity"]]
+    assert identity.versions["lm_eval"].startswith("0.4") and identity.task["num_fewshot"] == 5
 
 
 def test_the_group_without_generative_tasks_is_the_mean_of_its_documents(finished) -> None:

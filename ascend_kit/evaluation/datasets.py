@@ -50,7 +50,15 @@ class SetSpec:
 SETS = {
     spec.name: spec
     for spec in (
-        SetSpec("mmlu", "mmlu/default", ("mmlu", "cais-mmlu"), shapes.MMLU, "cais/mmlu", 5, False),
+        SetSpec(
+            "mmlu",
+            "mmlu/default",
+            ("mmlu", "cais-mmlu", "mmlu-no-train", "hendrycks-test"),
+            shapes.MMLU,
+            "cais/mmlu",
+            5,
+            False,
+        ),
         SetSpec(
             "ceval",
             "ceval",

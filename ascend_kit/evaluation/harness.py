@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
@@ -149,19 +150,8 @@ class _Session:
         try:
             score_rows, document_rows = self._run(lm, task, manager)
         except Exception as error:  # any failure of a task is a result; the next task may work
-            self.folder.append(
-                "scores",
-                {
-                    **head,
-                    "metric": None,
-                    "value": None,
-                    "stderr": None,
-                    "n": 0,
-                    "status": "failed",
-                    "error": f"{type(error).__name__}: {error}",
-                },
-                identity,
-            )
+            failure = {"metric": None, "n": 0, "status": "failed", "error": f"{type(error).__name__}: {error}"}
+            self.folder.append("scores", {**head, **failure}, identity)
             return
         wall_s = time.perf_counter() - start
         facts = {"task": task.task, "set": task.set_name}
@@ -202,18 +192,8 @@ class _Session:
             context_len=min(PAPER_CONTEXT_LEN, self.max_length),
             batch_size=self.experiment.eval_batch_size,
         )
-        return {
-            "metric": "token_perplexity",
-            "value": found.value,
-            "stderr": found.stderr,
-            "n": len(pages),
-            "unit": scores.UNITS["token_perplexity"],
-            "num_tokens": found.num_tokens,
-            "context_len": found.context_len,
-            "stride": found.stride,
-            "first_token": found.first_token,
-            "text": found.text,
-        }
+        head = {"metric": "token_perplexity", "unit": scores.UNITS["token_perplexity"], "n": len(pages)}
+        return {**head, **asdict(found)}
 
     def _finish(self) -> None:
         table, documents = scores.load_scores(self.folder), scores.document_rows(self.folder)
@@ -230,18 +210,8 @@ class _Session:
                 self.folder.alarm(f"{flag.key} {flag.values.get('set', '')}".strip(), str(flag), **flag.values)
 
     def _write_summary(self, **found: Any) -> None:
-        conditions = {
-            "chat_template": self.uses_chat,
-            "eval_limit": self.limit,
-            "max_length": self.max_length,
-            "dataset_path": self.experiment.dataset_path,
-            "device": self.engine.device.name,
-            "precision": self.experiment.precision,
-            "harness": f"lm-eval {version('lm-eval')}",
-            "num_fewshot": {task.set_name: task.num_fewshot for task in self.tasks},
-        }
         identities = {task: identity.id for task, identity in self.identities.items()}
-        self.folder.write_json("evaluation", {"identities": identities, "conditions": conditions, **found})
+        self.folder.write_json("evaluation", {"identities": identities, **found})
 
 
 class _Counter:

@@ -51,7 +51,6 @@ class EvaluationResult:
     cards: Table
     flags: list[Finding]
     published: Table
-    conditions: dict[str, Any]
 
     @property
     def failed(self) -> dict[str, str]:
@@ -91,7 +90,6 @@ def load_evaluation(folder: RunFolder) -> EvaluationResult:
         cards=pandas.DataFrame(list(_asked_rows(folder, "evaluation_cards"))),
         flags=[Finding.from_row(row) for row in summary.get("flags", [])],
         published=pandas.DataFrame(summary.get("published", [])),
-        conditions=summary.get("conditions", {}),
     )
 
 
