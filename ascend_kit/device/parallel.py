@@ -34,9 +34,9 @@ class TensorParallel:
             return x
         x = x.contiguous()  # HCCL refuses strided tensors
         # Into one tensor: a list of parts would be copied part by part, each on a stream of its own.
-        parts = x.new_empty(self.size, *x.shape)
+        parts = x.new_empty(self.size * x.shape[0], *x.shape[1:])  # gloo wants them joined along the first dimension
         torch.distributed.all_gather_into_tensor(parts, x, group=self.group)
-        return parts.movedim(0, -2).flatten(-2)
+        return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
 
     def span(self, total: int, what: str) -> tuple[int, int]:
         """[start, stop) of this rank's share of `total`; ValueError when it does not divide."""
