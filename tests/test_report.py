@@ -396,7 +396,7 @@ def test_a_saved_chart_is_drawn_inside_the_page_and_its_points_tell_their_values
 @pytest.mark.parametrize(
     "part",
     ["<script>alert(1)</script>", "<g onclick='alert(1)'/>", "<image href='http://x/y.png'/>", "<foreignObject/>",
-     "<g style='fill: url(http://x)'/>", "<use href='javascript:alert(1)'/>"],
+     "<g style='fill: url(http://x)'/>", "<use href='javascript:alert(1)'/>", "<rect fill='url(http://x)'/>"],
 )  # fmt: skip
 def test_a_hostile_svg_keeps_nothing_that_acts_or_loads(part):
     drawn = inline_svg(f"<svg xmlns='http://www.w3.org/2000/svg'>{part}<path d='M 0 0'/></svg>", "f1", "alt")

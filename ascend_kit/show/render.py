@@ -179,7 +179,7 @@ def _svg_attributes(element: ElementTree.Element, prefix: str, name: str) -> Ite
             if not value.startswith("#") and not SAFE_IMAGE.match(value):
                 continue
             value = f"#{prefix}-{value[1:]}" if value.startswith("#") else value
-        elif key in ("style", "clip-path"):
+        elif key in ("style", "clip-path", "fill", "stroke"):
             value = THEME_COLOUR.sub(lambda m: f"var({THEME[m[0].lower()]})", value)
             value = re.sub(r"url\(#", f"url(#{prefix}-", value)
             if re.search(r"url\((?!#)|expression|@import", value):
