@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
-import torch.multiprocessing.spawn as multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.graphs import DecodeGraphs
@@ -84,9 +84,7 @@ def run_collective(device: Device) -> Iterator[OpCheck]:
 
     def reduced() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.start_processes(
-                _rank, args=(device.kind, device.index, folder), nprocs=2, start_method="spawn"
-            )
+            start_processes(_rank, args=(device.kind, device.index, folder), nprocs=2, start_method="spawn")
         return 0.0  # a rank that sees a wrong sum raises
 
     yield comparer.check("all_reduce", f"2 ranks, {device.collective_backend}, bf16 [64, 4096]", 0.0, reduced)
