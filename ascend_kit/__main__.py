@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.engine.ranks import environment_ranks, without_ranks
+from ascend_kit.files import os_error_text
 from ascend_kit.params import Experiment, ParameterError, load_experiment, parse_overrides
 from ascend_kit.results import RunFolderError
 from ascend_kit.run.checks import RunError
@@ -70,11 +71,14 @@ def _guarded(command: Any) -> int:
     except (ParameterError, RunError, RunFolderError) as error:
         print(f"ascend_kit: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        print(f"ascend_kit: error: {os_error_text(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         print(f"ascend_kit: {error or 'interrupted'}", file=sys.stderr)
         return getattr(error, "status", 130)
-    except BrokenPipeError:
-        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,7 +179,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    is_bad = line.strip().startswith(("ALARM", "FAILED"))
+    print(f"\x1b[31m{line}\x1b[0m" if is_bad and sys.stdout.isatty() else line, flush=True)
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -15,6 +16,16 @@ from typing import Any
 GIB = 2**30
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # surrogates that stand alone: no file can hold them as they are
 Progress = Callable[[int, int], None]  # done, total
+CAUSES = {
+    errno.ENOSPC: "no space is left on the device; free some and go on with --resume",
+    errno.EDQUOT: "the quota is used up; free some space and go on with --resume",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no right to read or write it",
+    errno.EPERM: "no right to read or write it",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+}
 Table = Any  # a pandas.DataFrame: pandas' own annotations make every selected column a Series, a frame or unknown
 
 
@@ -29,10 +40,45 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private, but reports are to be shared
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise named(error, path) from None
         raise
+
+
+def append_lines(path: Path, data: bytes) -> None:
+    """Add whole lines to a file and push them to the disk; without space for all of them it stays as it was."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        if size and not _ends_with_newline(path):
+            data = b"\n" + data  # a killed writer left half a line; keep it apart from this one
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[file.write(rest) or 0 :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            os.truncate(path, size)
+            raise named(error, path) from None
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The same error with the file it is about, which the system does not tell of a write."""
+    return type(error)(error.errno, error.strerror, str(path))
+
+
+def os_error_text(error: OSError) -> str:
+    """One line: which path, and why."""
+    cause = CAUSES.get(error.errno or 0) or error.strerror or str(error)
+    return f"{error.filename}: {cause}" if error.filename else cause
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

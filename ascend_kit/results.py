@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.files import to_json, write_atomic
+from ascend_kit.files import append_lines, to_json, write_atomic
 from ascend_kit.identity import Identity, Use
 from ascend_kit.params import Experiment
 from ascend_kit.params.cells import parameters_of
@@ -68,13 +68,7 @@ class RunFolder:
         """Add a line for each row and push them to the disk together: one wait instead of many."""
         mark = {} if identity is None else {"identity": self._recorded(identity)}
         lines = "".join(to_json({"status": "ok", "error": None, **row, **mark}) + "\n" for row in rows)
-        path = self.table_path(name)
-        with open(path, "ab") as file:
-            if file.tell() and not _ends_with_newline(path):
-                file.write(b"\n")  # a killed writer left half a line; keep it apart from this one
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.table_path(name), lines.encode())
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
         """The readable rows of <name>.jsonl, oldest first; a torn line is skipped."""
@@ -241,12 +235,6 @@ def run_parameters(folder: RunFolder, stage: str | None = None) -> dict[str, Any
         return stages[stage].parameters if stage in stages else {}
     measured = [entry for entry in stages.values() if {"rows", "scores"} & set(entry.tables)]
     return next((entry.parameters for entry in [*measured, *stages.values()] if entry.parameters), {})
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def _hashable(value: Any) -> Any:

@@ -109,3 +109,28 @@ def test_help_exits_with_0(words, capsys):
         main(words)
 
     assert ended.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "output_root=taken"], "a file"),
+        (["--set", f"run={'x' * 300}"], "300 bytes, 255 are allowed"),
+        (["--set", "prompts_file=wrong.jsonl"], "wrong.jsonl"),
+        (["--set", "input_model=model"], "config.json"),
+        (["--set", "dataset_path=data", "--set", "eval_datasets=[mmlu]", "--set", "input_model=model"], "mmlu"),
+    ],
+)
+def test_check_and_run_look_into_files_and_folders_before_work(project, capsys, words, message):
+    declared = "".join(f'\n{name}: str = "demo"' for name in ("prompts_file", "input_model", "dataset_path"))
+    write_notebook(project / "notebooks", "01_first", parameters='experiment: str = "fake"' + declared)
+    (project / "taken").write_text("")
+    (project / "wrong.jsonl").write_text('{"question": "no prompt field"}\n')
+    (project / "model").mkdir()
+    (project / "data" / "mmlu" / "test").mkdir(parents=True)
+    (project / "data" / "mmlu" / "test" / "anatomy_test.csv").write_text("q,a,b,c,d,A\n")
+
+    status = main(["run", "fake.yaml", "--notebooks", "notebooks", *words])
+
+    assert status == 2 and message in capsys.readouterr().err
+    assert not (project / "outputs").exists()

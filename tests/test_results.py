@@ -152,3 +152,20 @@ def test_a_stage_whose_process_is_gone_is_interrupted(tmp_path):
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
 
     assert RunRecord.read(tmp_path / "e" / "r").state == "interrupted"
+
+
+def test_a_row_without_space_leaves_the_table_as_it_was_and_names_the_file(tmp_path):
+    code = (
+        "import resource; from ascend_kit import RunFolder\n"
+        f"folder = RunFolder({str(tmp_path)!r})\n"
+        "folder.append('rows', {'n': 1, 'text': 'x' * 500})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))\n"
+        "try: folder.append('rows', {'n': 2, 'text': 'x' * 500})\n"
+        "except OSError as error: print(error.filename)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.stdout.strip() == str(tmp_path / "rows.jsonl"), done.stderr
+    text = (tmp_path / "rows.jsonl").read_text()
+    assert text.endswith("\n") and [json.loads(line)["n"] for line in text.splitlines()] == [1]

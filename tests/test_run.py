@@ -230,24 +230,6 @@ def test_resume_with_other_parameters_of_a_finished_notebook_is_refused(project)
         run_experiment("fake.yaml", notebooks="notebooks", resume=True, overrides={"seed": 8}, echo=lambda line: None)
 
 
-def test_a_stage_whose_checkpoint_was_overwritten_is_not_done_before(project):
-    (project / "model").mkdir()
-    (project / "model" / "config.json").write_text("{}")
-    (project / "model" / "model.safetensors").write_bytes(b"weights of Monday")
-    declared = PARAMETERS + '\ninput_model: str = "demo"'
-    write_notebook(project / "notebooks", "01_first", "open('log.txt', 'a').write('one ')", parameters=declared)
-    overrides = {"input_model": "model"}
-    run_experiment("fake.yaml", notebooks="notebooks", overrides=overrides, echo=lambda line: None)
-    lines = []
-
-    run_experiment("fake.yaml", notebooks="notebooks", overrides=overrides, resume=True, echo=lines.append)
-    (project / "model" / "model.safetensors").write_bytes(b"weights of Friday")
-    run_experiment("fake.yaml", notebooks="notebooks", overrides=overrides, resume=True, echo=lines.append)
-
-    assert "[1/1] 01_first: done before" in lines and any("other inputs (weights: " in line for line in lines)
-    assert (project / "log.txt").read_text() == "one one "
-
-
 def test_an_alarm_is_told_counts_as_done_and_gives_no_success(project):
     raises = (
         "from ascend_kit import RunFolder\nfrom ascend_kit.params import build_experiment\n"

@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.identity import Identity
-from ascend_kit.params import Experiment, ParameterError, load_experiment
+from ascend_kit.params import Experiment, load_experiment
 from ascend_kit.run import copies
 from ascend_kit.run.checks import Notebook, RunError, check_conversion, check_paths, find_notebooks, select_notebooks
+from ascend_kit.run.contents import check_contents
 from ascend_kit.run.execute import Execution, working_files
 from ascend_kit.run.inputs import stage_inputs
 from ascend_kit.run.signals import StopRequest
 from ascend_kit.stages import DONE, RunRecord, Stage, StageLock, admit, changed_parameters, changing, changing_stage
 
 # Which stages a stage cannot do without. The conversion counts only where its result is used.
-NEEDS = {"03_generate": ("02_convert",), "04_throughput": ("02_convert",), "05_evaluate": ("02_convert",)}
+CONVERSION = "02_convert"
+NEEDS = {name: (CONVERSION,) for name in ("03_generate", "04_throughput", "05_evaluate")}
 OLD_S = 600  # a file that is being written in one step is younger
 __all__ = ["RunError", "RunReport", "check_experiment", "run_experiment"]
 
@@ -62,8 +64,7 @@ def run_experiment(
     experiment = load_experiment(path, overrides)
     available = find_notebooks(notebooks)
     chosen = select_notebooks(available, only)
-    check_paths(experiment, chosen)
-    check_conversion(experiment, chosen)
+    _check(experiment, chosen)
     mode = _mode(experiment, resume, overwrite)
     folder = experiment.run_folder
     with contextlib.ExitStack() as stack:
@@ -289,11 +290,12 @@ def check_experiment(
 ) -> Experiment:
     """Everything that `run_experiment` checks beforehand, without running anything."""
     experiment = load_experiment(path, overrides)
-    check_paths(experiment, find_notebooks(notebooks))
-    from ascend_kit.checkpoint.convert import check_model
-
-    try:
-        check_model(experiment)
-    except ValueError as error:
-        raise ParameterError(str(error)) from None
+    _check(experiment, find_notebooks(notebooks))
     return experiment
+
+
+def _check(experiment: Experiment, notebooks: list[Notebook]) -> None:
+    check_paths(experiment, notebooks)
+    check_conversion(experiment, notebooks)
+    names = {name for notebook in notebooks for name in notebook.defaults}
+    check_contents(experiment, names, converts=any(notebook.name == CONVERSION for notebook in notebooks))
