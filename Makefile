@@ -6,7 +6,7 @@ PARAMS ?= $(DEMO)
 # Two processes of one thread each beat one process of two threads on small models, and tests stay repeatable.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check lab install clean help
+.PHONY: demo test types check lab install clean help
 
 help:
 	@echo "make demo   environment, then the whole pipeline on the built-in model; prints where the report is"
@@ -42,6 +42,9 @@ test: .venv/.dev
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 	    $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --device cuda; \
 	else echo "No CUDA device here: the suite's third run is left out."; fi
+
+types: .venv/.dev
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 check: test
 

@@ -111,14 +111,16 @@ def test_help_exits_with_0(words, capsys):
     assert ended.value.code == 0 and "usage" in capsys.readouterr().out
 
 
+MODEL = ["--set", "input_model=model", "--set", "prompts_file=demo", "--set", "eval_datasets=[mmlu]"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--set", "output_root=taken"], "a file"),
-        (["--set", f"run={'x' * 300}"], "300 bytes, 255 are allowed"),
         (["--set", "prompts_file=wrong.jsonl"], "wrong.jsonl"),
-        (["--set", "input_model=model"], "config.json"),
-        (["--set", "dataset_path=data", "--set", "eval_datasets=[mmlu]", "--set", "input_model=model"], "mmlu"),
+        ([*MODEL, "--set", "dataset_path=data"], "config.json"),
+        ([*MODEL, "--set", "dataset_path=data"], "mmlu"),
     ],
 )
 def test_check_and_run_look_into_files_and_folders_before_work(project, capsys, words, message):

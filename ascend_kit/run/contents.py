@@ -33,7 +33,7 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
     uses_result = "use_model" in names and experiment.use_model == "converted"
     if converts:
         checks.append(("", lambda: _check_written(experiment.converted_folder, _converted_bytes(experiment))))
-    elif uses_result and "input_model" in given:
+    elif uses_result:
         checks.append(("", lambda: _check_converted(experiment)))
     faults = []
     for where, check in checks:
@@ -81,7 +81,10 @@ def _check_tokenizer(folder: Path) -> None:
 def _check_converted(experiment: Experiment) -> None:
     from ascend_kit.checkpoint.identity import check_converted
 
-    check_converted(experiment, content=False)
+    if not experiment.converted_folder.is_dir():
+        raise ValueError(f"nothing at {experiment.converted_folder}: run 02_convert first, or set use_model: source")
+    if experiment.input_model != "demo":
+        check_converted(experiment, content=False)
 
 
 def _check_written(folder: Path, num_bytes: int) -> None:
