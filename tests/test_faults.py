@@ -97,3 +97,79 @@ def test_9_plain_papermill_into_another_folder_leaves_a_run_with_a_report(tmp_pa
 
     assert report.returncode == 0, report.stdout
     assert "an output of the notebook" in (tmp_path / "outputs" / "fake" / "default" / "report.html").read_text()
+
+
+def make_tiny(folder: Path, name: str, seed: int, **values: object) -> Path:
+    """A random model and a parameter file <name>.yaml that runs it from its source in seconds."""
+    from conftest import make_model
+
+    model = make_model(folder / name, "qwen3", seed=seed)
+    small = {
+        "experiment": "fake", "model_name": "tiny", "input_model": str(model), "use_model": "source", "device": "cpu",
+        "precision": "fp32", "graph_mode": False, "max_seq_length": 512, "max_new_tokens": 4,
+        "eval_max_seq_length": 512,
+        "sweep_concurrency": [1], "sweep_prompt_len": [8], "sweep_output_len": [4], "sweep_repeats": 1,
+        "sweep_requests_per_point": 1, "sweep_baseline": False, "prompts_file": "demo",
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(json.dumps({**small, **values}))  # JSON is YAML
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_1_another_models_converted_folder_is_not_measured_under_this_ones_name(tmp_path):
+    """04 ran the folder named after model_name and precision, whatever input_model was."""
+    make_tiny(tmp_path, "first", 1, use_model="converted")
+    second = make_tiny(tmp_path, "second", 2, use_model="converted")
+    assert command(tmp_path, "convert", "first.yaml").returncode == 0
+
+    done = command(tmp_path, "run", "second.yaml", "--only", "04")
+
+    assert done.returncode != 0 and str(second) in done.stdout and str(tmp_path / "first") in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_5_a_model_that_is_not_the_demo_is_not_scored_on_the_demos_questions(tmp_path):
+    """A forgotten dataset_path scored the user's model on the demo's data and called it the local copy."""
+    make_tiny(tmp_path, "tiny", 1, eval_limit=1, eval_datasets=["wikitext"])
+
+    done = command(tmp_path, "run", "tiny.yaml", "--only", "05")
+
+    assert done.returncode == 2 and "dataset_path" in done.stdout, done.stdout
+
+
+@pytest.mark.multiproc
+def test_6_cells_may_run_again_and_scratch_variables_are_no_parameters(tmp_path):
+    """Every variable left in the kernel counted as a parameter, so that Run All failed the second time."""
+    import papermill
+
+    notebook = nbformat.read(ROOT / "notebooks" / "06_compare.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    again = nbformat.v4.new_code_cell(cell.source)
+    read = "import ascend_kit\nexperiment = ascend_kit.experiment_from_notebook(globals())\nmargin = experiment.seed"
+    codes = [nbformat.v4.new_code_cell(source) for source in (read, "runs, limit = [], 5", read)]
+    notebook.cells = [cell, codes[0], codes[1], again, codes[2]]
+    nbformat.write(notebook, tmp_path / "twice.ipynb")
+
+    papermill.execute_notebook(str(tmp_path / "twice.ipynb"), str(tmp_path / "out.ipynb"), progress_bar=False)
+
+
+def test_8_a_notebook_and_the_command_line_have_the_same_defaults():
+    """sweep_repeats was 2 or 1, max_new_tokens 32 or 1024, depending on the way a run was started."""
+    import ast
+
+    import papermill
+
+    from ascend_kit import Experiment
+
+    for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
+        for name, entry in papermill.inspect_notebook(str(path)).items():
+            assert ast.literal_eval(entry["default"]) == Experiment.model_fields[name].default, f"{path.name}: {name}"
+
+
+def test_10_the_list_of_parameters_promises_no_parts_of_names(tmp_path):
+    """quantize_keep was said to take parts of names, which the converter does not accept."""
+    text = command(tmp_path, "check", "--list").stdout
+
+    assert "quantize_keep" in text and "parts of names" not in text

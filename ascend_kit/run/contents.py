@@ -17,8 +17,7 @@ MIN_FREE_BYTES = 64 << 20  # rows, figures and executed notebooks of a run
 def check_contents(experiment: Experiment, names: Collection[str], *, converts: bool) -> None:
     """RunError with every fault of what is read and of where is written by notebooks that declare `names`.
 
-    `converts`: the conversion is among them, so that the converted folder need not be there yet. Prompts and data are
-    read; of a model only headers, config and tokenizer are.
+    `converts`: the conversion is among them. Prompts and data are read, of a model only headers and small files.
     """
     checks: list[tuple[str, Callable[[], object]]] = [
         ("", lambda: _check_written(experiment.run_folder, MIN_FREE_BYTES))
@@ -29,12 +28,9 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
     if "dataset_path" in names:
         checks.append(("dataset_path: ", lambda: _check_data(experiment)))
     if "input_model" in given and Path(experiment.input_model).is_dir():
-        checks.append(("input_model: ", lambda: _check_model(experiment)))
-    uses_result = "use_model" in names and experiment.use_model == "converted"
+        checks.append(("", lambda: _check_model(experiment)))
     if converts:
         checks.append(("", lambda: _check_written(experiment.converted_folder, _converted_bytes(experiment))))
-    elif uses_result:
-        checks.append(("", lambda: _check_converted(experiment)))
     faults = []
     for where, check in checks:
         try:
@@ -58,33 +54,9 @@ def _check_data(experiment: Experiment) -> None:
 
 
 def _check_model(experiment: Experiment) -> None:
-    from ascend_kit.checkpoint.check import check_tensors
-    from ascend_kit.checkpoint.convert import open_source
-    from ascend_kit.model.config import ModelConfig
+    from ascend_kit.checkpoint.convert import check_model
 
-    folder = Path(experiment.input_model)
-    checkpoint = open_source(folder, experiment.framework, experiment.tokenizer_path)
-    check_tensors(checkpoint, ModelConfig.from_dict(checkpoint.config, where=str(folder / "config.json")))
-    _check_tokenizer(Path(experiment.tokenizer_path or folder))
-
-
-def _check_tokenizer(folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file makes the library raise
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} holds no tokenizer that can be loaded ({type(error).__name__}: {text})") from None
-
-
-def _check_converted(experiment: Experiment) -> None:
-    from ascend_kit.checkpoint.identity import check_converted
-
-    if not experiment.converted_folder.is_dir():
-        raise ValueError(f"nothing at {experiment.converted_folder}: run 02_convert first, or set use_model: source")
-    if experiment.input_model != "demo":
-        check_converted(experiment, content=False)
+    check_model(experiment)
 
 
 def _check_written(folder: Path, num_bytes: int) -> None:
