@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from ascend_kit import AscendInferEngine, RunFolder, run_sweep
@@ -31,7 +33,8 @@ def sweep(experiment, **options):
 
 @pytest.mark.multiproc
 def test_layouts_are_measured_one_after_the_other_and_resume(tmp_path, tiny_qwen3_dir, monkeypatch):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: pip install ascend-kit[cluster]")
     experiment = experiment_for(tmp_path, tiny_qwen3_dir, cards=2, sweep_cards=[1, 2], sweep_tensor_parallel=[1, 2])
     seen = []
 
@@ -39,7 +42,7 @@ def test_layouts_are_measured_one_after_the_other_and_resume(tmp_path, tiny_qwen
 
     assert list(rows["status"]) == ["ok"] * 3, rows["error"].tolist()
     assert list(zip(rows["cards"], rows["tensor_parallel"], strict=True)) == [(1, 1), (2, 1), (2, 2)]
-    assert [done for done, *_ in seen if done == int(done)] == [1, 2, 3] and seen[-1][1] == 3
+    assert {1, 2, 3} <= {done for done, *_ in seen} and seen[-1][:2] == (3, 3)
     for row in rows[rows["cards"] > 1].itertuples():  # each card of the point is accounted for
         mine = cards[cards["point_id"] == row.point_id]
         assert len(mine) == row.cards and mine.drop_duplicates("replica")["output_tokens"].sum() == 16
