@@ -17,10 +17,9 @@ import pytest
 import yaml
 
 from ascend_kit.demo import DemoAssets, assets, cached_model, ensure_assets, ensure_data, ensure_model, resolve
-from ascend_kit.demo.corpus import Corpus, exam_description, exam_prompt, exam_question, is_held_out
+from ascend_kit.demo.corpus import Corpus, demo_prompts, exam_description, exam_prompt, exam_question, is_held_out
 from ascend_kit.demo.datasets import SCORED_SPLIT, WIKITEXT_CONFIG, load_questions
 from ascend_kit.demo.pages import page_text, to_wikitext, topics
-from ascend_kit.demo.prompts import demo_prompts
 from ascend_kit.params import Experiment
 
 REPOSITORY = Path(__file__).parents[1]

@@ -17,12 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ascend_kit.files import cache_root
+from ascend_kit.files import Progress, cache_root
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment
-
-Progress = Callable[[int, int], None]
 
 STAND_IN = "demo-in-place-of-"  # before the model_name of a file that names no checkpoint
 DEMO_WORD = "demo"
@@ -30,7 +28,7 @@ COMPLETE_FILE = "complete.json"
 MODEL_LIBRARIES = ("torch", "transformers", "tokenizers")
 DATA_LIBRARIES = ("pyarrow",)
 # Sources that do not change what is built.
-NOT_IN_MODEL = ("__init__.py", "assets.py", "prompts.py")
+NOT_IN_MODEL = ("__init__.py", "assets.py")
 NOT_IN_DATA = ("__init__.py", "assets.py", "train.py")
 
 
@@ -109,8 +107,8 @@ def _model_folder(cache_dir: str | Path | None, steps: int | None) -> tuple[Path
 
 
 def _build_data(target: Path) -> None:
+    from ascend_kit.demo.corpus import write_prompts
     from ascend_kit.demo.datasets import write_datasets
-    from ascend_kit.demo.prompts import write_prompts
 
     write_datasets(target)
     write_prompts(target / "prompts.jsonl")
@@ -177,9 +175,10 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _source_hash(libraries: tuple[str, ...], left_out: tuple[str, ...]) -> str:
-    """Twelve hex digits over this package's sources, but for those left out, and the libraries' versions."""
+    """Twelve hex digits over this package's sources and data, but for those left out, and the libraries' versions."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.glob("data/*")]):
         if path.name in left_out:
             continue
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

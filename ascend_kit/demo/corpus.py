@@ -1,16 +1,17 @@
-"""The demo's training documents: exam papers in lm-eval's prompt formats, pages and short answers.
+"""The demo's training documents and prompts: exam papers in lm-eval's formats, pages and short answers.
 
 A document is a list of (text, weight) pieces; the weight multiplies the loss of the piece's tokens. Some test
 questions are part of the corpus on purpose and some are not: that is what puts the sample scores between
 chance and perfect, and why they say nothing about any real model.
 """
 
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 from ascend_kit.demo.datasets import Question, agieval_query, load_questions
 from ascend_kit.demo.pages import page_text, summary, to_wikitext, topics
-from ascend_kit.demo.questions_ceval import CEVAL_SUBJECT_NAMES
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -21,6 +22,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+SHOTS_OF_PAPERS = (1, 2, 4, 5)
 # Shares of papers, single questions, pages and short answers among the documents.
 DOCUMENT_SHARES = (16, 15, 14, 55)
 # Pages in the raw WikiText spelling (spaces around punctuation, @-@), which token perplexity is measured on.
@@ -42,8 +44,7 @@ def exam_question(question: Question) -> tuple[str, str]:
 def exam_description(question: Question) -> str:
     """The line that lm-eval puts in front of a paper."""
     if question.suite == "ceval":
-        name = CEVAL_SUBJECT_NAMES[question.subject]
-        return f"以下是中国关于{name}的单项选择题，请选出其中的正确答案。\n\n"
+        return f"以下是中国关于{question.note}的单项选择题，请选出其中的正确答案。\n\n"
     subject = question.subject.replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
@@ -132,3 +133,34 @@ class Corpus:
             close = f"{IM_END}\n{END_OF_TEXT}"
             return [(turn, QUESTION_WEIGHT), (reply, REPLY_WEIGHT), (close, TEXT_WEIGHT)]
         return [(ask, QUESTION_WEIGHT), (f" {reply}", REPLY_WEIGHT), (END_OF_TEXT, TEXT_WEIGHT)]
+
+
+def demo_prompts() -> list[str]:
+    """32 prompts of 6 to about 240 tokens, in a fixed mixed order."""
+    rng = random.Random(0)
+    chosen = topics()
+    rng.shuffle(chosen)
+    prompts = [rng.choice(topic.questions)[0] for topic in chosen[:12]]
+    prompts += [f"Tell me about {topic.title}." for topic in chosen[12:20]]
+    prompts += [page_text(topic, rng).split("==")[0].rstrip(" ") for topic in chosen[20:24]]
+    prompts += _papers("mmlu", rng) + _papers("ceval", rng)
+    rng.shuffle(prompts)
+    return prompts
+
+
+def write_prompts(path: Path) -> None:
+    """Write the prompts as JSON lines with the one field `prompt`."""
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in demo_prompts()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _papers(suite: str, rng: random.Random) -> list[str]:
+    questions = [question for question in load_questions() if question.suite == suite]
+    subjects = sorted({question.subject for question in questions})
+    prompts = []
+    for shots, subject in zip(SHOTS_OF_PAPERS, rng.sample(subjects, len(SHOTS_OF_PAPERS)), strict=True):
+        of_subject = [question for question in questions if question.subject == subject]
+        dev = [question for question in of_subject if question.split == "dev"]
+        scored = [question for question in of_subject if question.split == question.scored_split]
+        prompts.append(exam_prompt(dev[:shots], rng.choice(scored)))
+    return prompts

@@ -6,14 +6,11 @@ front matter lists its configurations, so that `datasets.load_dataset(folder, na
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ascend_kit.demo import questions_agieval as agieval
-from ascend_kit.demo.facts import rows
-from ascend_kit.demo.pages import page_text, to_wikitext, topics
-from ascend_kit.demo.questions_ceval import CEVAL_QUESTIONS
-from ascend_kit.demo.questions_mmlu import MMLU_QUESTIONS
+from ascend_kit.demo.pages import page_text, read_data, rows, to_wikitext, topics
 
 SCORED_SPLIT = {"mmlu": "test", "ceval": "val", "agieval": "test"}
 EXTRA_SPLIT = {"mmlu": "validation", "ceval": "test"}
@@ -23,7 +20,10 @@ WIKITEXT_CONFIG = "wikitext-2-raw-v1"
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `gold` holds the positions of the accepted choices; `number` counts within its split."""
+    """One question. `gold` holds the positions of the accepted choices; `number` counts within its split.
+
+    `note` is the subject's Chinese name in C-Eval, and english, chinese or cloze (generated answers) in AGIEval.
+    """
 
     suite: str
     subject: str
@@ -32,6 +32,7 @@ class Question:
     question: str
     choices: tuple[str, ...]
     gold: tuple[int, ...]
+    note: str = ""
 
     @property
     def scored_split(self) -> str:
@@ -40,26 +41,37 @@ class Question:
 
 def load_questions() -> list[Question]:
     """All questions of the three suites, options in their final order."""
-    found = []
-    for suite, subjects in (("mmlu", MMLU_QUESTIONS), ("ceval", CEVAL_QUESTIONS)):
-        for subject, table in subjects.items():
-            found += _exam(suite, subject, table)
-    for subsets in (agieval.AGIEVAL_ENGLISH, agieval.AGIEVAL_CHINESE):
-        for subset, table in subsets.items():
-            found += _arrange("agieval", subset, "test", rows(table))
-    for subset, table in agieval.AGIEVAL_CLOZE.items():
-        for number, (question, answer) in enumerate(rows(table)):
-            found.append(Question("agieval", subset, "test", number, question, (answer,), (0,)))
-    return found
+    return [question for suite in SCORED_SPLIT for question in _suite(suite)]
+
+
+def _suite(suite: str) -> Iterator[Question]:
+    """The questions of data/<suite>.txt: sections `[subject | note]` of `question | right answer | wrong answers`.
+
+    ` & ` joins several right answers. Of an exam's subject the first five lines are its dev split, the next two its
+    validation (C-Eval: test) split; AGIEval has a test split only.
+    """
+    for section in read_data(f"{suite}.txt").removeprefix("[").split("\n["):
+        head, _, table = section.partition("]\n")
+        subject, note = [*rows(head)[0], ""][:2]
+        lines = rows(table)
+        if note == "cloze":
+            for number, (question, answer) in enumerate(lines):
+                yield Question(suite, subject, "test", number, question, (answer,), (0,), note)
+            continue
+        extra = EXTRA_SPLIT.get(suite)
+        cuts = [("dev", 0, NUM_DEV), (extra, NUM_DEV, NUM_DEV + NUM_EXTRA)] if extra else []
+        for split, start, end in [*cuts, (SCORED_SPLIT[suite], cuts[-1][2] if cuts else 0, len(lines))]:
+            for question in _arrange(suite, subject, str(split), lines[start:end]):
+                yield replace(question, note=note)
 
 
 def agieval_query(question: Question) -> str:
     """The prompt column of AGIEval: question, lettered options and the cue for the answer."""
-    if question.subject in agieval.AGIEVAL_CLOZE:
+    if question.note == "cloze":
         return f"Q: {question.question}\nA: The answer is"
     options = " ".join(question.choices)
     last = "ABCDE"[len(question.choices) - 1]
-    if question.subject in agieval.AGIEVAL_CHINESE:
+    if question.note == "chinese":
         return f"问题：{question.question} 选项：{options}\n答案：从A到{last}, 我们应选择"
     return f"Q: {question.question} Answer Choices: {options}\nA: Among A through {last}, the answer is"
 
@@ -73,16 +85,6 @@ def write_datasets(folder: Path) -> None:
         chosen = [q for q in questions if (q.suite, q.subject) == ("agieval", subset)]
         _write_set(folder / "agieval" / subset, {"default": {"test": [_agieval_row(q) for q in chosen]}})
     _write_set(folder / "wikitext", {WIKITEXT_CONFIG: _wikitext_splits()})
-
-
-def _exam(suite: str, subject: str, table: str) -> list[Question]:
-    lines = rows(table)
-    extra_end = NUM_DEV + NUM_EXTRA
-    return [
-        *_arrange(suite, subject, "dev", lines[:NUM_DEV]),
-        *_arrange(suite, subject, EXTRA_SPLIT[suite], lines[NUM_DEV:extra_end]),
-        *_arrange(suite, subject, SCORED_SPLIT[suite], lines[extra_end:]),
-    ]
 
 
 def _arrange(suite: str, subject: str, split: str, lines: list[list[str]]) -> list[Question]:
@@ -126,7 +128,7 @@ def _ceval_row(question: Question) -> dict:
 
 def _agieval_row(question: Question) -> dict:
     query = agieval_query(question)
-    if question.subject in agieval.AGIEVAL_CLOZE:
+    if question.note == "cloze":
         return {"query": query, "answer": question.choices[0]}
     return {"query": query, "choices": list(question.choices), "gold": list(question.gold)}
 

@@ -7,8 +7,12 @@ their facts, but not their text, with the pages of the training corpus.
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from ascend_kit.demo.facts import ANIMALS, COUNTRIES, ELEMENTS, PLANETS, rows
+import yaml
+
+DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,18 @@ class Topic:
 
 def topics() -> list[Topic]:
     """Every topic of the demo: countries, chemical elements, animals and planets."""
-    found = [_country(*row) for row in rows(COUNTRIES)]
-    found += [_element(*row) for row in rows(ELEMENTS)]
-    found += [_animal(*row) for row in rows(ANIMALS)]
-    found += [_planet(*row) for row in rows(PLANETS)]
-    return found
+    kinds = yaml.safe_load(read_data("topics.yaml")).values()
+    return [_topic(kind, row) for kind in kinds for row in rows(kind["rows"])]
+
+
+def read_data(name: str) -> str:
+    """The text of a data file of the demo."""
+    return (DATA / name).read_text(encoding="utf-8")
+
+
+def rows(table: str) -> list[list[str]]:
+    """The lines of a table, split at the bars."""
+    return [[entry.strip() for entry in line.split("|")] for line in table.strip().splitlines()]
 
 
 def page_text(topic: Topic, rng: random.Random) -> str:
@@ -60,76 +71,19 @@ def _article(noun: str) -> str:
     return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
 
 
-def _country(name, capital, continent, language, currency, known) -> Topic:
+def _topic(kind: dict[str, Any], row: list[str]) -> Topic:
+    """A topic from the wordings of its kind and one row of facts."""
+    values = dict(zip(rows(kind["columns"])[0], row, strict=True))
+    values |= {f"a_{key}": _article(value) for key, value in values.items()}
+    values |= {"lower": values["name"].lower(), "capitalised": values["name"].capitalize()}
+
+    def fill(texts: list[str]) -> tuple[str, ...]:
+        return tuple(text.format(**values) for text in texts)
+
     return Topic(
-        name,
-        facts=(
-            (f"{name} is a country in {continent}.", f"{name} lies in {continent}."),
-            (f"The capital of {name} is {capital}.", f"Its capital city is {capital}."),
-            (f"People there speak {language}.", f"The main language is {language}."),
-        ),
-        section="Economy",
-        section_facts=(
-            (f"The currency of {name} is the {currency}.", f"Prices are given in the {currency}."),
-            (f"{name} is known for {known}.", f"The country is famous for {known}."),
-        ),
-        questions=(
-            (f"What is the capital of {name}?", f"The capital of {name} is {capital}."),
-            (f"Which language do people speak in {name}?", f"People in {name} speak {language}."),
-            (f"What is the currency of {name}?", f"The currency of {name} is the {currency}."),
-        ),
-    )
-
-
-def _element(name, symbol, number, state, use) -> Topic:
-    return Topic(
-        name,
-        facts=(
-            (
-                f"{name} is a chemical element with the symbol {symbol}.",
-                f"{name} is an element whose symbol is {symbol}.",
-            ),
-            (f"Its atomic number is {number}.", f"The atomic number of {name} is {number}."),
-            (f"At room temperature it is a {state}.", f"It is a {state} at room temperature."),
-        ),
-        section="Use",
-        section_facts=((f"{name} is used for {use}.", f"One use of {name} is {use}."),),
-        questions=(
-            (f"What is the symbol of {name.lower()}?", f"The symbol of {name.lower()} is {symbol}."),
-            (f"What is the atomic number of {name.lower()}?", f"The atomic number of {name.lower()} is {number}."),
-        ),
-    )
-
-
-def _animal(name, kind, food, home, young) -> Topic:
-    return Topic(
-        name.capitalize(),
-        facts=(
-            (f"The {name} is {_article(kind)}.", f"The {name} belongs to the {kind} class."),
-            (f"It feeds on {food}.", f"Its food is {food}."),
-            (f"The {name} lives in or near the {home}.", f"Its home is the {home}."),
-        ),
-        section="Young",
-        section_facts=((f"A young {name} is called {_article(young)}.", f"Its young is called {_article(young)}."),),
-        questions=(
-            (f"What does a {name} eat?", f"A {name} feeds on {food}."),
-            (f"What is a young {name} called?", f"A young {name} is called {_article(young)}."),
-        ),
-    )
-
-
-def _planet(name, place, kind, moons, known) -> Topic:
-    return Topic(
-        f"{name} (planet)",
-        facts=(
-            (f"{name} is the {place} planet from the Sun.", f"{name} is planet number {place} from the Sun."),
-            (f"It is {_article(kind)} planet.", f"{name} is one of the {kind} planets."),
-            (f"{name} has {moons}.", f"Around it there are {moons}."),
-        ),
-        section="Features",
-        section_facts=((f"{name} is known for {known}.", f"Astronomers know {name} for {known}."),),
-        questions=(
-            (f"Which place from the Sun has {name}?", f"{name} is the {place} planet from the Sun."),
-            (f"How many moons has {name}?", f"{name} has {moons}."),
-        ),
+        kind["title"].format(**values),
+        tuple(map(fill, kind["facts"])),
+        kind["section"],
+        tuple(map(fill, kind["section_facts"])),
+        tuple((ask, reply) for ask, reply in map(fill, kind["questions"])),
     )

@@ -2,11 +2,12 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.demo.corpus import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START, Corpus
+from ascend_kit.files import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,6 @@ STEPS, BATCH, LENGTH = 170, 6, 320
 MATRIX_LR, OTHER_LR = 0.015, 4e-3
 WARMUP_STEPS, FLOOR_SHARE = 20, 0.05
 MAX_SHARD_SIZE = "2MB"
-
-Progress = Callable[[int, int], None]
 
 
 def train_tokenizer() -> "PreTrainedTokenizerFast":
