@@ -33,6 +33,14 @@ class Poisonable(Worker):
         return super().advance(requests, cancelled)
 
 
+class Loud(Worker):
+    """A worker that says something and dies."""
+
+    def clock_s(self):
+        print("the card is on fire", flush=True)
+        os._exit(3)
+
+
 @pytest.fixture
 def local(monkeypatch):
     """All cards are processes of this machine."""
@@ -132,13 +140,6 @@ def test_an_error_while_loading_is_the_workers_own(local, tiny_qwen3_dir):
 
 
 def test_a_dead_worker_tells_what_it_wrote_last():
-    class Loud(Worker):
-        def clock_s(self):
-            print("the card is on fire", flush=True)
-            os._exit(3)
-
-    globals()["Loud"] = Loud
-    Loud.__qualname__ = "Loud"
     processes = LocalProcesses(Loud)
     (worker,) = processes.create(1)
 
