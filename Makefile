@@ -48,10 +48,13 @@ types: .venv/.dev
 
 check: test
 
-# Works on copies in the run folder; the notebooks themselves stay as they are.
+# Opens the project with copies of the notebooks in the run folder; the notebooks themselves stay as they are.
+LAB := $(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: .venv/.base
-	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) \
-	    "$$($(BIN)/python -m ascend_kit work $(PARAMS))"
+	work="$$($(BIN)/python -m ascend_kit work $(PARAMS))" && case "$$work" in \
+	    /*) $(LAB) "$$work" ;; \
+	    *) $(LAB) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url="/lab/tree/$$work" ;; \
+	esac
 
 clean:
 	rm -rf .venv .npu-sim outputs/demo

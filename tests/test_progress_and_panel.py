@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from ascend_kit.params import Experiment, load_experiment
+from ascend_kit.params import Experiment, load_experiment, notebook
 from ascend_kit.show.panel import ParameterPanel, grouped
 from ascend_kit.show.progress import Progress, in_browser
 
@@ -100,19 +100,103 @@ def test_every_parameter_has_one_place_in_the_form():
     assert keys == list(Experiment.model_fields)
 
 
-def test_form_reads_yaml_and_names_the_fault_and_the_closest_word():
-    panel = ParameterPanel(Experiment(), browser=True)
-    panel.widget()
-    panel._fields["eval_datasets"].value = "[mmlu, cevil]"
+@pytest.fixture
+def panel():
+    """A function: the form of an Experiment; what was applied is forgotten afterwards."""
 
-    message = panel.check()
-    panel._fields["eval_datasets"].value = "mmlu,ceval"
-    panel._fields["graph_mode"].value = False
-    panel._fields["quantize"].value = "w8a8"
+    def make(experiment, **options):
+        shown = ParameterPanel(experiment, browser=True, **options)
+        shown.widget()
+        return shown
+
+    yield make
+    notebook.applied.clear()
+
+
+def test_form_reads_yaml_and_names_the_fault_and_the_closest_word(panel):
+    form = panel(Experiment())
+    form.fields["eval_datasets"].value = "[mmlu, cevil]"
+
+    message = form.check()
+    form.fields["eval_datasets"].value = "mmlu,ceval"
+    form.fields["graph_mode"].value = False
+    form.fields["quantize"].value = "w8a8"
 
     assert message.startswith("not valid") and "did you mean ceval?" in message
-    assert panel.check().startswith("fine")
-    assert panel.experiment == Experiment(eval_datasets=["mmlu", "ceval"], graph_mode=False, quantize="w8a8")
+    assert form.check().startswith("fine")
+    assert form.experiment == Experiment(eval_datasets=["mmlu", "ceval"], graph_mode=False, quantize="w8a8")
+
+
+def test_check_says_what_lies_behind_the_values(panel):
+    def look(experiment):
+        raise ValueError(f"nothing at {experiment.input_model}")
+
+    form = panel(Experiment(), check=look)
+    form.fields["input_model"].value = "/models/Qwen3-8B"
+
+    assert form.check() == "not ready: nothing at /models/Qwen3-8B"
+    assert form.experiment.model_name == "Qwen3-8B"
+
+
+def test_applied_fields_are_the_notebooks_parameters_until_they_are_changed_back(panel):
+    form = panel(Experiment(experiment="mine", concurrency=4))
+    form.fields["concurrency"].value = "6"
+    form.fields["top_k"].value = "5"
+
+    message = form.apply()
+    first = notebook.experiment_from_notebook({"experiment": "mine", "concurrency": 4})
+    form.fields["concurrency"].value = "4"
+    form.fields["top_k"].value = ""
+    form.apply()
+    second = notebook.experiment_from_notebook({"experiment": "mine", "concurrency": 4})
+
+    assert "concurrency=6" in message and "top_k=5" in message
+    assert (first.concurrency, first.top_k) == (6, 5)
+    assert (second.concurrency, second.top_k) == (4, None)
+
+
+def test_wrong_fields_are_not_applied(panel):
+    form = panel(Experiment())
+    form.fields["concurrency"].value = "0"
+
+    assert form.apply().startswith("not valid: the form: concurrency")
+    assert not notebook.applied
+
+
+def test_load_fills_the_fields_and_apply_gives_the_experiment_of_the_file(panel, tmp_path):
+    (tmp_path / "mine.yaml").write_text("input_model: /models/a\nmodel_name: other\nsmooth: null\nthinking: false\n")
+    form = panel(Experiment(seed=3))
+
+    form.load(tmp_path / "mine.yaml")
+    unused = not notebook.applied
+    form.apply()
+
+    assert unused and form.experiment == load_experiment(tmp_path / "mine.yaml")
+
+
+def test_choices_are_drop_downs_and_none_is_an_empty_field(panel):
+    fields = panel(Experiment()).fields
+
+    assert fields["precision"].options == ("bf16", "fp16", "fp32")
+    assert fields["thinking"].options == ("", "true", "false") and fields["thinking"].value == ""
+    assert fields["top_k"].value == "" and fields["top_k"].placeholder == "none"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"experiment": "demo"},
+        {"max_seq_length": 1500, "max_new_tokens": 1024},
+        {"quantize": "auto", "max_kl": 0.1, "calibration_file": "texts.txt"},
+        {"input_model": "/models/a", "model_name": "demo"},
+    ],
+)
+def test_saved_form_gives_exactly_this_experiment(tmp_path, values):
+    form = ParameterPanel(Experiment(**values), browser=False)
+
+    form.save(tmp_path / "other.yaml")
+
+    assert load_experiment(tmp_path / "other.yaml") == form.experiment == Experiment(**values)
 
 
 def test_saved_form_holds_what_differs_and_loads_again(tmp_path):

@@ -64,7 +64,7 @@ def run_experiment(
     experiment = load_experiment(path, overrides)
     available = find_notebooks(notebooks)
     chosen = select_notebooks(available, only)
-    _check(experiment, chosen)
+    check_parameters(experiment, chosen)
     mode = _mode(experiment, resume, overwrite)
     folder = experiment.run_folder
     with contextlib.ExitStack() as stack:
@@ -290,11 +290,13 @@ def check_experiment(
 ) -> Experiment:
     """Everything that `run_experiment` checks beforehand, without running anything."""
     experiment = load_experiment(path, overrides)
-    _check(experiment, find_notebooks(notebooks))
+    check_parameters(experiment, find_notebooks(notebooks))
     return experiment
 
 
-def _check(experiment: Experiment, notebooks: list[Notebook]) -> None:
+def check_parameters(experiment: Experiment, notebooks: list[Notebook] | None = None) -> None:
+    """What the notebooks (default: all) would stumble over, as ValueError; files are looked into, nothing runs."""
+    notebooks = find_notebooks() if notebooks is None else notebooks
     check_paths(experiment, notebooks)
     check_conversion(experiment, notebooks)
     names = {name for notebook in notebooks for name in notebook.defaults}

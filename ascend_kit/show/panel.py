@@ -1,14 +1,18 @@
-"""A form over the parameters in JupyterLab: edit, check, save as YAML. Headless: what is not default."""
+"""A form over the parameters in JupyterLab: apply, load, save, check. Headless: what is not default."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ascend_kit.files import write_atomic
-from ascend_kit.params import Experiment, ParameterError, build_experiment, parse_overrides
+from ascend_kit.params import PRECISIONS, Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
+from ascend_kit.params.experiment import FRAMEWORKS, choices_of, kind_of
+from ascend_kit.params.notebook import applied
 from ascend_kit.show.progress import in_browser
 from ascend_kit.show.tables import readable
 
@@ -26,17 +30,29 @@ GROUPS = {
     "Evaluation": "eval_datasets",
     "Comparison": "compare_runs",
 }
+# What another model needs; the rest stands folded below.
+FIRST = ("input_model", "model_name", "device", "dataset_path")
+PARAMETER_FOLDER = Path("params")
 
 
 class ParameterPanel:
-    """Shows an experiment's parameters; `experiment` is the last state that passed the check."""
+    """Shows an experiment's parameters; `experiment` is the last state that passed the check.
 
-    def __init__(self, experiment: Experiment, *, browser: bool | None = None) -> None:
-        self.experiment = experiment
+    `check` looks further than at the values (paths, data, conversion) and raises ValueError with what is wrong.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        check: Callable[[Experiment], object] | None = None,
+        browser: bool | None = None,
+    ) -> None:
+        # In the words that were written: the form shows `demo` and not where its model lies.
+        self.experiment = self._shown = build_experiment(experiment.model_dump(exclude_unset=True))
+        self._look_further = check
         self._browser = in_browser() if browser is None else browser
-        self._fields: dict[str, Any] = {}
-        self._message: Any = None
-        self._path: Any = None
+        self.fields: dict[str, Any] = {}
 
     def table(self) -> pandas.DataFrame:
         """Value and meaning of every parameter that is not at its default."""
@@ -59,30 +75,63 @@ class ParameterPanel:
         return pandas.DataFrame(rows)
 
     def check(self) -> str:
-        """Validate the fields as they stand; returns the message that the form shows."""
+        """Validate the fields as they stand and what they name; returns the message that the form shows."""
+        return self._read() or self._further() or f"fine: results go to {self.experiment.run_folder}"
+
+    def apply(self) -> str:
+        """This kernel's notebook uses the fields from now on, above its cells and above its parameter file."""
+        if fault := self._read():
+            return fault
+        changed = self._changed()
+        applied.update(changed)
+        if not applied:
+            return "nothing differs from what the notebook uses"
+        return (
+            f"this notebook uses {', '.join(f'{key}={value!r}' for key, value in applied.items())} until its kernel "
+            "ends: run its cells again from the one that calls experiment_from_notebook; for the other notebooks, Save"
+        )
+
+    def load(self, path: str | Path) -> str:
+        """Fill the fields from a parameter file; nothing uses them before Apply or Save."""
         try:
-            self.experiment = build_experiment(self.values())
+            loaded = load_experiment(path)
         except ParameterError as error:
             return f"not valid: {error}"
-        return f"fine: results go to {self.experiment.run_folder}"
-
-    def values(self) -> dict[str, Any]:
-        """What the fields hold, texts read as YAML. ParameterError for text that is not YAML."""
-        values = {}
-        for key, field in self._fields.items():
-            is_text = isinstance(field.value, str) and not _choices(key)
-            values[key] = parse_overrides([f"{key}={field.value}"])[key] if is_text else field.value
-        return values or self.experiment.model_dump()
+        for key in sorted(self.fields, key="model_name".__eq__):  # last: another model changes the name beside it
+            self.fields[key].value = _field_value(key, getattr(loaded, key))
+        return f"the fields show {path}; Apply uses them in this notebook"
 
     def save(self, path: str | Path) -> str:
-        """Check, then write the parameters that differ from the defaults to `path`."""
-        message = self.check()
-        if not message.startswith("fine"):
-            return message
-        defaults = build_experiment({}).model_dump()
-        changed = {key: value for key, value in self.experiment.model_dump().items() if value != defaults[key]}
-        write_atomic(Path(path), yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
-        return f"written to {path}; run it with: python -m ascend_kit run {path}"
+        """Write a file that gives exactly the experiment in the fields."""
+        if fault := self._read():
+            return fault
+        written = "replaced" if Path(path).exists() else "written"
+        write_atomic(Path(path), _minimal_yaml(self.experiment))
+        return (
+            f'{path} {written}; every notebook uses it with params_file = "{path}", or: python -m ascend_kit run {path}'
+        )
+
+    def _read(self) -> str | None:
+        """Take the fields over into `experiment`; what is wrong with them, if anything."""
+        try:
+            values = {**self._shown.model_dump(exclude_unset=True), **self._changed()}
+            self.experiment = build_experiment(values, source="the form")
+        except ParameterError as error:
+            return f"not valid: {error}"
+        return None
+
+    def _further(self) -> str | None:
+        try:
+            if self._look_further is not None:
+                self._look_further(self.experiment)
+        except (ValueError, OSError) as error:
+            return f"not ready: {error}"
+        return None
+
+    def _changed(self) -> dict[str, Any]:
+        """The fields that differ from the experiment first shown, or that were applied. ParameterError for no YAML."""
+        values = {key: _typed(key, field.value) for key, field in self.fields.items()}
+        return {key: value for key, value in values.items() if key in applied or value != getattr(self._shown, key)}
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
@@ -100,29 +149,43 @@ class ParameterPanel:
         """The form as an ipywidgets box."""
         import ipywidgets as w
 
-        pages = [w.VBox([self._row(w, key) for key in keys]) for keys in grouped().values()]
-        tabs = w.Tab(children=pages, titles=list(GROUPS))
-        self._message = w.Label()
-        self._path = w.Text(value=f"params/{self.experiment.experiment}-new.yaml", description="file")
-        check, save = w.Button(description="Check"), w.Button(description="Save as YAML")
-        check.on_click(lambda _: self._say(self.check()))
-        save.on_click(lambda _: self._say(self.save(self._path.value)))
-        return w.VBox([tabs, w.HBox([check, save, self._path]), self._message])
+        self.fields = {key: self._field(w, key) for key in Experiment.model_fields}
+        self.fields["input_model"].observe(self._name_after_model, "value")
+        pages = {title: [key for key in keys if key not in FIRST] for title, keys in grouped().items()}
+        tabs = w.Tab(children=[_rows(w, keys, self.fields) for keys in pages.values()], titles=list(pages))
+        more = w.Accordion(children=[tabs], titles=["All other parameters"], selected_index=None)
+        files = sorted(str(path) for path in PARAMETER_FOLDER.glob("*.y*ml"))
+        source = w.Dropdown(options=files, layout={"width": "260px"})
+        target = w.Text(value=f"{PARAMETER_FOLDER}/{self.experiment.experiment}-new.yaml", layout={"width": "260px"})
+        message = w.HTML()
+        actions = {
+            "Check": self.check,
+            "Apply": self.apply,
+            "Load": lambda: self.load(source.value) if source.value else f"no files in {PARAMETER_FOLDER}/",
+            "Save": lambda: self.save(target.value),
+        }
+        buttons = {title: w.Button(description=title, layout={"width": "90px"}) for title in actions}
+        for title, action in actions.items():
+            buttons[title].on_click(lambda _, action=action: _say(message, action()))
+        bar = [buttons["Check"], buttons["Apply"], buttons["Load"], source, buttons["Save"], target]
+        wrap = {"flex_flow": "row wrap"}
+        return w.VBox([_rows(w, FIRST, self.fields), more, w.HBox(bar, layout=wrap), message])
 
-    def _say(self, message: str) -> None:
-        self._message.value = message
+    def _field(self, w: Any, key: str) -> Any:
+        value = _field_value(key, getattr(self.experiment, key))
+        layout = {"width": "300px"}
+        if choices := _choices(key):
+            return w.Dropdown(options=choices, value=value, layout=layout)
+        if isinstance(value, bool):
+            return w.Checkbox(value=value, indent=False, layout=layout)
+        return w.Text(value=value, placeholder="none" if "None" in kind_of(key) else "", layout=layout)
 
-    def _row(self, w: Any, key: str) -> Any:
-        value, choices = getattr(self.experiment, key), _choices(key)
-        if choices:
-            field = w.Dropdown(options=choices, value=value)
-        elif isinstance(value, bool):
-            field = w.Checkbox(value=value, indent=False)
-        else:
-            field = w.Text(value=_as_text(value))
-        self._fields[key] = field
-        name = w.Label(key, layout={"width": "180px"})
-        return w.HBox([name, field, w.Label(Experiment.model_fields[key].description or "")])
+    def _name_after_model(self, change: Mapping[str, Any]) -> None:
+        try:
+            named = build_experiment({"input_model": change["new"]}).model_name
+        except ParameterError:
+            return  # half typed
+        self.fields["model_name"].value = named
 
 
 def grouped() -> dict[str, list[str]]:
@@ -136,10 +199,55 @@ def grouped() -> dict[str, list[str]]:
     return groups
 
 
+def _rows(w: Any, keys: tuple[str, ...] | list[str], fields: Mapping[str, Any]) -> Any:
+    """Name, field and meaning below each other in three columns; a long meaning takes a second line."""
+    cells = []
+    for key in keys:
+        meaning = escape(Experiment.model_fields[key].description or "")
+        cells += [w.HTML(f"<code>{key}</code>"), fields[key], w.HTML(f"<span style='line-height:1.3'>{meaning}</span>")]
+    return w.GridBox(
+        cells, layout={"grid_template_columns": "max-content 310px minmax(200px, 1fr)", "grid_gap": "2px 12px"}
+    )
+
+
+def _say(message: Any, text: str) -> None:
+    is_bad = text.startswith("not ")
+    message.value = f"<div style='white-space:normal;color:{'#b3261e' if is_bad else 'inherit'}'>{escape(text)}</div>"
+
+
 def _choices(key: str) -> list[str]:
     """Allowed words of a parameter that is a choice, else nothing."""
-    annotation = Experiment.model_fields[key].annotation
-    return [word for word in get_args(annotation) if isinstance(word, str)]
+    named = {"precision": PRECISIONS, "framework": FRAMEWORKS}.get(key)
+    if named is not None:
+        return list(dict.fromkeys(named.values()))
+    return ["", "true", "false"] if kind_of(key) == "bool | None" else choices_of(key)
+
+
+def _field_value(key: str, value: Any) -> Any:
+    """What a field holds for a value: itself for a check box, else text, empty for none."""
+    if value is None:
+        return ""
+    return value if isinstance(value, bool) and not _choices(key) else _as_text(value)
+
+
+def _typed(key: str, value: Any) -> Any:
+    """The value of a field's content, texts read as YAML. ParameterError for text that is not YAML."""
+    if not isinstance(value, str):
+        return value
+    return parse_overrides([f"{key}={value}"])[key]
+
+
+def _minimal_yaml(experiment: Experiment) -> str:
+    """The experiment's name and every parameter that the file would not give without it."""
+    wanted = experiment.model_dump(exclude={"params_file"})
+    defaults = build_experiment({}).model_dump()
+    written = {key: value for key, value in wanted.items() if key == "experiment" or value != defaults[key]}
+    try:
+        given = build_experiment(written).model_dump()
+    except ParameterError:  # a part of the parameters need not go together although all of them do
+        return experiment.to_yaml()
+    written = {key: value for key, value in wanted.items() if key in written or value != given[key]}
+    return yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
 
 
 def _as_text(value: Any) -> str:
