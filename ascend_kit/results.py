@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ascend_kit.files import append_lines, to_json, write_atomic
 from ascend_kit.identity import Identity, Use
 from ascend_kit.params import Experiment
 from ascend_kit.params.cells import parameters_of
-from ascend_kit.stages import RunFolderError, RunRecord, Stage, StageLock, admit, changing_stage
+from ascend_kit.stages import DONE, RunFolderError, RunRecord, Stage, StageLock, admit, changing_stage
 
 if TYPE_CHECKING:
     import pandas
@@ -36,6 +36,8 @@ class RunFolder:
         self.stage = stage
         self._lock: StageLock | None = None
         self._opened_s = time.monotonic()
+        self._is_idle = False  # opened over a stage that is done: it stays so until its work begins
+        self._part: str | None = None  # of the work, whose alarms and failures go when it is done anew
         self._recorded_ids: set[str] = set()
 
     @classmethod
@@ -43,7 +45,8 @@ class RunFolder:
         """The folder of `experiment`, created or checked against its if_exists rule, locked for `stage`.
 
         `facts` (device, versions, peaks) go into the record. Raises RunFolderError when another process holds the
-        stage, or when earlier rows were made with other parameters and resuming would mix them.
+        stage, or when earlier rows were made with other parameters and resuming would mix them. A stage that is done
+        stays done until its work begins again.
         """
         folder = cls(experiment.run_folder, stage)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -144,21 +147,56 @@ class RunFolder:
 
     # --- the stage ----------------------------------------------------------------------------------------------
 
-    def begin(self, experiment: Experiment, *tables: str, identity: Identity | None = None) -> None:
-        """Note what the stage writes and what does its work, before the first row; a closed stage is opened again."""
+    def begin(
+        self, experiment: Experiment, *tables: str, identity: Identity | None = None, part: str | None = None
+    ) -> None:
+        """Note what the stage writes and what does its work, before the first row; a closed stage is opened again.
+
+        `part` (by default the first table) names this piece of the stage's work: alarms and failures that an earlier
+        pass of it left are gone, those of other parts are not. Raises RunFolderError as `open` does.
+        """
         assert self.stage is not None, "open the folder for a stage with RunFolder.open"
+        if self._lock is None or self._is_idle:
+            admit(RunRecord.read(self.path).stages.get(self.stage), experiment, "resume", self._parameters)
         if self._lock is None:
             self._lock, self._opened_s = StageLock(self.path, self.stage), time.monotonic()
+        self._part = part or next(iter(tables), None)
         with changing_stage(self.path, self.stage, experiment) as stage:
-            stage.state = "running"
+            if stage.state != "running":
+                self._run(stage.go_on, stage, experiment)
+            stage.forget(self._part, *([None] if self._is_idle else []))
             stage.tables = list(dict.fromkeys([*stage.tables, *tables]))
             stage.identity = {} if identity is None else identity.to_row()
+        self._is_idle = False
+
+    @contextlib.contextmanager
+    def working(
+        self, experiment: Experiment, *tables: str, identity: Identity | None = None, part: str | None = None
+    ) -> Iterator[None]:
+        """`begin` for the work in the block. An error ends the stage; so does success where the stage was closed
+        before, as when a single cell of a finished notebook is run again.
+        """
+        was_closed = self._lock is None
+        self.begin(experiment, *tables, identity=identity, part=part)
+        try:
+            yield
+        except BaseException as error:
+            self.close(error)
+            raise
+        if was_closed:
+            self.close()
 
     def alarm(self, key: str, text: str, **values: Any) -> None:
         """The stage's result must not be trusted, and why: the stage will end as `alarm`. A key replaces itself."""
+        self._is_idle = False
         with self._changing() as stage:
             others = [alarm for alarm in stage.alarms if alarm["key"] != key]
-            stage.alarms = [*others, {"key": key, "text": text, "values": values}]
+            stage.alarms = [*others, {"key": key, "text": text, "values": values, "part": self._part}]
+
+    def fail(self, text: str) -> None:
+        """Some of the work that has begun could not be done: the rest goes on, and the stage will end as `failed`."""
+        with self._changing() as stage:
+            stage.failures = [*stage.failures, {"text": text, "part": self._part}]
 
     def close(self, error: BaseException | None = None) -> None:
         """Mark the stage as done, or as failed with `error`, and give its lock back."""
@@ -167,9 +205,11 @@ class RunFolder:
         word = "ok" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         text = None if error is None else f"{type(error).__name__}: {error}"
         try:
-            with self._changing() as stage:
-                stage.end(word, text, time.monotonic() - self._opened_s)
+            if error is not None or not self._is_idle:
+                with self._changing() as stage:
+                    stage.end(word, text, time.monotonic() - self._opened_s)
         finally:
+            self._part, self._is_idle = None, False
             self._lock.close()
             self._lock = None
 
@@ -188,14 +228,25 @@ class RunFolder:
         by_hand = not self._lock.is_parents  # else the command line has admitted and started the stage
         with changing_stage(self.path, self.stage, experiment) as stage:
             if by_hand:
-                admit(stage, experiment, experiment.if_exists, parameters_of(self.stage) or None)
+                admit(stage, experiment, experiment.if_exists, self._parameters)
             if experiment.if_exists == "overwrite":
                 self.clear(*stage.tables)
                 stage.tables = []
-            if by_hand:
-                stage.start(experiment)
-                stage.by_hand, stage.notebook = True, executed_notebook()
+            self._is_idle = by_hand and stage.state in DONE and experiment.if_exists != "overwrite"
+            if by_hand and not self._is_idle:
+                self._run(stage.start, stage, experiment)
             stage.facts = json.loads(to_json(facts))
+
+    @property
+    def _parameters(self) -> list[str] | None:
+        """The parameters that this stage uses; None of one that is no notebook of ours: all count."""
+        return parameters_of(self.stage or "") or None
+
+    def _run(self, start: Callable[[Experiment], None], stage: Stage, experiment: Experiment) -> None:
+        assert self._lock is not None
+        start(experiment)
+        if not self._lock.is_parents:
+            stage.by_hand, stage.notebook = True, executed_notebook()
 
 
 def executed_notebook() -> str | None:

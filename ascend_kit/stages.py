@@ -30,8 +30,11 @@ FREE = frozenset({
 # Parameters by which rows are keyed or whose content stands in a row's identity: a stage that asks for others goes on,
 # keeps its rows and adds what is missing.
 GROWING = frozenset({
-    "sweep_concurrency", "sweep_prompt_len", "sweep_output_len", "sweep_repeats", "sweep_cards",
-    "sweep_tensor_parallel", "sweep_baseline", "prompts_file", "eval_datasets", "dataset_path",
+    "seed", "sweep_concurrency", "sweep_prompt_len", "sweep_output_len", "sweep_repeats", "sweep_requests_per_point",
+    "sweep_cards", "sweep_tensor_parallel", "sweep_baseline", "ttft_limit_ms", "tpot_limit_ms", "prompts_file",
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "sampling",
+    "concurrency", "chat_template", "thinking", "eval_datasets", "dataset_path", "eval_batch_size",
+    "eval_max_seq_length", "eval_fewshot", "eval_limit", "eval_chat_template",
 })  # fmt: skip
 HELD_BY_PARENT = "ASCEND_KIT_STAGE_LOCK"  # environment variable: the lock that the command line holds for its kernel
 
@@ -45,8 +48,8 @@ class Stage:
     """What is known of one stage: waiting, running, ok, alarm, failed, interrupted or skipped, and how it came to that.
 
     `parameters` are resolved; `inputs` are the parts of the identity known before the work (weights, tokenizer, data,
-    versions), `identity` those of what did the work. `by_hand`: not by the command line, but in the file `notebook` as
-    far as that is known.
+    versions), `identity` those of what did the work. `alarms` and `failures` carry the `part` of the stage's work that
+    raised them. `by_hand`: not by the command line, but in the file `notebook` as far as that is known.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Stage:
     notebook: str | None = None
     tables: list[str] = field(default_factory=list)
     alarms: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
@@ -67,13 +71,25 @@ class Stage:
 
     def start(self, experiment: Experiment) -> None:
         """The stage runs from now on; what an earlier try said of itself is gone, its tables are not."""
+        self.go_on(experiment)
+        self.alarms, self.failures = [], []
+
+    def go_on(self, experiment: Experiment) -> None:
+        """The stage runs again, and what its parts said of themselves stands until they are done anew."""
         self.state, self.started = "running", now()
         self.duration_s = self.error = self.cell = self.traceback = self.notebook = None
-        self.alarms, self.inputs, self.by_hand = [], {}, False
+        self.inputs, self.by_hand = {}, False
         self.parameters = parameter_values(experiment)
 
+    def forget(self, *parts: str | None) -> None:
+        """Alarms and failures of these parts of the work do not hold any more."""
+        self.alarms = [entry for entry in self.alarms if entry.get("part") not in parts]
+        self.failures = [entry for entry in self.failures if entry["part"] not in parts]
+
     def end(self, state: str, error: str | None = None, duration_s: float | None = None) -> None:
-        """The stage has come to `state`; success with an alarm is `alarm`."""
+        """The stage has come to `state`; success with a failed part is `failed`, with an alarm `alarm`."""
+        if state == "ok" and self.failures:
+            state, error = "failed", "; ".join(entry["text"] for entry in self.failures)
         self.state = "alarm" if state == "ok" and self.alarms else state
         self.error, self.duration_s = error, duration_s
 

@@ -128,6 +128,73 @@ def test_an_alarm_marks_the_stage_and_an_exception_fails_it(tmp_path):
     assert folder.read_json("run")["state"] == "failed"
 
 
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"ttft_limit_ms": 5.0}, {"sweep_requests_per_point": 3}, {"sweep_baseline": False}]
+)
+def test_what_keys_the_rows_may_change_and_what_makes_the_variant_may_not(tmp_path, changes):
+    with RunFolder.open(experiment(tmp_path), "04_throughput") as folder:
+        folder.begin(experiment(tmp_path), "rows")
+
+    with RunFolder.open(experiment(tmp_path, **changes), "04_throughput") as again:
+        again.begin(experiment(tmp_path, **changes), "rows")
+    with pytest.raises(RunFolderError, match="precision"):
+        again.begin(experiment(tmp_path, precision="fp16", **changes), "rows")
+    with RunFolder.open(experiment(tmp_path), "04_throughput"):
+        pass  # what was refused holds no lock
+
+
+def state_of(folder):
+    stage = RunRecord.read(folder.path).stages["s"]
+    return stage.state, [alarm["key"] for alarm in stage.alarms]
+
+
+def test_work_done_again_ends_its_stage_and_only_its_own_alarms_go(tmp_path):
+    asked = experiment(tmp_path)
+    folder = RunFolder.open(asked, "s")
+    for part in ("engine", "baseline"):
+        with folder.working(asked, "rows", part=part):
+            folder.alarm(f"empty {part}", "is empty")
+    assert state_of(folder)[0] == "running"  # the notebook goes on
+    folder.close()
+    assert state_of(folder) == ("alarm", ["empty engine", "empty baseline"])
+
+    with folder.working(asked, "rows", part="engine"):
+        assert state_of(folder) == ("running", ["empty baseline"])
+    assert state_of(folder) == ("alarm", ["empty baseline"])
+    with folder.working(asked, "rows", part="baseline"):
+        pass
+    assert state_of(folder) == ("ok", [])
+
+
+def test_opening_a_stage_that_is_done_changes_nothing_until_its_work_begins(tmp_path):
+    asked = experiment(tmp_path)
+    with RunFolder.open(asked, "s") as folder:
+        folder.alarm("chance", "what guessing gives")
+
+    again = RunFolder.open(asked, "s")
+    assert state_of(again) == ("alarm", ["chance"])
+    again.begin(asked, "rows")
+    assert state_of(again) == ("running", [])
+    again.close()
+
+    assert state_of(again) == ("ok", [])
+
+
+def test_work_that_stops_or_partly_fails_ends_the_stage_as_failed_until_it_is_done(tmp_path):
+    asked = experiment(tmp_path)
+    folder = RunFolder.open(asked, "s")
+    with pytest.raises(MemoryError), folder.working(asked, "rows"):
+        raise MemoryError("no blocks")
+    assert state_of(folder)[0] == "failed" and RunFolder.open(asked, "s").path == folder.path
+
+    with RunFolder.open(asked, "s") as folder, folder.working(asked, "rows"):
+        folder.fail("1 of 2 points failed")
+    assert state_of(folder)[0] == "failed" and RunRecord.read(folder.path).stages["s"].error == "1 of 2 points failed"
+    with folder.working(asked, "rows"):
+        pass
+    assert state_of(folder)[0] == "ok"
+
+
 def test_stages_opened_at_the_same_time_lose_nothing_of_each_other(tmp_path):
     code = (
         "import sys; from ascend_kit import *; from ascend_kit.params import build_experiment\n"

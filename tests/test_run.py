@@ -223,11 +223,13 @@ def test_resume_repeats_only_what_failed_or_lost_its_evidence(project):
 
 
 def test_resume_with_other_parameters_of_a_finished_notebook_is_refused(project):
-    write_notebook(project / "notebooks", "01_first")
+    write_notebook(project / "notebooks", "01_first", parameters=PARAMETERS + "\nbatch_size: int = 16")
     run_experiment("fake.yaml", notebooks="notebooks", echo=lambda line: None)
 
-    with pytest.raises(RunFolderError, match=r"seed: 7 -> 8"):
-        run_experiment("fake.yaml", notebooks="notebooks", resume=True, overrides={"seed": 8}, echo=lambda line: None)
+    with pytest.raises(RunFolderError, match=r"batch_size: 16 -> 8"):
+        run_experiment(
+            "fake.yaml", notebooks="notebooks", resume=True, overrides={"batch_size": 8}, echo=lambda line: None
+        )
 
 
 def test_an_alarm_is_told_counts_as_done_and_gives_no_success(project):

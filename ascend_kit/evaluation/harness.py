@@ -45,16 +45,19 @@ def evaluate(
     """Evaluate a loaded engine on `experiment.eval_datasets` and write everything to `folder`.
 
     Data faults raise DataError before anything is scored. Failing tasks do not raise here, so that the rest
-    is computed and shown; look at `result.failed` or end with `result.raise_if_failed()`. `on_progress(done,
-    total, task)` counts documents.
+    is computed and shown, but the stage ends as failed; look at `result.failed` or end with
+    `result.raise_if_failed()`. `on_progress(done, total, task)` counts documents.
     """
     tasks = check_data(experiment)
     if not tasks:
         raise DataError("dataset_path is the word demo: use demo.resolve(experiment), which builds the sample sets")
     go_offline()
-    folder.begin(experiment, *TABLES)
-    _Session(engine, experiment, folder, tasks, on_progress or (lambda done, total, task: None)).run()
-    return load_evaluation(folder)
+    with folder.working(experiment, *TABLES):
+        _Session(engine, experiment, folder, tasks, on_progress or (lambda done, total, task: None)).run()
+        result = load_evaluation(folder)
+        if result.error is not None:
+            folder.fail(str(result.error))
+    return result
 
 
 class _Session:

@@ -56,25 +56,25 @@ def run_batch(
         engine.render_chat("", thinking=experiment.thinking)  # ValueError where the template cannot do it
     identity = engine.identity.with_parts(task=_task(experiment, sampling))
     hashes = [hash_value(prompt.messages or str(prompt)) for prompt in prompts]
-    folder.begin(experiment, TABLE, "batch", "generations", identity=identity)
-    folder.write_json("batch", {
-        "identity": identity.to_row(), "prompts": hashes, "is_sampled": sampling.temperature > 0,
-    })  # fmt: skip
-    known = load_answers(folder)
-    done = set(known["index"][known["status"] == "ok"]) if len(known) else set()
-    waiting = deque((i, prompt) for i, prompt in enumerate(prompts) if i not in done)
-    finished, session = len(prompts) - len(waiting), uuid.uuid4().hex[:8]
-    for index, prompt, output in _serve(engine, experiment, sampling, waiting):
-        record = record_from_output(output)
-        row = _row(index, prompt, output, record)
-        folder.append(TABLE, {"session": session, "prompt_hash": hashes[index], **row}, identity)
-        finished += 1
-        if on_progress:
-            on_progress(finished, len(prompts), f"{len(record.token_times_s)} tokens for prompt {index}")
-    answers = load_answers(folder)
-    path = answers_file(experiment)
-    write_atomic(path, to_json(_for_people(answers), indent=1) + "\n")
-    _raise_alarms(answers, folder)
+    with folder.working(experiment, TABLE, "batch", "generations", identity=identity):
+        folder.write_json("batch", {
+            "identity": identity.to_row(), "prompts": hashes, "is_sampled": sampling.temperature > 0,
+        })  # fmt: skip
+        known = load_answers(folder)
+        done = set(known["index"][known["status"] == "ok"]) if len(known) else set()
+        waiting = deque((i, prompt) for i, prompt in enumerate(prompts) if i not in done)
+        finished, session = len(prompts) - len(waiting), uuid.uuid4().hex[:8]
+        for index, prompt, output in _serve(engine, experiment, sampling, waiting):
+            record = record_from_output(output)
+            row = _row(index, prompt, output, record)
+            folder.append(TABLE, {"session": session, "prompt_hash": hashes[index], **row}, identity)
+            finished += 1
+            if on_progress:
+                on_progress(finished, len(prompts), f"{len(record.token_times_s)} tokens for prompt {index}")
+        answers = load_answers(folder)
+        path = answers_file(experiment)
+        write_atomic(path, to_json(_for_people(answers), indent=1) + "\n")
+        _raise_alarms(answers, folder)
     return BatchResult(answers, path)
 
 

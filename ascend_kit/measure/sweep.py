@@ -16,7 +16,14 @@ from ascend_kit.device.device import Device, select_device
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.identity import Identity
 from ascend_kit.measure.ceilings import measure_ceilings
-from ascend_kit.measure.engines import Backend, EngineBackend, as_backend, baseline_backend, reckon_weight_bytes
+from ascend_kit.measure.engines import (
+    Backend,
+    EngineBackend,
+    TransformersBackend,
+    as_backend,
+    baseline_backend,
+    reckon_weight_bytes,
+)
 from ascend_kit.measure.points import KEY, Point, PointForecast, PointRunner
 from ascend_kit.results import newest_rows
 
@@ -32,7 +39,7 @@ Progress = Callable[[float, int, str], None]  # points done, points in all, text
 
 
 class SweepError(ValueError):
-    """The sweep asks for something that no engine could do."""
+    """The sweep asks for something that no engine could do, or some of its points could not be measured."""
 
 
 def sweep_points(experiment: Experiment) -> list[Point]:
@@ -96,28 +103,34 @@ def run_sweep(
 
     `engine` is an AscendInferEngine or any `Backend`, and is opened when a point needs it. `on_progress(done, total,
     text)` is called after every point and about once a second meanwhile. `ceilings` as `measure_ceilings` returns them;
-    by default those in the folder, else measured now. Raises SweepError for impossible points before any work.
+    by default those in the folder, else measured now. Raises SweepError for impossible points before any work. A point
+    that fails is a row, the others go on, and the stage ends as failed.
 
     Where the experiment's `sweep_layouts` are others than the engine's own, the engine is closed: its cards are needed.
     """
     backends, points = _backends(engine, experiment), sweep_points(experiment)
     check_points(points, min(backends[0].max_seq_length, experiment.max_seq_length))
-    folder.begin(experiment, *TABLES)
-    ceilings = ceilings or load_ceilings(backends[0], folder)
-    runners = [PointRunner(backend, experiment, folder, ceilings) for backend in backends]
-    _note_asked(folder, backends[0].name, [runner.identity for runner in runners], points)
-    for number, runner in enumerate(runners):
+    name = backends[0].name
+    with folder.working(experiment, *TABLES, part=name):
+        ceilings = ceilings or load_ceilings(backends[0], folder)
+        runners = [PointRunner(backend, experiment, folder, ceilings) for backend in backends]
+        _note_asked(folder, name, [runner.identity for runner in runners], points)
+        for number, runner in enumerate(runners):
 
-        def tell(done: float, text: str, before: int = number * len(points)) -> None:
-            if on_progress is not None:
-                on_progress(before + done, len(runners) * len(points), text)
+            def tell(done: float, text: str, before: int = number * len(points)) -> None:
+                if on_progress is not None:
+                    on_progress(before + done, len(runners) * len(points), text)
 
-        try:
-            runner.run(points, tell)
-        finally:
-            if len(runners) > 1:
-                runner.backend.close()
-    return load_rows(folder)
+            try:
+                runner.run(points, tell)
+            finally:
+                if len(runners) > 1:
+                    runner.backend.close()
+        rows = load_rows(folder)
+        error = error_of(rows[rows["backend"] == name])
+        if error is not None:
+            folder.fail(str(error))
+    return rows
 
 
 def _backends(engine: AscendInferEngine | Backend, experiment: Experiment) -> list[Backend]:
@@ -142,7 +155,8 @@ def run_baseline_sweep(
     even loaded when every point is done.
     """
     if not experiment.sweep_baseline:
-        _note_asked(folder, "transformers", [], [])
+        with folder.working(experiment, part=TransformersBackend.name):
+            _note_asked(folder, TransformersBackend.name, [], [])
         return load_rows(folder)
     backend = baseline_backend(experiment, device or select_device(experiment.device, experiment.device_id))
     try:
@@ -187,6 +201,25 @@ def load_cards(folder: RunFolder) -> pandas.DataFrame:
 def failed_points(rows: pandas.DataFrame) -> pandas.DataFrame:
     """The rows of `load_rows` whose point could not be measured."""
     return rows if rows.empty else rows.loc[rows["status"] != "ok"]
+
+
+def error_of(rows: pandas.DataFrame) -> SweepError | None:
+    """What ends the stage as failed: an error naming points that could not be measured, None where there are none."""
+    failed = failed_points(rows)
+    if failed.empty:
+        return None
+    first = failed.iloc[0]
+    point = f"concurrency {first['concurrency']}, prompt {first['prompt_len']}, output {first['output_len']}"
+    return SweepError(
+        f"{len(failed)} of {len(rows)} points failed; the first: {first['backend']}, {point}: {first['error']}"
+    )
+
+
+def raise_if_failed(rows: pandas.DataFrame) -> None:
+    """The SweepError of `error_of`: what ends a notebook with a failure."""
+    error = error_of(rows)
+    if error is not None:
+        raise error
 
 
 def load_ceilings(backend: Backend, folder: RunFolder) -> dict[str, Any]:
