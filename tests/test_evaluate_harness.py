@@ -18,6 +18,7 @@ import pytest
 from evaluation_data import write_sets
 
 from ascend_kit import AscendInferEngine
+from ascend_kit.engine.text import thinking_option
 from ascend_kit.evaluation import judge
 from ascend_kit.evaluation.datasets import SETS, check_data, find_tasks, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluation.files import DataError
@@ -566,9 +567,9 @@ def test_thinking_is_switched_off_and_said(engine) -> None:
     always = SimpleNamespace(tokenizer=SimpleNamespace(chat_template="<think>"))
     chat, plain = build_experiment({"eval_chat_template": True}), build_experiment({})
 
-    assert judge.chat_template_args(tokenizer) == {"enable_thinking": False}
-    assert judge.chat_template_args(tokenizer, True) == {"enable_thinking": True}
-    assert judge.chat_template_args(engine.tokenizer) == {}
+    assert thinking_option(tokenizer, None) == {"enable_thinking": False}
+    assert thinking_option(tokenizer, True) == {"enable_thinking": True}
+    assert thinking_option(engine.tokenizer, None) == {}
     assert "switched off" in str(next(judge._thinking(chat, thinker)))
     assert "plain prompts" in str(next(judge._thinking(plain, thinker)))
     assert "Thinking is on" in str(next(judge._thinking(chat.with_changes(thinking=True), thinker)))

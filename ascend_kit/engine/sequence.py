@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -165,20 +164,6 @@ class RequestOutput:
     timeline: Timeline
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-
-    def to_row(self) -> dict[str, Any]:
-        """Plain JSON values that `from_row` reads back."""
-        row = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "timeline"}
-        return {**row, **vars(self.timeline)}
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> RequestOutput:
-        """What `to_row` wrote; other columns are ignored."""
-        times = {item.name: row[item.name] for item in dataclasses.fields(Timeline)}
-        values = {item.name: row[item.name] for item in dataclasses.fields(cls) if item.name in row}
-        if values.get("logprobs") is not None:
-            values["logprobs"] = [TokenLogprobs(one, [tuple(pair) for pair in top]) for one, top in values["logprobs"]]
-        return cls(**{**values, "timeline": Timeline(**times)})
 
 
 class ScoreTarget(NamedTuple):

@@ -77,9 +77,13 @@ def encode(tokenizer: Tokenizer, prompt: Any) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def encode_pair(tokenizer: Tokenizer, context: Any, continuation: Any) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: Tokenizer, context: Any, continuation: Any, encode_context: Callable[[str], list[int]] | None = None
+) -> tuple[list[int], list[int]]:
     """Ids of a context and of what follows it. Two texts are encoded together and cut after the context, and spaces
-    at the context's end count to what follows, as lm-eval does; an empty context is the begin-of-text token."""
+    at the context's end count to what follows, as lm-eval does; an empty context is the begin-of-text token.
+
+    `encode_context` is `encode` with a memory, for callers whose pairs share contexts."""
     if not (isinstance(context, str) and isinstance(continuation, str)):
         if isinstance(continuation, str):
             return encode(tokenizer, context), list(tokenizer.encode(continuation, add_special_tokens=False))
@@ -91,7 +95,7 @@ def encode_pair(tokenizer: Tokenizer, context: Any, continuation: Any) -> tuple[
         prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ids = encode(tokenizer, continuation)
         return [prefix], ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
-    head = encode(tokenizer, context)
+    head = encode_context(context) if encode_context else encode(tokenizer, context)
     return head, encode(tokenizer, context + continuation)[len(head) :]
 
 
@@ -112,24 +116,32 @@ def _is_whole(value: Any) -> bool:
     return True
 
 
+def thinking_option(tokenizer: Tokenizer, thinking: bool | None) -> dict[str, bool]:
+    """The chat template's own switch, where it has one: {"enable_thinking": ...} or {}. None is off where it can be.
+
+    ValueError when the template cannot do what is asked.
+    """
+    template = str(tokenizer.chat_template or "")
+    if "enable_thinking" in template:
+        return {"enable_thinking": bool(thinking)}
+    if thinking or (thinking is False and "<think>" in template):
+        raise ValueError(f"thinking={thinking}: the chat template has no switch enable_thinking; leave thinking out")
+    return {}
+
+
 def render_chat(
     tokenizer: Tokenizer, messages: str | Messages, *, thinking: bool | None = None, add_generation_prompt: bool = True
 ) -> str:
     """A conversation, or one text of a user, in the tokenizer's chat template, with its special tokens.
 
-    `thinking` switches the template's enable_thinking; None leaves it as the model has it. A template without a
-    system role gets the conversation without that message. Encode the result with add_special_tokens=False.
+    A template without a system role gets the conversation without that message. Encode the result with
+    add_special_tokens=False.
     """
     from jinja2 import TemplateError
 
-    template = str(tokenizer.chat_template or "")
-    if not template:
+    if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; set chat_template: false and give plain prompts")
-    options: dict[str, Any] = {}
-    if "enable_thinking" in template and thinking is not None:
-        options["enable_thinking"] = thinking
-    elif thinking or (thinking is False and "<think>" in template):
-        raise ValueError(f"thinking={thinking}: the chat template has no switch enable_thinking; leave thinking out")
+    options = thinking_option(tokenizer, thinking)
     history = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
 
     def render(conversation: list[dict[str, Any]]) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from ascend_kit.engine import text
 from ascend_kit.evaluation.interface import EvaluatedEngine
 
 if TYPE_CHECKING:
@@ -44,19 +46,19 @@ class EngineLM(TemplateLM):
         *,
         max_length: int | None = None,
         batch_size: int = 8,
-        chat_template_args: dict[str, Any] | None = None,
+        thinking: bool | None = None,
         on_requests: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self.batch_size = batch_size
-        self.chat_template_args = chat_template_args or {}
+        self.thinking = thinking
         self.cut_tokens: dict[str, int] = {}  # context -> tokens of its left end that the limit took
         self.finish_reasons: dict[str, str] = {}  # prompt -> why its generation ended
         self._max_length = min(max_length or engine.max_seq_length, engine.max_seq_length)
         self.on_requests = on_requests or (lambda count: None)
-        self._context: tuple[str, list[int]] = ("", [])  # the last context and its ids: its choices follow each other
+        self._encode = lru_cache(maxsize=2)(partial(text.encode, self.tokenizer))  # the choices of a context follow it
 
     @property
     def max_length(self) -> int:
@@ -84,33 +86,15 @@ class EngineLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as one prompt; a template without a system role gets the conversation without
-        it.
-        """
-        from jinja2 import TemplateError
-
-        def render(history: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
-                history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-                **self.chat_template_args,
-            )
-
-        try:
-            return render(chat_history)
-        except TemplateError:
-            return render([message for message in chat_history if message["role"] != "system"])
+        """The conversation as one prompt."""
+        return text.render_chat(
+            self.tokenizer, chat_history, thinking=self.thinking, add_generation_prompt=add_generation_prompt
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; a text that already starts with the prefix token (a rendered chat) gets no second
-        one.
-        """
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
-            add_special_tokens = False
+        """Token ids, as the engine encodes a text unless `add_special_tokens` says otherwise."""
         if add_special_tokens is None:
-            return list(self.tokenizer.encode(string))
+            return text.encode(self.tokenizer, string)
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     # --- scoring --------------------------------------------------------------------------------------------
@@ -122,16 +106,7 @@ class EngineLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _encode_pair(self, context: str, continuation: str) -> TokenPair:
-        """lm-eval's rule: trailing spaces move to the continuation, and the joint encoding is cut after the
-        context.
-        """
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        if context != self._context[0]:
-            self._context = (context, self.tok_encode(context))
-        head = self._context[1]
-        return head, self.tok_encode(context + continuation)[len(head) :]
+        return text.encode_pair(self.tokenizer, context, continuation, self._encode)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, **_: Any
@@ -182,17 +157,17 @@ class EngineLM(TemplateLM):
         totals: list[float] = []
         for start in range(0, len(requests), self.batch_size):
             texts = [request.args[0] for request in requests[start : start + self.batch_size]]
-            windows = [self.windows(text) for text in texts]
+            windows = [self.windows(whole) for whole in texts]
             scores = iter(self._loglikelihood_tokens([(None, *pair) for part in windows for pair in part]))
-            for text, part in zip(texts, windows, strict=True):
+            for whole, part in zip(texts, windows, strict=True):
                 total = sum(next(scores)[0] for _ in part)
                 totals.append(float(total))
-                self.cache_hook.add_partial("loglikelihood_rolling", (text,), float(total))
+                self.cache_hook.add_partial("loglikelihood_rolling", (whole,), float(total))
         return totals
 
-    def windows(self, text: str) -> list[TokenPair]:
+    def windows(self, whole: str) -> list[TokenPair]:
         """(context, tokens to score) pieces of a text: the first token follows the prefix token."""
-        pieces = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+        pieces = get_rolling_token_windows(self.tok_encode(whole), self.prefix_token_id, self.max_length, 1)
         return [make_disjoint_window(piece) for piece in pieces]
 
     # --- generation -----------------------------------------------------------------------------------------
@@ -207,10 +182,10 @@ class EngineLM(TemplateLM):
             for (context, settings), (_, _, until), output in zip(part, jobs, outputs, strict=True):
                 if output.finish_reason not in ("stop", "length"):
                     raise RuntimeError(f"generation ended with {output.finish_reason}: {output.error}")
-                text = _cut(self.tokenizer.decode(output.token_ids, skip_special_tokens=True), until)
-                texts.append(text)
+                answer = _cut(self.tokenizer.decode(output.token_ids, skip_special_tokens=True), until)
+                texts.append(answer)
                 self.finish_reasons[context] = output.finish_reason
-                self.cache_hook.add_partial("generate_until", (context, settings), text)
+                self.cache_hook.add_partial("generate_until", (context, settings), answer)
             self.on_requests(len(part))
         return texts
 
@@ -231,7 +206,7 @@ class EngineLM(TemplateLM):
                 f"{new_tokens} new tokens leave no room for a prompt within max_length="
                 f"{self.max_length}; raise eval_max_seq_length"
             )
-        until = [text for text in options["until"] if text]
+        until = [stop for stop in options["until"] if stop]
         sampling = SamplingParams(
             max_new_tokens=new_tokens,
             temperature=options.get("temperature", 0.0),
@@ -255,7 +230,7 @@ def _finite(logprob: float) -> float:
     return float(logprob)
 
 
-def _cut(text: str, until: list[str]) -> str:
+def _cut(answer: str, until: list[str]) -> str:
     for stop in until:
-        text = text.split(stop)[0]
-    return text
+        answer = answer.split(stop)[0]
+    return answer

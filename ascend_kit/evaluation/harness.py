@@ -19,6 +19,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
+from ascend_kit.engine.text import thinking_option
 from ascend_kit.evaluation import judge, scores
 from ascend_kit.evaluation.datasets import LocalTask, check_data, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluation.files import DataError
@@ -76,7 +77,8 @@ class _Session:
         self.uses_chat = experiment.eval_chat_template
         self.limit = experiment.eval_limit
         self.max_length = min(experiment.eval_max_seq_length, engine.max_seq_length)
-        self.chat_template_args = judge.chat_template_args(engine.tokenizer, experiment.thinking)
+        chat = thinking_option(engine.tokenizer, experiment.thinking) if self.uses_chat else {}
+        self.thinking = chat.get("enable_thinking")
         self.identities = {task.task: self._identity(task) for task in tasks}
         self.total = sum(self._size(task) for task in tasks)
         self.num_finished = 0
@@ -93,7 +95,7 @@ class _Session:
             max_length=self.max_length,
             # Every replica gets a full batch; a stand-in without replicas counts as one.
             batch_size=self.experiment.eval_batch_size * getattr(self.engine, "num_replicas", 1),
-            chat_template_args=self.chat_template_args,
+            thinking=self.experiment.thinking,
         )
         with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
             write_task_folder(self.tasks, scratch)
@@ -118,7 +120,7 @@ class _Session:
                 "version": task.version,
                 "num_fewshot": task.num_fewshot,
                 "chat_template": template,
-                "thinking": self.chat_template_args.get("enable_thinking") if self.uses_chat else None,
+                "thinking": self.thinking,
                 "metrics": scores.metrics_of(task),
             },
             engine={**(base.engine or {}), "eval_max_length": self.max_length},

@@ -61,14 +61,6 @@ PUBLISHED = (
 )
 
 
-def chat_template_args(tokenizer: Tokenizer, thinking: bool | None = None) -> dict[str, Any]:
-    """Arguments for the chat template: thinking off, unless asked for, where the template has the switch.
-
-    A model that may reason first would be scored on the probability that it answers without reasoning.
-    """
-    return {"enable_thinking": bool(thinking)} if "enable_thinking" in _template(tokenizer) else {}
-
-
 def flags(
     experiment: Experiment,
     engine: EvaluatedEngine,

@@ -181,7 +181,7 @@ def _sampling(experiment: Experiment, model_path: str) -> SamplingParams:
 
 def _task(experiment: Experiment, sampling: SamplingParams) -> dict[str, Any]:
     """What is asked of the engine besides the prompts: the part of an answer's identity beside the engine's own."""
-    chat = {"chat_template": experiment.chat_template, "thinking": experiment.thinking}
+    chat = {"chat_template": experiment.chat_template, "thinking": bool(experiment.thinking)}
     return {**vars(sampling), **chat, "seed": experiment.seed if sampling.temperature > 0 else None}
 
 

@@ -170,7 +170,7 @@ class Experiment(BaseModel):
     concurrency: int = Field(32, ge=1, le=1 << 20, description="requests kept in flight")
     output_path: str | None = Field(None, description="answers as JSON; default generations.json in the run folder")
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
-    thinking: bool | None = Field(None, description="the template's enable_thinking; None = as the model has it")
+    thinking: bool | None = Field(None, description="the template's enable_thinking; None = off where it has one")
     # throughput sweep
     sweep_concurrency: list[int] = Field([1, 4, 16], min_length=1, description="requests kept in flight")
     sweep_prompt_len: list[int] = Field([64], min_length=1, description="prompt lengths, tokens")
