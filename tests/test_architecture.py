@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,13 @@ def test_torch_npu_is_named_only_by_device_and_doctor():
     ]
 
     assert not outside
+
+
+def test_the_readme_lists_the_rooms_of_the_package_and_the_folders_of_the_project():
+    block = (ROOT / "README.md").read_text().split("## Layout")[1].split("```")[1]
+    listed = re.findall(r"^(\s*)((?:\w+/?, )*\w+/?)  ", block, re.MULTILINE)
+    names = {name.strip("/") for _, names in listed for name in names.split(", ")}
+    ours = {room_of(path) for path in MODULES} - {"__init__", "__main__"}
+
+    assert ours <= names
+    assert [name for name in sorted(names - ours) if not (ROOT / name).is_dir()] == []

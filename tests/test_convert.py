@@ -16,6 +16,7 @@ from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, verify
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.model.int8 import dequantize_weight
+from ascend_kit.params import Experiment
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -40,6 +41,14 @@ def test_bf16_round_trip_is_bit_exact(tiny_model_dir: Path, tmp_path: Path):
     assert_same(read_all(first), read_all(again))
     expected = {name: tensor.bfloat16() for name, tensor in read_all(tiny_model_dir).items()}
     assert_same(read_all(first), expected)
+
+
+def test_an_experiment_that_says_demo_converts_the_checkpoint_the_word_stands_for(tiny_model_dir: Path, tmp_path: Path):
+    written = Experiment(output_root=str(tmp_path / "outputs"), precision="fp32", device="cpu")
+
+    result = convert(written.standing_for({"input_model": str(tiny_model_dir)}))
+
+    assert_same(read_all(tiny_model_dir), read_all(result.folder))
 
 
 def test_fp32_keeps_every_bit_and_fp16_rounds_to_nearest(tiny_model_dir: Path, tmp_path: Path):

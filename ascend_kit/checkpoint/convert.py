@@ -123,10 +123,9 @@ def convert(
 
 def experiment_arguments(experiment: Experiment) -> dict[str, Any]:
     """The arguments of `convert` that an Experiment's parameters stand for."""
-    values = experiment.model_dump()
     device = select_device(experiment.device, experiment.device_id)
     return {
-        **{name: values[name] for name in SHARED_PARAMETERS if name in values},
+        **{name: getattr(experiment, name) for name in SHARED_PARAMETERS},
         "output_model": experiment.converted_folder,
         "if_exists": experiment.if_model_exists,
         "device": device.kind if device.kind == "cpu" else f"{device.kind}:{device.index}",
