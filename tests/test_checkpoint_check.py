@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
+from evaluation_data import write_sets
 from safetensors.torch import load_file, save_file
 
 from ascend_kit import AscendInferEngine, SamplingParams, convert
@@ -295,7 +296,8 @@ def test_the_lock_is_held_until_the_folder_has_its_name(folder: Path, tmp_path: 
 )
 def test_the_command_check_names_a_fault_without_loading_the_model(folder: Path, tmp_path: Path, capsys, change, words):
     path = tmp_path / "run.yaml"
-    keys = {"input_model": folder, "output_root": tmp_path / "out", "dataset_path": tmp_path, "prompts_file": "demo"}
+    keys = {"input_model": folder, "output_root": tmp_path / "out", "dataset_path": write_sets(tmp_path / "data")}
+    keys["prompts_file"] = "demo"
     path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()) + "device: cpu\n")
     assert main(["check", str(path)]) == 0
 

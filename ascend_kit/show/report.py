@@ -82,7 +82,7 @@ class Figures:
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write report.html, report.json (its first screen) and the index beside it from a run folder's files."""
+    """Write report.html, report.json (its first screen) and the index beside it; returns the report's path."""
     folder = Path(run_folder).resolve()
     run, saved = RunRecord.read(folder), RunFolder(folder)
     parameters = run_parameters(saved)
@@ -114,7 +114,7 @@ def write_report(run_folder: str | Path) -> Path:
     title = f"{folder.parent.name} / {folder.name}"
     _write_page(folder / "report.html", title=title, report=report, has_index=True)
     write_index(folder.parent.parent)
-    return folder / "report.html"
+    return Path(run_folder) / "report.html"
 
 
 def write_index(root: Path) -> Path:
