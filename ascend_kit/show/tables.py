@@ -32,6 +32,10 @@ SWEEP = [
     *("ceiling_share", "repeat", "cards", "tensor_parallel", "itl_p99_ms", "e2e_p99_ms", "requests_per_s"),
     *("goodput_requests_per_s", "mbu", "mfu", "status", "error"),
 ]
+EXPECTED = [
+    *("cards", "tensor_parallel", "concurrency", "prompt_len", "output_len", "decode_floor_ms", "prefill_floor_ms"),
+    *("ceiling_tokens_per_s", "predicted_tokens_per_s", "num_requests", "step_weight_bytes", "kv_bytes_per_token"),
+]
 SCORES = ["set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "kind", "status", "error"]
 PAIRED = [
     *("candidate", "set", "n", "difference_points", "low_points", "high_points", "p_holm", "outcome"),
@@ -179,6 +183,11 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) ->
 def sweep(rows: Table) -> HTML | None:
     """The columns of a sweep that answer its question; everything else stays in the file."""
     return readable(_chosen(rows, SWEEP), keys=4)
+
+
+def expected(limits: Table) -> HTML | None:
+    """Floors, ceiling and prediction of each point, before it is measured."""
+    return readable(_chosen(limits, EXPECTED), keys=3)
 
 
 def _chosen(table: Table, columns: list[str]) -> Table:
