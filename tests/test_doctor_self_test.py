@@ -126,6 +126,12 @@ def _one_scale_for_all(x):
         ("_check_gather", "gather_rows", lambda table, ids: table[ids.clamp(max=998)]),
         ("_check_int8", "int8_weight_matmul", lambda x, w, s, b: reference.linear(x, w.to(x.dtype), b)),
         ("_check_int8", "quantize_per_token", _one_scale_for_all),
+        ("_check_fused_int8", "swiglu_quantize", lambda x: reference.quantize_per_token(x.chunk(2, -1)[0])),
+        (
+            "_check_fused_int8",
+            "add_rms_norm_quantize",
+            lambda x, r, w, eps: (*reference.quantize_per_token(reference.rms_norm(x, w, eps)), x + r),
+        ),
         ("_check_int8", "int8_matmul", lambda q, a, w, s, b, out: reference.int8_matmul(q, a, w, s, None, out)),
     ],
     ids=[
@@ -137,6 +143,8 @@ def _one_scale_for_all(x):
         "last row lost",
         "weight scale lost",
         "one scale for all",
+        "up lost",
+        "residual lost before quantisation",
         "int8 bias lost",
     ],
 )
@@ -188,11 +196,13 @@ def test_every_operator_of_the_device_passes(device):
 
     assert [check for check in checks if check.status == "fail"] == []
     helpers = {"pack_linear", "pack_int8", "pack_int8_weight", "make_mask", "validate"}
-    assert {check.op for check in checks if "(" not in check.op} == set(OPS) - helpers
+    is_npu = select_device(device).kind == "npu"
+    fused = {"add_rms_norm_quantize", "swiglu_quantize"} if is_npu else set()
+    assert {check.op for check in checks if "(" not in check.op} == set(OPS) - helpers | fused
     alternatives = {check.op for check in checks if "(" in check.op and check.status == "ok"}
     rotary = {"rotary (tnd)", "rotary (rotary_mul)"}
     others = {"store_kv (nd_update)", "paged_attention (nd_update)", "store_kv (tnd)", "paged_attention (tnd)"}
-    assert alternatives == (rotary | others if select_device(device).kind == "npu" else set())
+    assert alternatives == (rotary | others if is_npu else set())
 
 
 def test_captured_decode_follows_its_update(device):

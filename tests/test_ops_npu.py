@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ascend_kit.device.ops import OPS, AttentionMeta, npu, reference
+from ascend_kit.device.ops import OPS, AttentionMeta, npu, reference, select_ops
 
 pytestmark = pytest.mark.npu
 
@@ -187,6 +187,45 @@ def test_weight_only_product_equals_the_reference(dtype, device):
     got = npu.int8_weight_matmul(*on(device, x, weight, scale, bias))
 
     torch.testing.assert_close(got.cpu(), reference.int8_weight_matmul(x, weight, scale, bias), **BF16)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norm_and_swiglu_that_quantise_equal_two_operators_of_the_reference(dtype, rows, device):
+    x, residual, gate_up = (torch.randn(rows, width).to(dtype) for width in (64, 64, 96))
+    weight = torch.randn(64).to(dtype)
+
+    *normed, total = npu.add_rms_norm_quantize(*on(device, x, residual, weight), 1e-6)
+    gated = npu.swiglu_quantize(gate_up.to(device))
+
+    expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    for (codes, scale), wanted in ((normed, expected), (gated, reference.swiglu(gate_up))):
+        assert codes.dtype == torch.int8 and scale.shape == (rows,)
+        step = wanted.float().abs().amax(-1, keepdim=True) / 127  # rounding once or twice differs by one code
+        assert ((codes.cpu() * scale.cpu().unsqueeze(-1) - wanted.float()).abs() <= 1.01 * step).all()
+    torch.testing.assert_close(total.cpu(), expected_total, **BF16)
+
+
+@pytest.mark.parametrize("rows,launches", [(1, 0), (5, 1)])
+def test_a_product_is_split_into_contiguous_parts_by_at_most_one_kernel(rows, launches, sim, device):
+    x = torch.randn(rows, 80).bfloat16()
+    on_device = x.to(device)
+    sim.reset()
+
+    parts = npu.split_columns(on_device, [48, 16, 16])
+
+    assert sim.counts.num_launches == launches
+    assert all(part.is_contiguous() for part in parts)
+    assert all(torch.equal(part.cpu(), wanted) for part, wanted in zip(parts, x.split([48, 16, 16], 1), strict=True))
+
+
+@pytest.mark.parametrize("plain", ["add_rms_norm", "quantize_per_token", "add_rms_norm_quantize"])
+def test_a_fused_operator_goes_with_the_parts_that_are_plain(plain, device):
+    table = select_ops("npu", True, [plain])
+
+    assert not hasattr(table, "add_rms_norm_quantize")
+    assert hasattr(table, "swiglu_quantize") == (plain != "quantize_per_token")
+    assert (table.add_rms_norm is npu.add_rms_norm) == (plain != "add_rms_norm")
 
 
 def test_table_has_the_names_and_parameters_of_the_reference(device):

@@ -104,9 +104,9 @@ class _Loader:
     def _qkv(self, names: list[str]) -> list[nn.Module]:
         """One product; or q beside k and v stacked, for kernels that want contiguous results; or three."""
         schemes = {self.checkpoint.quantization.scheme(name) for name in names}
-        if self.ops.MERGED_QKV and len(schemes) == 1:
+        if len(schemes) == 1 and (self.ops.MERGED_QKV or schemes != {"none"}):
             return [self._linear(names)]
-        if not self.ops.MERGED_QKV and schemes == {"none"}:
+        if schemes == {"none"}:
             weights, biases = zip(
                 *((self._float(f"{name}.weight"), self._bias(name)) for name in names[1:]), strict=True
             )

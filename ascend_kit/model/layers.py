@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,14 @@ KVCache = tuple[Tensor, Tensor]  # keys and values, each [blocks, S, K, H]
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A weight: moved with the module, never trained."""
     return nn.Parameter(tensor, requires_grad=False)
+
+
+class Quantized(NamedTuple):
+    """Activations that a fused operator has quantised already, for linears that take them so."""
+
+    codes: Tensor  # int8 [T, in]
+    scale: Tensor  # float32 [T]
+    dtype: torch.dtype  # of the model
 
 
 class Linear(nn.Module):
@@ -65,13 +74,9 @@ class Int8Linear(nn.Module):
         self.weight_scale = frozen(weight_scale.reshape(-1).float())
         self.bias = None if bias is None else frozen(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        codes, act_scale = self.ops.quantize_per_token(x)
-        return self.multiply(codes, act_scale, x.dtype)
-
-    def multiply(self, codes: Tensor, act_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product with activations that are quantised already: int8 [T, in] and float32 [T]."""
-        return self.ops.int8_matmul(codes, act_scale, self.weight, self.weight_scale, self.bias, dtype)
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        codes, scale, dtype = x if isinstance(x, Quantized) else (*self.ops.quantize_per_token(x), x.dtype)
+        return self.ops.int8_matmul(codes, scale, self.weight, self.weight_scale, self.bias, dtype)
 
 
 class Int8WeightLinear(nn.Module):
@@ -90,15 +95,22 @@ class Int8WeightLinear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension; with a residual it adds first and returns both."""
+    """Root-mean-square norm over the last dimension; with a residual it adds first and returns both.
+
+    `quantizes` says that a W8A8 linear alone reads a sum's norm, and that the op table quantises it in the same kernel.
+    """
 
     def __init__(self, weight: Tensor, eps: float, ops: ModuleType):
         super().__init__()
         self.weight, self.eps, self.ops = frozen(weight), eps, ops
+        self.quantizes = False
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor | Quantized, Tensor]:
         if residual is None:
             return self.ops.rms_norm(x, self.weight, self.eps)
+        if self.quantizes:
+            codes, scale, total = self.ops.add_rms_norm_quantize(x, residual, self.weight, self.eps)
+            return Quantized(codes, scale, x.dtype), total
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
@@ -142,7 +154,13 @@ class Attention(nn.Module):
         self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, meta: AttentionMeta, cache: KVCache, rows: Tensor | None = None
+        self,
+        x: Tensor | Quantized,
+        cos: Tensor,
+        sin: Tensor,
+        meta: AttentionMeta,
+        cache: KVCache,
+        rows: Tensor | None = None,
     ) -> Tensor:
         q, k, v = self._project(x)
         if self.q_norm is not None and self.k_norm is not None:
@@ -154,16 +172,13 @@ class Attention(nn.Module):
             mixed = mixed.index_select(0, rows)
         return self.parallel.all_reduce(self.out(mixed.flatten(1)))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, N, H], k and v [T, K, H], from one product, two (q; k and v stacked) or three."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if len(self.qkv) == 1:
-            parts = self.qkv[0](x).split([count * self.head_dim for count in heads], dim=-1)
+            parts = self.ops.split_columns(self.qkv[0](x), [count * self.head_dim for count in heads])
         elif len(self.qkv) == 2:
             parts = [self.qkv[0](x), *self.qkv[1](x)]
-        elif len(int8 := [projection for projection in self.qkv if isinstance(projection, Int8Linear)]) == 3:
-            codes, act_scale = self.ops.quantize_per_token(x)
-            parts = [projection.multiply(codes, act_scale, x.dtype) for projection in int8]
         else:
             parts = [projection(x) for projection in self.qkv]
         q, k, v = (part.unflatten(-1, (count, self.head_dim)) for part, count in zip(parts, heads, strict=True))
@@ -177,8 +192,13 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up, self.down, self.ops, self.parallel = gate_up, down, ops, parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.parallel.all_reduce(self.down(self.ops.swiglu(self.gate_up(x))))
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        gate_up = self.gate_up(x)
+        if isinstance(self.down, Int8Linear) and hasattr(self.ops, "swiglu_quantize"):
+            gated = Quantized(*self.ops.swiglu_quantize(gate_up), gate_up.dtype)
+        else:
+            gated = self.ops.swiglu(gate_up)
+        return self.parallel.all_reduce(self.down(gated))
 
 
 class DecoderLayer(nn.Module):
@@ -187,6 +207,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, input_norm: RMSNorm, attention: Attention, post_norm: RMSNorm, mlp: MLP):
         super().__init__()
         self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
+        for norm, readers in ((input_norm, [*attention.qkv]), (post_norm, [mlp.gate_up])):
+            has_kernel = hasattr(norm.ops, "add_rms_norm_quantize")
+            norm.quantizes = has_kernel and len(readers) == 1 and isinstance(readers[0], Int8Linear)
 
     def forward(
         self,

@@ -230,10 +230,68 @@ def dynamic_quant(
 ) -> tuple[Tensor, Tensor]:
     _check_dynamic_quant(input)
     require(group_index is None and quant_mode == "pertoken", "npu_dynamic_quant", "only per token is simulated")
-    wide = input.float() * (1.0 if smooth_scales is None else smooth_scales.float())
+    return _codes(input.float() * (1.0 if smooth_scales is None else smooth_scales.float()))
+
+
+def _codes(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and float32 scales of rows."""
     scale = wide.abs().amax(-1) / 127.0
     codes = torch.round(wide / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)).clamp(-128, 127)
     return codes.to(torch.int8), scale
+
+
+@checks("npu::npu_add_rms_norm_dynamic_quant")
+def _check_add_rms_norm_dynamic_quant(
+    x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6, **other: Any
+) -> None:
+    name = "npu_add_rms_norm_dynamic_quant"
+    check_dtype(name, HALF, x1=x1)
+    check_dtype(name, (x1.dtype,), x2=x2, gamma=gamma)
+    check_contiguous(name, x1=x1, x2=x2, gamma=gamma)
+    require(x1.shape == x2.shape, name, f"x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} differ")
+    require(x1.dim() > 1 and x1.numel() > 0, name, f"x1 of {tuple(x1.shape)}: two dimensions, none of them 0")
+    require(gamma.shape == x1.shape[-1:], name, f"gamma {tuple(gamma.shape)} does not fit x1")
+
+
+@impl(LIBRARY, "npu_add_rms_norm_dynamic_quant")
+def add_rms_norm_dynamic_quant(
+    x1: Tensor,
+    x2: Tensor,
+    gamma: Tensor,
+    *,
+    smooth_scale1: Tensor | None = None,
+    smooth_scale2: Tensor | None = None,
+    beta: Tensor | None = None,
+    epsilon: float = 1e-6,
+    output_mask: Any = None,
+    y_dtype: Any = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The norm goes to the codes in float32; the second pair of results has no meaning without a second scale."""
+    _check_add_rms_norm_dynamic_quant(x1, x2, gamma)
+    plain = smooth_scale1 is None and smooth_scale2 is None and beta is None and output_mask is None
+    require(plain and y_dtype is None, "npu_add_rms_norm_dynamic_quant", "only the plain int8 form is simulated")
+    total = x1 + x2
+    codes, scale = _codes(rms_norm(total.float(), gamma.float(), epsilon)[0])
+    return codes, torch.zeros(1, dtype=torch.int8), total, scale, torch.zeros(1)
+
+
+@checks("npu::npu_dequant_swiglu_quant")
+def _check_dequant_swiglu_quant(x: Tensor, *, quant_mode: int = 0, activate_left: bool = False, **other: Any) -> None:
+    name = "npu_dequant_swiglu_quant"
+    check_dtype(name, (torch.bfloat16,), x=x)
+    check_contiguous(name, x=x)
+    require(x.dim() == 2 and x.shape[1] % 2 == 0, name, f"x of {tuple(x.shape)}: [T, 2H] is wanted")
+    require(quant_mode == 1, name, "only dynamic scales (quant_mode 1) are simulated")
+
+
+@impl(LIBRARY, "npu_dequant_swiglu_quant")
+def dequant_swiglu_quant(
+    x: Tensor, *, activate_left: bool = False, quant_mode: int = 0, **other: Any
+) -> tuple[Tensor, Tensor]:
+    _check_dequant_swiglu_quant(x, quant_mode=quant_mode)
+    first, second = x.float().chunk(2, -1)
+    gate, up = (first, second) if activate_left else (second, first)
+    return _codes(torch.nn.functional.silu(gate) * up)
 
 
 _OUTPUTS = {torch.float16: 5, torch.bfloat16: 15, torch.int32: 3, torch.int8: 1}  # c10::ScalarType

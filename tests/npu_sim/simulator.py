@@ -210,7 +210,7 @@ class Simulator(TorchDispatchMode):
         if needs_value:
             return 0, []
         if kwargs.get("out") is not None:
-            return kwargs["out"], []
+            return (kwargs["out"] if func._schema.returns else None), []
         if func._schema.name in traits.RETURNS_ARGUMENTS:
             return tuple(args[i] for i in traits.RETURNS_ARGUMENTS[func._schema.name]), []
         if func._schema.name.startswith("c10d::"):

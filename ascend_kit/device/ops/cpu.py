@@ -24,6 +24,7 @@ from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
     pack_linear,
     quantize_per_token,
     rotary,
+    split_columns,
     store_kv,
     swiglu,
     validate,

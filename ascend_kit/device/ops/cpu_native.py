@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.ops import cpu
-from ascend_kit.device.ops.cpu import HOST_LENGTHS, MERGED_QKV, make_mask  # noqa: F401 - part of this table
+from ascend_kit.device.ops.cpu import HOST_LENGTHS, MERGED_QKV, make_mask, split_columns  # noqa: F401 - part of this table
 from ascend_kit.device.ops.native import DTYPES, Recording, call, empty, packs
 from ascend_kit.device.ops.table import AttentionMeta
 

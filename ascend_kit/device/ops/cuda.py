@@ -16,6 +16,7 @@ from ascend_kit.device.ops.cpu import (  # noqa: F401 - this table
     quantize_per_token,
     rms_norm,
     rotary,
+    split_columns,
     store_kv,
     swiglu,
     validate,

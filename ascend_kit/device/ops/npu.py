@@ -30,7 +30,8 @@ from ascend_kit.device.ops import reference
 from ascend_kit.device.ops.table import AttentionMeta
 
 # Slices of a merged product are strided, and rope, norm and cache write want contiguous tensors. So q is a
-# product of its own, and k and v come from one batched product.
+# product of its own, and k and v come from one batched product. The int8 products have no batched form: there one
+# product and one copying split are a kernel less than three products.
 MERGED_QKV = False
 HOST_LENGTHS = True  # attention takes lengths as host lists: a captured step needs an update at every replay
 
@@ -103,6 +104,32 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """As in reference; the kernel's swish is on the first half, too."""
     return _npu().npu_swiglu(gate_up_T2F, dim=-1)
+
+
+def add_rms_norm_quantize(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(int8 codes [T, D], float32 scale [T], x + residual) of `add_rms_norm` and `quantize_per_token` in one kernel."""
+    if x.dtype not in _FLOAT16:
+        y, total = add_rms_norm(x, residual, weight, eps)
+        return *quantize_per_token(y), total
+    codes, _, total, scale, _ = _npu().npu_add_rms_norm_dynamic_quant(x, residual, weight, epsilon=eps)
+    return codes, scale, total
+
+
+def swiglu_quantize(gate_up_T2F: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 codes [T, F], float32 scale [T]) of `swiglu` and `quantize_per_token` in one kernel, for bfloat16."""
+    if gate_up_T2F.dtype != torch.bfloat16:
+        return quantize_per_token(swiglu(gate_up_T2F))
+    # Its defaults are the swish of the second half and static scales.
+    return _npu().npu_dequant_swiglu_quant(gate_up_T2F, activate_left=True, quant_mode=1)
+
+
+def split_columns(x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """As in reference, contiguous: slices of a single row are, those of several are copied in one kernel."""
+    if x.shape[0] == 1:
+        return x.split(widths, dim=-1)
+    parts = [x.new_empty(x.shape[0], width) for width in widths]
+    torch.split_with_sizes_copy(x, widths, 1, out=parts)
+    return tuple(parts)
 
 
 def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:

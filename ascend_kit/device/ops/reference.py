@@ -115,6 +115,11 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
+def split_columns(x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """x [T, sum(widths)] in parts [T, width], in the form in which the table's other operators take them."""
+    return x.split(widths, dim=-1)
+
+
 def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     """Rows [T, width] of a table [rows, width] by int32 ids [T]."""
     return table.index_select(0, ids)

@@ -6,7 +6,8 @@ wants happen inside its module.
 
 Besides the functions a module states two facts: MERGED_QKV, whether q, k and v are better one product than three, and
 HOST_LENGTHS, whether its attention takes the lengths as host lists, which a captured graph then has to be told anew.
-`gather_rows` reads what `pack_linear` returns, so that a tied head and embedding are one tensor.
+A table may have functions of `FUSED` as well, which do in one kernel what two of `OPS` define; layers use them where
+they are there. `gather_rows` reads what `pack_linear` returns, so that a tied head and embedding are one tensor.
 On a CPU with a C++ compiler the fused table is `cpu_native`, else `cpu`.
 
 Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden, F feed-forward, B sequences,
@@ -26,8 +27,12 @@ from torch import Tensor
 OPS = (
     "rms_norm", "add_rms_norm", "rotary", "swiglu", "store_kv", "paged_attention", "linear", "pack_linear",
     "quantize_per_token", "int8_matmul", "int8_weight_matmul", "gather_rows", "argmax", "pack_int8",
-    "pack_int8_weight", "make_mask", "validate",
+    "pack_int8_weight", "make_mask", "validate", "split_columns",
 )  # fmt: skip
+FUSED = {
+    "add_rms_norm_quantize": ("add_rms_norm", "quantize_per_token"),
+    "swiglu_quantize": ("swiglu", "quantize_per_token"),
+}
 # What goes to the plain definition together with an operator, because the two share a layout or a fact.
 _TOGETHER = {
     "linear": ("pack_linear", "gather_rows"),
@@ -36,7 +41,7 @@ _TOGETHER = {
     "int8_weight_matmul": ("pack_int8_weight",),
     "paged_attention": ("make_mask", "validate", "HOST_LENGTHS"),
 }
-PLAIN_OPS = tuple(name for name in OPS if not name.startswith(("pack_", "make_", "validate")))
+PLAIN_OPS = tuple(name for name in (*OPS, *FUSED) if not name.startswith(("pack_", "make_", "validate")))
 
 
 @dataclass
@@ -75,10 +80,13 @@ def select_ops(device_kind: str, fused: bool, plain_ops: Sequence[str] = ()) -> 
 
 
 def _with_plain(table: ModuleType, plain_ops: Sequence[str]) -> ModuleType:
-    """A copy of a table with some operators replaced by the reference's."""
+    """A copy of a table with some operators replaced by the reference's, and fused ones by the two they consist of."""
     reference = import_module("ascend_kit.device.ops.reference")
     mixed = ModuleType(f"{table.__name__} without {', '.join(sorted(plain_ops))}", table.__doc__)
     vars(mixed).update({name: getattr(table, name) for name in (*OPS, "MERGED_QKV", "HOST_LENGTHS")})
-    for name in {other for op in plain_ops for other in (op, *_TOGETHER.get(op, ()))}:
+    for name, parts in FUSED.items():
+        if hasattr(table, name) and not {name, *parts} & set(plain_ops):
+            setattr(mixed, name, getattr(table, name))
+    for name in {other for op in plain_ops if op not in FUSED for other in (op, *_TOGETHER.get(op, ()))}:
         setattr(mixed, name, getattr(reference, name))
     return mixed
