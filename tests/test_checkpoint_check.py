@@ -197,6 +197,13 @@ def test_compressed_tensors_settings_that_are_not_computed_are_refused_by_name(
     assert_refused(folder, words)
 
 
+def test_an_int8_scale_that_is_no_number_is_refused_by_engine_and_convert(folder: Path):
+    compressed_tensors(folder, ["model.layers.0.mlp.down_proj"])
+    change_tensors(folder, lambda t: t["model.layers.0.mlp.down_proj.weight_scale"].view(-1)[3:4].fill_(float("nan")))
+
+    assert_refused(folder, "model.layers.0.mlp.down_proj.weight_scale")
+
+
 def test_an_int8_embedding_is_refused_by_name(folder: Path):
     compressed_tensors(folder, ["model.embed_tokens"], {"targets": ["Linear", "Embedding"]})
 
@@ -291,6 +298,11 @@ def test_the_lock_is_held_until_the_folder_has_its_name(folder: Path, tmp_path: 
         (lambda folder: change_config(folder, hidden_act="relu"), "hidden_act"),
         (lambda folder: change_tensors(folder, lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+            "generation_config.json: eos_token_id",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     ],
 )

@@ -232,6 +232,47 @@ def test_end_ids_of_config_generation_config_and_tokenizer_count_together(tmp_pa
     assert len(said) == (0 if generation == [256, 300] else 1)
 
 
+@pytest.mark.parametrize("config,generation", [(999, 256), ([256, -1], 256), (256, [None, 256, 999])])
+def test_an_end_id_that_is_no_token_forbids_nothing_while_an_answer_is_short(tmp_path, config, generation):
+    folder = make_model(tmp_path / "m", "qwen3")
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    set_eos(folder, config, generation)
+    with_first_token(folder, vocabulary - 1)  # what -1 would mean as an index
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with open_engine(folder) as engine:
+            sampling = SamplingParams(max_new_tokens=3, min_new_tokens=3, stop_token_ids=(5000, -1))
+            output = engine.generate([PROMPT], sampling)[0]
+
+    assert (output.token_ids[0], output.finish_reason, output.error) == (vocabulary - 1, "length", None)
+    said = any("[999] are outside the vocabulary" in str(one.message) for one in caught)
+    assert said == ("999" in f"{config}{generation}")
+
+
+def test_end_ids_that_are_no_ids_are_refused_with_their_file(tmp_path):
+    folder = make_model(tmp_path / "m", "qwen3")
+    set_eos(folder, ["<eos>"], 256)
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id"):
+        open_engine(folder)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run(tmp_path):
+    folder = make_model(tmp_path / "m", "qwen3")
+    path = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: ...\n")
+
+    with open_engine(folder):
+        pass
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"tokenizer in {folder} cannot be loaded"):
+        open_engine(folder).load_model()
+
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_stop_string_that_is_a_special_token_ends_the_answer(tmp_path):
     folder = make_model(tmp_path / "m", "qwen3")
     with_first_token(folder, 257)  # <pad>, which is never shown

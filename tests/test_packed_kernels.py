@@ -208,3 +208,15 @@ def test_quantised_activations_are_the_references(width):
     expected_codes, expected_scale = reference.quantize_per_token(x)
     torch.testing.assert_close(scale, expected_scale)
     assert torch.equal(codes, expected_codes)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [256, 250])
+def test_a_row_that_is_not_finite_does_not_become_finite_codes(width, dtype, bad):
+    x = torch.ones(3, width, dtype=dtype)
+    x[1, 7] = bad
+
+    _, scale = cpu_native.quantize_per_token(x)
+
+    assert not scale[1].isfinite() and scale[[0, 2]].isfinite().all()

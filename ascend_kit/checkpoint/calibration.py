@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts, plain_linear
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import ScaleChange
@@ -39,9 +40,7 @@ def tokenize_texts(
     texts: Sequence[str], tokenizer_folder: Path, max_tokens: int = MAX_TOKENS_PER_TEXT
 ) -> list[list[int]]:
     """Token ids of each text, cut at `max_tokens`; texts of fewer than two tokens are dropped."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    tokenizer = load_tokenizer(tokenizer_folder)
     ids = [tokenizer(text)["input_ids"][:max_tokens] for text in texts]
     kept = [row for row in ids if len(row) >= 2]
     if not kept:

@@ -47,6 +47,10 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = T
         )
     for name, shape in expected.items():
         _check_form(checkpoint, name, shape)
+    for linear in schemes if data else ():
+        scale = f"{linear}.weight_scale"
+        if not bool(checkpoint.read(scale).isfinite().all()):
+            raise CheckpointError(f"{checkpoint.source(scale).origin}: {scale} holds NaN or infinity; it is damaged")
     return _check_extras(checkpoint, config, [name for name in checkpoint.tensor_names() if name not in expected], data)
 
 

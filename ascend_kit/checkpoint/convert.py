@@ -17,7 +17,7 @@ from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_meg
 from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.device.device import select_device
-from ascend_kit.model.config import DTYPES, ModelConfig
+from ascend_kit.model.config import DTYPES, ModelConfig, end_ids_in
 from ascend_kit.model.tensors import kept_linears
 from ascend_kit.params import Experiment
 
@@ -158,6 +158,7 @@ def check_model(experiment: Experiment) -> list[str]:
     model = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
     texts = Path(experiment.tokenizer_path) if experiment.tokenizer_path else None
     check_companions(companion_files(checkpoint.config_folder, texts))
+    end_ids_in(checkpoint.config_folder / "generation_config.json")
     left_out = [*checkpoint.notes, *check_tensors(checkpoint, model, data=False)]
     if experiment.quantize != "none":
         kept_linears(model, experiment.quantize_keep)

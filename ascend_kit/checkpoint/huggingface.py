@@ -211,6 +211,18 @@ def _is_small_file(path: Path) -> bool:
     return path.is_file() and (known or legal) and not path.name.startswith(".")
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder, which must not bring code along; ValueError names the folder when it has none that
+    can be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers finds wrong, also in config.json, has types of its own
+        text = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {type(error).__name__}: {text:.300}") from error
+
+
 def check_companions(files: Iterable[Path]) -> None:
     """CheckpointError naming the first of a model's small files that is broken: JSON files, and what tokenizers
     reads."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.checkpoint.identity import check_converted, model_identity
 from ascend_kit.checkpoint.manifest import verify
 from ascend_kit.device.device import Device, auto_kind, parse_device, select_device
@@ -97,10 +98,9 @@ class AscendInferEngine:
         if self.core is not None:
             return self
         verify(self.model_path, full=self.settings.check_all_bytes)
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(self.settings.tokenizer_folder)
-        self.config = replace(self.config, eos_token_ids=text.end_ids(self.model_path, self.tokenizer))
+        self.tokenizer = load_tokenizer(self.settings.tokenizer_folder)
+        ends = text.end_ids(self.model_path, self.tokenizer, self.config.vocab_size)
+        self.config = replace(self.config, eos_token_ids=ends)
         self._stop = text.StopRules(lambda: self.tokenizer, self.config.eos_token_ids, self.max_seq_length)
         self.core = self._open_core()
         self.device = self.core.device

@@ -135,6 +135,7 @@ def _forbid_early_end(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[
         for row, s in enumerate(sequences)
         if s.num_output_tokens < s.sampling.min_new_tokens
         for token in (*eos_ids, *s.sampling.stop_token_ids)
+        if 0 <= token < logits.shape[-1]
     ]
     if not pairs:
         return logits

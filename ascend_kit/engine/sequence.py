@@ -56,7 +56,7 @@ class SamplingParams:
         self._number("temperature", lambda x: x >= 0, "0 (greedy) or above")
         self._number("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self._number("min_p", lambda x: 0 <= x <= 1, "0 to 1")
-        self._number("repetition_penalty", lambda x: x > 0, "above 0 (1 = none)")
+        self._number("repetition_penalty", lambda x: 1e-3 <= x <= 1e3, "0.001 to 1000 (1 = none)")
         self._number("presence_penalty", lambda x: -2 <= x <= 2, "-2 to 2")
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import numbers
 import re
 import threading
@@ -15,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from ascend_kit.engine.sequence import SamplingParams, Sequence, whole_number
+from ascend_kit.model.config import end_ids_in
 
 Messages = Seq[Mapping[str, Any]]
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -162,13 +162,14 @@ def render_chat(
 # --- ends -----------------------------------------------------------------------------------------------------
 
 
-def end_ids(model_path: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+def end_ids(model_path: str | Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """Every token that ends an answer: those of config.json, generation_config.json and the tokenizer together.
 
     Warns when they contradict each other: when the tokenizer's is in neither file, or generation_config.json leaves
-    out one of config.json.
+    out one of config.json; and when one is outside the vocabulary, so that it can never come.
     """
-    config, generation = (_eos_of(Path(model_path) / name) for name in ("config.json", "generation_config.json"))
+    names = ("config.json", "generation_config.json")
+    config, generation = (list(end_ids_in(Path(model_path) / name)) for name in names)
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     written = {*config, *generation}
     if (written and not {*own} <= written) or (generation and not {*config} <= {*generation}):
@@ -177,13 +178,13 @@ def end_ids(model_path: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
             "them ends an answer",
             stacklevel=3,
         )
-    return tuple(dict.fromkeys([*generation, *config, *own]))
-
-
-def _eos_of(path: Path) -> list[int]:
-    """End ids that a JSON file names; [] without the file."""
-    value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    every = list(dict.fromkeys([*generation, *config, *own]))
+    outside = [token for token in every if token >= vocab_size]
+    if outside:
+        warnings.warn(
+            f"end tokens {outside} are outside the vocabulary of {vocab_size} tokens: they end no answer", stacklevel=3
+        )
+    return tuple(token for token in every if token < vocab_size)
 
 
 def stop_on_special_tokens(tokenizer: Tokenizer, sampling: SamplingParams) -> SamplingParams:

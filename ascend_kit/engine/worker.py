@@ -107,6 +107,7 @@ class Worker:
             os.environ[VISIBLE[kind]] = role.visible
         import torch
 
+        from ascend_kit.checkpoint.huggingface import load_tokenizer
         from ascend_kit.device.device import select_device
         from ascend_kit.engine.core import EngineCore
         from ascend_kit.engine.text import StopRules
@@ -121,7 +122,7 @@ class Worker:
         if self._meeting_folder is not None:  # every rank has joined, and nobody needs it again
             shutil.rmtree(self._meeting_folder, ignore_errors=True)
         self._stop = StopRules(
-            cache(lambda: _tokenizer(settings.tokenizer_folder)), config.eos_token_ids, settings.max_seq_length
+            cache(lambda: load_tokenizer(settings.tokenizer_folder)), config.eos_token_ids, settings.max_seq_length
         )
         return Facts(
             device,
@@ -234,12 +235,6 @@ def own_address() -> str:
     """The address Ray uses for this machine, or loopback outside Ray."""
     ray = sys.modules.get("ray")
     return ray.util.get_node_ip_address() if ray is not None and ray.is_initialized() else "127.0.0.1"
-
-
-def _tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
 
 
 def _num_cores() -> int:

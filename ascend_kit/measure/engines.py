@@ -183,7 +183,11 @@ class TransformersBackend:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         model: Any = AutoModelForCausalLM.from_pretrained(
-            self.model_path, dtype=DTYPES[self.precision], attn_implementation="sdpa", local_files_only=True
+            self.model_path,
+            dtype=DTYPES[self.precision],
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
         )
         self._model = model.to(self.device.torch_device).eval()
         self.device.assert_on_device(self._model)

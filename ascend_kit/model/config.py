@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # the precisions by name
+FLOAT_NAMES = ("bfloat16", "float16", "float32", "float64")  # of torch_dtype
 
 # Values of keys that config.json leaves out, as transformers has them.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -60,7 +62,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,),
     "embedding_multiplier": (1, None),
     "residual_multiplier": (1, None),
+    **dict.fromkeys(("causal", "use_rope", "rotary", "use_rotary", "swiglu", "gated_mlp"), (True, None)),
+    **dict.fromkeys(("use_rms_norm", "rms_norm", "scale_attn_weights", "use_causal_mask"), (True, None)),
 }
+# Numbers by which something is multiplied, under whatever name: they change nothing at 1, and everything at 0.
+FACTOR_PATTERN = re.compile(r".*(multiplier|scal(e|ing)|factor)")
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -112,14 +118,14 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ValueError(f"no config.json in {folder}: not a Hugging Face checkpoint folder")
-        generation = Path(folder) / "generation_config.json"
+        config = cls.from_dict(_read_object(path), where=str(path))
         # It may list more end ids than config.json; instruct models rely on them.
-        eos = _read_object(generation).get("eos_token_id") if generation.is_file() else None
-        return cls.from_dict(_read_object(path), where=str(path), eos=eos)
+        generation = end_ids_in(Path(folder) / "generation_config.json")
+        return replace(config, eos_token_ids=tuple(dict.fromkeys([*generation, *config.eos_token_ids])))
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], where: str = "config", eos: Any = None) -> ModelConfig:
-        """From the mapping of a config.json. `eos` overrides its end-of-sequence ids."""
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config") -> ModelConfig:
+        """From the mapping of a config.json."""
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
             raise ValueError(f"{where}: model_type {family!r} is not supported; allowed: {', '.join(FAMILY_DEFAULTS)}")
@@ -147,9 +153,9 @@ class ModelConfig:
             output_bias=family != "qwen2" and keys.flag("attention_bias"),
             mlp_bias=family == "llama" and keys.flag("mlp_bias"),
             qk_norm=family == "qwen3",
-            eos_token_ids=keys.ids("eos_token_id", eos if eos is not None else raw.get("eos_token_id")),
-            pad_token_id=next(iter(keys.ids("pad_token_id", raw.get("pad_token_id"))), None),
-            torch_dtype=keys.text("dtype") or keys.text("torch_dtype"),
+            eos_token_ids=keys.ids("eos_token_id"),
+            pad_token_id=next(iter(keys.ids("pad_token_id")), None),
+            torch_dtype=keys.float_name("dtype") or keys.float_name("torch_dtype"),
             quantization=keys.mapping("quantization_config"),
         )
         if config.num_heads % config.num_kv_heads:
@@ -197,10 +203,11 @@ class _Keys:
             raise self.wrong(name, value, "true or false")
         return bool(value)
 
-    def text(self, name: str) -> str | None:
+    def float_name(self, name: str) -> str | None:
+        """A float type by torch's name; transformers reads the same key with the tokenizer and knows no other form."""
         value = self.raw.get(name)
-        if value is not None and not isinstance(value, str):
-            raise self.wrong(name, value, "a text")
+        if value is not None and value not in FLOAT_NAMES:
+            raise self.wrong(name, value, ", ".join(FLOAT_NAMES))
         return value
 
     def mapping(self, name: str) -> dict[str, Any] | None:
@@ -209,13 +216,20 @@ class _Keys:
             raise self.wrong(name, value, "an object")
         return value or None
 
-    def ids(self, name: str, value: Any) -> tuple[int, ...]:
+    def ids(self, name: str) -> tuple[int, ...]:
         """Token ids: null, one or a list; -1 stands for none."""
+        value = self.raw.get(name)
         listed = value if isinstance(value, (list, tuple)) else [value]
         found = tuple(item for item in listed if item is not None and item != -1)
         if any(type(item) is not int or item < 0 for item in found):
             raise self.wrong(name, value, "a token id or a list of them")
         return found
+
+
+def end_ids_in(path: Path) -> tuple[int, ...]:
+    """The end ids that a config.json or generation_config.json names, none where the file is missing; ValueError when
+    they are no ids."""
+    return _Keys(_read_object(path), str(path)).ids("eos_token_id") if path.is_file() else ()
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -249,6 +263,8 @@ def _is_harmless(key: str, value: Any) -> bool:
     if key in NEUTRAL:
         return any((value == neutral and type(value) is not bool) or value is neutral for neutral in NEUTRAL[key])
     known = key in READ or key in HARMLESS or key.startswith(HARMLESS_STARTS) or key.endswith(HARMLESS_ENDS)
+    if not known and type(value) in (int, float) and FACTOR_PATTERN.fullmatch(key):
+        return value == 1
     return known or value is None or (isinstance(value, (bool, int, float, str, list, dict)) and not value)
 
 

@@ -11,9 +11,10 @@ template <class X> inline bool quantize_vectors(const X *, int8_t *, float &, i6
 #ifdef AK_TILES
 inline bool quantize_vectors(const bf16 *x, int8_t *codes, float &scale, i64 K) {
     if (K % 16) return false;
-    __m512 most = _mm512_setzero_ps();
-    for (i64 k = 0; k < K; k += 16) most = _mm512_max_ps(most, _mm512_abs_ps(widen16(load16(x + k))));
-    scale = _mm512_reduce_max_ps(most) / 127.0f;
+    __m512i most = _mm512_setzero_si512();  // compared as whole numbers, see magnitude_bits
+    for (i64 k = 0; k < K; k += 16)
+        most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(widen16(load16(x + k)))));
+    scale = from_bits(_mm512_reduce_max_epi32(most)) / 127.0f;
     const __m512 divisor = _mm512_set1_ps(scale == 0 ? 1.0f : scale);
     for (i64 k = 0; k < K; k += 16) {  // no code is beyond 127: the largest value divides to 127 but for rounding
         const __m512i code = _mm512_cvtps_epi32(_mm512_div_ps(widen16(load16(x + k)), divisor));
@@ -27,9 +28,9 @@ template <class X> void quantize(const X *x, int8_t *codes, float *scales, i64 M
     parallel_rows(threads, M, K, [&](i64 m) {
         const X *row = x + m * K;
         if (quantize_vectors(row, codes + m * K, scales[m], K)) return;
-        float most = 0;
-        for (i64 k = 0; k < K; k++) most = std::max(most, std::fabs(widen(row[k])));
-        float scale = most / 127.0f, divisor = scale == 0 ? 1.0f : scale;
+        int32_t most = 0;
+        for (i64 k = 0; k < K; k++) most = std::max(most, magnitude_bits(widen(row[k])));
+        float scale = from_bits(most) / 127.0f, divisor = scale == 0 ? 1.0f : scale;
         scales[m] = scale;
         for (i64 k = 0; k < K; k++) {
             float code = std::nearbyint(widen(row[k]) / divisor);

@@ -27,6 +27,18 @@ inline void narrow(float x, bf16 *out) {
 }
 template <class T> inline T rounded(float x) { T result; narrow(x, &result); return result; }
 
+// The bits of |x| order as the numbers do, with NaN above all: a maximum of floats would pass over it.
+inline int32_t magnitude_bits(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits & 0x7fffffff;
+}
+inline float from_bits(int32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
 // A thread's scratch memory: grows, is never cleared, and starts on a cache line, because a vector load that crosses two
 // costs twice.
 template <class T> class Scratch {
