@@ -9,7 +9,13 @@ from typing import Any
 
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult
-from ascend_kit.checkpoint.huggingface import Checkpoint, check_companions, companion_files, open_checkpoint
+from ascend_kit.checkpoint.huggingface import (
+    Checkpoint,
+    check_companions,
+    companion_files,
+    load_tokenizer,
+    open_checkpoint,
+)
 from ascend_kit.checkpoint.identity import check_converted
 from ascend_kit.checkpoint.int8_plan import Int8Options, plan_int8
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_manifest, verify
@@ -160,6 +166,7 @@ def check_model(experiment: Experiment) -> list[str]:
     check_companions(companion_files(checkpoint.config_folder, texts))
     end_ids_in(checkpoint.config_folder / "generation_config.json")
     left_out = [*checkpoint.notes, *check_tensors(checkpoint, model, data=False)]
+    load_tokenizer(texts or checkpoint.config_folder)
     if experiment.quantize != "none":
         kept_linears(model, experiment.quantize_keep)
     runs_converted = experiment.use_model == "converted" and experiment.if_model_exists != "overwrite"
