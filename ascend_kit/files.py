@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,9 +83,37 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: numpy scalars and paths as plain values, NaN and infinity as null, half characters escaped."""
+    """Strict JSON: numpy scalars and paths as plain values, NaN and infinity as null, half characters written out.
+
+    Half an emoji is read back as the six signs of its escape: pandas refuses a table that holds it as it is.
+    """
     text = json.dumps(_clean(value), ensure_ascii=False, indent=indent, allow_nan=False)
-    return HALF_CHARACTER.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # they are inside strings
+    return HALF_CHARACTER.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)  # they are inside strings
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text; ValueError also for a field that stands twice and for nesting without end."""
+    try:
+        return _STRICT.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a field stands twice among {[key for key, _ in pairs]}")
+    return found
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_without_repetition)
+
+
+def require_regular(path: Path) -> None:
+    """OSError unless `path` is a file with an end: reading a pipe or a device may never return."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        kind = "a folder" if path.is_dir() else "a pipe or a device, not a file"
+        raise OSError(errno.EINVAL, f"it is {kind}", str(path))
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:

@@ -6,15 +6,17 @@ JSON. Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.files import require_regular, strict_json
+
 FIELDS = ("prompt", "text", "content", "messages")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-# str.splitlines would also split at U+2028, U+0085 and form feeds, which are part of a prompt.
-LINE_END = re.compile(r"\r\n|\n|\r")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
+MAX_CHARACTERS = 1 << 24  # of one prompt: sixteen for each of the most tokens that an engine takes
+# What changes the meaning of a conversation and has no place in a prompt here.
+UNREAD = ("tools", "functions", "tool_calls", "function_call", "images", "audio", "videos")
 EXPECTED = (
     "expected a JSON list, JSON lines with one of the fields prompt, text, content or messages, or text with one "
     "prompt a line"
@@ -46,23 +48,37 @@ def read_prompts(path: str | Path, parameter: str = "prompts_file") -> list[Prom
     """Every prompt of a file in its order. PromptsError names `parameter`, the file and the line of a fault."""
     path = Path(path).expanduser()
     where = f"{parameter} {path}"
+    if path.suffix.lower() in TABLES:
+        raise PromptsError(f"{where} is a table by its name; {EXPECTED}")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        require_regular(path)
+        text = path.read_bytes().decode("utf-8-sig").lstrip("\ufeff")
     except OSError as error:
         raise PromptsError(f"{where} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise PromptsError(
             f"{where} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
         ) from None
-    lines = [(f"line {n}", line) for n, line in enumerate(LINE_END.split(text), 1) if line.strip()]
+    except ValueError as error:
+        raise PromptsError(f"{parameter} {str(path)!r} is no path: {error}") from None
+    if "\0" in text:
+        raise PromptsError(f"{where} is no text: a NUL stands at character {text.index(chr(0))} (UTF-16?)")
+    lines = [(f"line {n}", line) for n, line in enumerate(_lines(text), 1) if line and not line.isspace()]
     if not lines:
         raise PromptsError(f"{where} holds no prompt; {EXPECTED}")
     entries = _json_entries(text, lines, where, is_json=path.suffix.lower() in JSON_SUFFIXES)
     return [_prompt(entry, f"{where}, {place}") for place, entry in entries]
 
 
+def _lines(text: str) -> list[str]:
+    """str.splitlines would also split at U+2028, U+0085 and form feeds, which are part of a prompt."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def _json_entries(text: str, lines: list[tuple[str, str]], where: str, *, is_json: bool) -> list[tuple[str, Any]]:
     """(place, entry) of every prompt: the items of a JSON list, the values of JSON lines, else the lines themselves."""
+    # Nobody's first prompt is a bracket alone: JSON over several lines, whatever the file is called.
+    is_json = is_json or lines[0][1].strip() in ("{", "[", "[{")
     whole = _loads(text)
     if isinstance(whole, list):
         if not whole:
@@ -74,27 +90,20 @@ def _json_entries(text: str, lines: list[tuple[str, str]], where: str, *, is_jso
     objects = [place for place, _, value in values if isinstance(value, dict)]
     if not is_json and not objects:
         return [(place, line) for place, line in lines]
-    broken = next(((place, line) for place, line, value in values if isinstance(value, ValueError)), None)
+    broken = next(((place, line, value) for place, line, value in values if isinstance(value, ValueError)), None)
     if broken is not None:
+        place, line, fault = broken
         why = "not JSON" if is_json else f"not JSON, but {objects[0]} is: text and JSON lines do not mix"
-        raise PromptsError(f"{where}, {broken[0]}: {why}: {_short(broken[1])}")
+        raise PromptsError(f"{where}, {place}: {why} ({fault}): {_short(line)}")
     return [(place, value) for place, _, value in values]
 
 
 def _loads(text: str) -> Any:
     """The JSON value of a text, or the ValueError that says why it is none."""
     try:
-        return json.loads(text, object_pairs_hook=_without_repetition)
+        return strict_json(text)
     except ValueError as error:
         return error
-    except RecursionError:
-        return ValueError("nested too deeply")
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a field stands twice among {[key for key, _ in pairs]}")
-    return dict(pairs)
 
 
 def _prompt(entry: Any, where: str) -> Prompt:
@@ -102,10 +111,19 @@ def _prompt(entry: Any, where: str) -> Prompt:
     if isinstance(entry, dict):
         if "role" in entry:
             raise PromptsError(f"{where}: a message by itself; a conversation is a list of messages under `messages`")
+        _refuse_unread(entry, where)
         value = next((entry[name] for name in FIELDS if name in entry), None)
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value.strip():
+        if len(value) > MAX_CHARACTERS:
+            raise PromptsError(f"{where}: a prompt of {len(value)} characters; {MAX_CHARACTERS} are allowed")
         return Prompt(value)
-    if isinstance(value, list) and value and all(_is_message(item) for item in value):
+    if isinstance(value, list) and value and isinstance(value[0], dict) and isinstance(entry, dict):
+        for number, item in enumerate(value, 1):
+            if not _is_message(item):
+                raise PromptsError(
+                    f"{where}, message {number}: expected a role and a content, both texts; found {_short(repr(item))}"
+                )
+            _refuse_unread(item, f"{where}, message {number}")
         return Prompt.of_messages([{"role": item["role"], "content": item["content"]} for item in value])
     found = f"an object with the fields {sorted(entry)}" if isinstance(entry, dict) else _short(repr(entry))
     raise PromptsError(
@@ -115,7 +133,15 @@ def _prompt(entry: Any, where: str) -> Prompt:
 
 
 def _is_message(item: Any) -> bool:
-    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+    return (
+        isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content")) and item["role"]
+    )
+
+
+def _refuse_unread(entry: dict[str, Any], where: str) -> None:
+    named = [name for name in UNREAD if entry.get(name)]
+    if named:
+        raise PromptsError(f"{where}: {', '.join(named)} cannot be handed on to the model; leave them out")
 
 
 def _short(text: str) -> str:

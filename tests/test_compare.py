@@ -161,6 +161,10 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
+def test_a_single_page_says_nothing_of_how_others_differ() -> None:
+    assert bootstrap_ratio_difference([1.0], [2.0], [4.0]) == (0.25, -math.inf, math.inf)
+
+
 def test_bootstrap_of_a_ratio_agrees_with_the_normal_interval() -> None:
     rnd = random.Random(2)
     sizes = [rnd.randrange(200, 400) for _ in range(300)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -252,3 +253,11 @@ def test_cells_are_written_and_compared(tmp_path):
     assert "old: int" in untouched
     assert "".join(json.loads(path.read_text())["cells"][0]["source"]) == cell_source("06_compare")
     assert write_cells(tmp_path, check=True) == []
+
+
+def test_a_parameter_file_that_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+
+    for path in (tmp_path / "pipe.yaml", "/dev/zero"):
+        with pytest.raises(ParameterError, match="it is a pipe or a device"):
+            load_experiment(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -86,6 +87,19 @@ def test_a_conversation_keeps_its_messages(tmp_path, field):
         ("a.txt", "\n\n", "holds no prompt"),
         ("a.txt", "\ufeff", "holds no prompt"),
         ("a.txt", b"x\xff", "not UTF-8 text: byte 1 is 0xff"),
+        ("a.txt", "x\ny\n".encode("utf-16-le"), "a NUL stands at character 1"),
+        ("a.csv", 'prompt,answer\n"a, b",c\n', "is a table by its name"),
+        ("a.txt", '{\n "prompt": "x"\n}\n{\n "prompt": "y"\n}\n', "line 1: not JSON"),
+        ("a.jsonl", '{"prompt": "  "}', "line 1: expected a text"),
+        ("a.jsonl", '{"prompt": "x", "prompt": "y"}', "a field stands twice"),
+        ("a.jsonl", '{"prompt": "x", "tools": [{"type": "function"}]}', "line 1: tools cannot be handed on"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}',
+            "line 1, message 1: tool_calls cannot be handed on",
+        ),
+        ("a.jsonl", '{"messages": [{"role": "", "content": "x"}]}', "line 1, message 1: expected a role"),
+        ("a.txt", "x" * ((1 << 24) + 1), "a prompt of 16777217 characters"),
     ],
 )
 def test_a_fault_names_parameter_file_and_line(tmp_path, name, text, message):
@@ -102,3 +116,16 @@ def test_a_fault_names_parameter_file_and_line(tmp_path, name, text, message):
 def test_what_cannot_be_read_is_named(tmp_path, name):
     with pytest.raises(PromptsError, match="cannot be read"):
         read_prompts(tmp_path / name)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(PromptsError, match="it is a pipe or a device"):
+        read_prompts(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud83d"])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(PromptsError, match="is no path"):
+        read_prompts(path)

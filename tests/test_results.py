@@ -236,3 +236,12 @@ def test_a_row_without_space_leaves_the_table_as_it_was_and_names_the_file(tmp_p
     assert done.stdout.strip() == str(tmp_path / "rows.jsonl"), done.stderr
     text = (tmp_path / "rows.jsonl").read_text()
     assert text.endswith("\n") and [json.loads(line)["n"] for line in text.splitlines()] == [1]
+
+
+def test_half_a_character_is_written_out_so_that_tables_can_be_loaded(tmp_path):
+    with RunFolder.open(experiment(tmp_path), "s") as folder:
+        folder.append("rows", {"text": "half \ud83d", "whole": "\U0001f600"})
+        folder.write_json("x", {"text": "half \ud83d"})
+
+        assert folder.load("rows")[["text", "whole"]].values.tolist() == [["half \\ud83d", "\U0001f600"]]
+        assert folder.read_json("x") == {"text": "half \\ud83d"}

@@ -167,8 +167,7 @@ def check_model(experiment: Experiment) -> list[str]:
     end_ids_in(checkpoint.config_folder / "generation_config.json")
     left_out = [*checkpoint.notes, *check_tensors(checkpoint, model, data=False)]
     load_tokenizer(texts or checkpoint.config_folder)
-    if experiment.quantize != "none":
-        kept_linears(model, experiment.quantize_keep)
+    kept_linears(model, experiment.quantize_keep)
     runs_converted = experiment.use_model == "converted" and experiment.if_model_exists != "overwrite"
     if runs_converted and experiment.converted_folder.is_dir():
         check_converted(experiment, content=False)

@@ -309,13 +309,14 @@ def _find_set(root: Path, spec: SetSpec, num_fewshot: int | None, tasks: list[Lo
     subjects = {_subject(config) for _, config in packaged.values()}
     files = set_files(folders, subjects, spec.default_split)
     shots = spec.shots if num_fewshot is None or spec.shots_are_fixed else num_fewshot
-    before, reader = (len(tasks), len(faults)), Reader()
+    before, reader = (len(tasks), len(faults)), Reader(subjects)
     for task, (path, config) in packaged.items():
         try:
             found = _local_task(spec, task, path, config, files, reader, shots)
             tasks += [found] if found else []
         except DataError as error:
-            faults.append(f"{task}: {error}")
+            if not any(fault.endswith(f": {error}") for fault in faults):  # one of a file for all subjects is said once
+                faults.append(f"{task}: {error}")
     if (len(tasks), len(faults)) == before:
         where = ", ".join(map(str, folders))
         faults.append(
@@ -349,6 +350,8 @@ def _local_task(
                 f"no {split} split in {near} (found: {', '.join(there)}; expected {split}.parquet or "
                 f"{split}-00000-of-00001.parquet{files.describe_others()})"
             )
+    if spec.name == "wikitext" and not any(row["page"].strip() for row in rows[eval_split]):
+        raise DataError(f"{chosen[eval_split][0]} holds no text")
     if shots_split and len(rows[shots_split]) < shots:
         count = len(rows[shots_split])
         raise DataError(

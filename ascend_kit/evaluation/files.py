@@ -13,10 +13,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ascend_kit.params.yaml_file import BoundedLoader
 
 SPLITS = {"train": "train", "test": "test", "dev": "dev", "val": "val", "valid": "val", "validation": "val"}
 SUFFIXES = (".parquet", ".arrow", ".csv", ".jsonl")
@@ -146,6 +149,9 @@ def _listed_by_state(folder: Path) -> list[str] | None:
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError):
         return None
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise DataError(f"{folder / 'state.json'} lists {', '.join(outside)}: a saved dataset names files beside it")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder / 'state.json'} lists {', '.join(missing)}, which is not there: half a copy")
@@ -205,7 +211,7 @@ def _from_readme(folder: Path, files: list[Path]) -> Iterator[tuple[str, str, Pa
     try:
         text = (folder / "README.md").read_bytes().decode("utf-8-sig")
         front = re.match(r"---\s*\n(.*?)\n---", text, re.S)
-        card = yaml.safe_load(front.group(1)) if front else None
+        card = yaml.load(front.group(1), Loader=BoundedLoader) if front else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return
     configs = card.get("configs") if isinstance(card, dict) else None
@@ -248,10 +254,14 @@ def _one_family(paths: list[Path]) -> list[Path]:
     twice = sorted(path for path, number in zip(paths, numbers, strict=True) if numbers.count(number) > 1)
     if twice:
         raise DataError(f"a part is there twice: {_shown(twice)}")
-    missing = sorted(set(range(expected)) - set(numbers))
-    if missing:
+    present = set(numbers)
+    beyond = [path for path, number in zip(paths, numbers, strict=True) if number >= expected]
+    if beyond:
+        raise DataError(f"a part beyond the {expected} that its name tells: {_shown(beyond)}")
+    if len(present) < expected:  # a name may tell of any number of parts: never count them one by one
+        missing = islice((number for number in count() if number not in present), FILES_SHOWN)
         raise DataError(
             f"half a download: {_shown(sorted(paths))} of {expected} parts; missing: part "
-            f"{', '.join(map(str, missing[:FILES_SHOWN]))}"
+            f"{', '.join(str(number) for number in missing if number < expected)}"
         )
     return [path for _, path in sorted(zip(numbers, paths, strict=True))]

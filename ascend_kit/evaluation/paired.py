@@ -223,11 +223,15 @@ def bootstrap_ratio_difference(
 
     weights = numpy.asarray(sizes, dtype=float)
     change = numpy.asarray(candidate, dtype=float) - numpy.asarray(baseline, dtype=float)
-    draws = numpy.random.default_rng(seed).integers(0, len(weights), (repeats, len(weights)))
-    values = change[draws].sum(axis=1) / weights[draws].sum(axis=1)
-    tail = 50 * (1 - confidence)
+    mean = float(change.sum() / weights.sum())
+    if len(weights) < 2:  # one page says nothing of how others differ
+        return mean, -math.inf, math.inf
+    random, tail = numpy.random.default_rng(seed), 50 * (1 - confidence)
+    # Drawn in turns: all at once would be a table of repeats x documents.
+    draws = (random.integers(0, len(weights), len(weights)) for _ in range(repeats))
+    values = [change[drawn].sum() / weights[drawn].sum() for drawn in draws]
     low, high = numpy.percentile(values, [tail, 100 - tail])
-    return float(change.sum() / weights.sum()), float(low), float(high)
+    return mean, float(low), float(high)
 
 
 def _neighbour_effect(differences: Sequence[float]) -> float:

@@ -6,17 +6,20 @@ and C-Eval's csv, AGIEval's jsonl. Only the columns a task reads are kept, so th
 
 from __future__ import annotations
 
-import json
+import csv
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ascend_kit.evaluation.files import DataError, subject_key
+from ascend_kit.files import HALF_CHARACTER, require_regular, strict_json
 from ascend_kit.identity import hash_value
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFG"
+MAX_CHARACTERS = 1 << 24  # of a line or a cell
+csv.field_size_limit(MAX_CHARACTERS)
 FOUR = LETTERS[:4]
 CHINESE, ENGLISH = "问题：", "Q: "
 SHARED_TEXT = "This question refers to the following information"  # MMLU's history subjects
@@ -33,9 +36,10 @@ class Shape:
 
 
 class Reader:
-    """Reads splits of one set; a file that holds several subjects is read once."""
+    """Reads splits of one set with these subjects; a file that holds several subjects is read once."""
 
-    def __init__(self) -> None:
+    def __init__(self, subjects: set[str]) -> None:
+        self.subjects = subjects
         self._files: dict[Path, list[Row]] = {}
 
     def split(self, paths: Iterable[Path], shape: Shape, subject: str, *, mixed: bool = False) -> list[Row]:
@@ -46,8 +50,11 @@ class Reader:
             if mixed:
                 self._files[path] = found
             for number, row in enumerate(found, 1):
-                if not mixed or subject_key(str(row.get("subject"))) == subject:
-                    rows.append(_checked(shape.convert(row, subject), shape, f"{path} row {number}"))
+                where, about = f"{path} row {number}", subject_key(str(row.get("subject")))
+                if not mixed and about in self.subjects and about != subject:
+                    raise DataError(f"{where} is about {about}; the name of the file says {subject}")
+                if about == subject or not mixed:
+                    rows.append(_checked(shape.convert(row, subject), shape, where))
         return rows
 
 
@@ -59,9 +66,20 @@ def _checked(row: Row, shape: Shape, where: str) -> Row:
             f"{', '.join(map(str, row))}"
         )
     fault = shape.fault(row)
-    if fault:
-        raise DataError(f"{where}: {fault}")
-    return {name: row[name] for name in shape.columns}
+    kept = {name: row[name] for name in shape.columns}
+    bad = next((name for name, value in kept.items() if any(map(_is_no_text, _texts(value)))), None)
+    if fault or bad:
+        raise DataError(f"{where}: {fault or f'{bad} holds a NUL, half a character or more than a prompt can'}")
+    return kept
+
+
+def _texts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_no_text(value: Any) -> bool:
+    bad = isinstance(value, str) and ("\0" in value or len(value) > MAX_CHARACTERS or HALF_CHARACTER.search(value))
+    return bool(bad)
 
 
 def read_file(path: Path, shape: Shape) -> list[Row]:
@@ -70,11 +88,12 @@ def read_file(path: Path, shape: Shape) -> list[Row]:
 
     readers = {".parquet": _read_arrow, ".arrow": _read_arrow, ".csv": _read_csv, ".jsonl": _read_jsonl}
     try:
+        require_regular(path)
         rows = readers[path.suffix](path, shape)
     except DataError:
         raise
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"{path} cannot be read as {path.suffix[1:]} ({reason})") from None
     if not rows:
         raise DataError(f"{path} has no rows")
@@ -93,7 +112,8 @@ def _read_arrow(path: Path, shape: Shape) -> list[Row]:
                 table = pyarrow.ipc.open_stream(source).read_all()
             except pyarrow.ArrowInvalid:
                 table = pyarrow.ipc.open_file(source).read_all()
-    found = {name: _kind(table.schema.field(name).type) for name in table.schema.names}
+    _refuse_twice(table.schema.names, path)
+    found = {field.name: _kind(field.type) for field in table.schema}
     foreign = shape.convert is not _as_it_is and not shape.columns.keys() & found.keys() - {"question", "answer"}
     wrong = {} if foreign else {name: kind for name, kind in shape.columns.items() if found.get(name) != kind}
     if wrong:
@@ -118,33 +138,38 @@ def _kind(arrow_type: Any) -> str:
 
 
 def _read_csv(path: Path, shape: Shape) -> list[Row]:
-    import pandas
+    """Every cell is a text: "None" and "NA" are answers, not gaps."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = [line for line in csv.reader(file, strict=True) if "".join(line).strip()]
+    if not rows:
+        return []
+    names = rows[0]
+    if shape.header is not None and (len(names) == len(shape.header) or names[1:5] != list(FOUR)):
+        rows = rows[names[1:5] == list(FOUR) :]  # a header line may call the columns otherwise
+        names = list(shape.header)
+    else:
+        rows = rows[1:]
+    _refuse_twice(names, path)
+    for number, line in enumerate(rows, 1):
+        if len(line) != len(names):
+            raise DataError(f"{path} row {number} has {len(line)} columns, expected {', '.join(names)}")
+    return [dict(zip(names, line, strict=True)) for line in rows]
 
-    # "None" and "NA" are answers, not gaps; an empty field is the empty text.
-    options: dict[str, Any] = {
-        "dtype": str,
-        "keep_default_na": False,
-        "encoding": "utf-8-sig",
-        "skip_blank_lines": True,
-    }
-    table = pandas.read_csv(path, header=None, **options)
-    rows = [[None if cell != cell else cell for cell in line] for line in table.itertuples(index=False, name=None)]
-    names = list(map(str, rows[0]))
-    if shape.header is not None and names[1:5] != list(FOUR):
-        if len(names) != len(shape.header):
-            raise DataError(f"{path} has {len(names)} columns, expected {', '.join(shape.header)}")
-        return [dict(zip(shape.header, line, strict=True)) for line in rows]
-    if shape.header is not None:
-        names = list(shape.header)  # a header line that calls the columns otherwise
-    return [dict(zip(names, line, strict=True)) for line in rows[1:]]
+
+def _refuse_twice(names: list[str], path: Path) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path} has the column {', '.join(twice)} twice")
 
 
 def _read_jsonl(path: Path, shape: Shape) -> list[Row]:
     rows = []
     with open(path, encoding="utf-8-sig", newline="\n") as file:  # U+2028 and the like are part of a text
         for number, line in enumerate(file, 1):
+            if len(line) > MAX_CHARACTERS:
+                raise DataError(f"{path} line {number} has {len(line)} characters; {MAX_CHARACTERS} are allowed")
             if line.strip():
-                row = json.loads(line)
+                row = strict_json(line)
                 if not isinstance(row, dict):
                     raise DataError(f"{path} line {number} is no JSON object")
                 rows.append(row)
@@ -175,27 +200,32 @@ def _agieval(row: Row, subject: str) -> Row:
     """AGIEval's own rows (passage, question, options, label) as the query that its authors build for zero shots."""
     if "query" in row or "question" not in row:
         return row
-    passage, question, options = row.get("passage") or "", row["question"], row.get("options")
+    passage, question, options, label = row.get("passage") or "", row["question"], row.get("options"), row.get("label")
     is_chinese = subject != "gaokao-english" and (subject.startswith(("gaokao", "jec")) or subject == "logiqa-zh")
+    as_it_is = {"query": question, "choices": options, "gold": label, "answer": row.get("answer")}  # for the refusal
+    if not isinstance(passage, str):
+        return {**as_it_is, "query": passage}
     if not isinstance(question, str) or not question.strip():
-        return {"query": question, "choices": options, "gold": None, "answer": row.get("answer")}
+        return as_it_is
     if not options:
         end = f"{CHINESE}{question}\n答案：" if is_chinese else f"{ENGLISH}{question}\nA: The answer is"
         return {"query": passage + end, "answer": row.get("answer")}
+    if not isinstance(options, list) or len(options) > len(LETTERS):
+        return as_it_is
     last = LETTERS[len(options) - 1]
     choices = " ".join(map(str, options))
     if is_chinese:
         end = f"{CHINESE}{question} 选项：{choices}\n答案：从A到{last}, 我们应选择"
     else:
         end = f"{ENGLISH}{question} Answer Choices: {choices}\nA: Among A through {last}, the answer is"
-    return {"query": passage + end, "choices": options, "gold": _positions(row.get("label"))}
+    return {"query": passage + end, "choices": options, "gold": _positions(label)}
 
 
-def _positions(label: Any) -> list[int] | None:
-    """Places of the accepted choices: a letter, a list of letters or letters run together."""
+def _positions(label: Any) -> Any:
+    """Places of the accepted choices: a letter, a list of letters or letters run together; else the label itself."""
     letters = "".join(map(str, label)) if isinstance(label, list) else label
     if not isinstance(letters, str) or not letters or not set(letters) <= set(LETTERS):
-        return None
+        return label
     return [LETTERS.index(letter) for letter in letters]
 
 
@@ -210,6 +240,8 @@ def _mmlu_fault(row: Row) -> str | None:
     choices, answer = row["choices"], row["answer"]
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(choice, str) for choice in choices):
         return f"choices are {choices!r}, expected four texts"
+    if not any(map(_is_text, choices)):
+        return "all choices are empty"
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < 4:
         return f"answer is {answer!r}, expected 0 to 3 (in a csv file A to D)"
     return _text(row, "question")
@@ -218,7 +250,11 @@ def _mmlu_fault(row: Row) -> str | None:
 def _ceval_fault(row: Row) -> str | None:
     if row["answer"] not in tuple(FOUR):
         return f"answer is {row['answer']!r}, expected one of the letters A, B, C, D"
-    return next((fault for name in FOUR if (fault := _text(row, name, may_be_blank=True))), _text(row, "question"))
+    if fault := next(
+        (fault for name in FOUR if (fault := _text(row, name, may_be_blank=True))), _text(row, "question")
+    ):
+        return fault
+    return None if any(_is_text(row[name]) for name in FOUR) else "all choices are empty"
 
 
 def _agieval_fault(row: Row) -> str | None:
@@ -226,9 +262,9 @@ def _agieval_fault(row: Row) -> str | None:
     if fault := _text(row, "query"):
         return fault
     if not isinstance(choices, list) or len(choices) < 2 or not all(_is_text(choice) for choice in choices):
-        return f"choices are {choices!r}, expected two or more texts"
-    places = set(range(len(choices)))
-    if not isinstance(gold, list) or not gold or any(isinstance(n, bool) or n not in places for n in gold):
+        return f"choices are {choices!r}, expected two to seven texts"
+    right = isinstance(gold, list) and gold and all(type(n) is int and 0 <= n < len(choices) for n in gold)
+    if not right or len(set(gold)) < len(gold) or len(choices) > len(LETTERS):
         return f"gold is {gold!r}, expected places 0 to {len(choices) - 1} (label: letters from A on)"
     return None
 

@@ -206,15 +206,10 @@ def _raise_alarms(answers: pandas.DataFrame, folder: RunFolder) -> None:
 def _row(index: int, prompt: str, output: RequestOutput, record: RequestRecord) -> dict[str, Any]:
     failed = output.finish_reason == "error"
     return {
-        **record.to_row(), "index": index, "prompt": _shown(prompt), "text": output.text,
+        **record.to_row(), "index": index, "prompt": prompt, "text": output.text,
         "ttft_ms": _ms(ttft_s(record)), "tpot_ms": _ms(tpot_s(record)), "e2e_ms": _ms(e2e_s(record)),
         "status": "failed" if failed else "ok", "error": output.error,
     }  # fmt: skip
-
-
-def _shown(prompt: str) -> str:
-    """The prompt with what is no character written out, such as half an emoji, which no table can hold."""
-    return prompt.encode("utf-8", "backslashreplace").decode()
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from ascend_kit.files import require_regular
 from ascend_kit.params.experiment import Experiment, build_experiment, expand_aliases
 from ascend_kit.params.values import ParameterError, shown
 
-MAX_FILE_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 20_000, 20
+MAX_FILE_BYTES, MAX_NODES, MAX_DEPTH = 1 << 18, 5_000, 20
 # YAML 1.1 reads 010 as eight and 1:30 as ninety.
 OCTAL = re.compile(r"[-+]?0[0-7_]+")
 SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
@@ -113,6 +113,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
+        require_regular(path)
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ParameterError(f"{path} is {path.stat().st_size} bytes long: no parameter file")
         # Text copied from a web page indents with no-break spaces, which YAML takes for part of a name.
@@ -126,7 +127,7 @@ def _text(path: Path) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, ParameterError):
             raise
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ParameterError(f"parameter file {shown(str(path))} cannot be read: {reason}") from None
 
 
