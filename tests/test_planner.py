@@ -15,7 +15,7 @@ CARD = Card(PEAKS["910B2"])
 def test_prediction_of_one_step_is_the_roofline_plus_its_launches():
     group = Deployment(QWEN3_8B, CARD)
 
-    expected = (group.weights.per_step + 100 * 147456) / (0.6 * 1.6e12) + 2e-6 * (14 * 36 + 6)
+    expected = (group.weights.per_step + 100 * 147456) / (0.6 * 1.6e12) + 2e-6 * (13 * 36 + 6)
     assert group.decode_s(1, 100) == pytest.approx(expected)
     assert Deployment(QWEN3_8B, CARD, graph_mode=False).decode_s(1, 100) > expected
 

@@ -74,6 +74,16 @@ def test_greedy_and_sampled_rows_share_a_step():
     assert both[0] == 1 and both[1] == alone[0]
 
 
+def test_equal_logits_give_the_same_token_with_and_without_a_neighbour_that_sorts_all():
+    logits = (torch.randn(1, 4000, generator=torch.Generator().manual_seed(0)) * 2).round() / 2  # many are equal
+
+    for seed in range(40):
+        cut = Sequence([0], SamplingParams(temperature=1.0, top_k=20, seed=seed), arrival_s=0.0)
+        whole = Sequence([0], SamplingParams(temperature=1.0, seed=seed), arrival_s=0.0)
+
+        assert sample(logits, [cut], ())[0] == sample(logits.repeat(2, 1), [cut, whole], ())[0]
+
+
 def test_the_end_is_forbidden_before_min_new_tokens():
     early = Sequence([0], SamplingParams(min_new_tokens=1), arrival_s=0.0)
 

@@ -88,9 +88,9 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     )
     temperature, top_p, min_p, top_k, draw = numbers.unsqueeze(-1).unbind(1)
     if max(limits) < vocabulary:  # what lies behind the largest k need not be sorted
-        values, ids = logits.float().topk(max(limits), -1)
+        values, ids = _best(logits.float(), max(limits))
     else:
-        values, ids = logits.float().sort(-1, descending=True)
+        values, ids = logits.float().sort(dim=-1, descending=True, stable=logits.device.type == "cpu")
     rank = torch.arange(values.shape[-1], device=logits.device)
     # The best becomes 0 first: a tiny temperature then makes the others minus infinity and never 0 / 0.
     values = ((values - values[:, :1]) / temperature).masked_fill(rank >= top_k, -torch.inf)
@@ -103,6 +103,21 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     # Rounding may push the last step past the kept tokens.
     place = torch.minimum(place, keep.sum(-1, keepdim=True) - 1)
     return ids.gather(-1, place).squeeze(-1)
+
+
+def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest `count` of each row and their ids, descending; on a CPU equal ones by id, as a stable sort has them.
+
+    16-bit logits are often equal, and their order decides which token a number draws.
+    """
+    if logits.device.type != "cpu":
+        return logits.topk(count, -1)
+    last = logits.shape[-1] - 1
+    bits = (logits + 0.0).view(torch.int32)  # the sum makes minus zero zero
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers in the order of the numbers
+    keys = ascending.long().bitwise_left_shift_(32).bitwise_or_(last - torch.arange(last + 1))
+    ids = last - (keys.topk(count, -1).values & 0xFFFFFFFF)
+    return logits.gather(-1, ids), ids
 
 
 def _penalise(logits: Tensor, sequences: list[Sequence]) -> Tensor:

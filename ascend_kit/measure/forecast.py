@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Launches per layer of our fused path, and outside the layers (embedding, last norm, lm_head, gathers).
-LAYER_LAUNCHES = {"qwen2": 11, "qwen3": 14, "llama": 11}
-INT8_EXTRA_LAUNCHES = 4  # one quantisation before qkv, o, gate_up and down
+LAYER_LAUNCHES = {"qwen2": 11, "qwen3": 13, "llama": 11}
+W8A8_EXTRA_LAUNCHES = 1  # quantisation before o, and a split of q, k, v, which are one product instead of two
 OUTER_LAUNCHES = 6
 
 
@@ -262,7 +262,7 @@ class Deployment:
     def _launch_s(self) -> float:
         per_layer = self.launches_per_layer
         if per_layer is None:
-            per_layer = LAYER_LAUNCHES[self.config.family] + INT8_EXTRA_LAUNCHES * (self.scheme == "w8a8")
+            per_layer = LAYER_LAUNCHES[self.config.family] + W8A8_EXTRA_LAUNCHES * (self.scheme == "w8a8")
         one = self.card.launch_s if self.graph_mode else self.card.eager_launch_s
         return one * (per_layer * self.config.num_layers + OUTER_LAUNCHES)
 

@@ -171,6 +171,7 @@ class PointRunner:
             "backend": backend.name,
             "device": backend.device.name,
             "device_kind": backend.device.kind,
+            "task_queue_level": backend.device.task_queue_level(),
             "model": self.experiment.model_name,
             **backend.variant(),
             "cards": backend.cards,
