@@ -32,7 +32,7 @@ demo: .venv/.base
 	    --set use_model=source --set graph_mode=false --set operator_fusion=false --set memory_optimize=false
 	$(BIN)/python -m ascend_kit run $(DEMO) --run optimized --overwrite --set if_model_exists=overwrite
 
-test: .venv/.dev
+test: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb

@@ -21,7 +21,7 @@ _PUBLIC = {
     "evaluate": "evaluation.harness",
     "run_sweep": "measure.sweep",
 }
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

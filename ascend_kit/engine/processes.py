@@ -67,7 +67,7 @@ class _Process:
 
     def __init__(self, worker: type) -> None:
         ours, theirs = Pipe()
-        self._pipe: Connection = ours
+        self._pipe = ours
         self._calls: list[Future[Any]] = []
         self._lock = threading.Lock()
         self._death: WorkerDied | None = None

@@ -23,6 +23,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Tokenizer(Protocol):
     """What the engine uses of a tokenizer of transformers."""
 
+    name_or_path: str
     bos_token_id: Any
     eos_token_id: Any
     pad_token_id: Any

@@ -10,22 +10,10 @@ from ascend_kit.identity import Identity
 if TYPE_CHECKING:
     from ascend_kit.device.device import Device
     from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score
+    from ascend_kit.engine.text import Tokenizer
     from ascend_kit.model.config import ModelConfig
 
 Ids = list[int]
-
-
-class Tokenizer(Protocol):
-    """What is used of transformers' tokenizers, whose own annotations leave most of it open."""
-
-    name_or_path: str
-    eos_token_id: int | None
-    bos_token_id: int | None
-    chat_template: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> Ids: ...
-    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str: ...
-    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, **options: Any) -> Any: ...
 
 
 class EvaluatedEngine(Protocol):

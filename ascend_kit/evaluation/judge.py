@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.engine.text import Tokenizer
 from ascend_kit.evaluation.datasets import MULTIPLE_CHOICE_GROUP, LocalTask
-from ascend_kit.evaluation.interface import EvaluatedEngine, Tokenizer
+from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.messages import Finding, say
 from ascend_kit.params import Experiment
 

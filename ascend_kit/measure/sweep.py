@@ -127,7 +127,7 @@ def run_sweep(
                 if len(runners) > 1:
                     runner.backend.close()
         rows = load_rows(folder)
-        error = error_of(rows[rows["backend"] == name])
+        error = error_of(rows.loc[rows["backend"] == name])
         if error is not None:
             folder.fail(str(error))
     return rows
