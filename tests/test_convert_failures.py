@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.manifest import verify
 from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.checkpoint.writer import undo_exchange
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import expected_shapes
 
@@ -143,6 +145,23 @@ def test_kill_between_the_two_renames_of_an_overwrite_is_healed(tiny_qwen3_dir: 
     result = convert(tiny_qwen3_dir, destination, if_exists="overwrite")
 
     assert verify(result.folder, full=True).status == "ok"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result"]
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_what_a_stopped_exchange_left_is_cleared_up_and_named_by_the_next_conversion(
+    tiny_qwen3_dir: Path, tmp_path: Path, is_replaced: bool, caplog
+):
+    destination = convert(tiny_qwen3_dir, tmp_path / "result").folder
+    old = tmp_path / ".result.old"
+    shutil.copytree(destination, old) if is_replaced else destination.rename(old)
+    with open(tmp_path / ".result.lock", "w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        assert undo_exchange(destination) is None and old.exists()  # a running conversion owns it
+
+    assert convert(tiny_qwen3_dir, destination, if_exists="reuse").reused
+
+    assert str(old) in caplog.text if is_replaced else ".result.old" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result"]
 
 

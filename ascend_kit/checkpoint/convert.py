@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_
 from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_megatron
 from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.checkpoint.writer import undo_exchange
 from ascend_kit.device.device import select_device
 from ascend_kit.model.config import DTYPES, ModelConfig, end_ids_in
 from ascend_kit.model.tensors import kept_linears
@@ -109,6 +111,9 @@ def convert(
     texts = Path(tokenizer_path) if tokenizer_path else None
     check_companions(companion_files(checkpoint.config_folder, texts))
     settings = {"precision": precision, "framework": checkpoint.framework, **options.settings()}
+    undone = undo_exchange(destination)
+    if undone:
+        logging.getLogger(__name__).warning(undone)
     if destination.exists():
         manifest = _existing_result(destination, checkpoint, settings, if_exists, texts)
         if manifest is not None:

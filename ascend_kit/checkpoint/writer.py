@@ -130,11 +130,19 @@ class PartialFolder:
     def __enter__(self) -> PartialFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
+            self.lock()
         self._load()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def lock(self) -> None:
+        """Own the destination until `close`; CheckpointError where another conversion does."""
+        self._lock = self._locked()
+
+    def close(self) -> None:
+        """Give the destination free."""
         self.lock_path.unlink(missing_ok=True)  # while it is held: who waits for this file finds that it is gone
         self._lock.close()
 
@@ -181,7 +189,7 @@ class PartialFolder:
 
     def publish(self) -> None:
         """Rename the complete folder to the destination; an old destination is removed after the exchange."""
-        old = self.destination.parent / f".{self.destination.name}.old"
+        old = set_aside(self.destination)
         with writing(self.destination):
             for leftover in (PROGRESS_NAME, PROGRESS_NAME + NEW_SUFFIX):
                 (self.path / leftover).unlink(missing_ok=True)
@@ -192,6 +200,33 @@ class PartialFolder:
             os.rename(self.path, self.destination)
             _sync_folder(self.destination.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(destination: Path) -> Path:
+    """Where the old folder lies while the new one takes its place."""
+    return destination.parent / f".{destination.name}.old"
+
+
+def undo_exchange(destination: Path) -> str | None:
+    """Clear up after an exchange that was stopped halfway; what was done in words.
+
+    The old folder is removed, or put back where the new one is not in its place. None where there is nothing to do, or
+    where a conversion is running and owns it.
+    """
+    old, owner = set_aside(destination), PartialFolder(destination, "")
+    if not old.exists():
+        return None
+    try:
+        owner.lock()
+    except CheckpointError:
+        return None
+    with contextlib.closing(owner):
+        if destination.exists():
+            shutil.rmtree(old)
+            return f"removed {old}, which a stopped conversion left behind"
+        os.rename(old, destination)
+        shutil.rmtree(owner.path, ignore_errors=True)  # what was to take its place, of no use to a resumption
+        return f"put {destination} back, which a stopped conversion had set aside as {old.name}"
 
 
 def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> dict[str, Any]:

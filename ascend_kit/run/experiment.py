@@ -64,6 +64,8 @@ def run_experiment(
     experiment = load_experiment(path, overrides)
     available = find_notebooks(notebooks)
     chosen = select_notebooks(available, only)
+    if undone := _undo_exchange(experiment, chosen):
+        echo(undone)
     check_parameters(experiment, chosen)
     mode = _mode(experiment, resume, overwrite)
     folder = experiment.run_folder
@@ -121,6 +123,18 @@ def _remove_leftovers(folder: Path, chosen: list[Notebook]) -> Iterator[Path]:
         if path.exists():
             path.unlink()
             yield path
+
+
+def _undo_exchange(experiment: Experiment, chosen: list[Notebook]) -> str | None:
+    """Clear up what a killed conversion left beside the converted folder that these notebooks use; in words."""
+    if not any("quantize" in notebook.defaults for notebook in chosen):
+        return None
+    folder = experiment.converted_folder
+    if not (folder.parent / f".{folder.name}.old").exists():
+        return None
+    from ascend_kit.checkpoint.writer import undo_exchange  # imports torch: only where there is something to do
+
+    return undo_exchange(folder)
 
 
 # --- the run itself ---------------------------------------------------------------------------------------
