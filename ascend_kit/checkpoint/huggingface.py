@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     *TEMPLATE_FILES,
     "generation_config.json",
 )
+VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 OTHER_FILES = ("configuration.json", "preprocessor_config.json")
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 SHARD_PATTERN = re.compile(r"(.+)-\d+-of-(\d+)")
@@ -216,6 +217,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     can be loaded."""
     from transformers import AutoTokenizer
 
+    # Without any of them transformers makes an empty tokenizer and says nothing.
+    if not any(path.match(pattern) for path in Path(folder).glob("*") for pattern in VOCABULARY_FILES):
+        raise ValueError(f"no tokenizer in {folder}: expected one of {', '.join(VOCABULARY_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers finds wrong, also in config.json, has types of its own
