@@ -323,7 +323,9 @@ def sentencepiece(clean=False):
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     raw.decoder = decoders.Sequence(steps)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=clean)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", clean_up_tokenization_spaces=clean
+    )
 
 
 def cleaning():
@@ -339,6 +341,12 @@ def test_text_in_pieces_is_the_text_decoded_whole(make, window, context, monkeyp
     draw = np.random.default_rng(0)
     cases = [tokenizer.encode(TEXT * 3), [0xE6, 0x98], [0x98, 0xF0, 0x9F, 65, 66], list(range(150, 256))]
     cases += [draw.integers(0, len(tokenizer), 80).tolist() for _ in range(30)]
+    for special in tokenizer.all_special_ids:  # answers that go on behind an end token
+        cases += [
+            [0xE6, special, 0x98, special, 0xAF, 65, special],
+            np.where(draw.random(80) < 0.3, special, cases[-1]),
+        ]
+    cases = [[int(token) for token in ids] for ids in cases]
     for ids in cases:
         detokenizer = text.Detokenizer(tokenizer)
 

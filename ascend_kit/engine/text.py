@@ -281,13 +281,15 @@ class Detokenizer:
         self.is_cut = False  # at a stop string
         self._taken = 0  # characters of the window's text that are in `text`
         self._held = self.CLEANED if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
-        self._run = 0  # byte tokens at the end
+        self._run = 0  # byte tokens at the end, and special tokens between them, which decoding leaves out
+        self._left_out = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._looked = 0  # characters in which no new stop string ends
 
     def add(self, token_id: int) -> str:
         """The text that became certain with this token."""
         self.ids.append(token_id)
-        self._run = self._run + 1 if self._is_byte(token_id) else 0
+        goes_on = self._is_byte(token_id) or (self._run > 0 and token_id in self._left_out)
+        self._run = self._run + 1 if goes_on else 0
         window = self._decode(self.ids[self.anchor :])
         if self._run:
             certain = len(self._decode(self.ids[self.anchor : len(self.ids) - self._run]))
@@ -322,7 +324,7 @@ class Detokenizer:
     def _move_anchor(self, window: str) -> None:
         """Start later, where the shorter window's text is the end of the longer one's and goes on like it."""
         place = len(self.ids) - self.CONTEXT
-        if self._is_byte(self.ids[place]):
+        if self._is_byte(self.ids[place]) or (self._run and self.ids[place] in self._left_out):
             return
         tail = self._decode(self.ids[place:])
         offset = len(window) - len(tail)
