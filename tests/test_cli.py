@@ -136,3 +136,23 @@ def test_check_and_run_look_into_files_and_folders_before_work(project, capsys, 
 
     assert status == 2 and message in capsys.readouterr().err
     assert not (project / "outputs").exists()
+
+
+@pytest.mark.parametrize("quantize", ["w8a8", "none"])
+@pytest.mark.parametrize(
+    ("model", "words"), [("demo", ["check"]), ("demo", ["run", "--only", "02"]), ("own", ["run", "--only", "02"])]
+)
+def test_quantize_keep_that_names_nothing_is_refused_before_work(
+    project, tiny_qwen3_dir, capsys, model, words, quantize
+):
+    own = f"input_model: {tiny_qwen3_dir}\nmax_seq_length: 128\nprompts_file: prompts.txt\n"
+    (project / "prompts.txt").write_text("Hello\n")
+    (project / "x.yaml").write_text(
+        f"experiment: x\nquantize: {quantize}\nquantize_keep: [down_projj]\n" + (own if model == "own" else "")
+    )
+
+    status = main([words[0], "x.yaml", *words[1:]])
+
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and not (project / "outputs").exists()
+    assert "quantize_keep: 'down_projj' names no linear of this model; did you mean 'down_proj'?" in error

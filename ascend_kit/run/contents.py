@@ -29,6 +29,8 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
         checks.append(("dataset_path: ", lambda: _check_data(experiment)))
     if "input_model" in given and Path(experiment.input_model).is_dir():
         checks.append(("", lambda: _check_model(experiment)))
+    if "quantize_keep" in given and "input_model" not in given:
+        checks.append(("", lambda: _check_kept_of_demo(experiment.quantize_keep)))
     if converts:
         checks.append(("", lambda: _check_written(experiment.converted_folder, _converted_bytes(experiment))))
     faults = []
@@ -57,6 +59,16 @@ def _check_model(experiment: Experiment) -> None:
     from ascend_kit.checkpoint.convert import check_model
 
     check_model(experiment)
+
+
+def _check_kept_of_demo(patterns: list[str]) -> None:
+    if patterns == Experiment.model_fields["quantize_keep"].default:
+        return
+    from ascend_kit.demo.train import MODEL_SIZES
+    from ascend_kit.model.config import ModelConfig
+    from ascend_kit.model.tensors import kept_linears
+
+    kept_linears(ModelConfig.from_dict({"model_type": "qwen3", **MODEL_SIZES}, where="the demo model"), patterns)
 
 
 def _check_written(folder: Path, num_bytes: int) -> None:
