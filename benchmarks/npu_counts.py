@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
 
     rows = list(count_all(npu_sim.start(), options.context, options.batch))
-    print(f"One decode step at {options.context} tokens per sequence, bf16 unless w8a8\n")
+    print(f"One decode step at {options.context} tokens per sequence, bf16 unless int8\n")
     print(f"{'model':<12} {'engine':<22} {'batch':>5} " + " ".join(f"{h:>13}" for h in HEADINGS))
     for row in rows:
         values = " ".join(f"{row[column]:>13.5g}" for column in COLUMNS)
@@ -55,6 +55,7 @@ def count_all(sim: Any, context: int, batches: list[int]) -> Any:
         "ours, eager": {},
         "ours, graph": dict(graph_mode=True),
         "ours, w8a8 graph": dict(graph_mode=True, quantize="w8a8"),
+        "ours, w8a16 graph": dict(graph_mode=True, quantize="w8a16"),
     }
     for model, config in MODELS.items():
         for batch in batches:
