@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,97 @@ def test_10_the_list_of_parameters_promises_no_parts_of_names(tmp_path):
     text = command(tmp_path, "check", "--list").stdout
 
     assert "quantize_keep" in text and "parts of names" not in text
+
+
+def opened_tiny(folder: Path, name: str = "tiny", run: str = "default", **changes: object):
+    """The experiment of `make_tiny`'s file with changes, and an engine for it; public names only."""
+    import ascend_kit
+
+    values = {**json.loads((folder / f"{name}.yaml").read_text()), "output_root": str(folder / "outputs"), "run": run}
+    experiment = ascend_kit.Experiment(**{**values, "if_exists": "resume", **changes})
+    return experiment, ascend_kit.AscendInferEngine.from_experiment(experiment).load_model()
+
+
+def evaluated(folder: Path, **changes: object):
+    """The result of one pass of 05's work, and the rows of scores.jsonl after it."""
+    import ascend_kit
+
+    experiment, engine = opened_tiny(folder, **changes)
+    with ascend_kit.RunFolder.open(experiment, "05_evaluate") as opened:
+        result = ascend_kit.evaluate(engine, experiment, opened)
+    engine.close()
+    return result, list(opened.rows("scores"))
+
+
+@pytest.mark.slow
+def test_3_rows_of_data_that_is_gone_take_part_in_nothing_and_no_pass_adds_groups(tmp_path):
+    """A subject removed from the data stayed in the table; scores.jsonl gained all group rows at every pass."""
+    from ascend_kit.demo import ensure_data
+
+    data = tmp_path / "data"
+    for subject in ("anatomy", "astronomy"):
+        shutil.copytree(ensure_data() / "mmlu" / subject, data / "mmlu" / subject)
+    values = {"dataset_path": str(data), "eval_datasets": ["mmlu"], "eval_limit": 1, "eval_fewshot": 0}
+    make_tiny(tmp_path, "tiny", 1, **values)
+
+    _, first = evaluated(tmp_path)
+    _, again = evaluated(tmp_path)
+    shutil.rmtree(data / "mmlu" / "astronomy")
+    fewer, _ = evaluated(tmp_path)
+    shutil.copy(ensure_data() / "mmlu" / "nutrition" / "test.parquet", data / "mmlu" / "anatomy" / "test.parquet")
+    _, edited = evaluated(tmp_path)
+
+    assert len(again) == len(first), "a pass without work added rows"
+    assert set(fewer.tasks["task"]) == {"mmlu_anatomy"} and set(fewer.groups["n"]) == {1}
+    assert len(edited) > len(first), "answers to the data before its edit were reused"
+
+
+def measured(folder: Path, **changes: object) -> int:
+    """Rows of rows.jsonl after one pass of 04's work; the ceilings are given, which takes no time."""
+    import ascend_kit
+
+    experiment, engine = opened_tiny(folder, **changes)
+    ceilings = {"device": "given", "fp32_flops_per_s": 1e9, "read_bytes_per_s": 1e9, "launch_s": 1e-6}
+    with ascend_kit.RunFolder.open(experiment, "04_throughput") as opened:
+        ascend_kit.run_sweep(engine, experiment, opened, ceilings=ceilings)
+    engine.close()
+    return len(list(opened.rows("rows")))
+
+
+def change_settings(model: Path, **values: object) -> None:
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("changed", ["nothing", "weights", "tokenizer", "template", "package", "seed"])
+def test_2_rows_are_reused_only_for_what_they_belong_to(tmp_path, monkeypatch, changed):
+    """Resume compared names: rows of other weights, tokenizers, templates or packages counted as done."""
+    import importlib.metadata
+
+    from conftest import make_model
+
+    model, changes = make_tiny(tmp_path, "tiny", 1), {}
+    assert measured(tmp_path) == 1
+    if changed == "weights":
+        make_model(model, "qwen3", seed=2)
+    elif changed == "tokenizer":
+        change_settings(model, model_max_length=500)
+    elif changed == "template":
+        change_settings(model, chat_template="{{ messages }}")
+    elif changed == "package":
+        known = importlib.metadata.version
+        newer = {"transformers": "99.0"}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: newer.get(name) or known(name))
+    elif changed == "seed":
+        changes["seed"] = 5
+
+    assert measured(tmp_path, **changes) == (1 if changed == "nothing" else 2)
+
+
+def test_2_another_precision_is_another_run(tmp_path):
+    """Rows of two precisions in one run would be one name for two variants."""
+    make_tiny(tmp_path, "tiny", 1)
+    measured(tmp_path)
+
+    with pytest.raises(RuntimeError, match="precision"):
+        measured(tmp_path, precision="bf16")
