@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
@@ -350,9 +351,13 @@ def test_text_in_pieces_is_the_text_decoded_whole(make, window, context, monkeyp
     for ids in cases:
         detokenizer = text.Detokenizer(tokenizer)
 
-        pieces = [detokenizer.add(token) for token in ids] + [detokenizer.finish()]
+        certain = [""]
+        for token in ids:
+            detokenizer.add(token)
+            certain.append(detokenizer.text)
 
-        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+        assert all(after.startswith(before) for before, after in itertools.pairwise(certain))
+        assert detokenizer.text + detokenizer.pending == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_a_newline_that_is_a_byte_token_stops_at_once():

@@ -113,11 +113,10 @@ def test_prefix_hit_rate_is_cached_over_prompt_tokens():
     assert metrics.prefix_hit_rate([]) is None
 
 
-def test_utilisation_is_work_over_time_over_all_devices_and_unknown_without_a_peak():
-    assert metrics.mfu(model_flops=6e12, seconds=2.0, peak_flops_per_s=10e12, num_devices=1) == pytest.approx(0.3)
-    assert metrics.mbu(bytes_read=8e9, seconds=0.01, peak_bytes_per_s=1.6e12, num_devices=2) == pytest.approx(0.25)
-    assert metrics.mfu(6e12, 2.0, None) is None
-    assert metrics.mbu(8e9, 0.0, 1.6e12) is None
+def test_utilisation_is_work_over_time_and_peak_and_unknown_without_a_peak():
+    assert metrics.utilisation(work=6e12, seconds=2.0, peak_per_s=10e12) == pytest.approx(0.3)
+    assert metrics.utilisation(6e12, 2.0, None) is None
+    assert metrics.utilisation(8e9, 0.0, 1.6e12) is None
 
 
 def test_record_survives_the_way_through_a_row():

@@ -239,15 +239,19 @@ def parse_device(name: str, device_id: int = 0) -> tuple[str, int]:
     return kind, int(suffix) if suffix else device_id
 
 
+def resolve_device(name: str, device_id: int = 0) -> tuple[str, int]:
+    """As `parse_device`, with the kind that `auto` takes on this machine; touches no device."""
+    kind, index = parse_device(name, device_id)
+    return auto_kind() if kind == "auto" else kind, index
+
+
 def select_device(name: str = "auto", device_id: int = 0) -> Device:
     """Pick a device and make it current.
 
     `auto` takes the NPU where torch_npu is installed, else CUDA, else the CPU; an accelerator that is there
     but broken is an error, not a reason to go on slowly. Raises DeviceError saying what is missing.
     """
-    kind, index = parse_device(name, device_id)
-    if kind == "auto":
-        kind = auto_kind()
+    kind, index = resolve_device(name, device_id)
     if kind == "cpu":
         return Device("cpu", 0, _cpu_name(), _host_total_bytes(), None)
     return _select_npu(index) if kind == "npu" else _select_cuda(index)

@@ -16,7 +16,7 @@ import numpy as np
 from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.checkpoint.identity import check_converted, model_identity
 from ascend_kit.checkpoint.manifest import verify
-from ascend_kit.device.device import Device, auto_kind, parse_device, select_device
+from ascend_kit.device.device import Device, resolve_device, select_device
 from ascend_kit.device.parallel import check_division
 from ascend_kit.engine import text
 from ascend_kit.engine.config import EngineConfig
@@ -113,12 +113,8 @@ class AscendInferEngine:
             from ascend_kit.engine.ranks import RankCore
 
             return RankCore(settings, self.config, self._ranks)
-        kind = parse_device(settings.device)[0]
-        if (
-            needs_process(auto_kind() if kind == "auto" else kind)
-            or settings.cards > 1
-            or settings.ray_address is not None
-        ):
+        is_elsewhere = settings.cards > 1 or settings.ray_address is not None
+        if is_elsewhere or needs_process(resolve_device(settings.device)[0]):
             from ascend_kit.engine.replicas import ReplicatedCore
 
             return ReplicatedCore(settings, self.config)
@@ -150,15 +146,11 @@ class AscendInferEngine:
         """
         if self._identity is None:
             self._identity = model_identity(self.model_path, self.settings.tokenizer_path)
-        if self.device is None and needs_process(self._device_kind()):
+        if self.device is None and needs_process(resolve_device(self.settings.device)[0]):
             self.load_model()
         device = self.device or select_device(self.settings.device, self.settings.device_id)
         parts = {"engine": self.settings.identity(), "versions": device.versions(), "device": device.facts()}
         return self._identity.with_parts(**parts)
-
-    def _device_kind(self) -> str:
-        kind = parse_device(self.settings.device)[0]
-        return auto_kind() if kind == "auto" else kind
 
     @property
     def num_replicas(self) -> int:
@@ -287,11 +279,7 @@ class AscendInferEngine:
                 if on_progress is not None:
                     on_progress(len(sheet), len(pairs))
         finally:
-            with self._lock:
-                for sequence in sequences:
-                    self._subscribers.pop(sequence.id, None)
-                    if not sequence.is_finished:
-                        core.finish(sequence, "cancelled")
+            self._cancel_rest(sequences)
         return sheet.result()
 
     def infer(

@@ -80,13 +80,12 @@ class RankCore:
     def __init__(self, settings: EngineConfig, config: ModelConfig, ranks: Ranks):
         import torch.distributed as dist
 
-        from ascend_kit.device.device import auto_kind, parse_device, select_device
+        from ascend_kit.device.device import resolve_device, select_device
         from ascend_kit.device.parallel import BACKENDS, NEVER
         from ascend_kit.engine.core import EngineCore
 
         self._dist, self.ranks, self.config = dist, ranks, config
-        kind = parse_device(settings.device)[0]
-        kind = auto_kind() if kind == "auto" else kind
+        kind, _ = resolve_device(settings.device)
         self.device = select_device(kind, 0 if kind == "cpu" else ranks.local_rank)
         self.device.seed(settings.seed)
         RankCore._opened += 1

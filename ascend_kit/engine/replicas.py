@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
-from ascend_kit.device.device import Device, auto_kind, parse_device
+from ascend_kit.device.device import Device, resolve_device
 from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.core import ReplicasLost, StopCheck, why_refused
@@ -397,8 +397,7 @@ class ReplicatedCore:
     """Replicas of one model, with the interface of one EngineCore."""
 
     def __init__(self, settings: EngineConfig, config: ModelConfig):
-        kind, index = parse_device(settings.device, settings.device_id)
-        kind = auto_kind() if kind == "auto" else kind
+        kind, index = resolve_device(settings.device, settings.device_id)
         self.settings, self.config = replace(settings, device=kind, device_id=index), config
         self.processes = _processes(self.settings)
         self.sequences: dict[int, Sequence] = {}

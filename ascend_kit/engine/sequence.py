@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -115,11 +116,10 @@ class SamplingParams:
 
 def whole_number(value: Any) -> int:
     """A plain int from an int of Python, numpy or torch; TypeError for anything else, True and False among it."""
-    if type(value) is int:
-        return value
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        raise TypeError(f"{value!r} is not a number")
-    return operator.index(value)
+    if not isinstance(value, bool) and not str(getattr(value, "dtype", "")).endswith("bool"):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{value!r} is not a whole number")
 
 
 class Score(NamedTuple):

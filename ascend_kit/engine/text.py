@@ -104,17 +104,8 @@ def _token_ids(ids: Any) -> list[int]:
     values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     try:
         return values if all(type(value) is int for value in values) else [whole_number(value) for value in values]
-    except TypeError:
-        bad = next(value for value in values if not _is_whole(value))
-        raise NotEncodable(f"token id {bad!r} is not a whole number") from None
-
-
-def _is_whole(value: Any) -> bool:
-    try:
-        whole_number(value)
-    except TypeError:
-        return False
-    return True
+    except TypeError as error:
+        raise NotEncodable(f"token id {error}") from None
 
 
 def thinking_option(tokenizer: Tokenizer, thinking: bool | None) -> dict[str, bool]:
@@ -285,8 +276,8 @@ class Detokenizer:
         self._left_out = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._looked = 0  # characters in which no new stop string ends
 
-    def add(self, token_id: int) -> str:
-        """The text that became certain with this token."""
+    def add(self, token_id: int) -> None:
+        """Add to the text what became certain with this token."""
         self.ids.append(token_id)
         goes_on = self._is_byte(token_id) or (self._run > 0 and token_id in self._left_out)
         self._run = self._run + 1 if goes_on else 0
@@ -296,17 +287,9 @@ class Detokenizer:
         else:
             certain = len(window) - window.endswith("\ufffd")
         certain = max(self._taken, certain - self._held)
-        piece, self.pending = window[self._taken : certain], window[certain:]
-        self.text, self._taken = self.text + piece, certain
+        self.text, self.pending, self._taken = self.text + window[self._taken : certain], window[certain:], certain
         if len(self.ids) - self.anchor > self.WINDOW:
             self._move_anchor(window)
-        return piece
-
-    def finish(self) -> str:
-        """The rest of the text, replacement characters included when the answer ends inside a character."""
-        piece, self.pending = self.pending, ""
-        self.text += piece
-        return piece
 
     def cut_at_stop(self, is_allowed: bool = True) -> bool:
         """Cut the text before the first stop string that is new; True when there was one. Those that come while it is

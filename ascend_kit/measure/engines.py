@@ -13,6 +13,7 @@ import importlib.metadata
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -395,8 +396,7 @@ def _version(package: str) -> str | None:
 
 def _renumber(output: RequestOutput, request: Request) -> RequestRecord:
     """The engine numbers requests over its life; a record carries the number within its workload."""
-    record = record_from_output(output, num_asked_tokens=request.num_output_tokens)
-    return RequestRecord(**{**vars(record), "index": request.index})
+    return replace(record_from_output(output, num_asked_tokens=request.num_output_tokens), index=request.index)
 
 
 def _record(request: Request, arrival: float, times: Sequence[float]) -> RequestRecord:

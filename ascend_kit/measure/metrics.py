@@ -194,22 +194,10 @@ def prefix_hit_rate(records: Iterable[RequestRecord]) -> float | None:
     return sum(record.num_cached_tokens for record in records) / prompt_tokens
 
 
-def mfu(model_flops: float, seconds: float, peak_flops_per_s: float | None, num_devices: int = 1) -> float | None:
-    """Model FLOPs utilisation, 0..1; None when the peak is unknown or no time passed."""
-    return _utilisation(model_flops, seconds, peak_flops_per_s, num_devices)
-
-
-def mbu(bytes_read: float, seconds: float, peak_bytes_per_s: float | None, num_devices: int = 1) -> float | None:
-    """Memory bandwidth utilisation of decode (weights as stored + KV), 0..1; None when the peak is
-    unknown.
-    """
-    return _utilisation(bytes_read, seconds, peak_bytes_per_s, num_devices)
-
-
-def _utilisation(work: float, seconds: float, peak_per_s: float | None, num_devices: int) -> float | None:
-    if peak_per_s is None or seconds <= 0:
-        return None
-    return work / seconds / (peak_per_s * num_devices)
+def utilisation(work: float, seconds: float, peak_per_s: float | None) -> float | None:
+    """Share of the peak that was reached, 0..1: of FLOPs (MFU), or of bytes of weights and KV that decoding reads
+    (MBU); None when the peak is unknown or no time passed."""
+    return None if peak_per_s is None or seconds <= 0 else work / seconds / peak_per_s
 
 
 def _rate(count: float, seconds: float) -> float | None:

@@ -106,8 +106,8 @@ class PointForecast:
         step_bytes = weights + group.kv_token_bytes * batch * context
         rate, ceiling = summary["output_tokens_per_s"], self.limits(point)["ceiling_tokens_per_s"]
         return {
-            "mfu": metrics.mfu(request_flops(group.config, records), summary["wall_s"], limit.flops_per_s),
-            "mbu": metrics.mbu(step_bytes, (summary["itl_p50_ms"] or 0.0) / 1e3, limit.bytes_per_s),
+            "mfu": metrics.utilisation(request_flops(group.config, records), summary["wall_s"], limit.flops_per_s),
+            "mbu": metrics.utilisation(step_bytes, (summary["itl_p50_ms"] or 0.0) / 1e3, limit.bytes_per_s),
             "ceiling_share": rate / ceiling if rate and ceiling else None,
         }
 
