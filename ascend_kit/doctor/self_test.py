@@ -297,7 +297,8 @@ def _check_fused_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpChec
         gate_up = comparer.values(num_tokens, 2 * width, dtype=dtype)
 
         def gated(gate_up=gate_up) -> float:
-            return error(*ops.swiglu_quantize(*comparer.place(gate_up, dtype=dtype)), reference.swiglu(gate_up))
+            codes, scale = ops.swiglu_quantize(*comparer.place(gate_up, dtype=dtype))
+            return error(codes, scale, reference.swiglu(gate_up))
 
         case = f"{_name(dtype)} {[num_tokens, 2 * width]}"
         yield comparer.check("swiglu_quantize", case, CODE_STEP + bound(dtype, 3), gated)

@@ -195,7 +195,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor | Quantized) -> Tensor:
         gate_up = self.gate_up(x)
         if isinstance(self.down, Int8Linear) and hasattr(self.ops, "swiglu_quantize"):
-            gated = Quantized(*self.ops.swiglu_quantize(gate_up), gate_up.dtype)
+            codes, scale = self.ops.swiglu_quantize(gate_up)
+            gated = Quantized(codes, scale, gate_up.dtype)
         else:
             gated = self.ops.swiglu(gate_up)
         return self.parallel.all_reduce(self.down(gated))
