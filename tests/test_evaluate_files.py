@@ -340,12 +340,12 @@ def test_a_fault_in_ceval_names_file_and_row(tmp_path: Path, answer: str | None)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"label": "Z"}, "gold is None"),
+        ({"label": "Z"}, "gold is 'Z'"),
         ({"label": "D"}, "gold is [3], expected places 0 to 1"),
         ({"label": None}, "gold is None"),
-        ({"label": []}, "gold is None"),
+        ({"label": []}, "gold is []"),
         ({"options": ["(A)x", None]}, "choices are"),
-        ({"options": ["(A)x"]}, "expected two or more"),
+        ({"options": ["(A)x"]}, "expected two to seven"),
         ({"question": ""}, "query is empty"),
         ({"question": None}, "query is None"),
     ],
