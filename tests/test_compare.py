@@ -493,7 +493,7 @@ def test_the_verdict_takes_the_fastest_run_within_the_margin(tmp_path: Path) -> 
     assert (found.best, found.baseline) == ("e/good", "e/base")
     assert table.loc["e/good", "speedup"] == pytest.approx(149.5 / 100.5)
     assert table["qualifies"].to_dict() == {"e/bad": False, "e/base": True, "e/good": True, "e/slow": True}
-    assert found.text.startswith("Use e/good: 149.5 output tokens/s, 1.49 times e/base; no loss above 1 points")
+    assert found.text.startswith("Use e/good: 150 output tokens/s, 1.49 times e/base; no loss above 1 points")
     assert "e/bad is 2.99 times as fast as the baseline but does not qualify: less accurate" in found.text
     assert found.cautions == []
 

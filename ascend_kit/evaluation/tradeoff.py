@@ -287,11 +287,11 @@ def _within_run(run: Run, row: Row) -> tuple[float | None, float | None, str]:
 def _best_text(best: Row, baseline: str, margin: float) -> str:
     if best["run"] == baseline:
         return (
-            f"Use {baseline} (the baseline, {best[RATE]:.1f} output tokens/s): no faster run is shown to lose at most "
+            f"Use {baseline} (the baseline, {best[RATE]:,.0f} output tokens/s): no faster run is shown to lose at most "
             f"{100 * margin:g} points."
         )
     return (
-        f"Use {best['run']}: {best[RATE]:.1f} output tokens/s, {best['speedup']:.2f} times {baseline}; "
+        f"Use {best['run']}: {best[RATE]:,.0f} output tokens/s, {best['speedup']:.2f} times {baseline}; "
         f"{best['verdict']}."
     )
 

@@ -88,7 +88,7 @@ class Experiment(BaseModel):
         "resume", description="an earlier run of the stage: resume it, refuse, or overwrite it"
     )
     params_file: str | None = Field(
-        None, description="YAML file below the values set here; None = params/demo.yaml until a model is named"
+        None, description="YAML file below the values set here; None: params/demo.yaml until a model is named"
     )
     seed: int = Field(0, ge=0, lt=1 << 32, description="seed of workloads and sampling")
     # model and conversion

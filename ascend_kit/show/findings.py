@@ -24,16 +24,16 @@ HIT_RATE_WORTH_A_WORD = 0.02
 CAUTIOUS: dict[str, Level] = {"fail": "failed", "warn": "caution"}
 
 
-def conclude(folder: RunFolder, findings: Iterable[Finding], files: Iterable[str | Path] = ()) -> Path:
-    """Print findings and files and write <stage>.json, the sign that the notebook is done; its path."""
+def conclude(folder: RunFolder, findings: Iterable[Finding], files: Iterable[str | Path] = ()) -> None:
+    """Print findings and those files that exist, and write <stage>.json, the sign that the notebook is done."""
     findings = list(findings)
-    names = [str(folder.path / f"{folder.stage}.json"), *sorted({str(path) for path in files})]
+    names = [str(folder.path / f"{folder.stage}.json"), *sorted({str(path) for path in files if Path(path).exists()})]
     for finding in findings:
         print(f"- {finding.level.upper() + ': ' if finding.level != 'note' else ''}{finding}")
     print("written: " + ", ".join(names))
     value = {"stage": folder.stage, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
              "findings": [finding.to_row() for finding in findings], "files": names}  # fmt: skip
-    return folder.write_json(str(folder.stage), value)
+    folder.write_json(str(folder.stage), value)
 
 
 def environment_findings(checks: Table, ceilings: dict[str, Any]) -> list[Finding]:

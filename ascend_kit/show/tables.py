@@ -41,6 +41,10 @@ PAIRED = [
     *("candidate", "set", "n", "difference_points", "low_points", "high_points", "p_holm", "outcome"),
     *("baseline_percent", "candidate_percent"),
 ]
+VERDICT = [
+    *("run", "output_tokens_per_s", "speedup", "accuracy_percent", "difference_points", "outcome", "qualifies"),
+    *("verdict", "n", "low_points", "high_points"),
+]
 ANSWERS = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
 CHECKS = ["section", "check", "status", "evidence", "remedy"]
 SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
@@ -54,7 +58,7 @@ def readable(table: Table, *, keys: int = 1) -> HTML | None:
     """
     from IPython.display import HTML
 
-    table = table.dropna(axis="columns", how="all")
+    table = table.mask(table == "").dropna(axis="columns", how="all")
     if table.empty:
         return None
     names = list(table.columns)
@@ -233,6 +237,13 @@ def paired(table: Table) -> HTML | None:
 def runs(table: Table) -> HTML | None:
     """One line per run, its name first."""
     return readable(table[["run", *table.columns.drop("run")]])
+
+
+def verdict(table: Table) -> HTML | None:
+    """One line per run: speed, accuracy, and what is decided about it."""
+    return readable(
+        table[[*(name for name in VERDICT if name in table), *table.columns.difference(VERDICT, sort=False)]]
+    )
 
 
 def checks(table: Table) -> HTML:
