@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,24 @@ def test_10_the_list_of_parameters_promises_no_parts_of_names(tmp_path):
     assert "quantize_keep" in text and "parts of names" not in text
 
 
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_3_answers_to_prompts_that_are_gone_are_not_shown(tmp_path):
+    """A prompts file cut from 4 to 2 lines left 4 answers, of the old prompts, in generations.json."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\nthree\nfour\n")
+    make_tiny(tmp_path, "tiny", 1, prompts_file=str(prompts))
+    words = ("run", "tiny.yaml", "--only", "03")
+    assert command(tmp_path, *words).returncode == 0
+    prompts.write_text("three\ntwo\n")
+
+    done = command(tmp_path, *words, "--resume")
+
+    assert done.returncode == 0, done.stdout
+    answers = json.loads((tmp_path / "outputs" / "fake" / "default" / "generations.json").read_text())
+    assert [answer["prompt"] for answer in answers] == ["three", "two"]
+
+
 def opened_tiny(folder: Path, name: str = "tiny", run: str = "default", **changes: object):
     """The experiment of `make_tiny`'s file with changes, and an engine for it; public names only."""
     import ascend_kit
@@ -268,3 +287,58 @@ def test_2_another_precision_is_another_run(tmp_path):
 
     with pytest.raises(RuntimeError, match="precision"):
         measured(tmp_path, precision="bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_4_unlike_runs_are_told_in_words_and_a_run_that_lacks_something_stops_no_other(tmp_path):
+    """06 gave a verdict on 5-shot against 1-shot; one run without evaluation, or with other points, stopped it."""
+    from ascend_kit.demo import ensure_data
+
+    values = {"dataset_path": str(ensure_data()), "eval_datasets": ["agieval"], "eval_limit": 1, "eval_fewshot": 0}
+    make_tiny(tmp_path, "tiny", 1, **values)
+    for run, shots in (("a", 0), ("b", 1)):
+        measured(tmp_path, run=run)
+        evaluated(tmp_path, run=run, eval_datasets=["mmlu"], eval_fewshot=shots)
+    measured(tmp_path, run="killed", sweep_prompt_len=[16])
+
+    done = command(tmp_path, "run", "tiny.yaml", "--only", "06")
+
+    assert done.returncode == 0, done.stdout
+    text = (tmp_path / "outputs" / "fake" / "default" / "06_compare.ipynb").read_text()
+    assert "shots: 0 -&gt; 1" in text or "shots: 0 -> 1" in text
+    assert "no evaluation" in text and "not measured at" in text
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_10_the_headline_is_the_mean_of_the_repeats_as_06_counts_it(tmp_path):
+    """The best single repeat was the headline."""
+    make_tiny(tmp_path, "tiny", 1, sweep_repeats=3)
+
+    done = command(tmp_path, "run", "tiny.yaml", "--only", "04")
+
+    assert done.returncode == 0, done.stdout
+    folder = tmp_path / "outputs" / "fake" / "default"
+    rates = [json.loads(row)["output_tokens_per_s"] for row in (folder / "rows.jsonl").read_text().splitlines()]
+    text = json.dumps(json.loads((folder / "04_throughput.json").read_text())["findings"])
+    numbers = [float(number.replace(",", "")) for number in re.findall(r"([\d,]+\.?\d*) (?:output )?tokens/s", text)]
+    assert any(abs(number - sum(rates) / 3) < 1 for number in numbers), (rates, text)
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_every_row_carries_the_identity_of_what_made_it(tmp_path):
+    """Rows were told apart by names and conditions."""
+    from ascend_kit.demo import ensure_data
+
+    make_tiny(tmp_path, "tiny", 1, dataset_path=str(ensure_data()), eval_datasets=["mmlu"], eval_limit=1)
+
+    done = command(tmp_path, "run", "tiny.yaml", "--only", "03,04,05")
+
+    assert done.returncode in (0, 1), done.stdout  # a model of random weights may be an alarm
+    folder = tmp_path / "outputs" / "fake" / "default"
+    tables = {path.stem: [json.loads(row) for row in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
+    known = {row["id"] for row in tables.pop("identities", [])}
+    assert set(tables) >= {"rows", "requests", "cards", "answers", "scores", "documents", "evaluation_cards"}
+    assert {name for name, rows in tables.items() if not all(row.get("identity") in known for row in rows)} == set()

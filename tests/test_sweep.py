@@ -33,6 +33,9 @@ class StandInDevice(SimpleNamespace):
     def facts(self):
         return {"name": "stand-in"}
 
+    def task_queue_level(self):
+        return None
+
     def synchronize(self):
         pass
 
