@@ -78,7 +78,8 @@ def _speed(folder: RunFolder) -> list[tuple[str, str]]:
 
     points: dict[tuple, list[dict[str, Any]]] = {}
     for row in load_rows(folder).to_dict("records"):
-        if row.get("status") == "ok" and row.get("backend") not in ("transformers", "vllm"):
+        measured = row.get("status") == "ok" and "output_tokens_per_s" in row  # other tools may write rows of their own
+        if measured and row.get("backend") not in ("transformers", "vllm"):
             points.setdefault(tuple(row[name] for name in (*POINT, "cards") if name in row), []).append(row)
     if not points:
         return [("", "")] * 3
