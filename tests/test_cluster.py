@@ -28,7 +28,9 @@ pytestmark = pytest.mark.multiproc
 
 NEW = 12
 POISON = 255  # a token no other prompt has
-SETTINGS = dict(precision="fp32", device="cpu", max_seq_length=512, batch_size=4, block_size=16, kv_cache_gib=0.02)
+SETTINGS = dict(
+    precision="fp32", device="cpu", max_seq_length=512, batch_size=4, block_size=16, kv_cache_gib=0.02, graph_mode=False
+)
 
 
 class Poisonable(Worker):
@@ -218,10 +220,10 @@ def test_tensor_parallel_gives_the_tokens_and_scores_of_one_card(local_ray, tiny
     changes = dict(max_tokens_per_step=16)  # prompts in chunks, so that ranks see every kind of step
     pairs = [("a question:", " yes"), ("a question:", " no")]
 
-    with AscendInferEngine(tiny_qwen2_dir, cards=2, tensor_parallel=2, **SETTINGS, **changes) as engine:
+    with AscendInferEngine(tiny_qwen2_dir, cards=2, tensor_parallel=2, **{**SETTINGS, **changes}) as engine:
         outputs, scores, stats = engine.generate(prompts, sampling), engine.score(pairs), engine.stats()
 
-    with AscendInferEngine(tiny_qwen2_dir, **SETTINGS, **changes) as engine:
+    with AscendInferEngine(tiny_qwen2_dir, **{**SETTINGS, **changes}) as engine:
         assert tokens(outputs) == tokens(engine.generate(prompts, sampling))
         assert [s.logprob for s in scores] == pytest.approx([s.logprob for s in engine.score(pairs)], abs=1e-3)
         alone = engine.stats()
