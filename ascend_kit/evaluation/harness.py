@@ -19,7 +19,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
-from ascend_kit.engine.text import thinking_option
 from ascend_kit.evaluation import judge, scores
 from ascend_kit.evaluation.datasets import LocalTask, check_data, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluation.files import DataError
@@ -77,6 +76,8 @@ class _Session:
         self.uses_chat = experiment.eval_chat_template
         self.limit = experiment.eval_limit
         self.max_length = min(experiment.eval_max_seq_length, engine.max_seq_length)
+        from ascend_kit.engine.text import thinking_option  # imports torch
+
         chat = thinking_option(engine.tokenizer, experiment.thinking) if self.uses_chat else {}
         self.thinking = chat.get("enable_thinking")
         self.identities = {task.task: self._identity(task) for task in tasks}

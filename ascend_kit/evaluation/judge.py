@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ascend_kit.engine.text import Tokenizer
 from ascend_kit.evaluation.datasets import MULTIPLE_CHOICE_GROUP, LocalTask
 from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.messages import Finding, say
 from ascend_kit.params import Experiment
+
+if TYPE_CHECKING:
+    from ascend_kit.engine.text import Tokenizer
 
 Row = dict[str, Any]
 ENOUGH_DOCUMENTS = 40  # below this, chance and skill overlap anyway
