@@ -44,14 +44,14 @@ class StepCost:
 
 @dataclass
 class _Unset:
-    """A checkpoint tensor that nobody fills."""
+    """A checkpoint tensor that nobody fills, but for int8 scales: loading reads those and refuses NaN."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     origin: str = "shapes only"
 
     def read(self) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=self.dtype)
+        return (torch.ones if self.dtype == torch.float32 else torch.empty)(self.shape, dtype=self.dtype)
 
     def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
         shape = list(self.shape)
