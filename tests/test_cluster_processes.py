@@ -173,7 +173,7 @@ def test_processes_of_a_start_that_failed_half_way_are_ended(tmp_path):
     theirs.wait()
 
 
-@pytest.mark.parametrize("launcher,size,tensor_parallel", [("torchrun", 2, 1), ("mpirun", 4, 2)])
+@pytest.mark.parametrize("launcher,size,tensor_parallel", [("torchrun", 2, 1), ("mpirun", 2, 2)])
 def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, tiny_qwen3_dir, tmp_path):
     draw = random.Random(5)
     prompts = [[draw.randrange(255) for _ in range(draw.choice([2, 17, 60]))] for _ in range(7)]
@@ -212,11 +212,12 @@ def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, ti
         assert result["tokens"] == expected and result["index"] == list(range(7))
         assert result["scores"] == results[0]["scores"]
     leaders = results[::tensor_parallel]
-    assert [result["own_tokens"] for result in leaders] == [4 * 8, 3 * 8]  # every second one
+    shares = [4 * 8, 3 * 8] if len(leaders) == 2 else [7 * 8]  # every second one, or all
+    assert [result["own_tokens"] for result in leaders] == shares
 
 
 def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, monkeypatch):
-    """Two Ray nodes with two cards each, and a head without any; one node dies while four replicas work."""
+    """Two Ray nodes with a card each, and a head without any; one node dies while both replicas work."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -229,11 +230,11 @@ def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, mo
     common = dict(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **common})
     try:
-        nodes = [machines.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES) for _ in range(2)]
+        nodes = [machines.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES) for _ in range(2)]
         draw = random.Random(8)
-        prompts = [[draw.randrange(255) for _ in range(12)] for _ in range(24)]
+        prompts = [[draw.randrange(255) for _ in range(12)] for _ in range(12)]
         sampling = SamplingParams(max_new_tokens=120, ignore_eos=True)
-        with AscendInferEngine(tiny_qwen3_dir, cards=4, ray_address=machines.address, **SETTINGS) as engine:
+        with AscendInferEngine(tiny_qwen3_dir, cards=2, ray_address=machines.address, **SETTINGS) as engine:
             lost = []
 
             def lose_a_machine(done, total):
@@ -249,4 +250,4 @@ def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, mo
     with AscendInferEngine(tiny_qwen3_dir, **SETTINGS) as engine:
         expected = engine.generate(prompts, sampling)
     assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
-    assert states.count("ready") == 2
+    assert states.count("ready") == 1
