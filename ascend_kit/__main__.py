@@ -1,4 +1,4 @@
-"""`python -m ascend_kit`: run, check, convert, work, doctor, report, notebooks.
+"""`python -m ascend_kit`: run, check, convert, work, serve, doctor, report, notebooks.
 
 Exit status: 0 done, 1 something that was run has failed or is an alarm, 2 the request itself is wrong, 130 stopped by
 Ctrl-C, 143 by another signal.
@@ -14,7 +14,8 @@ from typing import Any
 
 from ascend_kit.engine.ranks import environment_ranks, without_ranks
 from ascend_kit.files import os_error_text
-from ascend_kit.params import Experiment, ParameterError, load_experiment, parse_overrides
+from ascend_kit.params import Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
+from ascend_kit.params.experiment import DEMO
 from ascend_kit.results import RunFolderError
 from ascend_kit.run.checks import RunError
 
@@ -26,6 +27,7 @@ EPILOG = """examples:
   python -m ascend_kit check --list                                  every parameter with its default
   python -m ascend_kit convert params/qwen3-8b-w8a8.yaml             convert the checkpoint without a notebook
   python -m ascend_kit work params/qwen3-8b.yaml                     notebooks to change by hand, in the run folder
+  python -m ascend_kit serve demo --port 8000                        OpenAI-compatible server, not for production
   python -m ascend_kit doctor                                        faults of this machine, and remedies
 """
 
@@ -121,6 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     work = commands.add_parser("work", help="make working copies of the notebooks in the run folder, for JupyterLab")
     _experiment_arguments(work)
     work.set_defaults(command=_work)
+
+    serve = commands.add_parser("serve", help="OpenAI-compatible server, for trying a model; not for production")
+    serve.add_argument("parameters", metavar="MODEL", help="checkpoint folder, parameter file, or `demo`")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default this machine only")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
+                       help="replace one parameter, as for run")  # fmt: skip
+    serve.set_defaults(command=_serve)
 
     notebooks = commands.add_parser(
         "notebooks", help="write the notebooks' parameter cells from the package's defaults"
@@ -240,6 +250,24 @@ def _convert(arguments: argparse.Namespace) -> int:
     for row in parity.describe().get("figures", []):
         print(f"  {row['figure']}: {cell_text(row['value'])}" + (f" (limit {row['limit']})" if row["limit"] else ""))
     print(f"{result.folder}: {'reused, made before in the same way' if result.reused else 'scheme ' + result.scheme}")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from ascend_kit import AscendInferEngine
+    from ascend_kit.demo import resolve
+    from ascend_kit.serve import serve
+
+    overrides, given = parse_overrides(arguments.assignments), arguments.parameters
+    if given == DEMO or Path(given).is_dir():
+        experiment = build_experiment({"input_model": given, "use_model": "source", **overrides}, source="serve")
+    else:
+        experiment = load_experiment(given, overrides)
+    try:
+        engine = AscendInferEngine.from_experiment(resolve(experiment))
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    serve(engine, experiment.model_name, arguments.host, arguments.port)
     return 0
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"engine"},
     {"measure"},
     {"evaluation"},
-    {"demo", "doctor", "show"},
+    {"demo", "doctor", "serve", "show"},
     {"run", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

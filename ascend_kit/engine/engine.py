@@ -173,15 +173,34 @@ class AscendInferEngine:
         sampling: SamplingParams | None = None,
         arrival_s: float | None = None,
         is_watched: bool = True,
+        on_step: OnStep | None = None,
     ) -> int:
         """Queue one request; its number. A request that cannot run comes back from `step` with an error.
 
-        While a watched request decodes, new prompts are computed in small parts, so that its tokens keep coming;
-        without one, in parts as large as `max_tokens_per_step`, which takes a little less time in all.
+        `on_step`, called after each step of a watched request in the thread that computes, hears of it instead of
+        `step`'s caller. While a watched request decodes, new prompts are computed in small parts, so that its tokens
+        keep coming; without one, in parts as large as `max_tokens_per_step`, which takes a little less time in all.
         """
         self._loaded()
         text.check_prompt(prompt, "prompt")
-        return self._add(prompt, sampling, is_watched, arrival_s=arrival_s).id
+        return self._add(prompt, sampling, is_watched, arrival_s=arrival_s, on_step=on_step).id
+
+    def add_scored(self, prompt: Prompt, on_step: OnStep) -> int:
+        """Queue a prompt whose tokens, from the second on, are scored after those before them; its number.
+
+        `on_step` is called once, with a sequence whose `target_scores[0]` holds a row for each of them. ValueError for
+        a prompt that cannot be scored.
+        """
+        with self._lock:
+            core, ids = self._loaded(), text.encode(self.tokenizer, prompt)
+            (sequence,) = score_sequences({0: (ids[:1], ids[1:])}, self.config.vocab_size, first=self._num_scored)
+            refusal = core.refusal(sequence)
+            if refusal is not None:
+                raise ValueError(refusal)
+            self._num_scored += 1
+            self._subscribers[sequence.id] = on_step
+            core.add(sequence)
+        return sequence.id
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; the requests that ended with it."""
@@ -238,7 +257,7 @@ class AscendInferEngine:
         return self._stream(prompts, sampling)
 
     def _stream(self, prompts: Prompts, sampling: Sampling) -> Iterator[text.StreamEvent]:
-        stream = text.TokenStream(self._text_of)
+        stream = text.TokenStream(self.text_of)
         order = self._add_all(prompts, sampling, stream.on_step, is_watched=True)
         try:
             yield from stream.read(order, self._advance)
@@ -409,7 +428,8 @@ class AscendInferEngine:
             num_preemptions=sequence.num_preemptions,
         )
 
-    def _text_of(self, sequence: Sequence) -> str:
+    def text_of(self, sequence: Sequence) -> str:
+        """The text of a watched request so far; the whole once it has ended, after which nothing is kept of it."""
         return self._stop.final_text(sequence) if sequence.is_finished else self._stop.text_so_far(sequence)
 
     def _pad_id(self) -> int:

@@ -15,7 +15,7 @@ from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.parallel import StepChannel
 from ascend_kit.engine.sampler import record_logprobs, sample
 from ascend_kit.engine.scheduler import Chunk, StepPlan
-from ascend_kit.engine.sequence import Sequence
+from ascend_kit.engine.sequence import Sequence, TokenScore
 from ascend_kit.model.decoder import Decoder
 
 Scored = tuple[int, int, Sequence, int]  # row, token, sequence, number of the target
@@ -125,15 +125,17 @@ class ModelRunner:
         return {s.id: token for s, token in zip(sequences, tokens.tolist(), strict=True)}
 
     def _score(self, logits: Tensor, rows: list[int], wanted: list[Scored]) -> None:
-        """Log-probability and greedy agreement of the tokens wanted at `rows`, from float32 logits [rows, V]."""
+        """Log-probability of the tokens wanted at `rows` and the most probable ones, from float32 logits [rows, V]."""
         place = {row: number for number, row in enumerate(rows)}
         here = [item for item in wanted if item[0] in place]
         pairs = self._ints([[place[row], token] for row, token, *_ in here], torch.int64)
-        chosen = logits[pairs[:, 0], pairs[:, 1]] - logits.logsumexp(-1)[pairs[:, 0]]
-        greedy = logits.argmax(-1)[pairs[:, 0]] == pairs[:, 1]
-        both = torch.stack((chosen, greedy.float()), 1).tolist()
-        for (_, _, sequence, number), (logprob, is_greedy) in zip(here, both, strict=True):
-            sequence.target_scores[number].append((logprob, bool(is_greedy)))
+        total, (highest, best) = logits.logsumexp(-1), logits.max(-1)
+        chosen = logits[pairs[:, 0], pairs[:, 1]] - total[pairs[:, 0]]
+        # Token ids are whole in float32 below 2^24: one transfer brings all three columns.
+        columns = torch.stack((chosen, best[pairs[:, 0]].float(), (highest - total)[pairs[:, 0]]), 1).tolist()
+        for (_, token, sequence, number), (logprob, top, top_logprob) in zip(here, columns, strict=True):
+            row = TokenScore(logprob, int(top) == token, (int(top), top_logprob))
+            sequence.target_scores[number].append(row)
 
     def _ints(self, values: list, dtype: torch.dtype) -> Tensor:
         return upload(torch.tensor(values, dtype=dtype), self.device.torch_device)

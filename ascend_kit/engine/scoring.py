@@ -30,11 +30,11 @@ class ScoreSheet:
     def on_step(self, sequence: Sequence) -> None:
         """Take over what a finished sequence found."""
         for target, rows in zip(sequence.targets, sequence.target_scores, strict=True):
-            logprob = sum(logprob for logprob, _ in rows)
+            logprob = sum(row.logprob for row in rows)
             if sequence.error is not None or not math.isfinite(logprob):
                 self.fail(target.pair, sequence.error or NOT_FINITE)
             else:
-                self.scores[target.pair] = Score(logprob, all(greedy for _, greedy in rows))
+                self.scores[target.pair] = Score(logprob, all(row.is_greedy for row in rows))
 
     def result(self) -> list[Score]:
         """All scores in order."""

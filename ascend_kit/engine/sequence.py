@@ -133,6 +133,15 @@ class Score(NamedTuple):
     error: str | None = None
 
 
+class TokenScore(NamedTuple):
+    """Log-probability of a given token, whether greedy decoding would have written it, and (id, logprob) of the one it
+    would have."""
+
+    logprob: float
+    is_greedy: bool
+    best: tuple[int, float]
+
+
 class TokenLogprobs(NamedTuple):
     """Natural logarithm of the chosen token's probability, and the most probable tokens as (id, logprob)."""
 
@@ -186,7 +195,7 @@ class Progress(NamedTuple):
     scheduled_s: float | None
     num_cached_tokens: int
     num_preemptions: int
-    target_scores: list[list[tuple[float, bool]]]
+    target_scores: list[list[TokenScore]]
 
 
 _ids = itertools.count()
@@ -211,7 +220,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.targets = list(targets)
         self.is_watched = is_watched  # somebody waits for each token, not only for the last one of a batch
-        self.target_scores: list[list[tuple[float, bool]]] = [[] for _ in self.targets]
+        self.target_scores: list[list[TokenScore]] = [[] for _ in self.targets]
         self.num_computed = 0  # tokens whose keys and values are in the cache
         self.blocks: list[int] = []
         self.prefix_keys: list[int] = []  # key of each full block registered for reuse

@@ -334,6 +334,23 @@ class StreamEvent(NamedTuple):
     finish_reason: str | None
 
 
+class TextPieces:
+    """The text of one request piece by piece; `text_of` gives its text so far. The pieces joined are its text."""
+
+    def __init__(self, text_of: Callable[[Sequence], str]) -> None:
+        self._text_of, self._sent = text_of, 0
+
+    def new(self, sequence: Sequence) -> str:
+        """What the latest step made certain."""
+        text, before = self._text_of(sequence), self._sent
+        if not sequence.is_finished:
+            # A stop string may still be completed by the next token: hold its longest possible start back.
+            held = max((len(word) - 1 for word in sequence.sampling.stop), default=0)
+            text = text[: max(0, len(text) - held)]
+        self._sent = max(len(text), before)
+        return text[before:]
+
+
 class TokenStream:
     """Collects the events of requests, numbered by their place, in a thread that does not wait for who reads them.
 
@@ -343,18 +360,13 @@ class TokenStream:
     def __init__(self, text_of: Callable[[Sequence], str]) -> None:
         self._text_of = text_of
         self._events: SimpleQueue[StreamEvent | BaseException] = SimpleQueue()
-        self._sent: dict[int, int] = {}  # characters, by place
+        self._pieces: dict[int, TextPieces] = {}  # by place
 
     def on_step(self, place: int, sequence: Sequence) -> None:
         """Add what the latest step brought for this request."""
-        text, before = self._text_of(sequence), self._sent.get(place, 0)
-        if not sequence.is_finished:
-            # A stop string may still be completed by the next token: hold its longest possible start back.
-            held = max((len(word) - 1 for word in sequence.sampling.stop), default=0)
-            text = text[: max(0, len(text) - held)]
-        self._sent[place] = max(len(text), before)
+        new = self._pieces.setdefault(place, TextPieces(self._text_of)).new(sequence)
         token = None if sequence.error is not None else sequence.token_ids[-1]
-        self._events.put(StreamEvent(place, token, text[before:], sequence.finish_reason))
+        self._events.put(StreamEvent(place, token, new, sequence.finish_reason))
 
     def read(self, sequences: list[Sequence], advance: Callable[[], None]) -> Iterator[StreamEvent]:
         """Yield events until all `sequences` have ended, while a thread calls `advance`; its errors are raised here."""
