@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from ascend_kit import AscendInferEngine, SamplingParams
+from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.engine import engine as engine_module
-from ascend_kit.engine import replicas
+from ascend_kit.engine import processes, replicas
 from ascend_kit.engine.core import ReplicasLost
-from ascend_kit.engine.processes import LocalProcesses, WorkerDied
+from ascend_kit.engine.processes import LocalProcesses, WorkerDied, describe_device, with_device
 from ascend_kit.engine.worker import Worker
+from ascend_kit.params import build_experiment
 
 pytestmark = pytest.mark.multiproc
 
@@ -84,6 +86,34 @@ def test_one_worker_gives_the_same_answers_streams_live_and_survives_its_death(l
         assert engine.stats()["restarts"] == 1
         pid = engine.stats()["replicas"][0]["pids"][0]
     assert not Path(f"/proc/{pid}").exists()
+
+
+def in_parts(experiment, fails, *, on_progress):
+    on_progress(1, 2, experiment.experiment)
+    if fails:
+        raise CheckpointError(f"no such part {fails}")
+    return os.getpid()
+
+
+def hopeless(experiment):
+    print("out of memory", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_function_that_opens_a_device_runs_in_a_process_that_is_gone_afterwards(monkeypatch):
+    experiment, said = build_experiment({"experiment": "e", "device": "cpu"}), []
+    here = with_device(in_parts, experiment, None, on_progress=lambda *given: said.append(given))
+    monkeypatch.setattr(processes, "needs_process", lambda kind: True)
+
+    there = with_device(in_parts, experiment, None, on_progress=lambda *given: said.append(given))
+
+    assert here == os.getpid() != there and not Path(f"/proc/{there}").exists()
+    assert said == [(1, 2, "e")] * 2
+    assert describe_device(experiment)["kind"] == "cpu"
+    with pytest.raises(CheckpointError, match="no such part 7"):
+        with_device(in_parts, experiment, 7, on_progress=print)
+    with pytest.raises(WorkerDied, match=r"(?s)by signal 9.*out of memory"):
+        with_device(hopeless, experiment)
 
 
 def test_replicas_of_two_ranks_answer_as_one_card_and_survive_a_lost_rank(local, tiny_qwen3_dir):
@@ -164,7 +194,17 @@ if any("ascend_kit.engine.processes" in word for word in sys.orig_argv):
 IN_KERNEL = """
 import os, signal, sys, time
 from ascend_kit import AscendInferEngine, SamplingParams
+from ascend_kit.engine.processes import describe_device, with_device
+from ascend_kit.measure.agreement import convert_and_compare
+from ascend_kit.params import build_experiment
 
+with open("prompts.txt", "w") as file:
+    file.write("one\\ntwo\\n")
+experiment = build_experiment(dict(experiment="e", device="npu", input_model=FOLDER, output_model="converted",
+                                   precision="fp32", prompts_file="prompts.txt", max_seq_length=512))
+described = describe_device(experiment)
+converted = with_device(convert_and_compare, experiment, on_progress=lambda *given: None)
+apart = [described["kind"], described["task_queue_level"], len(converted["rows"]), converted["failures"]]
 engine = AscendInferEngine(FOLDER, precision="fp32", device="npu", max_seq_length=512, batch_size=4, block_size=128,
                            kv_cache_gib=0.02, graph_mode=True).load_model()
 level = engine.device.task_queue_level()
@@ -177,7 +217,7 @@ def kill(done, total):
 after = engine.generate([[1, 2, 3]], sampling, on_progress=kill)[0]
 graphs = engine.stats()["graphs"]["mode"]
 print("RESULT", [level, engine.device.kind, graphs, "torch_npu" in sys.modules, streamed, after.token_ids,
-                 engine.stats()["restarts"]])
+                 engine.stats()["restarts"], apart])
 engine.close()
 """
 
@@ -192,7 +232,7 @@ def test_in_a_notebooks_kernel_an_npu_engine_runs_in_a_process_with_its_task_que
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     path = os.pathsep.join([str(tmp_path), str(TESTS), str(TESTS.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "TASK_QUEUE_ENABLE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    manager, client = start_new_kernel(kernel_name="python3", env=environment)
+    manager, client = start_new_kernel(kernel_name="python3", env=environment, cwd=str(tmp_path))
     said: list[str] = []
 
     def hear(message):
@@ -211,4 +251,4 @@ def test_in_a_notebooks_kernel_an_npu_engine_runs_in_a_process_with_its_task_que
     (line,) = [line for line in "".join(said).splitlines() if line.startswith("RESULT")]
     with AscendInferEngine(folder, **{**SETTINGS, "block_size": 128}) as engine:
         expected = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=12, ignore_eos=True))[0].token_ids
-    assert line == f"RESULT {[1, 'npu', 'npu_graph', False, expected, expected, 1]}"
+    assert line == f"RESULT {[1, 'npu', 'npu_graph', False, expected, expected, 1, ['npu', 1, 2, []]]}"

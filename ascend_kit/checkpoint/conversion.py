@@ -105,7 +105,7 @@ class Conversion:
         """Shards written at the same time: one where a disk keeps a core busy, more where there are cores."""
         return max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 4, len(self.shards)))
 
-    def run(self, before_publish: Callable[[Path], None] | None) -> ConversionResult:
+    def run(self, before_publish: Callable[[Path], object] | None) -> ConversionResult:
         started = time.perf_counter()
         with PartialFolder(self.destination, self._fingerprint()) as partial:
             self._check_space(partial)

@@ -68,7 +68,7 @@ def convert(
     bandwidth_bytes_per_s: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Progress | None = None,
-    before_publish: Callable[[Path], None] | None = None,
+    before_publish: Callable[[Path], object] | None = None,
 ) -> ConversionResult:
     """Write `input_model` to `output_model` in another precision; the source is never changed.
 

@@ -14,9 +14,17 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ascend_kit.device.device import resolve_device, select_device
+
+if TYPE_CHECKING:
+    from ascend_kit.params import Experiment
+
+Result = TypeVar("Result")
 
 TASK_QUEUE = "TASK_QUEUE_ENABLE"  # of torch_npu: 0 launches in the caller's thread, 2 refuses captures
 LAST_LINES = 12  # of what a worker wrote before it died
@@ -25,6 +33,42 @@ SERVE = "import sys; from ascend_kit.engine.processes import serve; serve(int(sy
 
 class WorkerDied(RuntimeError):
     """The process of a worker has ended; the text has its last lines."""
+
+
+def with_device(
+    function: Callable[..., Result],
+    experiment: Experiment,
+    *arguments: Any,
+    on_progress: Callable[..., Any] | None = None,
+) -> Result:
+    """`function(experiment, *arguments)`, in a process of its own where this one must not open the experiment's device.
+
+    There everything given and returned is pickled. `on_progress`, if given, is passed on and called in this process.
+    Ctrl-C ends the process at once. Raises what the function raises, WorkerDied when its process ended.
+    """
+    if not needs_process(resolve_device(experiment.device, experiment.device_id)[0]):
+        return function(experiment, *arguments, **({"on_progress": on_progress} if on_progress else {}))
+    process = _Process(_Functions, on_progress)
+    try:
+        return process.call("run", (function, (experiment, *arguments), on_progress is not None)).result()
+    finally:
+        process.end()
+
+
+def describe_device(experiment: Experiment) -> dict[str, Any]:
+    """`Device.describe` of the experiment's device: plain values for a manifest."""
+    return with_device(_describe, experiment)
+
+
+def _describe(experiment: Experiment) -> dict[str, Any]:
+    return select_device(experiment.device, experiment.device_id).describe()
+
+
+class _Functions:
+    """The worker behind `with_device`."""
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], wants_progress: bool) -> Any:
+        return function(*arguments, **({"on_progress": _report} if wants_progress else {}))
 
 
 class LocalProcesses:
@@ -65,9 +109,9 @@ class LocalProcesses:
 class _Process:
     """One worker and the thread that reads its answers."""
 
-    def __init__(self, worker: type) -> None:
+    def __init__(self, worker: type, on_progress: Callable[..., Any] | None = None) -> None:
         ours, theirs = Pipe()
-        self._pipe = ours
+        self._pipe, self._on_progress = ours, on_progress
         self._calls: list[Future[Any]] = []
         self._lock = threading.Lock()
         self._death: WorkerDied | None = None
@@ -111,9 +155,13 @@ class _Process:
     def _read(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                is_error, value = self._pipe.recv()
+                kind, value = self._pipe.recv()
+                if kind == "progress":
+                    if self._on_progress is not None:
+                        self._on_progress(*value)
+                    continue
                 call = self._calls.pop(0)
-                call.set_exception(value) if is_error else call.set_result(value)
+                call.set_exception(value) if kind == "error" else call.set_result(value)
         self._process.wait()
         with self._lock, self._pipe, self._output:
             self._death = WorkerDied(self._last_words())
@@ -130,18 +178,27 @@ class _Process:
 
 def serve(descriptor: int) -> None:
     """What a worker process does: take calls from the pipe one after the other until it is closed."""
+    global _pipe
     wanted = os.environ[TASK_QUEUE]
-    pipe = Connection(descriptor)
+    pipe = _pipe = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
         worker = pipe.recv()()
         while True:
             method, arguments = pipe.recv()
             try:
-                answer = (False, getattr(worker, method)(*arguments))
+                answer = ("result", getattr(worker, method)(*arguments))
                 _check_task_queue(wanted)
             except Exception as error:
-                answer = (True, _portable(error))
+                answer = ("error", _portable(error))
             pipe.send(answer)
+
+
+_pipe: Connection | None = None  # in a worker's process, that to its caller
+
+
+def _report(*values: Any) -> None:
+    assert _pipe is not None
+    _pipe.send(("progress", values))
 
 
 def _check_task_queue(wanted: str) -> None:

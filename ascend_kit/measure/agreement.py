@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.checkpoint.calibration import tokenize_texts
-from ascend_kit.checkpoint.convert import open_source
+from ascend_kit.checkpoint.convert import convert, open_source
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.parity import (
     GenerateFunction,
@@ -26,6 +26,7 @@ from ascend_kit.checkpoint.parity import (
     files_model,
     limits_for,
 )
+from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, TokenLogprobs
 from ascend_kit.prompts import read_prompts
@@ -181,6 +182,22 @@ class ParityCheck:
             return {}
         rows = [dict(row) for row in self.report.rows]
         return {"figures": self.report.table(), "rows": rows, "failures": self.report.failures}
+
+
+def convert_and_compare(
+    experiment: Experiment, bandwidth_bytes_per_s: float | None = None, *, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """Convert the experiment's model and compare the result with its source before it takes its place; one row.
+
+    ParityError when a limit is missed, and nothing is published; otherwise as `convert`.
+    """
+    parity = ParityCheck(experiment)
+    result = convert(
+        experiment, bandwidth_bytes_per_s=bandwidth_bytes_per_s, on_progress=on_progress, before_publish=parity
+    )
+    if parity.report is None:  # a folder that is reused was not written now
+        parity(result.folder)
+    return {**result.to_row(), **parity.describe()}
 
 
 def engine_generate(folder: Path, tokenizer: Path, precision: str, experiment: Experiment) -> GenerateFunction:

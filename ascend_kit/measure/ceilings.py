@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ascend_kit.device.device import Device, select_device
+
 if TYPE_CHECKING:
-    from ascend_kit.device.device import Device
+    from ascend_kit.params import Experiment
 
 MATRIX_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SIZES = (512, 1024, 2048, 4096, 8192)
@@ -51,6 +53,11 @@ def measure_ceilings(
         result[f"{name}_samples"] = samples
     result["launch_s"] = statistics.median(launch_cost(device))
     return result
+
+
+def device_ceilings(experiment: Experiment) -> dict[str, Any]:
+    """`measure_ceilings` of the experiment's device, which this process opens."""
+    return measure_ceilings(select_device(experiment.device, experiment.device_id))
 
 
 @torch.inference_mode()

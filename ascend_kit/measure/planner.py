@@ -14,7 +14,6 @@ from ascend_kit.model.config import ModelConfig
 if TYPE_CHECKING:
     import pandas
 
-    from ascend_kit.device.device import Device
     from ascend_kit.params import Experiment
 
 CARD_COUNTS = (1, 2, 4, 8)
@@ -113,13 +112,15 @@ def plans_table(plans: Sequence[Plan]) -> pandas.DataFrame:
     return pandas.DataFrame([asdict(item) for item in plans])
 
 
-def outlook(experiment: Experiment, device: Device, ceilings: dict[str, Any]) -> dict[str, Any]:
-    """Sizes and floors of the experiment's model with measured `ceilings`, for its heaviest sweep point.
+def outlook(experiment: Experiment, memory_bytes: int, ceilings: dict[str, Any]) -> dict[str, Any]:
+    """Sizes and floors of the experiment's model on a device of `memory_bytes` with measured `ceilings`.
+
+    They are those of its heaviest sweep point.
 
     `facts`: name with unit -> value. `plans`: one row per way to split the cards, the best first.
     """
     model = ModelConfig.from_folder(experiment.tokenizer_path or experiment.input_model)
-    card = Card.from_ceilings(ceilings, memory_bytes=device.total_memory_bytes, precision=experiment.precision)
+    card = Card.from_ceilings(ceilings, memory_bytes=memory_bytes, precision=experiment.precision)
     one = Deployment(model, card, experiment.precision, experiment.quantize, tuple(experiment.quantize_keep))
     workload = Workload(
         max(experiment.sweep_prompt_len),
