@@ -28,9 +28,7 @@ pytestmark = pytest.mark.multiproc
 
 NEW = 12
 POISON = 255  # a token no other prompt has
-SETTINGS = dict(
-    precision="fp32", device="cpu", max_seq_length=512, batch_size=4, block_size=16, kv_cache_gib=0.02, graph_mode=False
-)
+SETTINGS = dict(precision="fp32", device="cpu", max_seq_length=512, batch_size=4, block_size=16, kv_cache_gib=0.02)
 
 
 class Poisonable(Worker):

@@ -9,7 +9,7 @@ from ascend_kit.device import graphs
 from ascend_kit.device.advice import advice
 from ascend_kit.device.device import select_device
 from ascend_kit.device.graphs import DecodeGraphs, GraphError, GraphHang, decode_sizes, memory_reserve, wait_until
-from ascend_kit.device.ops import AttentionMeta, select_ops
+from ascend_kit.device.ops import AttentionMeta, native, select_ops
 
 BLOCK, BLOCKS, MAX_BLOCKS = 128, 12, 4
 HEADS, GROUPS, SIZE, VOCABULARY = 4, 2, 128, 50
@@ -247,6 +247,35 @@ def test_a_cpu_step_gives_the_plain_logits_for_every_batch_and_width(monkeypatch
         torch.testing.assert_close(got, step(*decode_inputs(lengths, seed=number)), rtol=1e-5, atol=1e-5)
 
     assert runner.info()["replays"] == len(STEPS)
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"CPU kernels are {native.status()}")
+def test_a_recorded_cpu_step_repeats_the_torch_operators_between_its_kernels():
+    step = TinyStep("cpu", "cpu", torch.float32)  # adds in torch; the tail writes in place and copies a strided view
+    tail = lambda *inputs: step(*inputs).mul_(2).t().contiguous().t()  # noqa: E731
+    runner = make_graphs(step, select_device("cpu"), records=True)
+    runner._compiled.step_fn = tail
+
+    for number, lengths in enumerate([*STEPS, *STEPS]):
+        got = runner.run(*decode_inputs(lengths, seed=number)).clone()
+        torch.testing.assert_close(got, 2 * step(*decode_inputs(lengths, seed=number)), rtol=1e-5, atol=1e-5)
+
+    assert runner.info()["mode"] == "recorded_calls"
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_a_cpu_step_that_cannot_be_recorded_runs_eagerly_and_says_why(records):
+    step = TinyStep("cpu", "cpu", torch.float32)
+    reading = lambda ids, *rest: step(ids, *rest) * (1 + int(ids.sum().item() < 0))  # noqa: E731
+
+    with pytest.warns(UserWarning, match="without a graph: .*(reads numbers|plain attention)"):
+        runner = make_graphs(step, select_device("cpu"), records=records)
+        if records:
+            runner._compiled.step_fn = runner.step_fn = reading
+        got = runner.run(*decode_inputs(STEPS[0]))
+
+    torch.testing.assert_close(got, step(*decode_inputs(STEPS[0])))
+    assert runner.info()["mode"].startswith("eager (")
 
 
 def test_a_prefill_or_a_batch_too_large_is_refused():

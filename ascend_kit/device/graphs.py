@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from ascend_kit.device.advice import advice
 from ascend_kit.device.device import Device
 from ascend_kit.device.ops import AttentionMeta
-from ascend_kit.device.ops.native import Arena, OnlyKernels, Recording, compiler
+from ascend_kit.device.ops.native import Arena, NotRecordable, Recording, TorchCalls, compiler
 
 StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
 
@@ -214,8 +215,9 @@ class DecodeGraphs:
 
     `host_lengths`: the attention takes its lengths as host lists (the NPU kernel does), so a replay is
     followed by an update. `layers`: the decoder layers, which a CPU compiles one by one; without them the
-    whole step is compiled. `records`: the op table consists of recordable kernels (CPU), so that nothing needs
-    compiling. `mask`: the op table's shared mask, if it has one.
+    whole step is compiled. `records`: the op table's attention is a kernel of ours (CPU), so that the step is recorded;
+    with False it stays eager, with None it is compiled. A CPU step that can be neither is run eagerly after a warning,
+    and `info` says so. `mask`: the op table's shared mask, if it has one.
     """
 
     def __init__(
@@ -230,7 +232,7 @@ class DecodeGraphs:
         mask: Tensor | None = None,
         host_lengths: bool = False,
         layers: Sequence[nn.Module] = (),
-        records: bool = False,
+        records: bool | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self.device, self.step_fn, self.timeout_s = device, step_fn, timeout_s
@@ -246,11 +248,10 @@ class DecodeGraphs:
         self.update_first = os.environ.get(UPDATE_FIRST_VARIABLE, "0") not in ("", "0")
         self.counters = _Counters()
         self._captured: dict[int, _Captured] = {}
-        self._compiled: _CompiledLayers | _RecordedCalls | None = None
+        self._compiled: _CompiledLayers | _RecordedCalls | _Eager | None = None
         if device.kind == "cpu":
-            recorded = _RecordedCalls(device, step_fn, self.sizes, max_blocks, block_size) if records else None
-            self._compiled = recorded or _CompiledLayers(step_fn, layers)
-            self.sizes = self._compiled.sizes or self.sizes
+            self._compiled = self._cpu_step(records, layers)
+            self.sizes = getattr(self._compiled, "sizes", self.sizes)
         self._pool: Any = None
         self._stream: Any = None  # one for all sizes: the allocator shares a pool within a stream only
         self._done: Any = None  # event after the latest replay
@@ -285,7 +286,7 @@ class DecodeGraphs:
         self.counters.replays += 1
         self.counters.rows += batch
         if self._compiled is not None:
-            return self._compiled(token_ids, positions, meta)
+            return self._run_on_cpu(token_ids, positions, meta)
         if not self._captured:
             self.capture()
         size = next(size for size in self.sizes if size >= batch)
@@ -311,6 +312,21 @@ class DecodeGraphs:
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
+
+    def _cpu_step(self, records: bool | None, layers: Sequence[nn.Module]) -> _CompiledLayers | _RecordedCalls | _Eager:
+        if records:
+            return _RecordedCalls(self.device, self.step_fn, self.sizes, self.max_blocks, self.block_size)
+        if records is None and compiler() is not None:
+            return _CompiledLayers(self.step_fn, layers)
+        return _Eager(self.step_fn, "plain attention among kernels" if records is False else "no C++ compiler")
+
+    def _run_on_cpu(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
+        """The step, eager from now on where it can be neither recorded nor compiled: computing it again is harmless."""
+        try:
+            return self._compiled(token_ids, positions, meta)  # type: ignore[misc]
+        except (NotRecordable, torch._dynamo.exc.TorchDynamoException) as error:  # type: ignore[attr-defined]
+            self._compiled = _Eager(self.step_fn, str(error).partition("\n")[0])
+            return self._compiled(token_ids, positions, meta)
 
     def _capture_size(self, size: int) -> _Captured:
         backend = self.device.backend
@@ -381,11 +397,22 @@ class DecodeGraphs:
             ids, positions, slots, lens = (torch.zeros(batch, dtype=torch.int32) for _ in range(4))
             table = torch.zeros(batch, min(5, self.max_blocks), dtype=torch.int32)
             meta = AttentionMeta(slots, table, [], [], lens + 1, self.block_size, is_decode=True)
-            self._compiled(ids, positions, meta)
+            self._run_on_cpu(ids, positions, meta)
+
+
+class _Eager:
+    """The step as it is, on a CPU that can neither record nor compile it."""
+
+    def __init__(self, step_fn: StepFn, reason: str) -> None:
+        self.step_fn, self.mode = step_fn, f"eager ({reason})"
+        warnings.warn(f"graph_mode: decode steps are computed without a graph: {reason}", stacklevel=2)
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
+        return self.step_fn(token_ids, positions, meta)
 
 
 class _RecordedCalls:
-    """The kernel calls of a step, noted once per batch size and repeated over the same buffers."""
+    """The calls of a step, noted once per batch size and repeated over the same buffers."""
 
     mode = "recorded_calls"
 
@@ -410,7 +437,7 @@ class _RecordedCalls:
 
     def _record(self, batch: int) -> tuple[StaticInputs, Recording, Tensor]:
         inputs = StaticInputs(self.device, batch, self.max_blocks, self.block_size, None)
-        with Recording(self.arena) as recording, OnlyKernels():
+        with Recording(self.arena) as recording, TorchCalls(recording):
             logits = self.step_fn(inputs.token_ids, inputs.positions, inputs.meta(None))
         return inputs, recording, logits
 
@@ -421,12 +448,9 @@ class _CompiledLayers:
     mode = "compiled_inductor"
 
     def __init__(self, step_fn: StepFn, layers: Sequence[nn.Module]) -> None:
-        if compiler() is None:
-            raise GraphError("graph_mode on a CPU needs a C++ compiler: install g++, or set graph_mode: false")
         # Rounding to bf16 between fused operators as the plain step does, or greedy tokens would differ from it.
         options: dict[str, Any] = {"emulate_precision_casts": True}
         compile_ = lambda fn: torch.compile(fn, dynamic=True, backend="inductor", options=options)  # noqa: E731
-        self.sizes: list[int] = []
         self.layers = list(layers)
         self.compiled = [compile_(layer._call_impl) for layer in self.layers]
         self.step_fn = step_fn if self.layers else compile_(step_fn)

@@ -54,7 +54,7 @@ class ModelRunner:
             mask=self.mask,
             host_lengths=self.ops.HOST_LENGTHS,
             layers=list(self.decoder.layers),
-            records=getattr(self.ops, "RECORDS", False) and self.decoder.parallel.size == 1,
+            records=getattr(self.ops, "RECORDS", None),
         )
         if self.device.kind != "cpu":
             self.graphs.capture()

@@ -165,7 +165,7 @@ class Recording:
     def __exit__(self, *_: object) -> None:
         Recording.active = None
 
-    def note(self, function: Any, addresses: tuple, arguments: tuple) -> None:
+    def note(self, function: Any, addresses: tuple, arguments: Any) -> None:
         self.calls.append((function, addresses))
         self.kept.append(arguments)
 
@@ -174,18 +174,58 @@ class Recording:
             function(*addresses)
 
 
-class OnlyKernels(TorchDispatchMode):
-    """Raises on a torch operator that computes: a recording would miss it, and replay without it."""
+class NotRecordable(RuntimeError):
+    """An operator whose result depends on the host's reading of the device; the message names it."""
 
-    ALLOWED = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach")
+
+class TorchCalls(TorchDispatchMode):
+    """Notes the torch operators between the kernels of a recording, collectives among them.
+
+    A replay computes each again and copies the result to where the recording has it. Views of buffers stay what they
+    are. NotRecordable where the host reads numbers, or where a result's size depends on them.
+    """
+
+    ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "detach")
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if not func.is_view and func._schema.name not in self.ALLOWED:
-            raise RuntimeError(
-                f"{func._schema.name} cannot be recorded in a decode step on a CPU: it is no kernel of "
-                "the op table; set graph_mode: false"
-            )
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._schema.name
+        if name.removeprefix("aten::") in self.ALLOCATING:
+            return result
+        if name.startswith("c10d::"):
+            self._note(lambda: _waited(func(*args, **kwargs)), args)
+            return _waited(result)
+        if not isinstance(result, torch.Tensor | list | tuple) or torch.Tag.dynamic_output_shape in func.tags:
+            raise NotRecordable(f"{name} reads numbers that a recorded step cannot know")
+        if func._schema.is_mutable:
+            self._note(lambda: func(*args, **kwargs), args)
+            return result
+        kept = [result] if isinstance(result, torch.Tensor) else list(result)
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if not all(tensor.untyped_storage().data_ptr() in given for tensor in kept):
+            self._note(lambda: _refill(kept, func(*args, **kwargs)), kept)
+        return result
+
+    def _note(self, repeat: Any, kept: Any) -> None:
+        self.recording.note(repeat, (), kept)
+
+
+def _refill(kept: list[torch.Tensor], result: Any) -> None:
+    for target, source in zip(kept, [result] if isinstance(result, torch.Tensor) else result, strict=True):
+        target.copy_(source)
+
+
+def _waited(result: Any) -> Any:
+    """The result of a collective once it is there."""
+    for part in result if isinstance(result, tuple) else (result,):
+        if hasattr(part, "wait"):
+            part.wait()
+    return result
 
 
 def _build() -> Path:

@@ -8,7 +8,8 @@ Besides the functions a module states two facts: MERGED_QKV, whether q, k and v 
 HOST_LENGTHS, whether its attention takes the lengths as host lists, which a captured graph then has to be told anew.
 A table may have functions of `FUSED` as well, which do in one kernel what two of `OPS` define; layers use them where
 they are there. `gather_rows` reads what `pack_linear` returns, so that a tied head and embedding are one tensor.
-On a CPU with a C++ compiler the fused table is `cpu_native`, else `cpu`.
+On a CPU with a C++ compiler the fused table is `cpu_native`, else `cpu`; RECORDS says of its tables whether a decode
+step can be recorded: plain attention would read the whole block table, whatever the lengths.
 
 Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden, F feed-forward, B sequences,
 S tokens per KV block.
@@ -89,4 +90,6 @@ def _with_plain(table: ModuleType, plain_ops: Sequence[str]) -> ModuleType:
             setattr(mixed, name, getattr(table, name))
     for name in {other for op in plain_ops if op not in FUSED for other in (op, *_TOGETHER.get(op, ()))}:
         setattr(mixed, name, getattr(reference, name))
+    if hasattr(table, "RECORDS"):
+        mixed.RECORDS = mixed.paged_attention is table.paged_attention  # type: ignore[attr-defined]
     return mixed
