@@ -1,9 +1,14 @@
-"""What is said to people: a finding is a key and values, its text stands in one gettext catalogue per language."""
+"""What is said to people: a finding is a key and values, its text stands in one gettext catalogue per language.
+
+Texts of findings, report and panel have keys (locale/<language>.po). What is written in English where it is used, the
+notebooks' prose, charts and the meaning of parameters, is its own key (locale/phrases.<language>.po).
+"""
 
 from __future__ import annotations
 
 import gettext
 import io
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -11,6 +16,7 @@ from typing import Any, Literal
 
 Level = Literal["note", "caution", "alarm", "failed"]
 LANGUAGES = ("en",)  # a language is a file locale/<language>.po with the same keys
+_in_use = "en"
 
 
 @dataclass(frozen=True)
@@ -21,8 +27,8 @@ class Finding:
     values: dict[str, Any] = field(default_factory=dict)
     level: Level = "note"
 
-    def text(self, language: str = "en") -> str:
-        """The sentence in `language`; a value `count` chooses between singular and plural."""
+    def text(self, language: str | None = None) -> str:
+        """The sentence in `language`, by default the one in use; `count` chooses between singular and plural."""
         return translate(self.key, language, **self.values)
 
     def __str__(self) -> str:
@@ -30,7 +36,7 @@ class Finding:
 
     def to_row(self) -> dict[str, Any]:
         """Plain values for a JSON file; the English text is kept for readers that have no catalogue."""
-        return {"key": self.key, "level": self.level, "values": self.values, "text": str(self)}
+        return {"key": self.key, "level": self.level, "values": self.values, "text": self.text("en")}
 
     @classmethod
     def from_row(cls, row: dict[str, Any] | str) -> Finding:
@@ -49,10 +55,29 @@ def say(key: str, level: Level = "note", /, **values: Any) -> Finding:
     return Finding(key, values, level)
 
 
-def translate(key: str, language: str = "en", /, **values: Any) -> str:
-    """The text of a key with its values filled in."""
+def use_language(language: str) -> None:
+    """From now on texts are in `language`, one of LANGUAGES."""
+    global _in_use
+    if language not in LANGUAGES:
+        raise ValueError(f"language is {language!r}, allowed: {', '.join(LANGUAGES)}")
+    _in_use = language
+
+
+def language_in_use() -> str:
+    """The language that texts are in."""
+    return _in_use
+
+
+def phrase(text: str, language: str | None = None) -> str:
+    """An English text in `language`, by default the one in use; as it is where the catalogue lacks it."""
+    language = language or _in_use
+    return text if language == "en" or not text else _translations(f"phrases.{language}").gettext(text)
+
+
+def translate(key: str, language: str | None = None, /, **values: Any) -> str:
+    """The text of a key with its values filled in, by default in the language in use."""
     count = values.get("count")
-    texts = _translations(language)
+    texts = _translations(language or _in_use)
     text = texts.gettext(key) if count is None else texts.ngettext(key, key, count)
     return text.format(**values)
 
@@ -68,18 +93,36 @@ def _plain(text: Any) -> Any:
 
 
 @cache
-def _catalogue(language: str) -> Any:
+def _catalogue(name: str) -> Any:
     from babel.messages.pofile import read_po
 
-    data = (resources.files("ascend_kit") / "locale" / f"{language}.po").read_bytes()
-    return read_po(io.BytesIO(data), locale=language)
+    data = (resources.files("ascend_kit") / "locale" / f"{name}.po").read_bytes()
+    return read_po(io.BytesIO(data), locale=name.rpartition(".")[2])
 
 
 @cache
-def _translations(language: str) -> gettext.GNUTranslations:
+def _translations(name: str) -> gettext.GNUTranslations:
     from babel.messages.mofile import write_mo
 
     compiled = io.BytesIO()
-    write_mo(compiled, _catalogue(language))
+    write_mo(compiled, _catalogue(name))
     compiled.seek(0)
     return gettext.GNUTranslations(compiled)
+
+
+# --- errors in a notebook ---------------------------------------------------------------------------------------------
+
+
+def show_errors_in_one_line() -> None:
+    """In a notebook, this package's own errors, which a user can mend, are one line without frames; others as ever."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is not None:
+        shell.set_custom_exc((Exception,), _show_error)
+
+
+def _show_error(shell: Any, kind: type, error: Exception, trace: Any, tb_offset: int | None = None) -> None:
+    if kind.__module__.startswith("ascend_kit."):
+        shell._showtraceback(kind, error, [f"\x1b[31m{kind.__name__}\x1b[0m: {error}"])
+    else:
+        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)

@@ -25,7 +25,7 @@ DONE = frozenset({"ok", "alarm"})
 # Parameters that say what to do with results, not how they are made.
 FREE = frozenset({
     "if_exists", "params_file", "if_model_exists", "compare_runs", "accuracy_margin_points", "output_path",
-    "output_root",
+    "output_root", "language",
 })  # fmt: skip
 # Parameters by which rows are keyed or whose content stands in a row's identity: a stage that asks for others goes on,
 # keeps its rows and adds what is missing.

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from babel.messages.pofile import read_po
+from IPython.core.interactiveshell import InteractiveShell
 
-from ascend_kit.messages import LANGUAGES, Finding, keys, say, translate
+from ascend_kit.messages import LANGUAGES, Finding, keys, say, show_errors_in_one_line, translate
 
 PACKAGE = Path(__file__).parents[1] / "ascend_kit"
 
@@ -33,7 +34,7 @@ def fields(language):
 
 # The last words of these keys come from data or stand in the report's template.
 FAMILIES = ("parity.", "sweep.shared_", "scores.", "state.", "number.", "about.", "index.", "report.", "verdict.only_",
-            "evaluation.")  # fmt: skip
+            "evaluation.", "explore.")  # fmt: skip
 
 
 def test_no_key_is_missing_and_no_text_is_asked_for_by_nobody():
@@ -60,3 +61,22 @@ def test_a_finding_survives_the_file_and_an_unknown_key_keeps_its_text():
 
 def test_values_with_braces_are_text():
     assert str(say("batch.failed", "failed", index=1, error="{evil} {0}")) == "Prompt 1 failed: {evil} {0}"
+
+
+@pytest.fixture
+def shell():
+    """An IPython shell that `get_ipython` gives, as in a kernel."""
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def test_what_a_user_can_mend_is_one_line_without_frames_and_other_errors_keep_theirs(shell, capsys):
+    show_errors_in_one_line()
+
+    shell.run_cell("from ascend_kit.params import load_experiment; load_experiment('nowhere.yaml')")
+    mendable = capsys.readouterr().out.strip()
+    result = shell.run_cell("def inner():\n    return 1 / 0\ninner()")
+    other = capsys.readouterr().out
+
+    assert len(mendable.splitlines()) == 1 and "ParameterError" in mendable and "nowhere.yaml" in mendable
+    assert len(other.splitlines()) > 5 and isinstance(result.error_in_exec, ZeroDivisionError)

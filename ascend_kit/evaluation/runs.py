@@ -33,6 +33,7 @@ NAMES = frozenset(
         "if_exists",
         "if_model_exists",
         "params_file",
+        "language",
     )
 )
 Point = tuple[int, int, int]

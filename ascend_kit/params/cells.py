@@ -14,7 +14,7 @@ from ascend_kit.params.values import ParameterError
 FIRST_LINE = f"{CELL_MARK}. Values changed here win over params_file, injected ones over both."
 # Names -> the notebooks that use them, by their numbers.
 USED_BY = {
-    "experiment run output_root if_exists params_file": "123456",
+    "experiment run output_root if_exists params_file language": "1234567",
     "seed": "345",
     "model_name input_model tokenizer_path precision quantize device device_id max_seq_length": "12345",
     "output_model": "2345",
@@ -33,7 +33,8 @@ USED_BY = {
     "sweep_concurrency sweep_prompt_len sweep_output_len ttft_limit_ms tpot_limit_ms": "14",
     "sweep_repeats sweep_requests_per_point sweep_cards sweep_tensor_parallel sweep_baseline": "4",
     "eval_datasets dataset_path eval_batch_size eval_max_seq_length eval_fewshot eval_limit eval_chat_template": "5",
-    "compare_runs accuracy_margin_points": "6",
+    "compare_runs": "67",
+    "accuracy_margin_points": "6",
 }
 
 

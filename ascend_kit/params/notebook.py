@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.messages import show_errors_in_one_line, use_language
 from ascend_kit.params.experiment import RETIRED, Experiment, expand_aliases
 from ascend_kit.params.paths import check_paths
 from ascend_kit.params.values import ParameterError, shown, unknown_key
@@ -32,8 +33,9 @@ def experiment_from_notebook(namespace: Mapping[str, Any]) -> Experiment:
 
     Experiment's defaults < params_file < values changed in the parameters cell < injected values < the panel. Without
     params_file and without a model the file is params/demo.yaml. Also leaves the folder `notebooks`, so that relative
-    paths mean the same in JupyterLab as on the command line.
+    paths mean the same in JupyterLab as on the command line, and sets how errors look and the language of all texts.
     """
+    show_errors_in_one_line()
     _leave_notebooks_folder()
     declared, injected = _cells(namespace)
     _refuse_unknown(declared, "the parameters cell")
@@ -49,6 +51,7 @@ def experiment_from_notebook(namespace: Mapping[str, Any]) -> Experiment:
     experiment = build_over_params_file(given, source="notebook parameters", default_file=default_file)
     if _history(namespace):
         check_paths(experiment, declared.keys())
+    use_language(experiment.language)
     return experiment
 
 

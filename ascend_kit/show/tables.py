@@ -137,6 +137,13 @@ def shorten(text: str, most: int) -> str:
     return cut[: max(cut.rfind(" "), 0) if cut.rfind(" ") > most * 2 // 3 else len(cut)] + " …"
 
 
+def note(text: str) -> HTML:
+    """A sentence in place of a table."""
+    from IPython.display import HTML
+
+    return HTML(f"<p>{markup(text)}</p>")
+
+
 def facts(values: dict[str, Any], *, title: str = "value") -> HTML | None:
     """A mapping as a table of two columns; inner mappings become `outer.inner` rows."""
     import pandas

@@ -18,7 +18,7 @@ NAMES = [notebook.name for notebook in find_notebooks()]
 
 @pytest.fixture(scope="module")
 def parameters(tiny_qwen3_dir, tmp_path_factory):
-    """A parameter file for the smallest possible pass through all six notebooks."""
+    """A parameter file for the smallest possible pass through all notebooks."""
     folder = tmp_path_factory.mktemp("project")
     data = ensure_data(folder / "cache")
     (folder / "prompts.txt").write_text("first prompt\nsecond <script>alert(1)</script>\n")
@@ -58,7 +58,7 @@ def run(parameters):
 
 @pytest.mark.slow
 @pytest.mark.multiproc
-def test_all_six_notebooks_leave_their_rows_figures_and_findings(run):
+def test_all_notebooks_leave_their_rows_figures_and_findings(run):
     folder = RunFolder(run.run_folder)
 
     assert [state.name for state in run.notebooks] == NAMES

@@ -40,10 +40,18 @@ each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebo
 each_file = pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
 
 
-def test_the_six_notebooks_are_there_in_order():
+def test_the_seven_notebooks_are_there_in_order():
     names = [notebook.name for notebook in NOTEBOOKS]
 
-    assert names == ["01_environment", "02_convert", "03_generate", "04_throughput", "05_evaluate", "06_compare"]
+    assert names == [
+        "01_environment",
+        "02_convert",
+        "03_generate",
+        "04_throughput",
+        "05_evaluate",
+        "06_compare",
+        "07_explore",
+    ]
 
 
 @each_notebook

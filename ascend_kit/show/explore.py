@@ -1,0 +1,372 @@
+"""What runs hold, for looking around in it: a list of runs, points, requests, documents, history. Reads files only."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascend_kit.evaluation.compare import pair_documents
+from ascend_kit.evaluation.runs import POINT, RATE, Run
+from ascend_kit.evaluation.scores import load_scores
+from ascend_kit.files import GIB, Table
+from ascend_kit.identity import MUST_AGREE, Identity, hash_value
+from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
+from ascend_kit.measure.sweep import load_rows
+from ascend_kit.messages import Finding, phrase, say
+from ascend_kit.params import ENGINE_SWITCHES
+from ascend_kit.results import RunFolder
+from ascend_kit.show.drawing import (
+    FONT,
+    GREY,
+    LENGTHS,
+    PALETTE,
+    RED,
+    config_looks,
+    finish,
+    finished_rows,
+    is_many,
+    lengths_text,
+    log2_axis,
+    make_grid,
+    make_panels,
+    tip,
+    value_axis,
+)
+from ascend_kit.stages import RunFolderError, RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Axis -> column; what a row lacks cannot be chosen.
+AXES = {
+    "requests in flight": "concurrency",
+    "output tokens/s": RATE,
+    "median TTFT, ms": "ttft_p50_ms",
+    "median TPOT, ms": "tpot_p50_ms",
+    "ITL p99, ms": "itl_p99_ms",
+    "requests/s": "requests_per_s",
+    "goodput, requests/s": "goodput_requests_per_s",
+    "share of the ceiling": "ceiling_share",
+    "MBU": "mbu",
+    "MFU": "mfu",
+    "peak memory, GiB": "peak_memory_gib",
+}
+CEILING = "ceiling_tokens_per_s"
+LEAST_CHANGE = 0.03  # a rate that fell by less is no regression, whatever its repeats say
+VEGA_LITE = "application/vnd.vegalite.v5+json"  # JupyterLab draws it by itself, offline, with hover and zoom
+
+
+def find_runs(root: str | Path) -> dict[str, Run]:
+    """experiment/run -> every run below `root` whose record can be read, the newest first."""
+    found = []
+    for path in Path(root).glob("*/*/run.json"):
+        try:
+            record = RunRecord.read(path.parent)
+        except RunFolderError:
+            continue
+        run = Run(RunFolder(path.parent))
+        found.append((record.updated or "", run.name, run))
+    return {name: run for _, name, run in sorted(found, key=lambda entry: entry[:2], reverse=True)}
+
+
+def run_list(runs: Iterable[Run]) -> Table:
+    """One line per run: what it ran, its best throughput with the TTFT there, its accuracy, date and state."""
+    import pandas
+
+    return pandas.DataFrame([_line(run) for run in runs])
+
+
+def _line(run: Run) -> dict[str, Any]:
+    record, values = RunRecord.read(run.folder.path), run.parameters
+    best = max(run.sweep, key=lambda row: row[RATE], default={})
+    scores = load_scores(run.folder)
+    right = scores[(scores["metric"] == "acc") & (scores["status"] == "ok")]
+    return {
+        "run": run.name,
+        "model": values.get("model_name"),
+        "engine": ", ".join(
+            str(values[name]) for name in ("precision", "quantize") if values.get(name, "none") != "none"
+        ),
+        "switches": ", ".join(name for name in ENGINE_SWITCHES if values.get(name) is True),
+        "tokens/s": best.get(RATE),
+        "TTFT, ms": best.get("ttft_p50_ms"),
+        "accuracy, %": 100 * (right["value"] * right["n"]).sum() / right["n"].sum() if len(right) else None,
+        "changed": (record.updated or "")[:16].replace("T", " "),
+        "state": record.state,
+    }
+
+
+def points(runs: Iterable[Run]) -> Table:
+    """The measured points of several runs, each with its `run` and the `label` of its line."""
+    import pandas
+
+    parts = []
+    for run in runs:
+        rows = load_rows(run.folder)
+        if len(rows):
+            parts.append(rows.assign(run=run.name, label=[_label(run.name, row) for row in rows.to_dict("records")]))
+    if not parts:
+        return pandas.DataFrame()
+    table = finished_rows(pandas.concat(parts, ignore_index=True))
+    return table.assign(peak_memory_gib=table["peak_memory_bytes"] / GIB)
+
+
+def _label(run: str, row: dict[str, Any]) -> str:
+    cards = f", {row['cards']} cards" if row.get("cards", 1) > 1 else ""
+    split = f", tensor parallel {row['tensor_parallel']}" if row.get("tensor_parallel", 1) > 1 else ""
+    return run + cards + split if row["backend"] == "ascend_kit" else f"{row['backend']} in {run}"
+
+
+def means(table: Table, x: str, y: str) -> Table:
+    """One line per label, lengths and concurrency: mean of both columns, range of `y` over the repeats, ceiling."""
+    if x not in table or y not in table:
+        return table.head(0)
+    groups = table.dropna(subset=[x, y]).groupby(["label", *LENGTHS, "concurrency"], sort=True)
+    columns = {"x": (x, "mean"), "y": (y, "mean"), "low": (y, "min"), "high": (y, "max"), "repeats": (y, "size")}
+    found = groups.agg(**columns, ceiling=(CEILING, "mean")).reset_index()
+    return found if y == RATE else found.assign(ceiling=None)
+
+
+def chart(table: Table, x: str, y: str) -> Figure | None:
+    """Any column against any other, a line per run through the means of its repeats; their range is a bar."""
+    found = means(table, AXES[x], AXES[y]) if len(table) else table
+    if len(found) < 2 or is_many(found):
+        return None
+    figure, panels = make_panels(found.assign(backend=found["label"]))
+    looks = config_looks(found["label"])
+    for axes, part in panels:
+        for label, line in part.groupby("label", sort=True):
+            reach = [line["y"] - line["low"], line["high"] - line["y"]]
+            drawn = axes.errorbar(line["x"], line["y"], reach, label=label, linewidth=1.8, capsize=3, **looks[label])
+            tip(drawn[0], [f"{label}, {row.concurrency} in flight: {row.y:,.4g}" for row in line.itertuples()])
+            if line["ceiling"].notna().any():
+                axes.plot(line["x"], line["ceiling"], "--", linewidth=1, color=looks[label]["color"])
+        if AXES[x] == "concurrency":
+            log2_axis(axes, part["concurrency"])
+        else:
+            value_axis(axes, x, which="x", zero=False)
+        value_axis(axes, y)
+    return finish(figure, f"{y} / {x}", f"{len(found)} points of {found['label'].nunique()} lines")
+
+
+def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
+    """The same chart for JupyterLab's own Vega-Lite: the mouse shows a point's values, drags and zooms."""
+    found = means(table, AXES[x], AXES[y]) if len(table) else table
+    if not len(found):
+        return None
+    values = [
+        {**row, "lengths": lengths_text([row["prompt_len"], row["output_len"]])}
+        for row in found.astype(object).where(found.notna(), None).to_dict("records")
+    ]
+    is_load = AXES[x] == "concurrency"
+    scale = {"type": "log", "base": 2, "nice": False} if is_load else {"zero": False}
+    wide = max(found["y"]) > 25 * max(min(found["y"]), 1e-9) > 0
+    across = {"field": "x", "type": "quantitative", "title": phrase(x), "scale": scale}
+    up = {
+        "field": "y",
+        "type": "quantitative",
+        "title": phrase(y),
+        "scale": {"type": "log"} if wide else {"zero": True},
+    }
+    legend = {"orient": "bottom", "columns": 1, "labelLimit": 400}
+    colour = {"field": "label", "type": "nominal", "title": None, "scale": {"range": list(PALETTE)}, "legend": legend}
+    told = {"label": "run", "x": x, "y": y, "low": "least", "high": "most", "ceiling": "ceiling",
+            "concurrency": "in flight", "repeats": "repeats"}  # fmt: skip
+    tooltip = [{"field": name, "title": phrase(title), "format": ",.4~g"} for name, title in told.items()]
+    tooltip[0].pop("format")
+    shape, shared = {"field": "label", "type": "nominal", "legend": None}, {"x": across, "color": colour}
+    reach = {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
+    layers: list[dict[str, Any]] = [
+        {
+            "mark": {"type": "line", "point": {"size": 60}},
+            "params": [{"name": "zoom", "select": "interval", "bind": "scales"}],
+            "encoding": {**shared, "y": up, "strokeDash": shape, "tooltip": tooltip},
+        },
+        {"mark": "rule", "encoding": {**shared, **reach}},
+    ]
+    if found["ceiling"].notna().any():
+        ceiling = {"field": "ceiling", "type": "quantitative"}
+        layers.append({"mark": {"type": "line", "strokeDash": [5, 4]}, "encoding": {**shared, "y": ceiling}})
+    one = {"width": 460, "height": 300, "layer": layers}
+    head = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "data": {"values": values}}
+    if len({row["lengths"] for row in values}) == 1:
+        return {**head, "title": values[0]["lengths"], **one}
+    return {**head, "facet": {"field": "lengths", "type": "nominal", "title": None}, "columns": 2, "spec": one}
+
+
+# --- one point --------------------------------------------------------------------------------------------------------
+
+
+def point_names(table: Table) -> dict[str, int]:
+    """A point in words -> its line in `points`."""
+    return {
+        f"{row['label']}: {row['concurrency']} in flight, {lengths_text([row['prompt_len'], row['output_len']])}, "
+        f"repeat {row['repeat']}": place
+        for place, row in enumerate(table.to_dict("records"))
+    }
+
+
+def requests_of(run: Run, point_id: str) -> Table:
+    """The raw requests of one point."""
+    import pandas
+
+    return pandas.DataFrame([row for row in run.folder.rows("requests") if row.get("point_id") == point_id])
+
+
+def histograms(requests: Table) -> Figure | None:
+    """How TTFT and ITL are spread over the requests and gaps of one point, medians as dashed lines."""
+    if requests.empty:
+        return None
+    records = [RequestRecord.from_row(row) for row in requests.to_dict("records")]
+    spread = {
+        "TTFT, ms": [value * 1e3 for record in records if (value := ttft_s(record)) is not None],
+        "ITL, ms": [gap * 1e3 for record in records for gap in itl_s(record)],
+    }
+    figure, (line,) = make_grid(1, 2, height=3.2, width=5)
+    for axes, (name, values) in zip(line, spread.items(), strict=True):
+        if values:
+            axes.hist(values, bins=min(40, max(5, len(values) // 2)), color=PALETTE[0], edgecolor="white")
+            axes.axvline(statistics.median(values), linestyle="--", color=GREY)
+            axes.set_title(f"median {statistics.median(values):,.4g}, most {max(values):,.4g}", fontsize=FONT)
+        value_axis(axes, name, which="x", log=False)
+        value_axis(axes, "count", log=False)
+    return finish(figure, "TTFT and ITL of one point", f"{len(records)} requests", legend=False)
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def documents(run: Run, task: str, other: Run | None = None, search: str = "") -> Table:
+    """The documents of a task that `run` got wrong or, with `other`, that only one of the two got right.
+
+    `search` keeps the lines that hold it, in any column. Question and choices are shown where the run kept them.
+    """
+    import pandas
+
+    if other is None:
+        rows = [_document(row) for row in run.answers("acc").get(task, []) if row["acc"] < 1]
+    else:
+        pairs = [pair for pair in pair_documents(run, other, "acc").rows if pair[0]["task"] == task]
+        rows = [
+            {
+                **_document(ours),
+                "given by the other": _given(theirs),
+                "right": (run if ours["acc"] == 1 else other).name,
+            }
+            for ours, theirs in pairs
+            if ours["acc"] != theirs["acc"]
+        ]
+    wanted = search.casefold()
+    return pandas.DataFrame([row for row in rows if wanted in " ".join(map(str, row.values())).casefold()])
+
+
+def _document(row: dict[str, Any]) -> dict[str, Any]:
+    told = {"document": row["doc_id"], "question": row.get("question") or row.get("prompt"), "choices": _choices(row)}
+    return {**told, "expected": _letter(row, row.get("target")), "given": _given(row)}
+
+
+def _choices(row: dict[str, Any]) -> str:
+    logprobs = row.get("choice_logprobs") or []
+    texts = row.get("choices") or [""] * len(logprobs)
+    parts = (
+        f"{chr(65 + i)} {text} ({logprob:.2f})" for i, (text, logprob) in enumerate(zip(texts, logprobs, strict=False))
+    )
+    return " ".join(" ".join(parts).split())
+
+
+def _given(row: dict[str, Any]) -> str:
+    return _letter(row, row["prediction"] if "prediction" in row else row.get("answer"))
+
+
+def _letter(row: dict[str, Any], value: Any) -> str:
+    is_place = isinstance(value, int) and row.get("choice_logprobs") is not None
+    return chr(65 + value) if is_place else ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
+# --- history ----------------------------------------------------------------------------------------------------------
+
+
+def history(runs: Iterable[Run]) -> Table:
+    """The same experiment over versions of CANN, driver, torch_npu and this package: a line per run, oldest first.
+
+    Runs are the same where weights, tokenizer, template and engine agree; one that was never repeated is left out.
+    `change, %` compares the heaviest point that a run shares with the one before; `regression` says that all its
+    repeats are slower than all of those, by more than 3 %.
+    """
+    import pandas
+
+    groups: dict[str, list[tuple[str, Run, Identity]]] = {}
+    for run in runs:
+        known_ids, rows = run.folder.identities(), run.sweep
+        identity = known_ids.get(rows[0].get("identity", "")) if rows else None
+        if identity is not None:
+            key = hash_value([getattr(identity, part) for part, uses in MUST_AGREE.items() if "history" in uses])
+            groups.setdefault(key, []).append((RunRecord.read(run.folder.path).created or "", run, identity))
+    lines = []
+    for group in groups.values():
+        group.sort(key=lambda entry: entry[0])
+        first = f"as {group[0][1].name}"
+        for before, now in zip([None, *group], group, strict=False):
+            lines.append({"series": first, **_line_of_history(now, before)} if len(group) > 1 else None)
+    return pandas.DataFrame(filter(None, lines))
+
+
+def _line_of_history(now: tuple[str, Run, Identity], before: tuple[str, Run, Identity] | None) -> dict[str, Any]:
+    created, run, identity = now
+    shared = run.points & before[1].points if before else run.points
+    point = max(shared, default=None)
+    rates = _rates(run, point)
+    row = {
+        "run": run.name,
+        "created": created[:16].replace("T", " "),
+        "tokens/s": statistics.fmean(rates or [math.nan]),
+    }
+    row |= {"at": ", ".join(map(str, point or ())), "change, %": None, "regression": None, "what changed": ""}
+    if before is None or not shared:
+        return row
+    then = _rates(before[1], point)
+    change = statistics.fmean(rates) / statistics.fmean(then) - 1
+    commits = [RunRecord.read(one.folder.path).source.get("commit") or "unknown" for one in (before[1], run)]
+    changed = before[2].differences(identity, "line")
+    changed += [f"commit: {commits[0][:10]} -> {commits[1][:10]}"] if commits[0] != commits[1] else []
+    is_slower = change < -LEAST_CHANGE and max(rates) < min(then)
+    return row | {"change, %": 100 * change, "regression": is_slower, "what changed": "; ".join(changed)}
+
+
+def _rates(run: Run, point: tuple | None) -> list[float]:
+    return [row[RATE] for row in run.sweep if tuple(row[name] for name in POINT) == point]
+
+
+def history_chart(table: Table) -> Figure | None:
+    """Output tokens/s of each run of a series, oldest first; regressions are red crosses."""
+    if len(table) < 2:
+        return None
+    figure, ((axes,),) = make_grid(1, 1, height=3.6, width=8)
+    looks = config_looks(table["series"])
+    for name, part in table.groupby("series", sort=True):
+        places = range(1, len(part) + 1)
+        (line,) = axes.plot(places, part["tokens/s"], label=name, **looks[name])
+        tip(line, [f"{row['run']}: {row['tokens/s']:,.4g}" for row in part.to_dict("records")])
+        slower = [
+            (x, row["tokens/s"]) for x, row in zip(places, part.to_dict("records"), strict=True) if row["regression"]
+        ]
+        for x, y in slower:
+            axes.plot(x, y, "x", color=RED, markersize=14, markeredgewidth=3, label="regression")
+    axes.set_xticks(range(1, table.groupby("series").size().max() + 1))
+    axes.set_xlabel(phrase("run of the series, oldest first"), fontsize=FONT)
+    value_axis(axes, "output tokens/s", log=False)
+    return finish(figure, "History", f"{int(table['regression'].eq(True).sum())} regressions")
+
+
+def exploring_findings(listed: Table, table: Table) -> list[Finding]:
+    """How many runs there are, and what became slower."""
+    found = [say("explore.runs", count=len(listed))]
+    if not len(table):
+        return [*found, say("explore.no_history")]
+    slower = table[table["regression"].eq(True)].to_dict("records")
+    found += [say("explore.regression", "caution", run=row["run"], change=row["change, %"], at=row["at"],
+                  changed=row["what changed"] or "nothing that is recorded") for row in slower]  # fmt: skip
+    return found if slower else [*found, say("explore.steady", count=table["series"].nunique())]

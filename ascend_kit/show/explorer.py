@@ -1,0 +1,235 @@
+"""The views of 07_explore: controls in JupyterLab, and below them what they choose; headless the first choice of each.
+
+What is drawn stands in outputs of its own and not inside a widget: a copy saved from JupyterLab shows the last choice
+to a reader without a kernel.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ascend_kit.evaluation.runs import RATE, Run
+from ascend_kit.files import Table
+from ascend_kit.messages import phrase, translate
+from ascend_kit.results import RunFolder
+from ascend_kit.show import charts, explore, tables
+from ascend_kit.show.progress import in_browser
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIRST_CHOSEN = 4
+MOST_LISTED = 60
+MOST_DOCUMENTS = 100
+VIEWS = {"throughput": ("requests in flight", "output tokens/s"), "latency": ("requests in flight", "median TTFT, ms"),
+         "pareto": ("median TPOT, ms", "output tokens/s")}  # fmt: skip
+Draw = Callable[..., Sequence[Any]]  # values of the controls -> the parts to display, None for an empty one
+# Name -> what to choose from, as it is or worked out anew for every choice of runs; "" is a field to write in.
+Controls = dict[str, Callable[[], list[str]] | list[str] | str]
+
+
+class Explorer:
+    """Looks around in all runs below `root`. `chosen` are ticked at first, by default the newest with results.
+
+    Figures of a headless pass are kept in `folder`.
+    """
+
+    def __init__(
+        self, root: str | Path, chosen: Sequence[str] = (), folder: RunFolder | None = None, browser: bool | None = None
+    ) -> None:
+        self.every, self.folder = explore.find_runs(root), folder
+        self.listed = explore.run_list(self.every.values())
+        measured = [name for name, run in self.every.items() if run.sweep or run.has("acc")]
+        named = [name for name in self.every if name in chosen or name.rpartition("/")[2] in chosen]
+        self.chosen = named or measured[:FIRST_CHOSEN]
+        self._browser = in_browser() if browser is None else browser
+        self._views: list[_View] = []
+
+    @property
+    def runs(self) -> list[Run]:
+        """The chosen runs."""
+        return [self.every[name] for name in self.chosen]
+
+    def choose(self) -> None:
+        """The list of all runs with a box to tick for each; every view follows."""
+        from IPython.display import display
+
+        if not self._browser or self.listed.empty:
+            display(tables.readable(self.listed, keys=1))
+            return
+        import ipywidgets as w
+
+        shown, cells = self.listed.head(MOST_LISTED), []
+        for row in shown.to_dict("records"):
+            box = w.Checkbox(value=row["run"] in self.chosen, indent=False, layout={"width": "20px"})
+            box.observe(lambda change, name=row["run"]: self._tick(name, change["new"]), "value")
+            cells += [box, *(w.HTML(tables.markup(tables.cell_text(value))) for value in row.values())]
+        head = [w.HTML(f"<b>{tables.markup(name)}</b>") for name in ("", *shown.columns)]
+        widths = f"24px repeat({len(shown.columns)}, max-content)"
+        grid = w.GridBox([*head, *cells], layout={"grid_template_columns": widths, "grid_gap": "0 14px"})
+        title = w.HTML(translate("explore.choose"))
+        _display_widget(w.VBox([title, grid]), tables.readable(self.listed, keys=1))
+
+    def _tick(self, name: str, is_on: bool) -> None:
+        wanted = {*self.chosen, name} if is_on else {*self.chosen} - {name}
+        self.chosen = [one for one in self.every if one in wanted]
+        for view in self._views:
+            view.renew()
+
+    def chart(self) -> None:
+        """Any column against any other for the chosen runs; headless throughput, latency and the Pareto figure."""
+        from IPython.display import display
+
+        if self._browser:
+            axes = list(explore.AXES)
+            self._show({"axis_x": axes, "axis_y": [axes[1], axes[0], *axes[2:]]}, self._chart)
+            return
+        table = explore.points(self.runs)
+        for name, (x, y) in VIEWS.items():
+            display(*filter(None, [self._keep(name, explore.chart(table, x, y) if len(table) else None, f"{y} / {x}")]))
+
+    def _chart(self, axis_x: str, axis_y: str) -> list[Any]:
+        table = explore.points(self.runs)
+        spec, figure = explore.vega(table, axis_x, axis_y), explore.chart(table, axis_x, axis_y)
+        return [
+            None
+            if spec is None
+            else _Bundle({explore.VEGA_LITE: spec, **({"image/png": _png(figure)} if figure else {})})
+        ]
+
+    def point(self) -> None:
+        """One point: its row, how its TTFT and ITL are spread, and when each of its requests waited and ran."""
+        self._show({"point": lambda: list(explore.point_names(self._points()))}, self._point)
+
+    def _points(self) -> Table:
+        table = explore.points(self.runs)
+        return table.sort_values(RATE, ascending=False, ignore_index=True) if len(table) else table
+
+    def _point(self, point: str) -> list[Any]:
+        table = self._points()
+        place = explore.point_names(table).get(point)
+        if place is None:
+            return [None] * 3
+        row = table.loc[place].dropna().to_dict()
+        requests = explore.requests_of(self.every[row["run"]], row["point_id"])
+        spread, timeline = explore.histograms(requests), charts.request_timeline(requests)
+        return [tables.facts(row), self._keep("histograms", spread, "TTFT and ITL of one point"),
+                self._keep("timeline", timeline, "Requests of one point over time")]  # fmt: skip
+
+    def documents(self) -> None:
+        """A task's documents that a run got wrong, or that turned over between two runs; with a search."""
+        controls: Controls = {"run": lambda: [run.name for run in self.runs if run.has("acc")], "task": self._tasks,
+                    "other": lambda: [translate("explore.wrong"), *(run.name for run in self.runs if run.has("acc"))],
+                    "search": ""}  # fmt: skip
+        self._show(controls, self._documents)
+
+    def _tasks(self) -> list[str]:
+        return sorted({task for run in self.runs for task in run.answers("acc")})
+
+    def _documents(self, run: str, task: str, other: str, search: str) -> list[Any]:
+        if run not in self.every:
+            return [None]
+        found = explore.documents(self.every[run], task, self.every.get(other), search)
+        return [tables.readable(found.head(MOST_DOCUMENTS), keys=1) if len(found) else None]
+
+    def history(self) -> Table:
+        """The table of repeated runs with regressions marked, after its figure; over all runs, not only the chosen."""
+        from IPython.display import display
+
+        table = explore.history(self.every.values())
+        figure = self._keep("history", explore.history_chart(table), "Output tokens per second over versions")
+        display(*filter(None, [tables.readable(table, keys=2) if len(table) else None, figure]))
+        return table
+
+    def _keep(self, name: str, figure: Figure | None, caption: str) -> Any:
+        if self.folder is not None and not self._browser:
+            return charts.keep(self.folder, f"explore_{name}", figure, caption)
+        return None if figure is None else _Bundle({"image/png": _png(figure)})
+
+    def _show(self, controls: Controls, draw: Draw) -> None:
+        self._views.append(_View(controls, draw, self._browser))
+
+
+class _View:
+    """Controls and what is drawn for their values, one output for each part."""
+
+    def __init__(self, controls: Controls, draw: Draw, browser: bool) -> None:
+        from IPython.display import display
+
+        self.controls, self.draw = controls, draw
+        self.fields: dict[str, Any] = {}
+        if browser:
+            self._make_fields()
+        parts = draw(**self.values())
+        if not browser:
+            display(*[part for part in parts if part is not None] or [tables.note(translate("explore.none"))])
+            return
+        self.handles = [cast(Any, display(_shown(part), display_id=True)) for part in parts]
+
+    def values(self) -> dict[str, str]:
+        """The choice of each control; the first of what there is where nothing was chosen."""
+        if self.fields:
+            return {name: field.value or "" for name, field in self.fields.items()}
+        return {name: next(iter(_options(found)), "") for name, found in self.controls.items()}
+
+    def renew(self, *_: Any) -> None:
+        """Draw again; controls offer what the chosen runs have."""
+        for name, field in self.fields.items():
+            options = _options(self.controls[name])
+            if hasattr(field, "options") and tuple(_titled(options)) != tuple(field.options):
+                kept = field.value
+                field.options = _titled(options)
+                field.value = kept if kept in options else next(iter(options), None)
+        for handle, part in zip(self.handles, self.draw(**self.values()), strict=True):
+            handle.update(_shown(part))
+
+    def _make_fields(self) -> None:
+        import ipywidgets as w
+
+        for name, found in self.controls.items():
+            style = {"description": translate(f"explore.{name}"), "layout": {"width": "auto", "max_width": "560px"}}
+            field = w.Text(**style) if found == "" else w.Dropdown(options=_titled(_options(found)), **style)
+            self.fields[name] = field
+        _display_widget(w.HBox(list(self.fields.values()), layout={"flex_flow": "row wrap"}), None)
+        for field in self.fields.values():
+            field.observe(self.renew, "value")
+
+
+class _Bundle:
+    """One output in several formats; the reader takes the richest that it knows."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        return {"text/plain": "", **self.data}
+
+
+def _options(found: Callable[[], list[str]] | list[str] | str) -> list[str]:
+    return [found] if isinstance(found, str) else found if isinstance(found, list) else found()
+
+
+def _titled(options: list[str]) -> list[tuple[str, str]]:
+    return [(phrase(option), option) for option in options]
+
+
+def _shown(part: Any) -> Any:
+    return tables.note(translate("explore.none")) if part is None else part
+
+
+def _display_widget(widget: Any, fallback: Any) -> None:
+    """Show a widget; a reader without a kernel gets the table in its place, or nothing."""
+    from IPython.display import display
+
+    other = {"text/html": fallback.data if fallback else "<span></span>", "text/plain": ""}
+    display({**widget._repr_mimebundle_(), **other}, raw=True)
+
+
+def _png(figure: Figure) -> str:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
+    return base64.b64encode(picture.getvalue()).decode()
