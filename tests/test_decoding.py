@@ -28,8 +28,8 @@ def open_engine(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_qwen3_dir):
-    with open_engine(tiny_qwen3_dir) as engine:
+def engine(tiny_qwen3_dir, device):
+    with open_engine(tiny_qwen3_dir, device=device) as engine:
         yield engine
 
 
@@ -102,9 +102,9 @@ def test_a_tiny_temperature_is_greedy(engine, temperature):
     assert engine.generate([PROMPT], SamplingParams(max_new_tokens=8, temperature=temperature))[0].token_ids == greedy
 
 
-def test_samples_without_a_seed_differ_and_repeat_with_the_engines_seed(tiny_qwen3_dir):
+def test_samples_without_a_seed_differ_and_repeat_with_the_engines_seed(tiny_qwen3_dir, device):
     def samples(seed):
-        with open_engine(tiny_qwen3_dir, seed=seed) as engine:
+        with open_engine(tiny_qwen3_dir, seed=seed, device=device) as engine:
             outputs = engine.generate([PROMPT] * 6, SamplingParams(max_new_tokens=10, temperature=1.5, ignore_eos=True))
             again = engine.generate([PROMPT], SamplingParams(max_new_tokens=10, temperature=1.5, ignore_eos=True))
             seeded = engine.generate([PROMPT] * 2, SamplingParams(max_new_tokens=10, temperature=1.5, seed=3))
@@ -181,14 +181,14 @@ def test_a_row_with_a_logit_that_is_not_finite_gets_no_token_and_its_neighbour_d
     assert tokens.tolist() == [NOT_FINITE, 4]
 
 
-def test_an_overflowing_model_ends_requests_and_scores_with_an_error(tmp_path):
+def test_an_overflowing_model_ends_requests_and_scores_with_an_error(tmp_path, device):
     folder = make_model(tmp_path / "m", "qwen3")
     tensors = load_file(folder / "model.safetensors")
     weight = tensors["model.layers.0.mlp.down_proj.weight"]
     weight *= 3e4 / weight.abs().max()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    with open_engine(folder, precision="fp16", operator_fusion=False) as engine:
+    with open_engine(folder, precision="fp16", operator_fusion=False, device=device) as engine:
         output = engine.generate([PROMPT], SamplingParams(max_new_tokens=4, logprobs=1, ignore_eos=True))[0]
         score = engine.score([(PROMPT, [65, 66])])[0]
         assert not engine.has_unfinished

@@ -151,7 +151,7 @@ def test_cosines_equal_those_of_transformers_at_any_position(scaling, family, tm
 
 @pytest.mark.parametrize("length", [48, 200])  # within and beyond the original 64
 @pytest.mark.parametrize("scaling", [YARN, {"type": "linear", "factor": 4.0}])
-def test_log_probabilities_under_scaling_equal_transformers(scaling, length, tmp_path):
+def test_log_probabilities_under_scaling_equal_transformers(scaling, length, tmp_path, device):
     import transformers
 
     folder = make_model(tmp_path / "model", "qwen3", max_position_embeddings=64)
@@ -162,7 +162,7 @@ def test_log_probabilities_under_scaling_equal_transformers(scaling, length, tmp
         right = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
     sampling = SamplingParams(max_new_tokens=1, logprobs=50)
 
-    with AscendInferEngine(folder, device="cpu", precision="fp32", max_seq_length=256, kv_cache_gib=0.05) as engine:
+    with AscendInferEngine(folder, device=device, precision="fp32", max_seq_length=256, kv_cache_gib=0.05) as engine:
         found = engine.generate([prompt], sampling)[0].logprobs[0].top
 
     assert len(found) == 50
