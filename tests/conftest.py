@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ("npu_sim.plugin",)
+pytest_plugins = ("npu_sim.plugin", "running_server")
 
 TINY = dict(
     vocab_size=320,

@@ -8,53 +8,11 @@ import threading
 
 import aiohttp
 import pytest
-from aiohttp import web
 
 from ascend_kit import AscendInferEngine, SamplingParams
-from ascend_kit.serve import Server
 
 PROMPT = [72, 101, 108, 108, 111, 33]
 GREEDY = {"temperature": 0, "ignore_eos": True}
-
-
-class Running:
-    """A server in a thread with an event loop of its own."""
-
-    def __init__(self, engine: AscendInferEngine) -> None:
-        self.loop, self.engine = asyncio.new_event_loop(), engine
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.runner = web.AppRunner(Server(engine, "tiny").application())
-        self.base = self.wait(self._start())
-
-    def wait(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
-
-    async def _start(self) -> str:
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        await site.start()
-        return f"http://127.0.0.1:{self.runner.addresses[0][1]}"
-
-    def post(self, path: str, body) -> tuple[int, str]:
-        async def send():
-            async with aiohttp.ClientSession() as session, session.post(self.base + path, json=body) as answer:
-                return answer.status, await answer.text()
-
-        return self.wait(send())
-
-    def json(self, path: str, body) -> dict:
-        status, text = self.post(path, body)
-        assert status == 200, text
-        return json.loads(text)
-
-
-@pytest.fixture(scope="module")
-def served(tiny_qwen3_dir):
-    settings = dict(precision="fp32", device="cpu", max_seq_length=256, batch_size=8, block_size=16, kv_cache_gib=0.05)
-    with AscendInferEngine(tiny_qwen3_dir, **settings) as engine:
-        running = Running(engine)
-        yield running
-        running.wait(running.runner.cleanup())
 
 
 def events_of(text: str) -> list:

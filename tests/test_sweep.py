@@ -10,7 +10,8 @@ import pytest
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
 from ascend_kit.identity import Identity
 from ascend_kit.measure import engines, sweep
-from ascend_kit.measure.engines import EngineBackend, TransformersBackend, VllmBackend, quantize_scheme
+from ascend_kit.measure.baseline import TransformersBackend
+from ascend_kit.measure.engines import EngineBackend, quantize_scheme
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.points import PointForecast, check_complete
 from ascend_kit.measure.sweep import SweepError
@@ -365,64 +366,6 @@ def test_quantisation_is_read_from_the_checkpoint_and_not_from_the_wish(tmp_path
     engine.model_path = tiny_qwen3_dir
 
     assert EngineBackend(engine, experiment).variant()["quantize"] == "none"
-
-
-class StandInVllm:
-    """The part of vLLM's offline interface that the backend uses: cumulative outputs, one token a step."""
-
-    sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(CUMULATIVE="cumulative"))
-
-    class EngineArgs(SimpleNamespace):
-        pass
-
-    class SamplingParams(SimpleNamespace):
-        pass
-
-    class LLMEngine:
-        @classmethod
-        def from_engine_args(cls, arguments):
-            engine = cls()
-            engine.arguments, engine.running = arguments, {}
-            return engine
-
-        def add_request(self, request_id, prompt, sampling):
-            assert sampling.ignore_eos and sampling.min_tokens == sampling.max_tokens
-            assert sampling.output_kind == "cumulative" and len(prompt["prompt_token_ids"]) == 8
-            self.running[request_id] = [0, sampling.max_tokens]
-
-        def step(self):
-            outputs = []
-            for request_id, count in list(self.running.items()):
-                count[0] += 1
-                is_finished = count[0] == count[1]
-                outputs.append(
-                    SimpleNamespace(
-                        request_id=request_id, finished=is_finished, outputs=[SimpleNamespace(token_ids=[7] * count[0])]
-                    )
-                )
-                if is_finished:
-                    del self.running[request_id]
-            return outputs
-
-
-def test_vllm_backend_turns_cumulative_outputs_into_one_time_per_token(tmp_path, tiny_qwen3_dir, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", StandInVllm)
-    experiment = experiment_for(tmp_path, precision="fp32")
-    backend = VllmBackend(tiny_qwen3_dir, device=StandInDevice(), experiment=experiment, enforce_eager=True)
-    requests = make_requests(5, 8, 3, vocab_size=256)
-
-    records = backend.run(requests, 2)
-
-    check_complete(requests, records)
-    assert all(list(r.token_times_s) == sorted(r.token_times_s) for r in records)
-    assert backend.variant()["graph_mode"] is False
-    assert backend._engine.arguments.max_num_seqs == 4 and backend._engine.arguments.dtype == "float32"
-    assert backend.weight_bytes() > 0
-
-
-def test_vllm_backend_says_how_to_get_vllm_where_it_is_missing(tmp_path, tiny_qwen3_dir):
-    with pytest.raises(ValueError, match="vllm is not installed here"):
-        VllmBackend(tiny_qwen3_dir, device=StandInDevice(), experiment=experiment_for(tmp_path))
 
 
 def test_transformers_baseline_reports_real_times_for_every_token_of_ragged_requests(tiny_qwen3_dir):

@@ -33,6 +33,10 @@ class RequestRecord:
     num_asked_tokens: int | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    sent_s: float | None = None  # by a client; `arrival_s` is when it should have been
+    chunks: tuple[Any, ...] = ()  # of a stream: (time_s, kind, num_tokens, num_bytes) each, as it came
+    num_retries: int = 0
+    tokens_counted_by: str | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -54,7 +58,8 @@ class RequestRecord:
     def from_row(cls, row: dict[str, Any]) -> RequestRecord:
         """Read back what `to_row` wrote; other columns of the row are ignored."""
         fields = {name: _none_if_nan(row[name]) for name in cls.__dataclass_fields__ if name in row}
-        return cls(**{**fields, "token_times_s": tuple(row["token_times_s"])})
+        chunks = tuple(tuple(chunk) for chunk in row.get("chunks") or ())
+        return cls(**{**fields, "token_times_s": tuple(row["token_times_s"]), "chunks": chunks})
 
 
 @dataclass(frozen=True)

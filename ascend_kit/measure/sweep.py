@@ -10,20 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.identity import Identity
+from ascend_kit.measure.baseline import baseline_backend
 from ascend_kit.measure.ceilings import measure_ceilings
-from ascend_kit.measure.engines import (
-    Backend,
-    EngineBackend,
-    TransformersBackend,
-    as_backend,
-    baseline_backend,
-    reckon_weight_bytes,
-)
+from ascend_kit.measure.engines import Backend, EngineBackend, Machine, as_backend, reckon_weight_bytes
+from ascend_kit.measure.forecast import Card
 from ascend_kit.measure.points import KEY, Point, PointForecast, PointRunner
 from ascend_kit.results import newest_rows
 
@@ -155,8 +150,8 @@ def run_baseline_sweep(
     even loaded when every point is done.
     """
     if not experiment.sweep_baseline:
-        with folder.working(experiment, part=TransformersBackend.name):
-            _note_asked(folder, TransformersBackend.name, [], [])
+        with folder.working(experiment, part="transformers"):
+            _note_asked(folder, "transformers", [], [])
         return load_rows(folder)
     backend = baseline_backend(experiment, device or select_device(experiment.device, experiment.device_id))
     try:
@@ -231,17 +226,31 @@ def load_ceilings(backend: Backend, folder: RunFolder) -> dict[str, Any]:
     device, precision = backend.device, variant["precision"]
     if known and known.get("device") == device.name and f"{precision}_flops_per_s" in known:
         return known
+    if device.kind == "endpoint":
+        return _nominal(device)
     stored = reckon_weight_bytes(backend.config, precision, variant["quantize"])
     small = stored if stored < _CACHE_BYTES else None
-    found = measure_ceilings(device, dtypes=sorted({"bf16", "fp32", "int8", precision}), buffer_bytes=small)
+    found = measure_ceilings(
+        cast("Device", device), dtypes=sorted({"bf16", "fp32", "int8", precision}), buffer_bytes=small
+    )
     folder.write_json("ceilings", found)
     return found
+
+
+def _nominal(device: Machine) -> dict[str, Any]:
+    """The peaks of a card that cannot be measured from here, in the form of measured ceilings; nothing is kept."""
+    peak = device.peak
+    if peak is None:
+        return {"device": device.name}
+    rates = {f"{name}_flops_per_s": peak.bf16_flops for name in ("bf16", "fp16")}
+    return {"device": device.name, **rates, "int8_ops_per_s": peak.int8_ops, "launch_s": Card(peak).launch_s,
+            "read_bytes_per_s": peak.bandwidth_bytes_per_s, "source": "nominal"}  # fmt: skip
 
 
 def _note_asked(folder: RunFolder, name: str, identities: list[Identity], points: list[Point]) -> None:
     """Keep what is asked of one kind of engine. Our own comes first: what it is compared with must be asked for again,
     for it may have changed as well."""
-    before = {} if name == EngineBackend.name else folder.read_json("sweep") or {}
+    before = {} if name == "ascend_kit" else folder.read_json("sweep") or {}
     parts = [identity.to_row() for identity in identities]
     entry = {"identities": parts, "points": [asdict(point) for point in points]}
     folder.write_json("sweep", {**before, name: entry})

@@ -18,11 +18,18 @@ _SIGMA = 0.8  # log-normal: the longest of 1,000 draws is about 10 times the mea
 
 @dataclass(frozen=True)
 class Request:
-    """One request: a prompt and the exact number of output tokens that must come back."""
+    """One request: a prompt, the exact number of output tokens that must come back, and when it is sent.
+
+    `send_at_s` counts from the start of the workload, or from the end of request `after`, the turn before; None: as
+    soon as a place is free. `text` is the prompt as its author wrote it, where it has one.
+    """
 
     index: int
     prompt_token_ids: tuple[int, ...]
     num_output_tokens: int
+    send_at_s: float | None = None
+    after: int | None = None
+    text: str | None = None
 
     @property
     def total_len(self) -> int:

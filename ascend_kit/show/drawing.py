@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FONT = 12
 # Okabe and Ito's palette, safe for most colour-blind readers; engines to compare with have fixed colours.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#B15928")
-BASELINES = {"transformers": "#7F7F7F", "vllm": "#555555"}
+BASELINES = {"transformers": "#7F7F7F"}
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (6, 1.5)), (0, (4, 1, 1, 1)), (0, (2, 1)), (0, (6, 1, 1, 1, 1, 1)))
 INK, GREY, RED = "#000000", "#444444", "#C00000"

@@ -79,7 +79,7 @@ def _speed(folder: RunFolder) -> list[tuple[str, str]]:
     points: dict[tuple, list[dict[str, Any]]] = {}
     for row in load_rows(folder).to_dict("records"):
         measured = row.get("status") == "ok" and "output_tokens_per_s" in row  # other tools may write rows of their own
-        if measured and row.get("backend") not in ("transformers", "vllm"):
+        if measured and row.get("backend") != "transformers":
             points.setdefault(tuple(row[name] for name in (*POINT, "cards") if name in row), []).append(row)
     if not points:
         return [("", "")] * 3

@@ -1,0 +1,282 @@
+"""A client of OpenAI-compatible servers that measures: streams of any number at once, raw chunks, its own lag."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import aiohttp
+
+from ascend_kit.measure.dispatch import Dispatcher
+from ascend_kit.measure.metrics import RequestRecord, percentile
+from ascend_kit.measure.server_facts import observed, read_metrics
+from ascend_kit.measure.streams import Answer, EventParser, token_times
+from ascend_kit.measure.workload import Request
+
+READ_BUFFER_BYTES = 1 << 22  # aiohttp's 64 KiB stalls long streams (vllm issue 39963)
+LAG_SAMPLE_S = 0.005
+METRICS_EVERY_S = 1.0
+LAG_LIMIT_MS = 5.0
+# Fields of a request that only some servers know; `leave_out` takes them away where they are refused.
+GREEDY: dict[str, Any] = {"temperature": 0, "stream": True, "ignore_eos": True}
+
+
+class TextCodec(Protocol):
+    """What a client needs of a tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server is and how it wants to be asked.
+
+    `send_prompts_as` ids (exact lengths, /v1/completions only) or text; `retries` of a request that failed before its
+    first token, each counted in the record; `idle_s` is how long a stream may stay silent.
+    """
+
+    base_url: str
+    model: str
+    api: Literal["completions", "chat"] = "completions"
+    api_key: str | None = None
+    send_prompts_as: Literal["ids", "text"] = "ids"
+    leave_out: tuple[str, ...] = ()
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    retries: int = 0
+    idle_s: float = 120.0
+
+    @property
+    def root(self) -> str:
+        """The address without /v1, where /metrics is."""
+        return self.base_url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Authorisation, where there is a key."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def body(self, request: Request, codec: TextCodec | None) -> dict[str, Any]:
+        """The JSON of one request: greedy, of exactly the asked length where the server can do that."""
+        ids, count = list(request.prompt_token_ids), request.num_output_tokens
+        limits = {"max_tokens": count, "min_tokens": count}
+        options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        prompt: Any = ids
+        if self.api == "chat" or self.send_prompts_as == "text" or request.text is not None:
+            prompt = request.text
+            if prompt is None:
+                if codec is None:
+                    raise ValueError("prompts as text need a tokenizer: set tokenizer_path")
+                prompt = codec.decode(ids)
+        said = {"messages": [{"role": "user", "content": prompt}]} if self.api == "chat" else {"prompt": prompt}
+        body = {"model": self.model, **said, **GREEDY, **limits, **options, **self.extra_body}
+        return {key: value for key, value in body.items() if key not in self.leave_out}
+
+
+def run_in_loop(work: Callable[[], Any]) -> Any:
+    """The result of a coroutine function in an event loop of its own thread: a notebook's thread has one running."""
+    loop = asyncio.new_event_loop()
+
+    def body() -> Any:
+        try:
+            return loop.run_until_complete(work())
+        finally:
+            loop.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(body)
+        try:
+            return future.result()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # closed already
+                loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+            raise
+
+
+class Client:
+    """Drives one endpoint through workloads; after `run`, `facts` holds the client's lag and what the server told."""
+
+    def __init__(self, endpoint: Endpoint, codec: TextCodec | None = None) -> None:
+        self.endpoint, self.codec = endpoint, codec
+        self.facts: dict[str, Any] = {}
+
+    def run(
+        self, requests: Sequence[Request], concurrency: int, on_done: Callable[[int], None] | None = None
+    ) -> list[RequestRecord]:
+        """Serve all requests; one record each, in the order they ended. Failures are records too."""
+        bodies = {request.index: self.endpoint.body(request, self.codec) for request in requests}
+        return run_in_loop(lambda: self._run(requests, bodies, concurrency, on_done))
+
+    def get(self, path: str, timeout_s: float = 10.0) -> Any:
+        """The JSON, or else the text, of a GET below the address; None when there is no good answer."""
+
+        async def read() -> Any:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            async with aiohttp.ClientSession(timeout=timeout, headers=self.endpoint.headers) as session:
+                return await _get(session, self.endpoint.root + path)
+
+        return run_in_loop(read)
+
+    async def _run(
+        self,
+        requests: Sequence[Request],
+        bodies: dict[int, dict[str, Any]],
+        concurrency: int,
+        on_done: Callable[[int], None] | None,
+    ) -> list[RequestRecord]:
+        records: list[RequestRecord] = []
+        lags: list[float] = []
+        samples: list[dict[str, float]] = []
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=self.endpoint.idle_s)
+        session = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, read_bufsize=READ_BUFFER_BYTES, headers=self.endpoint.headers
+        )
+        async with session:
+            await self._sample(session, samples)
+            watchers = [
+                asyncio.create_task(_measure_lag(lags)),
+                asyncio.create_task(self._keep_sampling(session, samples)),
+            ]
+            dispatcher = Dispatcher(requests, concurrency, time.perf_counter())
+            running: set[asyncio.Task[RequestRecord]] = set()
+            try:
+                while dispatcher.left:
+                    for request, arrival_s in dispatcher.due(time.perf_counter()):
+                        work = self._one(session, request, arrival_s, bodies[request.index])
+                        running.add(asyncio.create_task(work))
+                    wait_s = dispatcher.wait_s(time.perf_counter())
+                    if not running:
+                        await asyncio.sleep(wait_s or 0)
+                        continue
+                    done, running = await asyncio.wait(running, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        records.append(task.result())
+                        dispatcher.ended(records[-1].index, time.perf_counter())
+                    if on_done and done:
+                        on_done(len(records))
+            finally:
+                for task in [*watchers, *running]:
+                    task.cancel()
+                await asyncio.gather(*watchers, *running, return_exceptions=True)
+            await self._sample(session, samples)
+        self.facts = {**client_facts(lags, records), **observed(samples)}
+        return records
+
+    async def _one(
+        self, session: aiohttp.ClientSession, request: Request, arrival_s: float, body: dict[str, Any]
+    ) -> RequestRecord:
+        sent_s, num_retries = time.perf_counter(), 0
+        answer = await self._ask(session, body)
+        # What was streamed is not asked for again.
+        while answer.error is not None and not answer.text_chunks and num_retries < self.endpoint.retries:
+            num_retries += 1
+            answer = await self._ask(session, body)
+        return self._record(request, answer, arrival_s, sent_s, num_retries)
+
+    async def _ask(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
+        answer, parser = Answer(), EventParser()
+        path = "/v1/chat/completions" if self.endpoint.api == "chat" else "/v1/completions"
+        try:
+            async with session.post(self.endpoint.root + path, json=body) as response:
+                if response.status != 200:
+                    answer.error = f"HTTP {response.status}: {(await response.text())[:300]}"
+                    return answer
+                async for data in response.content.iter_any():
+                    now_s = time.perf_counter()
+                    for event in parser.feed(data):
+                        answer.take(event, now_s)
+                    if answer.is_done:  # some servers keep the connection open
+                        return answer
+                for event in parser.end():
+                    answer.take(event, time.perf_counter())
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            answer.error = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if answer.error is None and not answer.is_done and answer.finish_reason is None:
+            answer.error = "the stream ended without a finish reason"
+        return answer
+
+    def _record(
+        self, request: Request, answer: Answer, arrival_s: float, sent_s: float, num_retries: int
+    ) -> RequestRecord:
+        count, source = self._count(answer)
+        times = token_times(answer.chunks, count)
+        error = answer.error
+        if error is None and not times:
+            error = "no token came"
+        usage = answer.usage
+        details = usage.get("prompt_tokens_details") or {}
+        return RequestRecord(
+            index=request.index,
+            num_prompt_tokens=usage.get("prompt_tokens") or len(request.prompt_token_ids),
+            num_output_tokens=len(times),
+            arrival_s=arrival_s,
+            token_times_s=tuple(times),
+            finish_reason="error" if error else answer.finish_reason or "length",
+            error=error,
+            finished_s=answer.chunks[-1].time_s if answer.chunks else time.perf_counter(),
+            num_asked_tokens=request.num_output_tokens,
+            num_cached_tokens=details.get("cached_tokens") or 0,
+            sent_s=sent_s,
+            chunks=tuple(answer.chunks),
+            num_retries=num_retries,
+            tokens_counted_by=source,
+        )
+
+    def _count(self, answer: Answer) -> tuple[int, str]:
+        """Tokens of an answer and who counted them."""
+        if answer.usage.get("completion_tokens"):
+            return int(answer.usage["completion_tokens"]), "usage"
+        told = [chunk.num_tokens for chunk in answer.text_chunks]
+        if told and all(told):
+            return sum(count for count in told if count), "token_ids"
+        if self.codec is not None and answer.text:
+            return len(self.codec.encode(answer.text, add_special_tokens=False)), "tokenizer"
+        return len(told), "chunks"
+
+    async def _keep_sampling(self, session: aiohttp.ClientSession, samples: list[dict[str, float]]) -> None:
+        while samples:  # a server without metrics is not asked again
+            await asyncio.sleep(METRICS_EVERY_S)
+            await self._sample(session, samples)
+
+    async def _sample(self, session: aiohttp.ClientSession, samples: list[dict[str, float]]) -> None:
+        text = await _get(session, self.endpoint.root + "/metrics")
+        with contextlib.suppress(ValueError):
+            if isinstance(text, str) and (found := read_metrics(text)):
+                samples.append(found)
+
+
+async def _get(session: aiohttp.ClientSession, url: str) -> Any:
+    try:
+        async with session.get(url) as response:
+            if response.status != 200:
+                return None
+            return await response.json() if response.content_type == "application/json" else await response.text()
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+        return None
+
+
+async def _measure_lag(lags: list[float]) -> None:
+    """How much later than asked the event loop wakes: what it adds to every time it takes, in seconds."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(LAG_SAMPLE_S)
+        lags.append(time.perf_counter() - before - LAG_SAMPLE_S)
+
+
+def client_facts(lags: Sequence[float], records: Sequence[RequestRecord]) -> dict[str, Any]:
+    """Columns about the client itself. `is_client_limited`: its p99 lag is above 5 ms, so times are too long."""
+    sends = [record.sent_s - record.arrival_s for record in records if record.sent_s is not None]
+    loop_ms, send_ms = ((percentile(values, 99) or 0.0) * 1e3 for values in (lags, sends))
+    return {
+        "client_lag_p99_ms": loop_ms,
+        "send_lag_p99_ms": send_ms,
+        "is_client_limited": max(loop_ms, send_ms) > LAG_LIMIT_MS,
+        "num_retries": sum(record.num_retries for record in records),
+        "tokens_counted_by": ", ".join(sorted({r.tokens_counted_by for r in records if r.tokens_counted_by})),
+    }

@@ -1,0 +1,165 @@
+"""A server that speaks OpenAI's protocol as an engine of a sweep: vLLM, vllm-ascend, MindIE, SGLang and others.
+
+What it runs cannot be hashed: identity and machine are as declared in `engines`, and the server's own word is checked
+against that when it is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascend_kit.device.device import select_device
+from ascend_kit.device.peaks import HardwarePeak, find_peak
+from ascend_kit.identity import Identity
+from ascend_kit.measure.endpoint import Client, Endpoint, TextCodec
+from ascend_kit.measure.engines import SWITCHES, Machine, OnDone, reckon_weight_bytes
+from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.server_process import ServerProcess
+from ascend_kit.measure.workload import Request
+from ascend_kit.model.config import ModelConfig
+from ascend_kit.params.engines import OpenAIEngine
+
+if TYPE_CHECKING:
+    from ascend_kit.params import Experiment
+
+HERE = "this machine"
+READY_S = 5.0
+
+
+@dataclass(frozen=True)
+class DeclaredMachine:
+    """What was said of the machine behind an endpoint; nothing on it can be measured from here."""
+
+    name: str
+    peak: HardwarePeak | None = None
+    kind: str = "endpoint"
+
+    @property
+    def total_memory_bytes(self) -> int:
+        return self.peak.memory_bytes if self.peak else 0
+
+    def synchronize(self) -> None:
+        """The answer's last byte is all there is to wait for."""
+
+    def reset_peak_memory(self) -> None:
+        """Not ours to reset."""
+
+    def peak_memory_bytes(self) -> int | None:
+        return None
+
+    def task_queue_level(self) -> int | None:
+        return None
+
+    def facts(self) -> dict[str, str]:
+        """The part `device` of an identity."""
+        return {"name": self.name}
+
+
+class EndpointBackend:
+    """One entry of kind `openai`."""
+
+    launches_per_layer: int | None = None
+    is_exact = False  # not every server knows ignore_eos; the row has the ratio
+    replicas = 1
+
+    def __init__(self, name: str, spec: OpenAIEngine, experiment: Experiment, log_folder: Path) -> None:
+        self.name, self.spec, self._experiment = name, spec, experiment
+        model = Path(experiment.tokenizer_path or experiment.input_model)
+        self.config = ModelConfig.from_folder(model)
+        self.max_seq_length, self.slots = experiment.max_seq_length, spec.batch_size
+        self.cards = self.num_devices = spec.cards
+        self.precision = spec.precision or experiment.precision
+        self._machine: Machine | None = None
+        self._codec = _codec(spec, model)
+        self._client: Client | None = None
+        self._facts: dict[str, Any] = {}
+        command = spec.engine_command
+        self._process = None if command is None else ServerProcess(command, log_folder / f"{name}.log")
+
+    @property
+    def device(self) -> Machine:
+        if self._machine is None:
+            place = self.spec.runs_on
+            if place == HERE:
+                self._machine = select_device(self._experiment.device, self._experiment.device_id)
+            else:
+                self._machine = DeclaredMachine(place or "not declared", find_peak(place) if place else None)
+        return self._machine
+
+    @property
+    def identity(self) -> Identity:
+        spec = self.spec
+        # How long to wait and where the key lies changes no number; `retries` does.
+        asked = spec.model_dump(exclude={"model", "api_key_env", "ready_timeout_s", "idle_s", "runs_on"})
+        return Identity(
+            weights={"model": spec.model},
+            engine={"kind": "openai", **asked},
+            device={"name": self.device.name},
+            declared=("weights", "tokenizer", "engine", "versions", "device"),
+        )
+
+    def open(self) -> None:
+        """Start the server where it is ours; RuntimeError when it does not answer or serves another model."""
+        if self._client is not None:
+            return
+        spec, key = self.spec, self.spec.api_key_env
+        client = Client(
+            Endpoint(
+                spec.base_url, spec.model, spec.api, os.environ.get(key) if key else None, spec.send_prompts_as,
+                tuple(spec.leave_out), spec.extra_body, spec.retries, spec.idle_s,
+            ), self._codec,
+        )  # fmt: skip
+        if self._process:
+            self._process.start(lambda: client.get("/v1/models", READY_S) is not None, spec.ready_timeout_s)
+        models = client.get("/v1/models", READY_S)
+        if not isinstance(models, dict):
+            raise RuntimeError(f"{self.name}: no answer from {spec.base_url}/models; start the server, or give the "
+                               "entry an engine_command")  # fmt: skip
+        served = {str(entry.get("id")): entry for entry in models.get("data") or []}
+        if served and spec.model not in served:
+            raise RuntimeError(f"{self.name}: model {spec.model!r} is not served; {spec.base_url} has {list(served)}")
+        longest = served.get(spec.model, {}).get("max_model_len")
+        version = client.get("/version", READY_S)
+        self._facts = {"server_max_model_len": longest, "server_version": (
+            version.get("version") if isinstance(version, dict) else None)}  # fmt: skip
+        self._client = client
+
+    def close(self) -> None:
+        """Stop the server where it is ours."""
+        self._client = None
+        if self._process:
+            self._process.stop()
+
+    def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
+        self.open()
+        assert self._client is not None
+        return self._client.run(requests, concurrency, on_done)
+
+    def observed(self) -> dict[str, Any]:
+        """The client's lag, and what the server says of itself."""
+        return {**self._facts, **(self._client.facts if self._client else {})}
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def variant(self) -> dict[str, Any]:
+        return {"precision": self.precision, "quantize": self.spec.quantize, **dict.fromkeys(SWITCHES)}
+
+    def weight_bytes(self) -> int:
+        return reckon_weight_bytes(self.config, self.precision, self.spec.quantize)
+
+
+def _codec(spec: OpenAIEngine, folder: Path) -> TextCodec | None:
+    """The tokenizer, needed where text is sent or must be counted; None where prompts are ids and it has none."""
+    from ascend_kit.checkpoint.huggingface import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)
+    except ValueError:
+        if spec.send_prompts_as == "text" or spec.api == "chat":
+            raise
+        return None

@@ -1,0 +1,135 @@
+"""What a server streams, kept as it came: server-sent events, and chunks from which every convention is derived later.
+
+The corners are those of vLLM, SGLang, MindIE and transformers serve: CRLF and CR line ends, comments, fields over
+several lines, characters cut by the network, a missing last blank line, no [DONE], a role chunk before the first token,
+usage apart or on the last chunk, several tokens in a chunk, reasoning beside content, errors after a status of 200.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Chunk(NamedTuple):
+    """One event of a stream: when it was read (time.perf_counter seconds), what it carried, tokens where told, bytes.
+
+    `kind` is text, role, empty, finish, usage, error or done; a chunk that carries text and more is text.
+    """
+
+    time_s: float
+    kind: str
+    num_tokens: int | None
+    num_bytes: int
+
+
+class EventParser:
+    """Splits a byte stream into the data of its events, by the rules of the HTML standard for text/event-stream."""
+
+    def __init__(self) -> None:
+        self._rest, self._ended_cr = b"", False
+        self._data: list[bytes] = []
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The data of each event that ends in what came."""
+        if self._ended_cr and data[:1] == b"\n":  # the second half of a line end that the network cut
+            data, self._ended_cr = data[1:], False
+        if data:
+            self._ended_cr = data.endswith(b"\r")
+        *lines, self._rest = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        for line in lines:
+            yield from self._line(line)
+
+    def end(self) -> Iterator[bytes]:
+        """The data of an event that the server did not finish with a blank line."""
+        yield from self._line(self._rest)
+        yield from self._line(b"")
+
+    def _line(self, line: bytes) -> Iterator[bytes]:
+        if not line:
+            if self._data:
+                yield b"\n".join(self._data)
+            self._data = []
+            return
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._data.append(value.removeprefix(b" "))
+
+
+@dataclass
+class Answer:
+    """One answer as it came; `take` reads an event."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    text: str = ""
+    usage: dict[str, Any] = field(default_factory=dict)
+    finish_reason: str | None = None
+    error: str | None = None
+    is_done: bool = False
+    _told: int = 0  # tokens that continuous usage has told of
+
+    def take(self, data: bytes, now_s: float) -> None:
+        """Add one event's data."""
+        if data.strip() == b"[DONE]":
+            self.is_done = True
+            self.chunks.append(Chunk(now_s, "done", None, len(data)))
+            return
+        try:
+            value = json.loads(data)
+        except ValueError:
+            self.error = self.error or f"an event is no JSON: {data[:80]!r}"
+            value = {"error": ""}
+        if value.get("error") is not None:
+            told = value["error"]
+            told = told.get("message", told) if isinstance(told, dict) else told
+            self.error = self.error or str(told)
+            self.chunks.append(Chunk(now_s, "error", None, len(data)))
+            return
+        self.chunks.append(Chunk(now_s, *self._content(value), len(data)))
+
+    def _content(self, value: dict[str, Any]) -> tuple[str, int | None]:
+        usage, choices = value.get("usage") or {}, value.get("choices") or []
+        self.usage |= usage
+        if not choices:
+            return "usage" if usage else "empty", None
+        choice = choices[0]
+        delta = choice.get("delta") or {}
+        text = choice.get("text") or delta.get("content") or ""
+        # One field or the other, whatever the server calls it; where both are sent they say the same.
+        text += delta.get("reasoning_content") or delta.get("reasoning") or ""
+        self.text += text
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        count = len(choice["token_ids"]) if isinstance(choice.get("token_ids"), list) else None
+        if count is None and "completion_tokens" in usage and self._told is not None:
+            count = usage["completion_tokens"] - self._told
+            self._told = usage["completion_tokens"]
+        if text or count:
+            return "text", count
+        if self.finish_reason:
+            return "finish", count
+        return ("role" if "role" in delta else "empty"), count
+
+    @property
+    def text_chunks(self) -> list[Chunk]:
+        """The chunks that carried tokens."""
+        return [chunk for chunk in self.chunks if chunk.kind == "text"]
+
+
+def token_times(chunks: Sequence[Chunk], num_tokens: int) -> list[float]:
+    """When each of `num_tokens` came: as told chunk by chunk, else shared out over the chunks as evenly as they go.
+
+    Tokens of one chunk came at one time: their gaps are zero, and no token is given a time of its own that nobody saw.
+    """
+    texts = [chunk for chunk in chunks if chunk.kind == "text"]
+    if not texts or num_tokens <= 0:
+        return []
+    told = [chunk.num_tokens for chunk in texts]
+    counts = [count for count in told if count is not None]
+    if len(counts) < len(told) or sum(counts) != num_tokens:
+        share, extra = divmod(num_tokens, len(texts))
+        if share == 0:  # a token's text may come in pieces: the first chunk and the last are the certain ones
+            texts = [*texts[: num_tokens - 1], texts[-1]] if num_tokens > 1 else texts[:1]
+        counts = [share + (place < extra) if share else 1 for place in range(len(texts))]
+    return [chunk.time_s for chunk, count in zip(texts, counts, strict=True) for _ in range(count)]

@@ -1,0 +1,96 @@
+"""The entries of `engines`: what a sweep measures, each with its own settings. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ascend_kit.params import values as rules
+from ascend_kit.params.values import ParameterError
+
+# What an engine of ours, or transformers, may have of its own; everything else is the experiment's.
+OWN_SETTINGS = (
+    "precision", "quantize", "use_model", "output_model", "cards", "tensor_parallel", "batch_size", "block_size",
+    "max_tokens_per_step", "kv_cache_gib", "graph_mode", "operator_fusion", "memory_optimize", "plain_ops",
+)  # fmt: skip
+KINDS = ("ascend_kit", "transformers", "openai")
+DEFAULT = [{"kind": "ascend_kit"}, {"kind": "transformers"}]
+
+
+class OpenAIEngine(BaseModel):
+    """A server that speaks OpenAI's protocol. What it runs is declared here: nobody can hash what is behind it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    base_url: str = Field(description="for instance http://127.0.0.1:8000/v1", pattern=r"^https?://[^/\s]+")
+    model: str = Field(description="the model's name as the server knows it")
+    api: Literal["completions", "chat"] = "completions"
+    api_key_env: str | None = None  # the variable that holds the key; the key itself is never stored
+    engine_command: str | None = None  # starts the server; it is ended with its whole process group
+    ready_timeout_s: float = Field(600.0, gt=0)
+    send_prompts_as: Literal["ids", "text"] = "ids"
+    leave_out: list[str] = []  # fields of a request that the server refuses
+    extra_body: dict[str, Any] = {}
+    retries: int = Field(0, ge=0, le=10)
+    idle_s: float = Field(120.0, gt=0)
+    runs_on: str | None = None  # `this machine`, or a card such as 910B3: whose limits the rows are compared with
+    precision: str | None = None
+    quantize: str = "none"
+    cards: int = Field(1, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+
+
+class EngineSpec(BaseModel):
+    """One entry: its name in rows and in `sweep`, its kind, its settings by name."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    kind: str
+    settings: dict[str, Any] = {}
+    padding: Literal["longest", "max"] = "longest"  # of transformers' batches
+    openai: OpenAIEngine | None = None
+
+
+def read_engines(entries: Sequence[Any]) -> list[EngineSpec]:
+    """The entries of `engines` checked; ParameterError names the entry and what is allowed."""
+    specs = [_read(number, entry) for number, entry in enumerate(entries)]
+    names = [spec.name for spec in specs]
+    again = next((name for name in names if names.count(name) > 1), None)
+    if again is not None:
+        raise ParameterError(f"engines: {again!r} stands twice; give each entry a name of its own")
+    return specs
+
+
+def _read(number: int, entry: Any) -> EngineSpec:
+    where = f"engines[{number}]"
+    entry = {"kind": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict):
+        raise ParameterError(f"{where}: expected a block with `kind` and settings, got {rules.shown(entry)}")
+    rest = dict(entry)
+    kind = rest.pop("kind", "openai" if "base_url" in rest else None)
+    if kind not in KINDS:
+        raise ParameterError(f"{where}: kind: allowed {', '.join(KINDS)}, got {rules.shown(kind)}" + (
+            "; vLLM is measured through its server: kind openai with engine_command" if kind == "vllm" else ""
+        ))  # fmt: skip
+    name = str(rest.pop("name", kind))
+    try:
+        rules.folder_name(name)
+        if kind == "openai":
+            return EngineSpec(name=name, kind=kind, openai=OpenAIEngine(**rest))
+        padding = rest.pop("padding", "longest") if kind == "transformers" else "longest"
+        wrong = next((key for key in rest if key not in OWN_SETTINGS), None)
+        if wrong is not None:
+            raise ParameterError(f"{where}: {rules.unknown_key(wrong, OWN_SETTINGS)}")
+        return EngineSpec(name=name, kind=kind, settings=rest, padding=padding)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in item["loc"])
+        text = rules.unknown_key(key, OpenAIEngine.model_fields) if item["type"] == "extra_forbidden" else item["msg"]
+        raise ParameterError(f"{where}: {key}: {text}, got {rules.shown(item['input'])}") from None
+    except ValueError as error:
+        if isinstance(error, ParameterError):
+            raise
+        raise ParameterError(f"{where}: name: {error}, got {rules.shown(name)}") from None

@@ -1,0 +1,240 @@
+"""The measuring client against real sockets: a scripted server for the protocol's corners, ours for the rest."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from scripted_server import DONE, HEAD, ScriptedServer, chat_chunk, event, failure, text_chunk
+
+from ascend_kit.measure.endpoint import Client, Endpoint
+from ascend_kit.measure.points import check_complete
+from ascend_kit.measure.server_facts import observed, read_metrics
+from ascend_kit.measure.server_process import ServerProcess
+from ascend_kit.measure.streams import Chunk, EventParser, token_times
+from ascend_kit.measure.workload import Request, make_requests
+
+
+def asked(*scripts, count=1, concurrency=1, codec=None, requests=None, **endpoint):
+    """Records of requests to a scripted server, the client and the server."""
+    server = ScriptedServer(*scripts)
+    client = Client(Endpoint(server.url, "m", **endpoint), codec)
+    try:
+        found = client.run(requests or make_requests(count, 8, 4, vocab_size=200), concurrency)
+    finally:
+        server.close()
+    return found, client, server
+
+
+def usage(prompt, completion):
+    return {"prompt_tokens": prompt, "completion_tokens": completion}
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_events_are_the_same_however_the_network_cuts_them(cut):
+    stream = ": ping\r\n\r\nid: 7\r\nevent: x\r\ndata: é\r\ndata:b\r\n\r\ndata: 一\r\rdata: 2\n\ndata: last".encode()
+    parser, found = EventParser(), []
+
+    for start in range(0, len(stream), cut):
+        found += parser.feed(stream[start : start + cut])
+    found += parser.end()
+
+    assert [data.decode() for data in found] == ["é\nb", "一", "2", "last"]
+
+
+def test_tokens_of_one_chunk_came_at_one_time_and_nothing_is_invented():
+    chunks = [Chunk(1.0, "role", None, 5), Chunk(2.0, "text", None, 5), Chunk(3.0, "text", None, 5)]
+    told = [Chunk(1.0, "text", 1, 5), Chunk(2.0, "text", 3, 5)]
+
+    assert token_times(chunks, 5) == [2.0, 2.0, 2.0, 3.0, 3.0]  # 3 + 2, as even as it goes
+    assert token_times(told, 4) == [1.0, 2.0, 2.0, 2.0]
+    assert token_times(chunks, 1) == [2.0]  # one token whose text came in two pieces
+    assert token_times([], 3) == []
+
+
+def test_usage_role_reasoning_and_empty_chunks_are_told_apart():
+    parts = [
+        chat_chunk(role="assistant", content=""),
+        chat_chunk(reasoning_content="thin"),
+        chat_chunk(reasoning="k"),
+        chat_chunk(content=""),
+        chat_chunk(content="answer"),
+        chat_chunk(reason="stop"),
+        {"choices": [], "usage": usage(9, 4)},
+    ]
+    script = [(0, HEAD), *((0.02 * n, event(part)) for n, part in enumerate(parts, 1)), (0.2, DONE)]
+
+    (record,), _, server = asked(script, api="chat", requests=[Request(0, (1, 2), 4, text="hello")])
+
+    assert [chunk[1] for chunk in record.chunks] == [
+        "role", "text", "text", "empty", "text", "finish", "usage", "done",
+    ]  # fmt: skip
+    assert (record.num_prompt_tokens, record.num_output_tokens, record.tokens_counted_by) == (9, 4, "usage")
+    assert record.finish_reason == "stop" and record.error is None
+    times = [chunk[0] for chunk in record.chunks if chunk[1] == "text"]
+    assert list(record.token_times_s) == [times[0], times[0], times[1], times[2]]  # 4 tokens in 3 chunks
+    assert server.bodies[0]["messages"] == [{"role": "user", "content": "hello"}]
+
+
+def test_usage_on_the_finish_chunk_and_a_stream_without_done_are_understood():
+    final = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}], "usage": usage(3, 2)}
+    script = [(0, HEAD), (0.01, event(text_chunk("a"))), (0.02, event(text_chunk("b"))), (0.03, event(final, b""))]
+
+    (record,), *_ = asked(script)
+
+    assert (record.num_output_tokens, record.finish_reason, record.error) == (2, "length", None)
+
+
+def test_continuous_usage_tells_how_many_tokens_a_chunk_has():
+    parts = [text_chunk("a", usage=usage(3, 1)), text_chunk("bcd", usage=usage(3, 4))]
+    script = [(0, HEAD), (0.01, event(parts[0])), (0.03, event(parts[1])), (0.04, DONE)]
+
+    (record,), *_ = asked(script)
+
+    assert [chunk[2] for chunk in record.chunks if chunk[1] == "text"] == [1, 3]
+    gaps = [after - before for before, after in itertools.pairwise(record.token_times_s)]
+    assert gaps[0] > 0.01 and gaps[1:] == [0, 0]
+
+
+def test_without_usage_a_tokenizer_counts_and_without_one_the_chunks():
+    script = [(0, HEAD), (0.01, event(text_chunk("ab"))), (0.02, event(text_chunk("c"))), (0.03, DONE)]
+
+    class Letters:
+        def encode(self, text, *, add_special_tokens):
+            return list(text)
+
+        def decode(self, token_ids, *, skip_special_tokens=False):
+            return "text"
+
+    (counted,), *_ = asked(script, codec=Letters())
+    (plain,), *_ = asked(script)
+
+    assert (counted.num_output_tokens, counted.tokens_counted_by) == (3, "tokenizer")
+    assert (plain.num_output_tokens, plain.tokens_counted_by) == (2, "chunks")
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ([event({"error": {"message": "out of memory"}}), DONE], "out of memory"),
+        ([event({"error": "plain text"})], "plain text"),
+        ([event(b"<html>")], "no JSON"),
+        ([], "ended without a finish reason"),
+    ],
+)
+def test_an_error_after_tokens_is_a_failure_and_not_an_answer(end, told):
+    script = [(0, HEAD), (0.01, event(text_chunk("a"))), *((0.02, part) for part in end)]
+
+    (record,), *_ = asked(script, retries=3)
+
+    assert told in record.error and not record.is_complete
+    assert record.num_retries == 0 and len(record.chunks) >= 1  # what was streamed is kept and not asked for again
+
+
+def test_retries_are_counted_and_their_time_is_part_of_the_latency():
+    good = [(0, HEAD), (0.01, event(text_chunk("a"))), (0.02, DONE)]
+    slow = [(0.1, failure()[0][1])]
+
+    (record,), client, server = asked(slow, good, retries=1)
+    (refused,), *_ = asked(failure("429 Too Many Requests", "slow down"))
+
+    assert record.num_retries == 1 and record.is_complete and len(server.bodies) == 2
+    assert record.token_times_s[0] - record.arrival_s > 0.1 and client.facts["num_retries"] == 1
+    assert refused.error == "HTTP 429: slow down"
+
+
+def test_a_silent_stream_ends_by_the_idle_limit():
+    (record,), *_ = asked([(0, HEAD), (0.01, event(text_chunk("a"))), (5, DONE)], idle_s=0.2)
+
+    assert "imeout" in record.error
+
+
+def test_nobody_is_there():
+    client = Client(Endpoint("http://127.0.0.1:9/v1", "m"))
+
+    (record,) = client.run(make_requests(1, 8, 4, vocab_size=200), 1)
+
+    assert "Cannot connect" in record.error and client.get("/v1/models") is None
+
+
+def test_closed_loop_and_timed_arrivals_hold_on_the_wire():
+    script = [(0, HEAD), (0.05, event(text_chunk("a", usage=usage(8, 1)))), (0.06, DONE)]
+    timed = [Request(n, (n + 1, 2), 1, send_at_s=0.1 * n) for n in range(4)]
+    turns = [Request(0, (1, 2), 1), Request(1, (1, 2, 3), 1, after=0, send_at_s=0.1)]
+
+    _, _, closed = asked(script, count=6, concurrency=2)
+    open_loop, *_ = asked(script, requests=timed, concurrency=9)
+    first, second = asked(script, requests=turns, concurrency=9)[0]
+
+    assert closed.most_at_once == 2 and len(closed.bodies) == 6
+    arrivals = sorted(record.arrival_s for record in open_loop)
+    assert [after - before for before, after in itertools.pairwise(arrivals)] == pytest.approx([0.1] * 3)  # by plan
+    assert all(0 <= record.sent_s - record.arrival_s < 0.05 for record in open_loop)
+    assert second.arrival_s == pytest.approx(first.end_s + 0.1, abs=0.05)
+
+
+def test_fields_a_server_refuses_can_be_left_out_and_others_added():
+    _, _, server = asked(
+        [(0, HEAD), (0.01, event(text_chunk("a"))), (0.02, DONE)],
+        leave_out=("stream_options", "min_tokens", "ignore_eos"), extra_body={"top_k": 1},
+    )  # fmt: skip
+
+    assert server.bodies[0].keys() == {"model", "prompt", "temperature", "stream", "max_tokens", "top_k"}
+    assert len(server.bodies[0]["prompt"]) == 8
+
+
+def test_metrics_of_three_servers_have_one_set_of_names():
+    vllm = 'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:num_preemptions_total{engine="0"} 3\n'
+    sglang = "sglang:token_usage 0.5\nsglang:num_queue_reqs 4\n"
+    mindie = "num_requests_waiting 2\nnum_preemptions_total 1\n"
+    before, after = ({"server_prefix_hits": h, "server_prefix_queries": q} for h, q in ((5, 10), (8, 14)))
+
+    assert read_metrics(vllm) == {"server_kv_use": 0.25, "server_preemptions": 3}
+    assert read_metrics(sglang) == {"server_kv_use": 0.5, "server_queue": 4}
+    assert read_metrics(mindie) == {"server_queue": 2, "server_preemptions": 1}
+    assert observed([before, after]) == {"server_prefix_hit_rate": 0.75}
+    assert observed([{"server_queue": 1}, {"server_queue": 7}, {"server_queue": 0}]) == {"server_queue_max": 7}
+
+
+def test_a_started_server_ends_with_its_children_and_a_dead_one_is_explained(tmp_path):
+    flag, child = tmp_path / "up", tmp_path / "child"
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import subprocess, sys, time, pathlib\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {stubborn!r}])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(child.pid))\n"
+        f"time.sleep(0.2); pathlib.Path({str(flag)!r}).touch(); time.sleep(60)\n"
+    )
+    process = ServerProcess(f"{sys.executable} {script}", tmp_path / "log")
+
+    process.start(flag.exists, 20)
+    process.stop()
+
+    stat = Path(f"/proc/{child.read_text()}/stat")
+    end = time.monotonic() + 5
+    # A zombie is dead: who reaps it is the machine's affair.
+    while stat.exists() and stat.read_text().split(") ")[1][0] != "Z" and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not stat.exists() or stat.read_text().split(") ")[1][0] == "Z"
+    dead = ServerProcess(f"{sys.executable} -c \"raise SystemExit('no card left')\"", tmp_path / "other.log")
+    with pytest.raises(RuntimeError, match=r"(?s)ended with status 1.*no card left"):
+        dead.start(lambda: False, 20)
+    with pytest.raises(RuntimeError, match="something answers before"):
+        process.start(flag.exists, 20)
+
+
+def test_our_own_server_gives_every_token_its_time(served):
+    requests = make_requests(12, 16, 10, vocab_size=250)
+    client = Client(Endpoint(served.base + "/v1", "tiny"))
+
+    records = client.run(requests, 4)
+
+    check_complete(requests, records)
+    assert {record.tokens_counted_by for record in records} == {"usage"}
+    assert all(record.num_prompt_tokens == 16 for record in records)
+    assert all(sum(chunk[1] == "text" for chunk in r.chunks) == 10 for r in records)
+    assert client.facts["num_retries"] == 0 and "server_preemptions" in client.facts
