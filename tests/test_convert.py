@@ -331,7 +331,7 @@ def test_destination_that_is_the_source_is_always_refused(tiny_qwen3_dir: Path, 
     [
         ({"precision": "int4"}, "allowed are bf16, fp16, fp32"),
         ({"quantize": "w4a4"}, "allowed are none, w8a8, w8a16, auto"),
-        ({"framework": "onnx"}, "allowed are auto, huggingface, megatron"),
+        ({"framework": "onnx"}, "allowed are auto, huggingface, megatron, mindspore"),
         ({"if_exists": "maybe"}, "allowed are reuse, refuse, overwrite"),
         ({"tokenizer_path": "/nowhere/at/all"}, "no folder at /nowhere"),
     ],

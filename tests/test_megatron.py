@@ -301,7 +301,7 @@ def test_framework_named_wrongly_is_refused(source: Path, tmp_path: Path):
     weights, config = weights_and_config(source)
     root = save_megatron(tmp_path / "mcore", weights, config)
 
-    with pytest.raises(CheckpointError, match="is a Megatron checkpoint"):
+    with pytest.raises(CheckpointError, match=r"holds a megatron checkpoint.*framework is huggingface"):
         convert(root, tmp_path / "result", framework="huggingface", tokenizer_path=source)
-    with pytest.raises(CheckpointError, match="is not a Megatron checkpoint"):
+    with pytest.raises(CheckpointError, match=r"holds a huggingface checkpoint.*framework is megatron"):
         convert(source, tmp_path / "result", framework="megatron")

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.checkpoint.huggingface import Checkpoint, companion_files
+from ascend_kit.checkpoint.huggingface import Checkpoint, check_contents, companion_files
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, new_manifest, source_name
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
-from ascend_kit.checkpoint.torch_file import check_torch_file
 from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard, writing
 from ascend_kit.identity import file_hash, hash_file, remember_hash
 from ascend_kit.model.config import ModelConfig
@@ -239,8 +238,7 @@ class Conversion:
 
 def _checked_hash(path: Path) -> str:
     """The content hash of a source file, after its checksums where it has any."""
-    if path.suffix != ".safetensors":
-        check_torch_file(path)
+    check_contents(path)
     return file_hash(path)
 
 

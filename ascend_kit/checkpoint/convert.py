@@ -10,18 +10,12 @@ from typing import Any
 
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult
-from ascend_kit.checkpoint.huggingface import (
-    Checkpoint,
-    check_companions,
-    companion_files,
-    load_tokenizer,
-    open_checkpoint,
-)
+from ascend_kit.checkpoint.huggingface import Checkpoint, check_companions, companion_files, load_tokenizer
 from ascend_kit.checkpoint.identity import check_converted
 from ascend_kit.checkpoint.int8_plan import Int8Options, plan_int8
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_manifest, verify
-from ascend_kit.checkpoint.megatron import ITERATION_FILE, is_megatron, open_megatron
 from ascend_kit.checkpoint.sensitivity import Progress
+from ascend_kit.checkpoint.source import FRAMEWORKS, open_source
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.writer import undo_exchange
 from ascend_kit.device.device import select_device
@@ -31,7 +25,6 @@ from ascend_kit.params import Experiment
 
 QUANTIZE = ("none", "w8a8", "w8a16", "auto")
 IF_EXISTS = ("reuse", "refuse", "overwrite")
-FRAMEWORKS = ("auto", "huggingface", "megatron")
 MAX_SHARD_BYTES = 4 << 30
 # Parameters of an Experiment that `convert` takes under the same name.
 SHARED_PARAMETERS = (
@@ -74,8 +67,8 @@ def convert(
 
     Called with an Experiment (paths resolved), its parameters stand for all but the callbacks and the bandwidth.
 
-    precision: bf16, fp16, fp32, of everything that is not int8. framework: auto, huggingface, megatron;
-    `tokenizer_path` is the folder of the tokenizer (for Megatron also of config.json).
+    precision: bf16, fp16, fp32, of everything that is not int8. framework: auto, huggingface, megatron,
+    mindspore; `tokenizer_path` is the folder of the tokenizer (for Megatron and MindSpore also of config.json).
     quantize: none, w8a8, w8a16, or auto: the cheapest mix within `max_kl` (nats per token) or
     `max_accuracy_loss` (share of next tokens) on the texts of `calibration_file`. quantize_keep: linears
     that stay float, by full name, last part (`down_proj`) or `re:` expression. smooth: share of activation
@@ -142,18 +135,6 @@ def experiment_arguments(experiment: Experiment) -> dict[str, Any]:
         "device": device.kind if device.kind == "cpu" else f"{device.kind}:{device.index}",
         "bandwidth_bytes_per_s": device.peak.bandwidth_bytes_per_s if device.peak else None,
     }
-
-
-def open_source(folder: Path, framework: str, tokenizer_path: str | Path | None) -> Checkpoint:
-    """The source checkpoint, its format found out when `framework` is auto."""
-    megatron = is_megatron(folder)
-    if framework == "huggingface" and megatron:
-        raise CheckpointError(f"{folder} is a Megatron checkpoint, but framework is huggingface; use auto")
-    if framework == "megatron" and not megatron:
-        raise CheckpointError(
-            f"{folder} is not a Megatron checkpoint: it has neither {ITERATION_FILE} nor mp_rank_* folders"
-        )
-    return open_megatron(folder, tokenizer_path) if megatron else open_checkpoint(folder)
 
 
 def check_model(experiment: Experiment) -> list[str]:

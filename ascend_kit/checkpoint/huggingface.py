@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ascend_kit.checkpoint.int8_layouts import QuantizationInfo, present_quantized
+from ascend_kit.checkpoint.mindspore_file import check_mindspore_file
 from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, read_json
 from ascend_kit.checkpoint.torch_file import TorchFile, check_torch_file
 
@@ -59,10 +60,9 @@ class Checkpoint:
         self.notes = tuple(notes)  # what was left out while reading, in words
 
     def check_data(self) -> None:
-        """Compare the contents of torch files with their checksums; safetensors files have none."""
+        """Compare the contents of the files with their checksums, see `check_contents`."""
         for path in self.files:
-            if path.suffix != ".safetensors":
-                check_torch_file(path)
+            check_contents(path)
 
     def tensor_names(self) -> list[str]:
         """Every tensor, in the order in which the files hold them."""
@@ -92,6 +92,14 @@ class Checkpoint:
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) along `dim`, contiguous; only that part is read from disk."""
         return self.source(name).read_slice(dim, start, stop)
+
+
+def check_contents(path: Path) -> None:
+    """Compare a weight file with its checksums; safetensors files have none."""
+    if path.suffix == ".ckpt":
+        check_mindspore_file(path)
+    elif path.suffix != ".safetensors":
+        check_torch_file(path)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.checkpoint.huggingface import TEMPLATE_FILES, TOKENIZER_FILES, companion_files, find_weights
+from ascend_kit.checkpoint.huggingface import TEMPLATE_FILES, TOKENIZER_FILES, companion_files
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_manifest, verify
-from ascend_kit.checkpoint.megatron import is_megatron, shard_files
+from ascend_kit.checkpoint.source import config_folder, weight_files
 from ascend_kit.checkpoint.tensor_file import CheckpointError, read_json
 from ascend_kit.identity import Identity, file_hash, hash_value
 
@@ -26,7 +26,10 @@ def model_identity(model_path: str | Path, tokenizer_path: str | Path | None = N
     """
     folder = Path(model_path)
     texts = Path(tokenizer_path) if tokenizer_path else folder
-    config = read_json((texts if is_megatron(folder) else folder) / "config.json", "a model folder needs it")
+    config = read_json(
+        config_folder(folder, Path(tokenizer_path) if tokenizer_path else None) / "config.json",
+        "a model folder needs it",
+    )
     weights = {
         "files": weight_hashes(folder),
         "config": {key: value for key, value in config.items() if key not in ORIGIN_KEYS},
@@ -37,11 +40,6 @@ def model_identity(model_path: str | Path, tokenizer_path: str | Path | None = N
         tokenizer=hash_value(_tokenizer_parts(texts)),
         chat_template=None if template is None else hash_value(template),
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors, found without opening them."""
-    return shard_files(folder) if is_megatron(folder) else find_weights(folder)[1]
 
 
 def weight_hashes(folder: Path) -> list[tuple[str, str]]:
@@ -103,8 +101,7 @@ def check_converted(experiment: Experiment, *, content: bool = True) -> None:
             f"input_model {source} does not exist; {converted} was made from {made_from}. To run the converted folder "
             f"by itself, set input_model: {converted} and use_model: source"
         )
-    config_folder = texts if texts is not None and is_megatron(source) else source
-    companions = companion_files(config_folder, texts)
+    companions = companion_files(config_folder(source, texts), texts)
     different = next(changed_sources(source, weight_files(source), companions, manifest, content=content), None)
     if different is not None:
         raise CheckpointError(

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ascend_kit.checkpoint.huggingface import Checkpoint, read_config
-from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice
+from ascend_kit.checkpoint.pieces import ColumnPieces, RowPieces, SameOnAllRanks, split_qkv
+from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.checkpoint.torch_file import TorchFile
 from ascend_kit.model.config import ModelConfig
 
@@ -77,70 +75,6 @@ SAVE_AGAIN = (
     "save it from the training code with `--ckpt-format torch`, or convert it there to Hugging Face format "
     "(MindSpeed-LLM: convert_ckpt_v2.py) and pass that folder"
 )
-
-
-class RowPieces:
-    """Rows [start, stop) of several tensors, one below the other."""
-
-    def __init__(self, pieces: Sequence[tuple[TensorSource, int, int]]) -> None:
-        self.pieces = [piece for piece in pieces if piece[2] > piece[1]]
-        first = pieces[0][0]
-        self.dtype, self.origin = first.dtype, first.origin
-        self.shape = (sum(stop - start for _, start, stop in pieces), *first.shape[1:])
-
-    def read(self) -> torch.Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice("of Megatron shards", self.shape, dim, start, stop)
-        if dim != 0:
-            return self.read().narrow(dim, start, stop - start).contiguous()
-        parts, position = [], 0
-        for source, first, last in self.pieces:
-            low, high = max(start, position), min(stop, position + last - first)
-            if low < high:
-                parts.append(source.read_slice(0, first + low - position, first + high - position))
-            position += last - first
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
-
-
-class ColumnPieces:
-    """Tensors [out, in_r] side by side: [out, sum of in_r]."""
-
-    def __init__(self, parts: Sequence[TensorSource]) -> None:
-        self.parts, self.dtype, self.origin = parts, parts[0].dtype, parts[0].origin
-        self.shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
-
-    def read(self) -> torch.Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice("of Megatron shards", self.shape, dim, start, stop)
-        if dim != 0:
-            return self.read().narrow(dim, start, stop - start).contiguous()
-        return torch.cat([part.read_slice(0, start, stop) for part in self.parts], dim=1)
-
-
-class SameOnAllRanks:
-    """A tensor that every tensor-parallel rank holds; a difference is an error, found when it is read."""
-
-    def __init__(self, name: str, parts: Sequence[TensorSource]) -> None:
-        self.name, self.parts = name, parts
-        self.dtype, self.shape, self.origin = parts[0].dtype, parts[0].shape, parts[0].origin
-
-    def read(self) -> torch.Tensor:
-        first = self.parts[0].read()
-        for part in self.parts[1:]:
-            if not torch.equal(first, part.read()):
-                raise CheckpointError(
-                    f"{part.origin}: {self.name} differs from the copy in {self.origin}; the shards are from "
-                    "different checkpoints or are damaged"
-                )
-        return first
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice(self.name, self.shape, dim, start, stop)
-        return self.read().narrow(dim, start, stop - start).contiguous()
 
 
 def is_megatron(folder: Path) -> bool:
@@ -424,24 +358,5 @@ class _Merger:
             )
 
     def _add_qkv(self, prefix: str, kind: str, parts: list[TensorSource]) -> None:
-        head, per_group = self.model.head_dim, self.model.num_heads // self.model.num_kv_heads
-        group_rows = (per_group + 2) * head
-        groups = self.model.num_kv_heads // len(parts)
-        for part in parts:
-            if part.shape[0] != groups * group_rows or groups * len(parts) != self.model.num_kv_heads:
-                raise CheckpointError(
-                    f"{part.origin}: linear_qkv.{kind} has {part.shape[0]} rows; config.json implies "
-                    f"{self.model.num_kv_heads} groups of {group_rows} over {len(parts)} tensor ranks"
-                )
-        spans = {
-            "q": (0, per_group * head),
-            "k": (per_group * head, (per_group + 1) * head),
-            "v": ((per_group + 1) * head, group_rows),
-        }
-        for letter, (start, stop) in spans.items():
-            pieces = [
-                (part, group * group_rows + start, group * group_rows + stop)
-                for part in parts
-                for group in range(groups)
-            ]
-            self._add(f"{prefix}self_attn.{letter}_proj.{kind}", RowPieces(pieces))
+        for letter, rows in split_qkv(self.model, f"linear_qkv.{kind}", parts).items():
+            self._add(f"{prefix}self_attn.{letter}_proj.{kind}", rows)

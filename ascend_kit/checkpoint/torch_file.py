@@ -2,7 +2,8 @@
 
 torch's own weights-only reader walks the pickle onto the meta device, which reads no data and says where each storage
 lies; tensors become regions of the file. Classes outside torch's list are refused (`.bin`), or replaced by inert
-stand-ins (Megatron's training arguments carry enums and classes of the training code).
+stand-ins (Megatron's training arguments carry enums and classes of the training code). MSAdapter, torch's interface on
+MindSpore, writes the same archives, but names storages by text instead of by class, and classes under `mindtorch`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import io
 import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch._utils import _rebuild_tensor_v2
+from torch._weights_only_unpickler import Unpickler
+from torch.serialization import StorageType, get_unsafe_globals_in_checkpoint, safe_globals
 
 from ascend_kit.checkpoint.tensor_file import CheckpointError, MemoryTensor, RawTensor, ReadFile, TensorSource
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CRC_BLOCK_BYTES = 4 << 20
+MSADAPTER_ROOTS = ("mindtorch", "msadapter", "mindspore")
 LEGACY_PICKLES = 4  # magic number, protocol, system, contents
 
 
@@ -33,6 +37,20 @@ class StandIn:
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.__dict__.update({key: value for key, value in state.items() if isinstance(key, str)})
+
+
+def _rebuild_plain(rebuild: Callable[..., torch.Tensor], _kind: Any, arguments: tuple[Any, ...], _state: Any) -> Any:
+    return rebuild(*arguments)
+
+
+# What MSAdapter's pickles name under its own module, by the last part of the name.
+MSADAPTER_NAMES: dict[str, Any] = {
+    "_rebuild_tensor_v2": _rebuild_tensor_v2,
+    "_rebuild_from_type_v2": _rebuild_plain,
+    "Tensor": torch.Tensor,
+    "StubTensor": torch.Tensor,
+    "Parameter": torch.Tensor,
+}
 
 
 class StridedTensor(RawTensor):
@@ -86,8 +104,12 @@ class TorchFile:
         self._sizes = {offset: size for offset, size in places.values()}
         if "byteorder" in places and self._bytes(places["byteorder"]) != b"little":
             raise CheckpointError(f"{self.path} was saved on a big-endian machine; save it again")
-        _refuse_hungry_pickle(self.path, io.BytesIO(self._bytes(places["data.pkl"])))
+        pickled = io.BytesIO(self._bytes(places["data.pkl"]))
+        _refuse_hungry_pickle(self.path, pickled)
+        pickled.seek(0)
         unknown = sorted(get_unsafe_globals_in_checkpoint(self.path))
+        known = {name: found for name in unknown if (found := _msadapter_global(name)) is not None}
+        unknown = [name for name in unknown if name not in known]
         if unknown and not replace_unknown:
             raise CheckpointError(
                 f"{self.path} asks for {', '.join(unknown)}; only tensors and plain containers are loaded. Save the "
@@ -95,8 +117,10 @@ class TorchFile:
             )
         self.replaced = unknown
         classes: list[Any] = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in unknown]
-        with safe_globals(classes):
-            return torch.load(self.path, map_location="meta", weights_only=True)
+        unpickler = Unpickler(pickled, encoding="utf-8")
+        unpickler.persistent_load = lambda found: _storage(self.path, found, places)  # type: ignore[attr-defined]
+        with safe_globals([*classes, *((found, name) for name, found in known.items())]):
+            return unpickler.load()
 
     def _place(self, name: str, info: zipfile.ZipInfo) -> tuple[int, int]:
         """(first byte, number of bytes) of a member, which torch.save never compresses."""
@@ -131,6 +155,23 @@ class TorchFile:
             raise CheckpointError(f"{self.path}: tensor {name} of shape {shape} reaches outside its storage")
         region = RawTensor(self.file, name, tensor.dtype, shape, first + start * size)
         return region if tensor.is_contiguous() else StridedTensor(region, stride)
+
+
+def _msadapter_global(name: str) -> Any | None:
+    return MSADAPTER_NAMES.get(name.rpartition(".")[2]) if name.partition(".")[0] in MSADAPTER_ROOTS else None
+
+
+def _storage(path: Path, found: Any, places: Mapping[str, tuple[int, int]]) -> torch.TypedStorage:
+    """The storage that a pickle names, on the meta device, with its first byte in the file noted on it."""
+    if not isinstance(found, tuple) or len(found) != 5 or found[0] != "storage" or f"data/{found[2]}" not in places:
+        raise CheckpointError(f"{path} names the storage {found!r:.100}, which the archive does not hold")
+    kind, key, numel = found[1], found[2], found[4]
+    dtype = (
+        torch.uint8 if kind is torch.UntypedStorage else (StorageType(kind) if isinstance(kind, str) else kind).dtype
+    )
+    raw = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
+    raw._checkpoint_offset = places[f"data/{key}"][0]
+    return torch.TypedStorage(wrap_storage=raw, dtype=dtype, _internal=True)
 
 
 def _refuse_hungry_pickle(path: Path, stream: IO[bytes]) -> None:

@@ -32,6 +32,8 @@ FRAMEWORKS = {
     "hf": "huggingface",
     "megatron": "megatron",
     "mindspeed": "megatron",
+    "mindspore": "mindspore",
+    "mindformers": "mindspore",
 }
 DEVICE_PATTERN = re.compile(r"auto|cpu|(cuda|npu)(:\d{1,4})?")
 # The article's three switches. TensorRT is NVIDIA's product; on Ascend the word means a captured decode graph.
@@ -96,7 +98,9 @@ class Experiment(BaseModel):
     model_name: str = Field("demo", description="name shown in tables; default the name of input_model")
     input_model: str = Field("demo", description="checkpoint folder, or `demo` for the built-in model")
     output_model: str | None = Field(None, description="folder of the converted model; default below output_root")
-    framework: str = Field("auto", description="format of input_model: auto, pytorch (Hugging Face), megatron")
+    framework: str = Field(
+        "auto", description="format of input_model: auto, pytorch (Hugging Face), megatron, mindspore"
+    )
     tokenizer_path: str | None = Field(None, description="folder of tokenizer and config; default input_model")
     precision: str = Field("bf16", description="bf16, fp16 or fp32")
     quantize: Literal["none", "w8a8", "w8a16", "auto"] = Field("none", description="int8 scheme of the linears")
