@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 GIB = 2**30
+MAX_ERROR_CHARACTERS = 2000
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # surrogates that stand alone: no file can hold them as they are
 Progress = Callable[[int, int], None]  # done, total
 CAUSES = {
@@ -28,6 +31,23 @@ CAUSES = {
     errno.ENAMETOOLONG: "the name is too long for the file system",
 }
 Table = Any  # a pandas.DataFrame: pandas' own annotations make every selected column a Series, a frame or unknown
+
+
+class FileError(ValueError):
+    """What is wrong with a file, in one line of bounded length, whatever of the file it quotes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+def one_line(value: object) -> str:
+    """A text that any terminal and file takes, without its middle where it is long."""
+    if isinstance(value, ValidationError):
+        found = value.errors(include_url=False, include_input=False)
+        value = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in found[:3])
+    words = " ".join(str(value).encode("utf-8", "backslashreplace").decode().split())
+    half = MAX_ERROR_CHARACTERS // 2
+    return words if len(words) <= 2 * half else f"{words[:half]} ... {words[-half:]}"
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

@@ -91,7 +91,8 @@ class Identity:
         """The identity that `to_row` wrote; parts of a later version are left out."""
         known = {item.name for item in fields(cls)}
         parts = {key: value for key, value in row.items() if key in known}
-        return cls(**{**parts, "declared": tuple(parts.get("declared", ()))})
+        declared = parts.get("declared")
+        return cls(**{**parts, "declared": tuple(declared) if isinstance(declared, (list, tuple)) else ()})
 
 
 def _differences(name: str, ours: Any, theirs: Any) -> list[str]:

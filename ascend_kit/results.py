@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.files import append_lines, to_json, write_atomic
+from ascend_kit.files import append_lines, one_line, strict_json, to_json, write_atomic
 from ascend_kit.identity import Identity, Use
 from ascend_kit.params import Experiment
 from ascend_kit.params.cells import parameters_of
@@ -82,8 +82,10 @@ class RunFolder:
             for line in file:
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     continue
+                if "\\ud" in line.lower():  # half a character, which no table takes: as `to_json` has it
+                    row = json.loads(to_json(row))
                 if isinstance(row, dict):
                     yield row
 
@@ -91,11 +93,15 @@ class RunFolder:
         """The rows of <name>.jsonl whose identity agrees with `identity` for this use; others take part in nothing."""
         known = self.identities()
         agrees = {key: identity.agrees(other, use) for key, other in known.items()}
-        return (row for row in self.rows(name) if agrees.get(row.get("identity", ""), False))
+        return (row for row in self.rows(name) if agrees.get(_hashable(row.get("identity", "")), False))
 
     def identities(self) -> dict[str, Identity]:
         """Id -> identity of everything that wrote rows into this folder."""
-        return {row["id"]: Identity.from_row(row["parts"]) for row in self.rows("identities") if "parts" in row}
+        return {
+            row["id"]: Identity.from_row(row["parts"])
+            for row in self.rows("identities")
+            if isinstance(row.get("id"), str) and isinstance(row.get("parts"), dict)  # as it was written, not damaged
+        }
 
     def _recorded(self, identity: Identity) -> str:
         if identity.id not in self._recorded_ids and identity.id not in self.identities():
@@ -132,9 +138,12 @@ class RunFolder:
         return path
 
     def read_json(self, name: str) -> Any:
-        """The content of <name>.json, or None when the file is not there."""
+        """The content of <name>.json, or None when the file is not there; RunFolderError when it is damaged."""
         path = self.path / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return strict_json(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise RunFolderError(f"{path} is damaged ({one_line(error)}); run its stage again") from None
 
     def save_figure(self, name: str, figure: Figure) -> Path:
         """Save figures/<name>.png at 150 dots per inch; returns its path."""
@@ -190,7 +199,7 @@ class RunFolder:
         """The stage's result must not be trusted, and why: the stage will end as `alarm`. A key replaces itself."""
         self._is_idle = False
         with self._changing() as stage:
-            others = [alarm for alarm in stage.alarms if alarm["key"] != key]
+            others = [alarm for alarm in stage.alarms if alarm.get("key") != key]
             stage.alarms = [*others, {"key": key, "text": text, "values": values, "part": self._part}]
 
     def fail(self, text: str) -> None:
@@ -289,4 +298,6 @@ def run_parameters(folder: RunFolder, stage: str | None = None) -> dict[str, Any
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return to_json(value)
     return tuple(_hashable(item) for item in value) if isinstance(value, list) else value

@@ -15,9 +15,12 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NotRequired
 
-from ascend_kit.files import to_json, write_atomic
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from ascend_kit.files import one_line, strict_json, to_json, write_atomic
 from ascend_kit.params import Experiment
 
 SCHEMA_VERSION = 2
@@ -43,6 +46,16 @@ class RunFolderError(RuntimeError):
     """The run folder belongs to other parameters, is being written by someone else or cannot be read."""
 
 
+class Told(TypedDict):
+    """What a part of a stage's work said of itself: an alarm or a failure."""
+
+    text: str
+    part: NotRequired[str | None]
+    key: NotRequired[str]
+    values: NotRequired[dict[str, Any]]
+
+
+@with_config(revalidate_instances="always")
 @dataclass
 class Stage:
     """What is known of one stage: waiting, running, ok, alarm, failed, interrupted or skipped, and how it came to that.
@@ -62,12 +75,12 @@ class Stage:
     by_hand: bool = False
     notebook: str | None = None
     tables: list[str] = field(default_factory=list)
-    alarms: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[Told] = field(default_factory=list)
+    failures: list[Told] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def start(self, experiment: Experiment) -> None:
         """The stage runs from now on; what an earlier try said of itself is gone, its tables are not."""
@@ -84,7 +97,7 @@ class Stage:
     def forget(self, *parts: str | None) -> None:
         """Alarms and failures of these parts of the work do not hold any more."""
         self.alarms = [entry for entry in self.alarms if entry.get("part") not in parts]
-        self.failures = [entry for entry in self.failures if entry["part"] not in parts]
+        self.failures = [entry for entry in self.failures if entry.get("part") not in parts]
 
     def end(self, state: str, error: str | None = None, duration_s: float | None = None) -> None:
         """The stage has come to `state`; success with a failed part is `failed`, with an alarm `alarm`."""
@@ -94,6 +107,7 @@ class Stage:
         self.error, self.duration_s = error, duration_s
 
 
+@with_config(revalidate_instances="always")
 @dataclass
 class RunRecord:
     """The content of run.json."""
@@ -103,7 +117,7 @@ class RunRecord:
     created: str | None = None
     updated: str | None = None
     seed: int | None = None
-    source: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, str | bool | None] = field(default_factory=dict)
     parameter_file: str | None = None
     stages: dict[str, Stage] = field(default_factory=dict)
 
@@ -132,16 +146,17 @@ class RunRecord:
     @classmethod
     def _from_file(cls, path: Path) -> RunRecord:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = strict_json(path.read_text(encoding="utf-8"))
             if values["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"schema version {values['schema_version']}, this version reads {SCHEMA_VERSION}")
             stages = {name: Stage(name, **entry) for name, entry in values["stages"].items()}
             header = {item.name for item in fields(cls)} - {"stages"}
-            return cls(**{key: value for key, value in values.items() if key in header}, stages=stages)
+            record = cls(**{key: value for key, value in values.items() if key in header}, stages=stages)
+            return _RECORD.validate_python(record, strict=True)
         except FileNotFoundError:
             return cls()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunFolderError(f"{path} cannot be read ({error}); use --overwrite to start again") from None
+            raise RunFolderError(f"{path} cannot be read ({one_line(error)}); use --overwrite to start again") from None
 
     def to_row(self) -> dict[str, Any]:
         """The record as run.json holds it."""
@@ -150,6 +165,9 @@ class RunRecord:
             del stage["name"]
         header = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "stages"}
         return {"schema_version": SCHEMA_VERSION, "state": self.state, **header, "stages": stages}
+
+
+_RECORD = TypeAdapter(RunRecord)
 
 
 @contextlib.contextmanager

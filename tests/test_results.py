@@ -43,10 +43,10 @@ def test_a_torn_line_costs_one_row_and_not_its_neighbour(tmp_path):
 
 def test_the_record_holds_facts_parameters_and_state(tmp_path):
     e = experiment(tmp_path, seed=7)
-    with RunFolder.open(e, "s", facts={"device": "cpu"}) as folder:
+    with RunFolder.open(e, "s", facts={"device": {"kind": "cpu"}}) as folder:
         record = folder.read_json("run")
 
-    assert record["stages"]["s"]["facts"]["device"] == "cpu" and record["seed"] == 7
+    assert record["stages"]["s"]["facts"]["device"] == {"kind": "cpu"} and record["seed"] == 7
     assert record["state"] == record["stages"]["s"]["state"] == "running"
     assert folder.read_json("run")["state"] == "ok"
     assert run_parameters(folder, "s")["seed"] == 7

@@ -175,7 +175,11 @@ def _existing(folder: Path, name: str, index: Path) -> Path:
     path = folder / name
     if Path(name).name != name:
         raise CheckpointError(f"{index} names the file {name!r}; only plain file names are followed")
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{index} names the file {name!r}: {error.strerror}") from None
+    if not is_there:
         raise CheckpointError(f"{path} is missing, though {index.name} names it: the download or copy is incomplete")
     return path
 
@@ -221,18 +225,17 @@ def _is_small_file(path: Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a folder, which must not bring code along; ValueError names the folder when it has none that
-    can be loaded."""
+    """The tokenizer of a folder, which must not bring code along; CheckpointError names the folder when none of it can
+    be loaded."""
     from transformers import AutoTokenizer
 
     # Without any of them transformers makes an empty tokenizer and says nothing.
     if not any(path.match(pattern) for path in Path(folder).glob("*") for pattern in VOCABULARY_FILES):
-        raise ValueError(f"no tokenizer in {folder}: expected one of {', '.join(VOCABULARY_FILES)}")
+        raise CheckpointError(f"no tokenizer in {folder}: expected one of {', '.join(VOCABULARY_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers finds wrong, also in config.json, has types of its own
-        text = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {type(error).__name__}: {text:.300}") from error
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def check_companions(files: Iterable[Path]) -> None:

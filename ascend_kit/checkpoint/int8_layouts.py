@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice, read_json
+from ascend_kit.files import one_line
 
 MSMODELSLIM_PATTERN = "quant_model_description*.json"
 MSMODELSLIM_SCHEMES = {"W8A8": "w8a8", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W8A16": "w8a16", "FLOAT": "none"}
@@ -45,6 +48,21 @@ GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "format"})
 CONFIG_KEYS = frozenset(
     {"quant_method", "version", "config_groups", "format", "quantization_status", "global_compression_ratio", "ignore"}
 )
+
+
+class _Group(TypedDict, total=False):
+    targets: list[str] | None
+    weights: dict[str, Any] | None
+    input_activations: dict[str, Any] | None
+
+
+class _Description(TypedDict, total=False):
+    config_groups: dict[str, _Group] | None
+    ignore: list[str] | None
+    sparsity_config: dict[str, Any] | None
+
+
+_DESCRIPTION = TypeAdapter(_Description)
 
 
 @dataclass(frozen=True)
@@ -191,14 +209,16 @@ def _present_compressed_tensors(
     where: Path, stored: dict[str, Any], sources: dict[str, TensorSource]
 ) -> tuple[dict[str, TensorSource], QuantizationInfo]:
     place = f"{where}, quantization_config"
+    try:
+        _DESCRIPTION.validate_python(stored, strict=True)
+    except ValueError as error:
+        raise CheckpointError(f"{place}: {one_line(error)}") from None
     is_dense = (stored.get("sparsity_config") or {}).get("format") == "dense"
     _refuse_others(place, stored, CONFIG_KEYS | ({"sparsity_config"} if is_dense else set()))
     _check_format(place, stored, "mixed-precision")
     groups = []
     for name, group in (stored.get("config_groups") or {}).items():
         place = f"{where}, quantization group {name}"
-        if not isinstance(group, dict):
-            raise CheckpointError(f"{place} must be an object, found {group!r}")
         groups.append((_group_scheme(place, group), group.get("targets") or []))
     result, schemes = dict(sources), {}
     for scale_name in [name for name in sources if name.endswith(".weight_scale")]:
@@ -248,7 +268,10 @@ def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, 
 
 
 def _names(target: str, linear: str) -> bool:
-    return target == linear or (target.startswith("re:") and re.match(target[3:], linear) is not None)
+    try:
+        return target == linear or (target.startswith("re:") and re.match(target[3:], linear) is not None)
+    except re.error as error:
+        raise CheckpointError(f"quantization_config: {target!r} is no regular expression: {error}") from None
 
 
 def _scheme_of_linear(where: Path, linear: str, groups: list[tuple[str, list[str]]]) -> str:
@@ -309,7 +332,7 @@ def _present_msmodelslim(
     for name, kind in described.items():
         if not name.endswith(".weight") or name not in sources or kind == "FLOAT":
             continue
-        if kind not in MSMODELSLIM_SCHEMES:
+        if not isinstance(kind, str) or kind not in MSMODELSLIM_SCHEMES:
             raise CheckpointError(f"{path}: {name} is stored as {kind}; readable: {', '.join(MSMODELSLIM_SCHEMES)}")
         linear = name.removesuffix(".weight")
         schemes[linear] = MSMODELSLIM_SCHEMES[kind]

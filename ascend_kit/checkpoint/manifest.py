@@ -7,25 +7,58 @@ with a disk.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 import xxhash
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on
 
 from ascend_kit import __version__
 from ascend_kit.checkpoint.tensor_file import MAX_HEADER_BYTES, CheckpointError
+from ascend_kit.files import one_line, strict_json
 from ascend_kit.identity import file_hash, hash_file
 
 MANIFEST_NAME = "ascend_manifest.json"
 SCHEMA_VERSION = 1
+NAME_BYTES = 255  # of a file, on every common file system
 HASH_ALGORITHM = "xxh3_128"
+
+
+class _Entry(TypedDict):
+    name: str
+    size: int
+    mtime_ns: int
+    header_hash: str
+    hash: str
+
+
+class _Source(TypedDict):
+    folder: str
+    files: list[_Entry]
+    companions: NotRequired[list[_Entry]]
+    left_out: NotRequired[list[str]]
+
+
+class _Scheme(TypedDict):
+    scheme: str
+
+
+class _Form(TypedDict):
+    settings: dict[str, Any]
+    quantization: _Scheme
+    num_tensors: int
+    source: _Source
+    files: list[_Entry]
+
+
+_FORM = TypeAdapter(_Form)
 
 
 @dataclass(frozen=True)
@@ -95,15 +128,19 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["schema_version"] == SCHEMA_VERSION and isinstance(manifest["files"], list)
+        manifest = strict_json(path.read_text(encoding="utf-8"))
+        version = manifest["schema_version"]
+        if version == SCHEMA_VERSION:
+            _FORM.validate_python(manifest, strict=True)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); convert the model again") from error
-    if not known:
+        raise CheckpointError(f"{path} is damaged ({one_line(error)}); convert the model again") from error
+    if version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{path} has schema version {manifest['schema_version']}, this version reads "
-            f"{SCHEMA_VERSION}; convert the model again"
+            f"{path} has schema version {version}, this version reads {SCHEMA_VERSION}; convert the model again"
         )
+    for name in (entry["name"] for entry in manifest["files"]):
+        if Path(name).name != name or len(name.encode(errors="replace")) > NAME_BYTES:
+            raise CheckpointError(f"{path} is damaged: it lists {name!r}, and only files beside it count")
     return manifest
 
 

@@ -134,8 +134,8 @@ def _distributed_file(folder: Path) -> Path | None:
 def _iteration_folder(folder: Path) -> Path:
     marker = folder / ITERATION_FILE
     if marker.is_file():
-        word = marker.read_text(encoding="utf-8").strip()
-        if word != "release" and not word.isdigit():
+        word = marker.read_bytes()[:100].decode(errors="replace").strip()
+        if word != "release" and not (word.isascii() and word.isdigit()):
             raise CheckpointError(f"{marker} holds {word!r}, expected an iteration number or `release`")
         iteration = folder / (word if word == "release" else f"iter_{int(word):07d}")
         if not iteration.is_dir():

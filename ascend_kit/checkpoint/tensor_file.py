@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ascend_kit.files import FileError, strict_json
+
 DTYPE_OF_CODE = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,10 +37,8 @@ CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, contradicts itself or is of a kind that cannot be used; names file and
-    tensor.
-    """
+class CheckpointError(FileError):
+    """A checkpoint is damaged, contradicts itself or is of a kind that cannot be used; names file and tensor."""
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
@@ -104,6 +104,10 @@ class ReadFile:
             done += count
 
     def read_bytes(self, offset: int, length: int, what: str) -> bytes:
+        if offset + length > self.size:  # before as many bytes are asked of the memory
+            raise CheckpointError(
+                f"{self.path} is truncated: {what} should end at byte {offset + length}, the file ends at {self.size}"
+            )
         buffer = bytearray(length)
         self.read_into(memoryview(buffer), offset, what)
         return bytes(buffer)
@@ -235,21 +239,22 @@ class SafetensorsFile:
         """(name, dtype code, shape, first byte, byte after the last) in file order."""
         path = self.file.path
         try:
-            header = json.loads(text)
-            self.metadata = header.pop("__metadata__", {}) or {}
+            header = strict_json(text.decode())
+            self.metadata = header.pop("__metadata__", None) or {}
             entries = [
                 (name, item["dtype"], list(item["shape"]), *item["data_offsets"]) for name, item in header.items()
             ]
-            entries.sort(key=lambda entry: (entry[3], entry[4]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} has a damaged header: {type(error).__name__}: {error}") from error
+        if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):
+            raise CheckpointError(f"{path} has a damaged header: __metadata__ must hold texts, found {self.metadata}")
         for name, code, shape, *offsets in entries:
-            if code not in DTYPE_OF_CODE:
+            if not isinstance(code, str) or code not in DTYPE_OF_CODE:
                 known = ", ".join(DTYPE_OF_CODE)
                 raise CheckpointError(f"{path}: tensor {name} has dtype {code}, known: {known}")
-            if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+            if len(offsets) != 2 or not all(type(n) is int and 0 <= n < 1 << 64 for n in (*shape, *offsets)):
                 raise CheckpointError(f"{path} has a wrong header: tensor {name} {shape} at {offsets}")
-        return entries
+        return sorted(entries, key=lambda entry: (entry[3], entry[4]))
 
     def close(self) -> None:
         self.file.close()

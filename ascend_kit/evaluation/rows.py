@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.evaluation.files import DataError, subject_key
-from ascend_kit.files import HALF_CHARACTER, require_regular, strict_json
+from ascend_kit.files import HALF_CHARACTER, one_line, require_regular, strict_json
 from ascend_kit.identity import hash_value
 
 Row = dict[str, Any]
@@ -69,7 +69,8 @@ def _checked(row: Row, shape: Shape, where: str) -> Row:
     kept = {name: row[name] for name in shape.columns}
     bad = next((name for name, value in kept.items() if any(map(_is_no_text, _texts(value)))), None)
     if fault or bad:
-        raise DataError(f"{where}: {fault or f'{bad} holds a NUL, half a character or more than a prompt can'}")
+        told = one_line(fault) if fault else f"{bad} holds a NUL, half a character or more than a prompt can"
+        raise DataError(f"{where}: {told}")
     return kept
 
 

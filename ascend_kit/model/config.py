@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ascend_kit.files import FileError
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # the precisions by name
 FLOAT_NAMES = ("bfloat16", "float16", "float32", "float64")  # of torch_dtype
 
@@ -117,7 +119,7 @@ class ModelConfig:
         """Read `folder`/config.json; ValueError names what is missing or not supported."""
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise ValueError(f"no config.json in {folder}: not a Hugging Face checkpoint folder")
+            raise FileError(f"no config.json in {folder}: not a Hugging Face checkpoint folder")
         config = cls.from_dict(_read_object(path), where=str(path))
         # It may list more end ids than config.json; instruct models rely on them.
         generation = end_ids_in(Path(folder) / "generation_config.json")
@@ -128,7 +130,7 @@ class ModelConfig:
         """From the mapping of a config.json."""
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
-            raise ValueError(f"{where}: model_type {family!r} is not supported; allowed: {', '.join(FAMILY_DEFAULTS)}")
+            raise FileError(f"{where}: model_type {family!r} is not supported; allowed: {', '.join(FAMILY_DEFAULTS)}")
         _refuse_unknown(raw, where)
         keys = _Keys({**FAMILY_DEFAULTS[family], **raw}, where)
         layers, heads = keys.count("num_hidden_layers", 10_000), keys.count("num_attention_heads", 100_000)
@@ -159,14 +161,14 @@ class ModelConfig:
             quantization=keys.mapping("quantization_config"),
         )
         if config.num_heads % config.num_kv_heads:
-            raise ValueError(
+            raise FileError(
                 f"{where}: num_attention_heads={config.num_heads} is not a multiple of "
                 f"num_key_value_heads={config.num_kv_heads}"
             )
         if config.head_dim % 2:
-            raise ValueError(f"{where}: head_dim={config.head_dim}; rotary embeddings need an even number")
+            raise FileError(f"{where}: head_dim={config.head_dim}; rotary embeddings need an even number")
         if family != "llama" and keys.flag("mlp_bias"):
-            raise ValueError(f"{where}: mlp_bias=True; a {family} model has no bias in its MLP")
+            raise FileError(f"{where}: mlp_bias=True; a {family} model has no bias in its MLP")
         return config
 
 
@@ -176,8 +178,8 @@ class _Keys:
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
         self.raw, self.where = raw, where
 
-    def wrong(self, name: str, value: Any, allowed: str) -> ValueError:
-        return ValueError(f"{self.where}: {name}={value!r}; allowed is {allowed}")
+    def wrong(self, name: str, value: Any, allowed: str) -> FileError:
+        return FileError(f"{self.where}: {name}={value!r}; allowed is {allowed}")
 
     def count(self, name: str, largest: int, default: int | None = None) -> int:
         """A whole number from 1 to `largest`."""
@@ -236,9 +238,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise FileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+        raise FileError(f"{path} must hold a JSON object, found a {type(value).__name__}")
     return value
 
 
@@ -246,17 +248,17 @@ def _refuse_unknown(raw: Mapping[str, Any], where: str) -> None:
     odd = {key: value for key, value in raw.items() if not _is_harmless(key, value)}
     if odd:
         named = ", ".join(f"{key}={json.dumps(value, default=str)[:80]}" for key, value in odd.items())
-        raise ValueError(
+        raise FileError(
             f"{where}: {named}: not supported, and not known to leave the result as it is; supported are dense Qwen2, "
             "Qwen2.5, Qwen3 and Llama decoders"
         )
     names = raw.get("architectures") or []
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or not name.endswith(("ForCausalLM", "LMHeadModel")):
-            raise ValueError(f"{where}: architectures={names!r}: only language models (...ForCausalLM) are run")
+            raise FileError(f"{where}: architectures={names!r}: only language models (...ForCausalLM) are run")
     code = raw.get("auto_map") or {}
     if not isinstance(code, dict) or any(str(key).startswith("AutoModel") for key in code):
-        raise ValueError(f"{where}: auto_map={code!r}: the model brings its own code, which is not run")
+        raise FileError(f"{where}: auto_map={code!r}: the model brings its own code, which is not run")
 
 
 def _is_harmless(key: str, value: Any) -> bool:

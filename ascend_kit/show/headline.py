@@ -27,10 +27,10 @@ def about(run: RunRecord, parameters: dict[str, Any]) -> dict[str, str]:
     switches = [name for name in ENGINE_SWITCHES if parameters.get(name) is True]
     values = {
         "model": parameters.get("model_name"),
-        "precision": ", ".join(word for word in precision if word and word != "none"),
+        "precision": ", ".join(str(word) for word in precision if word and word != "none"),
         "switches": ", ".join(switches) or ("all switches off" if parameters else ""),
         "engine": f"ascend_kit, torch {versions['torch']}" if versions.get("torch") else "",
-        "device": device.get("name", "") and (f"{cards} x " if cards > 1 else "") + str(device["name"]),
+        "device": device.get("name", "") and (f"{cards} x " if cards not in (1, None) else "") + str(device["name"]),
         "CANN": versions.get("cann") or versions.get("CANN"),
     }
     return {translate(f"about.{name}"): str(text) for name, text in values.items() if text}
