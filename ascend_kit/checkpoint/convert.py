@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.checkpoint.adapter import adapter_digest
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.conversion import Conversion, ConversionPlan, ConversionResult
 from ascend_kit.checkpoint.huggingface import Checkpoint, check_companions, companion_files, load_tokenizer
@@ -34,6 +35,7 @@ SHARED_PARAMETERS = (
     "quantize_keep",
     "framework",
     "tokenizer_path",
+    "adapter_path",
     "calibration_file",
     "smooth",
     "clip_search",
@@ -51,6 +53,7 @@ def convert(
     quantize_keep: Sequence[str] = ("lm_head",),
     framework: str = "auto",
     tokenizer_path: str | Path | None = None,
+    adapter_path: str | Path | None = None,
     if_exists: str = "refuse",
     calibration_file: str | Path | None = None,
     smooth: float | None = None,
@@ -68,7 +71,8 @@ def convert(
     Called with an Experiment (paths resolved), its parameters stand for all but the callbacks and the bandwidth.
 
     precision: bf16, fp16, fp32, of everything that is not int8. framework: auto, huggingface, megatron,
-    mindspore; `tokenizer_path` is the folder of the tokenizer (for Megatron and MindSpore also of config.json).
+    mindspore; `tokenizer_path` is the folder of the tokenizer (for Megatron and MindSpore also of config.json),
+    `adapter_path` that of a LoRA adapter (PEFT) to merge.
     quantize: none, w8a8, w8a16, or auto: the cheapest mix within `max_kl` (nats per token) or
     `max_accuracy_loss` (share of next tokens) on the texts of `calibration_file`. quantize_keep: linears
     that stay float, by full name, last part (`down_proj`) or `re:` expression. smooth: share of activation
@@ -98,12 +102,14 @@ def convert(
     options.check()
     source_folder, destination = Path(input_model).resolve(), Path(os.path.abspath(output_model))
     _check_destination(source_folder, destination)
-    checkpoint = open_source(source_folder, framework, tokenizer_path)
+    checkpoint = open_source(source_folder, framework, tokenizer_path, adapter_path)
     model = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
     left_out = (*checkpoint.notes, *check_tensors(checkpoint, model))
     texts = Path(tokenizer_path) if tokenizer_path else None
     check_companions(companion_files(checkpoint.config_folder, texts))
     settings = {"precision": precision, "framework": checkpoint.framework, **options.settings()}
+    if adapter_path is not None:
+        settings["adapter_sha256"] = adapter_digest(Path(adapter_path))
     undone = undo_exchange(destination)
     if undone:
         logging.getLogger(__name__).warning(undone)
@@ -146,7 +152,7 @@ def check_model(experiment: Experiment) -> list[str]:
     source = Path(experiment.input_model)
     if not source.is_dir():
         return []
-    checkpoint = open_source(source, experiment.framework, experiment.tokenizer_path)
+    checkpoint = open_source(source, experiment.framework, experiment.tokenizer_path, experiment.adapter_path)
     model = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
     texts = Path(experiment.tokenizer_path) if experiment.tokenizer_path else None
     check_companions(companion_files(checkpoint.config_folder, texts))

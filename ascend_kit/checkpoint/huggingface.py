@@ -138,9 +138,8 @@ def find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
     )
     if adapters:
         raise CheckpointError(
-            f"{folder} holds a LoRA adapter ({', '.join(adapters)}), which is not applied; merge it into its base "
-            "model "
-            "(peft: merge_and_unload) and use that folder"
+            f"{folder} holds a LoRA adapter ({', '.join(adapters)}), which is not applied here; convert its base model "
+            "with adapter_path set to the folder of the adapter, and use the result"
         )
     indexes = sorted(path for kind in ("safetensors", "bin") for path in folder.glob(f"*.{kind}.index.json"))
     found: list[tuple[str, dict[str, str] | None, list[str]]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ascend_kit.checkpoint import megatron, mindspore
+from ascend_kit.checkpoint.adapter import with_adapter
 from ascend_kit.checkpoint.huggingface import Checkpoint, find_weights, open_checkpoint
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 
@@ -19,8 +20,16 @@ def framework_of(folder: Path) -> str:
     return "megatron" if megatron.is_megatron(folder) else "huggingface"
 
 
-def open_source(folder: Path, framework: str, tokenizer_path: str | Path | None) -> Checkpoint:
-    """The source checkpoint, its format found out when `framework` is auto; CheckpointError where it is another one."""
+def open_source(
+    folder: Path, framework: str, tokenizer_path: str | Path | None, adapter_path: str | Path | None = None
+) -> Checkpoint:
+    """The source checkpoint, with the adapter merged where one is named; its format is found out when `framework` is
+    auto. CheckpointError where it is another one."""
+    checkpoint = _open(folder, framework, tokenizer_path)
+    return checkpoint if adapter_path is None else with_adapter(checkpoint, adapter_path)
+
+
+def _open(folder: Path, framework: str, tokenizer_path: str | Path | None) -> Checkpoint:
     found = framework_of(folder)
     if framework not in ("auto", found):
         raise CheckpointError(f"{folder} holds a {found} checkpoint as far as its files tell, framework is {framework}")

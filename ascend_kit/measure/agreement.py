@@ -156,7 +156,9 @@ class ParityCheck:
     def __call__(self, folder: Path) -> ParityReport:
         """The report; ParityError when a limit is missed."""
         experiment, result = self.experiment, open_checkpoint(folder)
-        source = open_source(Path(experiment.input_model), experiment.framework, experiment.tokenizer_path)
+        source = open_source(
+            Path(experiment.input_model), experiment.framework, experiment.tokenizer_path, experiment.adapter_path
+        )
         texts = read_prompts(experiment.needed("prompts_file"))[: self.num_prompts]
         prompts = tokenize_texts(texts, _tokenizer_folder(experiment, source), self.max_prompt_tokens)
         if not source.quantization.schemes:  # source and result share our reading of config.json; transformers does not

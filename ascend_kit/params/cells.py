@@ -18,7 +18,7 @@ USED_BY = {
     "seed": "345",
     "model_name input_model tokenizer_path precision quantize device device_id max_seq_length": "12345",
     "output_model": "2345",
-    "framework calibration_file smooth clip_search max_kl max_accuracy_loss if_model_exists": "2",
+    "framework adapter_path calibration_file smooth clip_search max_kl max_accuracy_loss if_model_exists": "2",
     "parity_max_kl parity_min_top1_agreement parity_max_logit_error parity_max_perplexity_increase": "2",
     "parity_min_greedy_share parity_min_length_ratio": "2",
     "quantize_keep": "12",

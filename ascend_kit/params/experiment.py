@@ -68,8 +68,8 @@ LIST_PARAMETERS = (
     "eval_datasets", "compare_runs", "quantize_keep", "plain_ops",
 )  # fmt: skip
 PATH_PARAMETERS = (
-    "output_root", "params_file", "input_model", "output_model", "tokenizer_path", "calibration_file", "prompts_file",
-    "output_path", "dataset_path",
+    "output_root", "params_file", "input_model", "output_model", "tokenizer_path", "adapter_path", "calibration_file",
+    "prompts_file", "output_path", "dataset_path",
 )  # fmt: skip
 
 
@@ -102,6 +102,7 @@ class Experiment(BaseModel):
         "auto", description="format of input_model: auto, pytorch (Hugging Face), megatron, mindspore"
     )
     tokenizer_path: str | None = Field(None, description="folder of tokenizer and config; default input_model")
+    adapter_path: str | None = Field(None, description="LoRA folder (PEFT) merged at conversion")
     precision: str = Field("bf16", description="bf16, fp16 or fp32")
     quantize: Literal["none", "w8a8", "w8a16", "auto"] = Field("none", description="int8 scheme of the linears")
     quantize_keep: list[str] = Field(["lm_head"], description="linears kept unquantised: names, or parts between dots")

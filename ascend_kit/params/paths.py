@@ -10,7 +10,7 @@ from pathlib import Path
 from ascend_kit.params.experiment import DEMO, NEEDED, Experiment
 from ascend_kit.params.values import ParameterError
 
-FOLDERS_READ = ("input_model", "tokenizer_path", "dataset_path")
+FOLDERS_READ = ("input_model", "tokenizer_path", "adapter_path", "dataset_path")
 FILES_READ = ("prompts_file", "calibration_file")
 FOLDERS_WRITTEN = ("output_root", "output_model")
 FILES_WRITTEN = ("output_path",)

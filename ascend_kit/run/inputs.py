@@ -20,10 +20,10 @@ def stage_inputs(experiment: Experiment, names: Collection[str]) -> Identity:
     if "input_model" not in names:
         return Identity()
     prompts = [_path(experiment, key) for key in ("prompts_file", "calibration_file") if key in names]
-    data = _path(experiment, "dataset_path") if "dataset_path" in names else None
+    folders = [_path(experiment, key) for key in ("dataset_path", "adapter_path") if key in names]
     return _model(experiment, names).with_parts(
         prompts=_content([path for path in prompts if path is not None]),
-        data=_content([data] if data else []),
+        data=_content([path for path in folders if path is not None]),
         versions={name: _version(name) for name in PACKAGES},
     )
 

@@ -1,0 +1,234 @@
+"""LoRA adapters in PEFT's layout, merged into the weights as they are read.
+
+    W' = W + s B A,  s = lora_alpha / r, with use_rslora lora_alpha / sqrt(r)
+    use_dora:  W' = m / ||W + s B A|| * (W + s B A), norms per output row
+A module of an embedding has lora_embedding_A [r, vocabulary] and lora_embedding_B [hidden, r]. Merged in float32.
+Facts: huggingface/peft, src/peft/tuners/lora (layer.py, dora.py, config.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, check_slice, read_json
+from ascend_kit.checkpoint.torch_file import TorchFile
+from ascend_kit.model.tensors import EMBEDDING, HEAD
+
+CONFIG_NAME, WEIGHT_NAMES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+PARTS = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
+                   r"lora_magnitude_vector(?:\.weight)?)")  # fmt: skip
+READ_KEYS = frozenset(["peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save", "target_modules"])  # fmt: skip
+# Where the adapter comes from and how it was begun or trained; what it adds lies in its tensors.
+HARMLESS_KEYS = frozenset(
+    [
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "lora_dropout",
+        "init_lora_weights",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "ensure_weight_tying",
+        "qalora_group_size",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's share of an adapter: `down` [r, in], `up` [out, r], magnitudes [out] of DoRA."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+
+
+class AdaptedTensor:
+    """A weight with a low-rank change added, in float32; only the rows asked for are read and computed."""
+
+    dtype = torch.float32
+
+    def __init__(self, inner: TensorSource, change: LowRank) -> None:
+        self.inner, self.change, self.shape, self.origin = inner, change, inner.shape, inner.origin
+
+    def read(self) -> Tensor:
+        return self.read_slice(0, 0, self.shape[0])
+
+    def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
+        check_slice("with an adapter", self.shape, dim, start, stop)
+        if dim != 0:
+            return self.read().narrow(dim, start, stop - start).contiguous()
+        change = self.change
+        rows = self.inner.read_slice(0, start, stop).float()
+        rows = rows + change.scaling * (change.up[start:stop] @ change.down)
+        if change.magnitude is None:
+            return rows
+        return rows * (change.magnitude[start:stop] / rows.norm(dim=1)).unsqueeze(1)
+
+
+class AdaptedBias:
+    """A bias with another one added to it, in float32."""
+
+    dtype = torch.float32
+
+    def __init__(self, inner: TensorSource, added: Tensor) -> None:
+        self.inner, self.added, self.shape, self.origin = inner, added, inner.shape, inner.origin
+
+    def read(self) -> Tensor:
+        return self.inner.read().float() + self.added
+
+    def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
+        return self.inner.read_slice(dim, start, stop).float() + self.added.narrow(dim, start, stop - start)
+
+
+def adapter_digest(folder: Path) -> str:
+    """sha256 over the adapter's settings and weights."""
+    state = hashlib.sha256()
+    for path in (folder / CONFIG_NAME, _weights(folder)):
+        state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+def with_adapter(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
+    """The checkpoint with the adapter of `folder` merged into it.
+
+    CheckpointError names what cannot be merged: other kinds of adapters and settings, tensors that fit no module, int8
+    weights, the shared matrix of a tied model.
+    """
+    folder = Path(folder)
+    if checkpoint.quantization.schemes:
+        raise CheckpointError(f"{checkpoint.folder} is quantised; an adapter is merged into the float model")
+    config = _check_config(folder)
+    modules, replaced = _tensors(folder)
+    sources = dict(checkpoint.sources)
+    for module, parts in modules.items():
+        _apply(folder, checkpoint, config, module, parts, sources)
+    for name, source in replaced.items():
+        _check_place(folder, checkpoint, name, source.shape)
+        sources[name] = source
+    return Checkpoint(
+        checkpoint.folder, sources, checkpoint.config, files=checkpoint.files,
+        framework=f"{checkpoint.framework} + adapter", config_folder=checkpoint.config_folder, notes=checkpoint.notes,
+    )  # fmt: skip
+
+
+def _weights(folder: Path) -> Path:
+    found = [folder / name for name in WEIGHT_NAMES if (folder / name).is_file()]
+    if len(found) != 1:
+        raise CheckpointError(f"adapter_path {folder}: expected one of {', '.join(WEIGHT_NAMES)}, found {len(found)}")
+    return found[0]
+
+
+def _check_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    config = read_json(path, "an adapter folder of PEFT needs it")
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type={config.get('peft_type')!r}; only LORA (and DoRA) is merged")
+    for key, value in config.items():
+        if key not in READ_KEYS | HARMLESS_KEYS and value not in (None, False, 0, "", [], {}):
+            raise CheckpointError(
+                f"{path}: {key}={value!r:.80} is not merged; merge it with peft (merge_and_unload) and use that folder"
+            )
+    return config
+
+
+def _tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, TensorSource]]:
+    """(module -> its parts in float32, tensor name -> what replaces it)."""
+    path = _weights(folder)
+    if path.suffix == ".safetensors":
+        sources: Mapping[str, TensorSource] = dict(SafetensorsFile(path).tensors)
+    else:
+        file = TorchFile(path)
+        sources = file.tensors(file.content if isinstance(file.content, dict) else {})
+    if not sources:
+        raise CheckpointError(f"{path} holds no tensors")
+    modules: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, TensorSource] = {}
+    for name, source in sources.items():
+        if not name.startswith(PREFIX):
+            raise CheckpointError(f"{path}: tensor {name} does not begin with {PREFIX}: not written by PEFT's LoRA")
+        match = PARTS.fullmatch(name.removeprefix(PREFIX))
+        if match:
+            part = match.group(2).removesuffix(".weight")  # lora_A, lora_B, lora_embedding_A, ...
+            modules.setdefault(match.group(1), {})[part] = source.read().float()
+        else:
+            replaced[name.removeprefix(PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = source
+    return modules, replaced
+
+
+def _check_place(folder: Path, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if name not in checkpoint or checkpoint.shape(name) != shape:
+        there = f"has shape {list(checkpoint.shape(name))}" if name in checkpoint else "does not exist"
+        raise CheckpointError(
+            f"{_weights(folder)}: {name} of shape {list(shape)} fits no tensor of {checkpoint.folder} (there it {there}"
+            "); was the adapter trained on another model?"
+        )
+    if checkpoint.config.get("tie_word_embeddings") and name in (EMBEDDING, HEAD):
+        raise CheckpointError(
+            f"{_weights(folder)} changes {name}, which this model uses for embedding and head alike; merge it "
+            "with peft (merge_and_unload) and use that folder"
+        )
+
+
+def _apply(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    module: str,
+    parts: dict[str, Tensor],
+    sources: dict[str, TensorSource],
+) -> None:
+    down, up = (parts.get(f"lora_{end}", parts.get(f"lora_embedding_{end}")) for end in "AB")
+    if down is None or up is None or down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0]:
+        raise CheckpointError(f"{_weights(folder)}: {module} lacks lora_A or lora_B, or their shapes do not fit")
+    rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
+    if rank != down.shape[0]:
+        raise CheckpointError(f"{_weights(folder)}: {module} has rank {down.shape[0]}, {CONFIG_NAME} says {rank}")
+    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if not isinstance(alpha, int | float):
+        raise CheckpointError(f"{folder / CONFIG_NAME}: lora_alpha={alpha!r} is no number")
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if "lora_embedding_A" in parts:  # [r, vocabulary] and [hidden, r]; the table is [vocabulary, hidden]
+        down, up = up.t().contiguous(), down.t().contiguous()
+    weight = f"{module}.weight"
+    _check_place(folder, checkpoint, weight, (up.shape[0], down.shape[1]))
+    magnitude = parts.get("lora_magnitude_vector")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        raise CheckpointError(f"{_weights(folder)}: use_dora={config.get('use_dora')}, but {module} says otherwise")
+    change = LowRank(down, up, scaling, None if magnitude is None else magnitude.reshape(-1))
+    sources[weight] = AdaptedTensor(checkpoint.source(weight), change)
+    if "lora_B.bias" in parts:
+        bias = f"{module}.bias"
+        _check_place(folder, checkpoint, bias, tuple(parts["lora_B.bias"].shape))
+        sources[bias] = AdaptedBias(checkpoint.source(bias), scaling * parts["lora_B.bias"])
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that fits the module's whole name or its end, as PEFT looks it up."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
