@@ -28,32 +28,14 @@ CONFIG_NAME, WEIGHT_NAMES = "adapter_config.json", ("adapter_model.safetensors",
 PREFIX = "base_model.model."
 PARTS = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
                    r"lora_magnitude_vector(?:\.weight)?)")  # fmt: skip
-READ_KEYS = frozenset(["peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save", "target_modules"])  # fmt: skip
+_READ_WORDS = "peft_type r lora_alpha use_rslora use_dora rank_pattern alpha_pattern bias lora_bias modules_to_save "
 # Where the adapter comes from and how it was begun or trained; what it adds lies in its tensors.
-HARMLESS_KEYS = frozenset(
-    [
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
-        "lora_dropout",
-        "init_lora_weights",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "megatron_config",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "runtime_config",
-        "ensure_weight_tying",
-        "qalora_group_size",
-    ]
+_HARMLESS_WORDS = (
+    "base_model_name_or_path revision task_type inference_mode auto_mapping peft_version lora_dropout "
+    "init_lora_weights exclude_modules layers_to_transform layers_pattern megatron_config megatron_core loftq_config "
+    "eva_config corda_config lora_ga_config runtime_config ensure_weight_tying qalora_group_size"
 )
+KNOWN_KEYS = frozenset((*_READ_WORDS.split(), *_HARMLESS_WORDS.split()))
 
 
 @dataclass(frozen=True)
@@ -148,7 +130,7 @@ def _check_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type={config.get('peft_type')!r}; only LORA (and DoRA) is merged")
     for key, value in config.items():
-        if key not in READ_KEYS | HARMLESS_KEYS and value not in (None, False, 0, "", [], {}):
+        if key not in KNOWN_KEYS and value not in (None, False, 0, "", [], {}):
             raise CheckpointError(
                 f"{path}: {key}={value!r:.80} is not merged; merge it with peft (merge_and_unload) and use that folder"
             )
