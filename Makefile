@@ -1,4 +1,4 @@
-# Everything a fresh machine needs: Python 3.11 (3.11 to 3.13 work) and make.
+# Everything a fresh machine needs: Python (3.11.5 or newer; 3.11 to 3.13 work) and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := params/demo.yaml

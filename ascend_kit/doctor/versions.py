@@ -40,11 +40,13 @@ def recommended() -> str:
     return f"{pair} + CANN {wanted['cann']}.x + HDK {wanted['driver']}"
 
 
+# PyPI's torch is a CUDA build on x86 and, from 2.12 on, on aarch64 as well.
+CPU_INDEX = "--index-url <PyTorch's CPU index, as in README and environment.yml>"
+
+
 def install(torch: str, torch_npu: str) -> str:
     """The commands that install a pair; PyPI's torch would be the CUDA build."""
-    return (
-        f"pip install torch=={torch}+cpu --index-url {stack()['torch_index']}, then pip install torch-npu=={torch_npu}"
-    )
+    return f"pip install torch=={torch}+cpu {CPU_INDEX}, then pip install torch-npu=={torch_npu}"
 
 
 def check_versions(section: Section, host: Host, cann: str | None, driver: str | None) -> None:
@@ -68,9 +70,7 @@ def check_torch_build(section: Section, torch: str) -> bool:
     """Whether torch is free of CUDA; a finding when it is not."""
     if "+cu" not in torch:
         return True
-    section.warn(
-        "torch build", torch, f"a CUDA build: use torch=={torch.split('+')[0]}+cpu from {stack()['torch_index']}"
-    )
+    section.warn("torch build", torch, f"a CUDA build: pip install torch=={torch.split('+')[0]}+cpu {CPU_INDEX}")
     return False
 
 
