@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--accept-alarms", action="store_true", help="exit status 0 although a result is an alarm")
     run.set_defaults(command=_run)
 
-    check = commands.add_parser("check", help="validate a parameter file and its notebooks, run nothing")
+    check = commands.add_parser("check", help="validate a parameter file, or a checkpoint folder, run nothing")
     _experiment_arguments(check, optional=True)
     check.add_argument("--list", action="store_true", help="print every parameter with its default and meaning")
     check.set_defaults(command=_check)
@@ -198,9 +198,19 @@ def _check(arguments: argparse.Namespace) -> int:
         for name, info in Experiment.model_fields.items():
             print(f"{name} = {info.default!r}  # {info.description}")
         return 0
+    given, overrides = _parameter_file(arguments), _overrides(arguments)
+    if Path(given).is_dir():
+        from ascend_kit.checkpoint.convert import check_model
+
+        try:
+            left_out = check_model(build_experiment({**_only_model(given), **overrides}, source="check"))
+        except (ValueError, OSError) as error:
+            raise RunError(str(error)) from error
+        print("\n".join([f"{given}: a model that can be run", *left_out]))
+        return 0
     from ascend_kit.run.experiment import check_experiment
 
-    experiment = check_experiment(_parameter_file(arguments), _overrides(arguments))
+    experiment = check_experiment(given, overrides)
     print(f"{arguments.parameters}: fine; results go to {experiment.run_folder}")
     return 0
 
@@ -212,6 +222,10 @@ def _notebooks(arguments: argparse.Namespace) -> int:
     for text in differences:
         print(f"{text}: {'differs from Experiment' if arguments.check else 'written'}")
     return 1 if arguments.check and differences else 0
+
+
+def _only_model(name: str) -> dict[str, str]:
+    return {"input_model": name, "use_model": "source"}
 
 
 def _parameter_file(arguments: argparse.Namespace) -> str:
@@ -260,7 +274,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     overrides, given = parse_overrides(arguments.assignments), arguments.parameters
     if given == DEMO or Path(given).is_dir():
-        experiment = build_experiment({"input_model": given, "use_model": "source", **overrides}, source="serve")
+        experiment = build_experiment({**_only_model(given), **overrides}, source="serve")
     else:
         experiment = load_experiment(given, overrides)
     try:

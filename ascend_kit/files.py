@@ -19,6 +19,7 @@ from pydantic import ValidationError
 GIB = 2**30
 MAX_ERROR_CHARACTERS = 2000
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # surrogates that stand alone: no file can hold them as they are
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 Progress = Callable[[int, int], None]  # done, total
 CAUSES = {
     errno.ENOSPC: "no space is left on the device; free some and go on with --resume",
@@ -130,10 +131,16 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_without_repetition)
 
 
 def require_regular(path: Path) -> None:
-    """OSError unless `path` is a file with an end: reading a pipe or a device may never return."""
+    """OSError unless `path` is a file with an end and its own content.
+
+    Reading a pipe or a device may never return; git without its LFS extension leaves a note in the place of a file.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         kind = "a folder" if path.is_dir() else "a pipe or a device, not a file"
         raise OSError(errno.EINVAL, f"it is {kind}", str(path))
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise OSError(errno.EINVAL, "it is a Git LFS pointer, the file itself was not downloaded", str(path))
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:

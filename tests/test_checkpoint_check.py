@@ -164,6 +164,22 @@ def test_two_sets_of_weights_in_one_folder_are_refused_and_both_named(folder: Pa
     assert_refused(folder, r"model\.safetensors\.index\.json.*pytorch_model\.bin")
 
 
+def test_what_other_programs_leave_beside_the_weights_changes_nothing(folder: Path):
+    right = run(folder)
+    (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7")  # macOS, on a disk that knows no resource forks
+    (folder / "original").mkdir()  # Meta's own format, beside Hugging Face's
+    torch.save({}, folder / "original" / "consolidated.00.pth")
+    torch.save({}, folder / "training_args.bin")
+
+    assert run(folder) == right
+
+
+def test_a_note_of_git_in_the_place_of_weights_is_refused_as_such(folder: Path):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+
+    assert_refused(folder, r"model\.safetensors: it is a Git LFS pointer")
+
+
 def test_a_lora_adapter_is_refused_by_name(folder: Path):
     (folder / "adapter_config.json").write_text("{}")
 
@@ -259,13 +275,15 @@ def test_scales_of_an_int8_cache_are_taken_by_engine_and_convert_alike(folder: P
         ("tokenizer.json", '{"version": "1.0"}'),
         ("generation_config.json", "[]"),
         ("tokenizer_config.json", ""),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7031645\n"),
     ],
 )
 def test_a_broken_small_file_is_an_error_that_names_it(folder: Path, name: str, content: str):
     (folder / name).write_text(content)
 
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as refusal:
         convert(folder, folder.parent / "result")
+    assert ("Git LFS" in str(refusal.value)) == content.startswith("version")
     assert not (folder.parent / "result").exists()
 
 
@@ -304,6 +322,10 @@ def test_the_lock_is_held_until_the_folder_has_its_name(folder: Path, tmp_path: 
             "generation_config.json: eos_token_id",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+        (
+            lambda folder: change_tensors(folder, lambda t: t.update({"model.norm.bias": torch.ones(64)})),
+            "model.norm.bias is not zero",
+        ),
     ],
 )
 def test_the_command_check_names_a_fault_without_loading_the_model(folder: Path, tmp_path: Path, capsys, change, words):
@@ -311,10 +333,12 @@ def test_the_command_check_names_a_fault_without_loading_the_model(folder: Path,
     keys = {"input_model": folder, "output_root": tmp_path / "out", "dataset_path": write_sets(tmp_path / "data")}
     keys["prompts_file"] = "demo"
     path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()) + "device: cpu\n")
-    assert main(["check", str(path)]) == 0
+    assert main(["check", str(path)]) == main(["check", str(folder)]) == 0
 
     change(folder)
 
-    assert main(["check", str(path)]) != 0
-    said = capsys.readouterr()
-    assert words in said.out + said.err
+    for given in (path, folder):
+        capsys.readouterr()
+        assert main(["check", str(given)]) != 0
+        said = capsys.readouterr()
+        assert words in said.out + said.err

@@ -141,6 +141,14 @@ def test_pickle_that_reaches_outside_its_storage_is_refused(tmp_path: Path):
         TorchFile(changed).tensors(TorchFile(changed).content)
 
 
+def test_bin_file_with_a_sparse_tensor_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"b": torch.eye(4).to_sparse()}, tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: tensor b is sparse"):
+        open_checkpoint(tmp_path)
+
+
 def test_truncated_bin_file_is_refused_with_its_name(tmp_path: Path):
     folder = folder_with(tmp_path / "bin")
     torch.save(TENSORS, folder / "pytorch_model.bin")

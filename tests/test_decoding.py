@@ -499,6 +499,10 @@ def test_thinking_is_switched_in_the_template(engine):
         assert engine.render_chat("Hi", thinking=False) == "Hi"
         with pytest.raises(ValueError, match="thinking=True: the chat template has no switch"):
             engine.render_chat("Hi", thinking=True)
+        # DeepSeek-R1-Distill's removes earlier thoughts and cannot keep the model from new ones.
+        engine.tokenizer.chat_template = "{{ messages[-1]['content'].split('</think>')[-1] }}"
+        with pytest.raises(ValueError, match="thinking=False: the chat template has no switch"):
+            engine.render_chat("Hi", thinking=False)
     finally:
         engine.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):

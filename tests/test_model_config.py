@@ -15,6 +15,9 @@ from ascend_kit.model.rope import rotary_frequencies
 QWEN3 = {**TINY, "model_type": "qwen3", "hidden_act": "silu"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
 
 def edit_config(folder, **changes):
     path = folder / "config.json"
@@ -41,9 +44,12 @@ def edit_config(folder, **changes):
         ({"use_rope": False}, "use_rope"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
         ({"swiglu": False}, "swiglu"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
         ({"torch_dtype": "auto"}, "torch_dtype"),
         ({"dtype": "torch.bfloat16"}, "dtype"),
         ({"architectures": ["Qwen2ForRewardModel"]}, "Qwen2ForRewardModel"),
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["LlamaForCausalLM"]}, "Qwen3ForCausalLM"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
@@ -51,6 +57,9 @@ def edit_config(folder, **changes):
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {**YARN, "mrope_section": [1, 2]}}, "mrope_section"),
         ({"rope_scaling": {**YARN, "factor": "4"}}, "factor"),
+        ({"rope_scaling": {**YARN, "factor": 0.25}}, "factor"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 8.0}}, "low_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"rope_theta": -1}, "rope_theta"),
         ({"rope_theta": float("nan")}, "rope_theta"),
@@ -97,6 +106,28 @@ def test_harmless_and_neutral_keys_pass(changes):
     assert ModelConfig.from_dict({**QWEN3, **changes}).sliding_window is None
 
 
+# Keys of published config.json files besides the shapes: SmolLM2, DeepSeek-R1-Distill-Qwen, copies of Unsloth and verl.
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        (
+            "llama",
+            {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "rope_scaling": None,
+             "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+        ),
+        (
+            "qwen2",
+            {"architectures": ["Qwen2ForCausalLM"], "max_window_layers": 1, "sliding_window": 64, "use_mrope": False,
+             "use_sliding_window": False, "attention_dropout": 0.0, "use_cache": True},
+        ),
+        ("llama", {"architectures": ["FSDPLlamaForCausalLM"], "cache_implementation": "static", "bias": False}),
+        ("qwen3", {"unsloth_fixed": True, "model_name": "unsloth/Qwen3-8B", "rope_parameters": {"rope_theta": 1e6}}),
+    ],
+)  # fmt: skip
+def test_keys_of_published_models_pass(family, keys):
+    assert ModelConfig.from_dict({**QWEN3, "model_type": family, **keys}).num_layers == 2
+
+
 def test_head_dim_left_out_is_the_default_of_the_family():
     raw = {key: value for key, value in TINY.items() if key != "head_dim"}
 
@@ -123,12 +154,9 @@ def test_a_window_that_layers_use_bounds_the_length(tmp_path):
         {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "beta_slow": 2, "truncate": False},
         {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5},
         {"rope_type": "linear", "factor": 4.0},
-        {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
+        LLAMA3,
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_cosines_equal_those_of_transformers_at_any_position(scaling, family, tmp_path):
     import transformers

@@ -13,13 +13,13 @@ from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import EMBEDDING, HEAD, expected_shapes, linear_names
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-COMPARE_ROWS = 4096
+COMPARE_ROWS, SAMPLE_ROWS = 4096, 64  # at a time; of each of them that a quick look reads
 # A folded bias of a linear that has none is rounding error, at most this many steps of the weight's scale.
 FOLDED_BIAS_STEPS = 128
 # Tensors that a float KV cache and computed angles do without.
 HARMLESS = {
     "scales of an int8 or fp8 KV cache": re.compile(
-        r".*\.self_attn\.((attn\.)?[qkv]_(scale|zero_point)|[kv]_proj\.(kv_cache_(scale|offset)|output_scale|[kv]_scale))"
+        r".*\.self_attn\.((attn\.)?([qkv]|kv)_(scale|zero_point)|[kv]_proj\.(kv_cache_(scale|offset)|output_scale|[kv]_scale))"
     ),
     "buffers that are computed": re.compile(r".*(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\._extra_state)"),
 }
@@ -28,8 +28,9 @@ HARMLESS = {
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = True) -> list[str]:
     """CheckpointError unless the checkpoint holds exactly the tensors that config.json calls for.
 
-    Returns what is there beyond that and is left out because it changes nothing, in words. With `data` the values that
-    decide about this are read (a copy of the tied matrix, biases that must be zero).
+    Returns what is there beyond that and is left out because it changes nothing, in words. The values that decide about
+    this are read: scales, biases that must be zero, a copy of the tied matrix. Without `data` no more than a second's
+    worth of them: samples of that copy, and no bias that follows from an int8 weight.
     """
     expected, schemes = expected_shapes(config), checkpoint.quantization.schemes
     odd = next((name for name in schemes if name not in set(linear_names(config))), None)
@@ -47,7 +48,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = T
         )
     for name, shape in expected.items():
         _check_form(checkpoint, name, shape)
-    for linear in schemes if data else ():
+    for linear in schemes:
         scale = f"{linear}.weight_scale"
         if not bool(checkpoint.read(scale).isfinite().all()):
             raise CheckpointError(f"{checkpoint.source(scale).origin}: {scale} holds NaN or infinity; it is damaged")
@@ -79,11 +80,10 @@ def _check_extras(checkpoint: Checkpoint, config: ModelConfig, names: list[str],
             continue
         if name == HEAD and config.tie_embeddings:
             reason = "copies of the tied embedding"
-            if data:
-                _check_tied_copy(checkpoint)
+            _check_tied_copy(checkpoint, COMPARE_ROWS if data else SAMPLE_ROWS)
         elif name.endswith(".bias") and expected.get(f"{owner}.weight", ())[:1] == checkpoint.shape(name):
             reason = "biases of zero"
-            if data:
+            if data or owner not in checkpoint.quantization.schemes:
                 _check_zero_bias(checkpoint, name, owner)
         else:
             reason = next((text for text, pattern in HARMLESS.items() if pattern.fullmatch(name)), "")
@@ -98,13 +98,11 @@ def _check_extras(checkpoint: Checkpoint, config: ModelConfig, names: list[str],
     ]
 
 
-def _check_tied_copy(checkpoint: Checkpoint) -> None:
+def _check_tied_copy(checkpoint: Checkpoint, rows: int) -> None:
+    """Compare the first `rows` of every COMPARE_ROWS rows."""
     head, embedding = checkpoint.source(HEAD), checkpoint.source(EMBEDDING)
     same = head.shape == embedding.shape and all(
-        torch.equal(
-            head.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])),
-            embedding.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])),
-        )
+        torch.equal(*(source.read_slice(0, row, min(row + rows, head.shape[0])) for source in (head, embedding)))
         for row in range(0, head.shape[0], COMPARE_ROWS)
     )
     if not same:

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 )
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 OTHER_FILES = ("configuration.json", "preprocessor_config.json")
-WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_PATTERNS = ("[!.]*.safetensors", "pytorch_model*.bin")  # not the ._ files that macOS writes beside others
 SHARD_PATTERN = re.compile(r"(.+)-\d+-of-(\d+)")
 
 
@@ -141,7 +141,7 @@ def find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
             f"{folder} holds a LoRA adapter ({', '.join(adapters)}), which is not applied here; convert its base model "
             "with adapter_path set to the folder of the adapter, and use the result"
         )
-    indexes = sorted(path for kind in ("safetensors", "bin") for path in folder.glob(f"*.{kind}.index.json"))
+    indexes = sorted(path for kind in ("safetensors", "bin") for path in folder.glob(f"[!.]*.{kind}.index.json"))
     found: list[tuple[str, dict[str, str] | None, list[str]]] = []
     for path in indexes:
         index = read_json(path, "the index").get("weight_map")
@@ -234,6 +234,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers finds wrong, also in config.json, has types of its own
+        check_companions(path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file())
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ascend_kit.files import FileError, strict_json
+from ascend_kit.files import FileError, require_regular, strict_json
 
 DTYPE_OF_CODE = {
     "F64": torch.float64,
@@ -46,9 +46,10 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {why}")
     try:
+        require_regular(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+        raise CheckpointError(f"{path} is not readable JSON: {getattr(error, 'strerror', error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
     return value
@@ -74,6 +75,7 @@ class ReadFile:
         self._fd: int | None = None
         self._lock = threading.Lock()
         try:
+            require_regular(self.path)
             self.size = os.stat(self.path).st_size
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error

@@ -144,6 +144,8 @@ class TorchFile:
         return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def _region(self, name: str, tensor: torch.Tensor) -> TensorSource:
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{self.path}: tensor {name} is sparse or of torch's own quantisation; save it dense")
         if tensor.device.type != "meta":
             return MemoryTensor(tensor.detach(), str(self.path))
         storage = tensor.untyped_storage()

@@ -116,7 +116,7 @@ def thinking_option(tokenizer: Tokenizer, thinking: bool | None) -> dict[str, bo
     template = str(tokenizer.chat_template or "")
     if "enable_thinking" in template:
         return {"enable_thinking": bool(thinking)}
-    if thinking or (thinking is False and "<think>" in template):
+    if thinking or (thinking is False and "think>" in template):
         raise ValueError(f"thinking={thinking}: the chat template has no switch enable_thinking; leave thinking out")
     return {}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ascend_kit.files import FileError
+from ascend_kit.files import FileError, require_regular
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # the precisions by name
 FLOAT_NAMES = ("bfloat16", "float16", "float32", "float64")  # of torch_dtype
@@ -46,7 +46,14 @@ _HARMLESS_WORDS = (
     "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
     "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
-    "router_aux_loss_coef output_router_logits"
+    "router_aux_loss_coef output_router_logits "
+    "cache_implementation loss_type model_name is_llama_config transformers.js_config"
+)
+# Parts that our decoder has: switched off they make another model.
+_SWITCH_WORDS = (
+    "causal use_causal causal_mask use_causal_mask causal_attention rotary use_rotary use_rope rope "
+    "use_rotary_embeddings swiglu use_swiglu glu glu_mlp gated_mlp use_gated_mlp rms_norm use_rms_norm rmsnorm "
+    "use_rmsnorm pre_norm prenorm scale_attn_weights"
 )
 READ, HARMLESS = frozenset(_READ_WORDS.split()), frozenset(_HARMLESS_WORDS.split())
 HARMLESS_STARTS, HARMLESS_ENDS = ("_", "unsloth_"), ("dropout", "pdrop")
@@ -64,8 +71,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,),
     "embedding_multiplier": (1, None),
     "residual_multiplier": (1, None),
-    **dict.fromkeys(("causal", "use_rope", "rotary", "use_rotary", "swiglu", "gated_mlp"), (True, None)),
-    **dict.fromkeys(("use_rms_norm", "rms_norm", "scale_attn_weights", "use_causal_mask"), (True, None)),
+    **dict.fromkeys(_SWITCH_WORDS.split(), (True, None)),
 }
 # Numbers by which something is multiplied, under whatever name: they change nothing at 1, and everything at 0.
 FACTOR_PATTERN = re.compile(r".*(multiplier|scal(e|ing)|factor)")
@@ -236,9 +242,10 @@ def end_ids_in(path: Path) -> tuple[int, ...]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
+        require_regular(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise FileError(f"{path} is not valid JSON: {error}") from None
+        raise FileError(f"{path} is not valid JSON: {getattr(error, 'strerror', error)}") from None
     if not isinstance(value, dict):
         raise FileError(f"{path} must hold a JSON object, found a {type(value).__name__}")
     return value
@@ -254,8 +261,12 @@ def _refuse_unknown(raw: Mapping[str, Any], where: str) -> None:
         )
     names = raw.get("architectures") or []
     for name in names if isinstance(names, list) else [names]:
-        if not isinstance(name, str) or not name.endswith(("ForCausalLM", "LMHeadModel")):
-            raise FileError(f"{where}: architectures={names!r}: only language models (...ForCausalLM) are run")
+        # transformers goes by model_type, vLLM by this; trainers put words in front (FSDPLlamaForCausalLM).
+        if not isinstance(name, str) or not name.lower().endswith(f"{raw['model_type']}forcausallm"):
+            raise FileError(
+                f"{where}: architectures={names!r}; run are language models whose name fits model_type, "
+                f"{raw['model_type'].capitalize()}ForCausalLM"
+            )
     code = raw.get("auto_map") or {}
     if not isinstance(code, dict) or any(str(key).startswith("AutoModel") for key in code):
         raise FileError(f"{where}: auto_map={code!r}: the model brings its own code, which is not run")
@@ -332,6 +343,12 @@ def _rope(keys: _Keys, positions: int) -> tuple[float, dict[str, Any] | None, in
     for name in dict.fromkeys((*ROPE_REQUIRED[kind], *scaling)):
         if name != "truncate":
             scaling[name] = inner.number(name, None)
+    if scaling["factor"] < 1:
+        raise inner.wrong("factor", scaling["factor"], "a number from 1 on")
+    if kind == "llama3" and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
+        raise inner.wrong("low_freq_factor", scaling["low_freq_factor"], "at most high_freq_factor")
+    if kind == "yarn" and theta <= 1:
+        raise inner.wrong("rope_theta", theta, "a number above 1")
     scaling["truncate"] = "truncate" not in scaling or inner.flag("truncate")
     scaling["original_max_position_embeddings"] = inner.number("original_max_position_embeddings", positions)
     reach = {"linear": positions, "yarn": scaling["original_max_position_embeddings"]}.get(kind, 0) * scaling["factor"]
