@@ -74,31 +74,31 @@ def test_log_probabilities_equal_hflm(engine, hflm) -> None:
     assert_same_scores(ours, theirs)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_batch_size_changes_no_score_and_keeps_the_order(engine, batch_size: int) -> None:
-    expected = adapter(engine).loglikelihood(requests("loglikelihood", PAIRS))
-    counts: list[int] = []
+def test_each_answer_is_told_as_it_comes_with_how_it_came_about(engine) -> None:
+    told: dict[int, tuple] = {}
 
-    found = adapter(engine, batch_size=batch_size, on_requests=counts.append).loglikelihood(
+    found = adapter(engine, on_answer=lambda index, answer, facts: told.update({index: (answer, facts)})).loglikelihood(
         requests("loglikelihood", PAIRS)
     )
 
-    assert_same_scores(found, expected)
-    assert sum(counts) == len(PAIRS)
-    assert len(counts) == math.ceil(6 / batch_size)  # six different contexts
+    assert [told[index][0] for index in range(len(PAIRS))] == found
+    # Trailing spaces move to the continuation, and an empty context is the prefix token.
+    lengths = [len(engine.tokenizer.encode(context.rstrip(" "))) or 1 for context, _ in PAIRS]
+    assert [told[index][1]["num_prompt_tokens"] for index in range(len(PAIRS))] == lengths
 
 
 @pytest.mark.parametrize("max_length", [9, 16, 24])
 def test_long_input_loses_its_left_end_as_in_hflm(engine, hflm, monkeypatch, max_length: int) -> None:
     pairs = [("a long context about a river and a stone", " tower"), ("short", " x"), ("exactly", " fits!")]
     monkeypatch.setattr(hflm, "_max_length", max_length)
-    lm = adapter(engine, max_length=max_length)
+    cut: list[int] = []
+    lm = adapter(engine, max_length=max_length, on_answer=lambda index, answer, facts: cut.append(facts["cut_tokens"]))
 
     assert_same_scores(
         lm.loglikelihood(requests("loglikelihood", pairs)),
         hflm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True),
     )
-    assert lm.cut_tokens and min(lm.cut_tokens.values()) >= 1
+    assert max(cut) >= 1
 
 
 def test_the_engine_takes_a_continuation_that_fills_the_whole_context(engine) -> None:
@@ -128,7 +128,7 @@ def test_an_empty_context_becomes_the_prefix_token(engine) -> None:
 def test_rolling_log_probability_equals_hflm_for_one_and_many_windows(engine, hflm, monkeypatch, max_length) -> None:
     texts = [("A page about rivers and lamps. " * 3,), ("x",), ("",), ("天地人水火" * 5,)]
     monkeypatch.setattr(hflm, "_max_length", max_length)
-    lm = adapter(engine, max_length=max_length, batch_size=2)
+    lm = adapter(engine, max_length=max_length)
 
     ours = lm.loglikelihood_rolling(requests("loglikelihood_rolling", texts))
     theirs = hflm.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
@@ -184,27 +184,26 @@ def test_chat_template_is_rendered_as_in_hflm(engine, hflm, add_generation_promp
     assert ours.endswith("<assistant>") is add_generation_prompt
 
 
-def test_partial_results_are_handed_over_as_they_come(engine) -> None:
-    lm = adapter(engine, batch_size=2)
-    kept: list[tuple] = []
-    lm.set_cache_hook(SimpleNamespace(add_partial=lambda kind, arguments, result: kept.append((kind, arguments))))
-    scored = engine.score
-    calls = iter([scored, scored])
+def test_answers_before_a_failure_are_handed_over(engine) -> None:
+    from ascend_kit.evaluation.answering import DocumentLM
 
-    def failing_score(pairs):
-        call = next(calls, None)
-        if call is None:
+    scored, kept, calls = engine.score, [], iter([True, True])
+
+    def failing_score(pairs, **on):
+        if not next(calls, False):
             raise RuntimeError("the device is gone")
-        return call(pairs)
+        return scored(pairs, **on)
 
-    engine.score = failing_score
-    try:
-        with pytest.raises(RuntimeError, match="device is gone"):
-            lm.loglikelihood(requests("loglikelihood", PAIRS))
-    finally:
-        del engine.score
+    stand_in = SimpleNamespace(tokenizer=engine.tokenizer, max_seq_length=64, config=engine.config, score=failing_score)
+    lm = DocumentLM(stand_in, known=lambda document: None, on_documents=kept.extend, together=2)
+    asked = requests("loglikelihood", PAIRS)
+    for number, request in enumerate(asked):
+        request.task_name, request.doc_id = "t", number
+    answers = lm.loglikelihood(asked)
 
-    assert kept == [("loglikelihood", pair) for pair in PAIRS[:6]]  # four contexts in two batches
+    assert sorted(document.key for document in kept) == [("t", number) for number in range(4)]  # two calls of two
+    assert [logprob == logprob for logprob, _ in answers] == [number < 4 for number in range(len(PAIRS))]
+    assert str(lm.failed["t"]) == "the device is gone"
 
 
 def test_a_log_probability_that_is_not_a_number_stops_the_task(engine) -> None:
@@ -212,7 +211,7 @@ def test_a_log_probability_that_is_not_a_number_stops_the_task(engine) -> None:
         tokenizer=engine.tokenizer,
         max_seq_length=64,
         config=engine.config,
-        score=lambda pairs: [SimpleNamespace(logprob=float("nan"), is_greedy=False) for _ in pairs],
+        score=lambda pairs, **on: [SimpleNamespace(logprob=float("nan"), is_greedy=False) for _ in pairs],
     )
 
     with pytest.raises(ValueError, match="log-probability nan"):

@@ -20,11 +20,13 @@ from evaluation_data import write_sets
 from ascend_kit import AscendInferEngine
 from ascend_kit.engine.text import thinking_option
 from ascend_kit.evaluation import judge
-from ascend_kit.evaluation.datasets import SETS, check_data, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.datasets import SETS, find_tasks, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
+from ascend_kit.evaluation.live import drawn_documents
+from ascend_kit.evaluation.other_tasks import check_data
 from ascend_kit.evaluation.perplexity import ratio, token_perplexity
-from ascend_kit.evaluation.scores import EvaluationError, load_documents, load_evaluation, load_scores
+from ascend_kit.evaluation.scores import EvaluationError, load_documents, load_evaluation
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder
@@ -79,7 +81,7 @@ def finished(engine, data: Path, tmp_path_factory: pytest.TempPathFactory):
     return SimpleNamespace(result=result, folder=folder, experiment=experiment, progress=progress)
 
 
-def hflm_results(model_dir: Path, data: Path, folder: Path, *, chat: bool = False, limit: int | None = None) -> dict:
+def hflm_results(model_dir: Path, data: Path, folder: Path, *, chat: bool = False, samples: dict | None = None) -> dict:
     """lm-eval's own evaluation of its own model on the same files."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -98,7 +100,7 @@ def hflm_results(model_dir: Path, data: Path, folder: Path, *, chat: bool = Fals
             num_fewshot=shots,
             task_manager=manager,
             apply_chat_template=chat,
-            limit=limit,
+            samples=samples,
             bootstrap_iters=10,
         )
         for key in merged:
@@ -145,8 +147,10 @@ def test_on_the_demo_data_they_equal_hflm_too(engine, tiny_qwen3_dir, tmp_path) 
     from ascend_kit.demo.datasets import write_datasets
 
     write_datasets(tmp_path / "demo")
-    theirs = hflm_results(tiny_qwen3_dir, tmp_path / "demo", tmp_path / "yaml", limit=3)
-    result, _ = run(engine, experiment_for(tmp_path / "demo", tmp_path / "out", eval_limit=3))
+    experiment = experiment_for(tmp_path / "demo", tmp_path / "out", eval_limit=12)
+    drawn = drawn_documents(find_tasks(tmp_path / "demo", SETS), experiment)
+    theirs = hflm_results(tiny_qwen3_dir, tmp_path / "demo", tmp_path / "yaml", samples=drawn)
+    result, _ = run(engine, experiment)
 
     assert_same_documents(result.documents, theirs["samples"])
     accuracy = result.groups[result.groups["metric"] == "acc"].set_index("task")["value"]
@@ -199,7 +203,8 @@ def test_progress_counts_documents_up_to_all_of_them(finished) -> None:
 
     assert done == sorted(done) and done[-1] == 40
     assert {step[1] for step in finished.progress} == {40}
-    assert len(set(done)) > 8  # also within tasks
+    assert len(set(done)) >= 6  # also within tasks
+    assert any("ceval" in step[2] and "%" in step[2] for step in finished.progress)  # the score so far
 
 
 def test_perplexities_follow_their_definitions(finished, engine, data) -> None:
@@ -269,18 +274,26 @@ def test_everything_is_read_back_from_the_files(finished) -> None:
     assert load_evaluation(RunFolder(finished.folder.path / "nothing")).ok is False
 
 
-def test_limit_takes_the_first_documents(engine, data, tmp_path) -> None:
-    result, _ = run(engine, experiment_for(data, tmp_path, eval_limit=2, eval_datasets=["ceval", "wikitext"]))
+def test_a_limit_draws_documents_of_every_subject_by_seed(engine, data, tmp_path) -> None:
+    experiment = experiment_for(data, tmp_path, eval_limit=4, eval_datasets=["ceval", "wikitext"], eval_fewshot=0)
 
-    assert set(result.tasks["n"]) == {2}
-    assert sorted(result.documents["doc_id"].unique()) == [0, 1]
+    result, folder = run(engine, experiment)
+
+    assert dict(result.documents["task"].value_counts()) == {
+        "ceval-valid_law": 2, "ceval-valid_physician": 2, "wikitext": 4,
+    }  # fmt: skip
+    drawn = folder.read_json("evaluation")["drawn"]
+    for task, part in result.documents.groupby("task"):
+        assert sorted(part["doc_id"]) == drawn[task]
     assert any("eval_limit" in str(flag) for flag in result.flags)
+    whole, folder = run(engine, experiment.with_changes(eval_limit=None))
+    assert len(folder.load("documents")) == len(whole.documents) == 15  # those drawn before are not asked again
 
 
-def test_each_task_says_what_the_cards_did(finished) -> None:
+def test_the_evaluation_says_what_the_cards_did(finished) -> None:
     rows = finished.folder.load("evaluation_cards")
 
-    assert set(rows["task"]) == set(finished.result.tasks["task"])
+    assert set(rows["task"]) == {"all"}
     assert (rows["card"] == "cpu 0").all()
     assert (rows["peak_memory_bytes"] > 0).all() and (rows["wall_s"] > 0).all()
 
@@ -303,40 +316,58 @@ def counting(engine):
     )
 
 
-def test_a_resumed_evaluation_repeats_no_finished_task(engine, data, tmp_path) -> None:
+def scores_of(logprob):
+    """A stand-in for `score` that gives the pair at place i the log-probability `logprob(i)`."""
+
+    def score(pairs, *, on_score, on_progress):
+        found = [SimpleNamespace(logprob=logprob(i), is_greedy=False) for i in range(len(pairs))]
+        for place, one in enumerate(found):
+            on_score(place, one)
+        on_progress(len(found), len(found))
+        return found
+
+    return score
+
+
+def test_a_resumed_evaluation_asks_no_answered_document_again(engine, data, tmp_path) -> None:
     experiment = experiment_for(data, tmp_path, eval_datasets=["ceval", "agieval"], eval_fewshot=0)
     first = counting(engine)
-    calls = 0
 
-    def interrupted(pairs):
-        nonlocal calls
-        calls += 1
-        if calls > 2:
-            raise KeyboardInterrupt
-        return engine.score(pairs)
+    def interrupted(pairs, *, on_score, on_progress):
+        done = []
+
+        def step(*counts):
+            on_progress(*counts)
+            if len(done) >= 30:  # seven or eight documents of four choices
+                raise KeyboardInterrupt
+
+        return engine.score(pairs, on_score=lambda *found: done.append(on_score(*found)), on_progress=step)
 
     first.score = interrupted
     with pytest.raises(KeyboardInterrupt):
         run(first, experiment)
-    before = load_scores(RunFolder(experiment.run_folder))
+    answered = load_documents(RunFolder(experiment.run_folder))
     second = counting(engine)
     scored: list[int] = []
-    second.score = lambda pairs: scored.append(len(pairs)) or engine.score(pairs)
+    second.score = lambda pairs, **on: scored.append(len(pairs)) or engine.score(pairs, **on)
 
     result, folder = run(second, experiment)
 
-    assert set(before["task"]) == {"ceval-valid_law", "ceval-valid_physician"}
-    # Only AGIEval's choices are left: 4 or 5 a document, 5 documents each of two tasks.
-    assert 40 <= sum(scored) <= 50
+    assert 6 <= len(answered) < 20
+    choices = result.documents["choice_logprobs"].dropna().map(len).sum()
+    assert sum(scored) == choices - answered["choice_logprobs"].map(len).sum()
     assert result.ok and len(folder.load("documents")) == 25
+    undisturbed, _ = run(counting(engine), experiment.with_changes(run="undisturbed"))
+    columns = ["task", "metric", "value", "stderr", "n"]
+    pandas.testing.assert_frame_equal(result.tasks[columns], undisturbed.tasks[columns])
     once_more: list[int] = []
-    second.score = lambda pairs: once_more.append(len(pairs)) or engine.score(pairs)
+    second.score = lambda pairs, **on: once_more.append(len(pairs)) or engine.score(pairs, **on)
     again, _ = run(second, experiment)
     assert once_more == []
     pandas.testing.assert_frame_equal(again.tasks, result.tasks)
 
 
-def test_a_task_cut_off_while_its_rows_were_written_is_run_again(engine, data, tmp_path) -> None:
+def test_a_task_cut_off_while_its_scores_were_written_is_scored_from_its_answers(engine, data, tmp_path) -> None:
     experiment = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0)
     result, folder = run(engine, experiment)
     scores = folder.table_path("scores")
@@ -345,8 +376,7 @@ def test_a_task_cut_off_while_its_rows_were_written_is_run_again(engine, data, t
 
     again, folder = run(engine, experiment)
 
-    assert len(folder.load("documents")) == 20  # both tasks were scored twice
-    assert len(load_documents(folder)) == 10
+    assert len(folder.load("documents")) == 10
     columns = ["task", "metric", "value", "stderr", "n"]
     pandas.testing.assert_frame_equal(again.tasks[columns], result.tasks[columns])
 
@@ -382,7 +412,7 @@ def test_answers_of_another_model_engine_or_version_are_not_reused(engine, data,
     run(first, experiment)
     second.identity = second.identity.with_parts(**parts)
     scored: list[int] = []
-    second.score = lambda pairs: scored.append(len(pairs)) or engine.score(pairs)
+    second.score = lambda pairs, **on: scored.append(len(pairs)) or engine.score(pairs, **on)
 
     result, folder = run(second, experiment)
 
@@ -430,10 +460,10 @@ def test_a_failing_task_becomes_a_failed_row_and_the_others_go_on(engine, data, 
     experiment = experiment_for(data, tmp_path, eval_datasets=["mmlu", "wikitext"], eval_fewshot=0)
     broken = counting(engine)
 
-    def score(pairs):
+    def score(pairs, **on):
         if any("business ethics" in engine.tokenizer.decode(context) for context, _ in pairs):
             raise RuntimeError("out of memory")
-        return engine.score(pairs)
+        return engine.score(pairs, **on)
 
     broken.score = score
     result, _ = run(broken, experiment)
@@ -512,7 +542,7 @@ def test_a_model_without_knowledge_ends_the_stage_with_an_alarm(engine, tmp_path
     data = write_sets(tmp_path / "data", documents=40)
     experiment = experiment_for(data, tmp_path / "out", eval_datasets=["mmlu"], eval_fewshot=0)
     guessing = counting(engine)
-    guessing.score = lambda pairs: [SimpleNamespace(logprob=-float(i % 4), is_greedy=False) for i in range(len(pairs))]
+    guessing.score = scores_of(lambda i: -float(i % 4))
 
     result, folder = run(guessing, experiment)
 
@@ -528,7 +558,7 @@ def test_a_model_without_knowledge_ends_the_stage_with_an_alarm(engine, tmp_path
 
 def test_a_log_probability_that_is_not_a_number_is_an_alarm(engine, data, tmp_path) -> None:
     broken = counting(engine)
-    broken.score = lambda pairs: [SimpleNamespace(logprob=float("nan"), is_greedy=False) for _ in pairs]
+    broken.score = scores_of(lambda i: float("nan"))
 
     result, folder = run(broken, experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0))
 

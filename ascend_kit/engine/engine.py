@@ -24,7 +24,7 @@ from ascend_kit.engine.core import Core, EngineCore, ReplicasLost
 from ascend_kit.engine.processes import needs_process
 from ascend_kit.engine.ranks import Ranks, environment_ranks
 from ascend_kit.engine.sampler import mix
-from ascend_kit.engine.scoring import ScoreSheet, score_sequences
+from ascend_kit.engine.scoring import OnScore, ScoreSheet, score_sequences
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, Sequence
 from ascend_kit.files import Progress
 from ascend_kit.identity import Identity
@@ -225,15 +225,25 @@ class AscendInferEngine:
     # --- many requests ----------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling = None, *, on_progress: Progress | None = None
+        self,
+        prompts: Prompts,
+        sampling: Sampling = None,
+        *,
+        on_progress: Progress | None = None,
+        on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
-        """Answer every prompt; outputs in input order. A prompt that cannot run ends with an error, alone."""
+        """Answer every prompt; outputs in input order. A prompt that cannot run ends with an error, alone.
+
+        `on_output` hears of each answer as it ends.
+        """
         done: dict[int, RequestOutput] = {}
 
         def keep(place: int, sequence: Sequence) -> None:
             if sequence.is_finished:
                 done[place] = self._output(sequence)
                 done[place].index = place
+                if on_output is not None:
+                    on_output(done[place])
 
         order = self._add_all(prompts, sampling, keep, is_watched=False)
         try:
@@ -264,14 +274,16 @@ class AscendInferEngine:
         finally:
             self._cancel_rest(order)
 
-    def score(self, pairs: Seq[tuple[Prompt, Prompt]], *, on_progress: Progress | None = None) -> list[Score]:
+    def score(
+        self, pairs: Seq[tuple[Prompt, Prompt]], *, on_progress: Progress | None = None, on_score: OnScore | None = None
+    ) -> list[Score]:
         """Log-probability of each continuation after its context, natural logarithm, softmax in float32.
 
         Two texts are encoded together, as lm-eval does. Pairs with the same tokens before the last one share a single
         pass. ValueError when a pair cannot be scored; one that fails while it is computed, or whose text cannot be
-        encoded, has NaN and an error, alone.
+        encoded, has NaN and an error, alone. `on_score` hears of each pair as it is done.
         """
-        core, sheet = self._loaded(), ScoreSheet(len(pairs))
+        core, sheet = self._loaded(), ScoreSheet(len(pairs), on_score)
         ids: dict[int, tuple[list[int], list[int]]] = {}
         for number, pair in enumerate(pairs):
             if isinstance(pair, (str, bytes)) or not hasattr(pair, "__len__") or len(pair) != 2:

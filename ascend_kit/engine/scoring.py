@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from ascend_kit.engine.sequence import SamplingParams, Score, ScoreTarget, Sequence
 
+OnScore = Callable[[int, Score], None]  # the place of a pair, its score
 NOT_FINITE = (
     "the model's logits are not finite (NaN or infinity): an overflow in its arithmetic, or damaged weights; "
     "try precision bf16 or fp32"
@@ -14,10 +16,11 @@ NOT_FINITE = (
 
 
 class ScoreSheet:
-    """The scores of numbered pairs, filled in as their sequences end."""
+    """The scores of numbered pairs, filled in as their sequences end; `on_score` hears of each at once."""
 
-    def __init__(self, num_pairs: int) -> None:
+    def __init__(self, num_pairs: int, on_score: OnScore | None = None) -> None:
         self.num_pairs = num_pairs
+        self.on_score = on_score
         self.scores: dict[int, Score] = {}
 
     def __len__(self) -> int:
@@ -25,7 +28,7 @@ class ScoreSheet:
 
     def fail(self, pair: int, error: str) -> None:
         """A pair has no score."""
-        self.scores[pair] = Score(math.nan, False, error)
+        self._set(pair, Score(math.nan, False, error))
 
     def on_step(self, sequence: Sequence) -> None:
         """Take over what a finished sequence found."""
@@ -34,7 +37,12 @@ class ScoreSheet:
             if sequence.error is not None or not math.isfinite(logprob):
                 self.fail(target.pair, sequence.error or NOT_FINITE)
             else:
-                self.scores[target.pair] = Score(logprob, all(row.is_greedy for row in rows))
+                self._set(target.pair, Score(logprob, all(row.is_greedy for row in rows)))
+
+    def _set(self, pair: int, score: Score) -> None:
+        self.scores[pair] = score
+        if self.on_score is not None:
+            self.on_score(pair, score)
 
     def result(self) -> list[Score]:
         """All scores in order."""

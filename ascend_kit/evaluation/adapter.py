@@ -7,7 +7,9 @@ everything else imports it inside functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,14 +20,24 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ascend_kit.engine import text
 from ascend_kit.evaluation.interface import EvaluatedEngine
+from ascend_kit.identity import hash_value
 
 if TYPE_CHECKING:
-    from ascend_kit.engine.sequence import SamplingParams
+    from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score
 
+Facts = dict[str, Any]
+OnAnswer = Callable[[int, Any, Facts], None]  # place of the request, lm-eval's answer, how it came about
 DEFAULT_ANSWER_TOKENS = 256  # lm-eval's own default for generate_until
-GENERATE_TOGETHER = 64  # prompts handed to the engine at once; it batches them continuously
 TokenPair = tuple[list[int], list[int]]
-GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+SAMPLING_KEYS = {"temperature", "top_k", "top_p", "min_p", "presence_penalty", "repetition_penalty"}
+GENERATION_KEYS = {"until", "max_gen_toks", "do_sample"} | SAMPLING_KEYS
+THINK_END = "</think>"
+# Qwen's own sentence for a thinking budget (Qwen documentation, "Thinking Budget").
+HURRY = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+    f"{THINK_END}\n\n"
+)
+PLAIN = {"skip_special_tokens": True}
 
 
 class NotFiniteError(ValueError):
@@ -35,9 +47,10 @@ class NotFiniteError(ValueError):
 class EngineLM(TemplateLM):
     """What lm-eval asks of a model, answered by `engine.score` and `engine.generate`.
 
-    `max_length` caps the tokens fed to the model; a longer context loses its left end. `batch_size` is how
-    many different contexts are scored together. `on_requests(n)` is called as n more requests have been
-    answered.
+    `max_length` caps the tokens fed to the model; a longer context loses its left end. With a `thinking_budget` the
+    model thinks first, up to so many tokens, and the answer is what follows. Samples of a temperature draw from `seed`,
+    their prompt and their number alone. `on_answer` hears of each request as it is answered, `on_step` after each step
+    of the engine.
     """
 
     def __init__(
@@ -45,20 +58,23 @@ class EngineLM(TemplateLM):
         engine: EvaluatedEngine,
         *,
         max_length: int | None = None,
-        batch_size: int = 8,
         thinking: bool | None = None,
-        on_requests: Callable[[int], None] | None = None,
+        thinking_budget: int | None = None,
+        sampling: dict[str, Any] | None = None,
+        seed: int = 0,
+        on_answer: OnAnswer | None = None,
     ) -> None:
         super().__init__()
         self.engine = engine
         self.tokenizer = engine.tokenizer
-        self.batch_size = batch_size
-        self.thinking = thinking
-        self.cut_tokens: dict[str, int] = {}  # context -> tokens of its left end that the limit took
-        self.finish_reasons: dict[str, str] = {}  # prompt -> why its generation ended
+        self.thinking, self.thinking_budget = thinking, thinking_budget
+        self.sampling, self.seed = sampling or {}, seed
+        self.on_answer: OnAnswer = on_answer or (lambda index, answer, facts: None)
         self._max_length = min(max_length or engine.max_seq_length, engine.max_seq_length)
-        self.on_requests = on_requests or (lambda count: None)
         self._encode = lru_cache(maxsize=2)(partial(text.encode, self.tokenizer))  # the choices of a context follow it
+
+    def on_step(self, *_: Any) -> None:
+        """The engine has computed a step."""
 
     @property
     def max_length(self) -> int:
@@ -111,34 +127,20 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, **_: Any
     ) -> list[tuple[float, bool]]:
-        answers: list[tuple[float, bool]] = []
-        for batch in self._batches(requests):
-            scores = self.engine.score([self._fit(*request) for request in batch])
-            for (key, _, _), score in zip(batch, scores, strict=True):
-                answer = (_finite(score.logprob), bool(score.is_greedy))
-                answers.append(answer)
-                if key is not None:
-                    self.cache_hook.add_partial("loglikelihood", key, answer)
-            self.on_requests(len(batch))
-        return answers
+        def keep(index: int, score: Score) -> None:
+            if math.isfinite(score.logprob):
+                key, context, continuation = requests[index]
+                answer = (float(score.logprob), bool(score.is_greedy))
+                self.on_answer(index, answer, self._facts(context, continuation))
+                self.cache_hook.add_partial("loglikelihood", key, answer)
 
-    def _batches(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> Iterator[list[tuple]]:
-        """Runs of requests with at most `batch_size` different neighbouring contexts: a question stays
-        whole.
-        """
-        batch: list[tuple] = []
-        contexts = 0
-        for request in requests:
-            is_new = not batch or request[1] != batch[-1][1]
-            if is_new and contexts == self.batch_size:
-                yield batch
-                batch, contexts = [], 0
-            batch.append(request)
-            contexts += is_new
-        if batch:
-            yield batch
+        return [(_finite(score), bool(score.is_greedy)) for score in self._score(requests, keep)]
 
-    def _fit(self, key: tuple[str, str] | None, context: list[int], continuation: list[int]) -> TokenPair:
+    def _score(self, requests: Sequence[tuple[Any, list[int], list[int]]], on_score: Any) -> list[Score]:
+        pairs = [self._fit(context, continuation) for _, context, continuation in requests]
+        return self.engine.score(pairs, on_score=on_score, on_progress=self.on_step)
+
+    def _fit(self, context: list[int], continuation: list[int]) -> TokenPair:
         """The pair cut to the last max_length + 1 tokens; the final one is predicted, never fed."""
         if not continuation:
             raise ValueError("nothing to score: the continuation adds no token to its context")
@@ -147,23 +149,33 @@ class EngineLM(TemplateLM):
                 f"a continuation of {len(continuation)} tokens does not fit max_length="
                 f"{self.max_length}; raise eval_max_seq_length"
             )
-        room = self.max_length + 1 - len(continuation)
-        if key is not None and len(context) > room:
-            self.cut_tokens[key[0]] = len(context) - room
-        return context[-room:], continuation
+        return context[-(self.max_length + 1 - len(continuation)) :], continuation
+
+    def _facts(self, context: list[int], continuation: list[int]) -> Facts:
+        kept = min(len(context), self.max_length + 1 - len(continuation))
+        return {"num_prompt_tokens": kept, "cut_tokens": len(context) - kept}
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-probability of each whole text, every token predicted once in windows of max_length tokens."""
-        totals: list[float] = []
-        for start in range(0, len(requests), self.batch_size):
-            texts = [request.args[0] for request in requests[start : start + self.batch_size]]
-            windows = [self.windows(whole) for whole in texts]
-            scores = iter(self._loglikelihood_tokens([(None, *pair) for part in windows for pair in part]))
-            for whole, part in zip(texts, windows, strict=True):
-                total = sum(next(scores)[0] for _ in part)
-                totals.append(float(total))
-                self.cache_hook.add_partial("loglikelihood_rolling", (whole,), float(total))
-        return totals
+        windows = [self.windows(request.args[0]) for request in requests]
+        owners = [number for number, part in enumerate(windows) for _ in part]
+        found: list[list[float]] = [[] for _ in requests]
+
+        def keep(index: int, score: Score) -> None:
+            number = owners[index]
+            found[number].append(score.logprob)
+            total = math.fsum(found[number])
+            if len(found[number]) == len(windows[number]) and math.isfinite(total):
+                num_tokens = sum(len(continuation) for _, continuation in windows[number])
+                self.on_answer(number, total, {"num_prompt_tokens": num_tokens, "cut_tokens": 0})
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, total)
+
+        for score in self._score([(None, *pair) for part in windows for pair in part], keep):
+            _finite(score)
+        for number, part in enumerate(windows):
+            if not part:  # a text without a token
+                self.on_answer(number, 0.0, {"num_prompt_tokens": 0, "cut_tokens": 0})
+        return [math.fsum(part) for part in found]
 
     def windows(self, whole: str) -> list[TokenPair]:
         """(context, tokens to score) pieces of a text: the first token follows the prefix token."""
@@ -173,61 +185,138 @@ class EngineLM(TemplateLM):
     # --- generation -----------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The text after each prompt, cut before the first stop string."""
-        texts: list[str] = []
-        for start in range(0, len(requests), GENERATE_TOGETHER):
-            part = [cast(tuple[str, dict], request.args[:2]) for request in requests[start : start + GENERATE_TOGETHER]]
-            jobs = [self._generation_job(context, settings) for context, settings in part]
-            outputs = self.engine.generate([prompt for prompt, _, _ in jobs], [sampling for _, sampling, _ in jobs])
-            for (context, settings), (_, _, until), output in zip(part, jobs, outputs, strict=True):
-                if output.finish_reason not in ("stop", "length"):
-                    raise RuntimeError(f"generation ended with {output.finish_reason}: {output.error}")
-                answer = _cut(self.tokenizer.decode(output.token_ids, skip_special_tokens=True), until)
-                texts.append(answer)
-                self.finish_reasons[context] = output.finish_reason
-                self.cache_hook.add_partial("generate_until", (context, settings), answer)
-            self.on_requests(len(part))
+        """The text after each prompt, without what was thought before it, cut before the first stop string."""
+        seen: Counter[str] = Counter()
+        jobs = []
+        for context, settings in (cast(tuple[str, dict], request.args[:2]) for request in requests):
+            jobs.append(self.job(context, settings, seen[context]))  # a request stands there once for each sample
+            seen[context] += 1
+        texts: list[str] = [""] * len(requests)
+
+        def keep(index: int, output: RequestOutput) -> None:
+            if output.finish_reason in ("stop", "length"):
+                job = jobs[index]
+                texts[index] = job.answer(self.tokenizer.decode([*job.thought, *output.token_ids], **PLAIN))
+                self.on_answer(index, texts[index], job.facts(output))
+                self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+
+        places = list(range(len(jobs)))
+        if self.thinking_budget:
+            done = self._think(jobs, self.thinking_budget)
+            for place, output in done.items():
+                keep(place, output)
+            places = [place for place in places if place not in done]
+        outputs = self.engine.generate(
+            [jobs[place].prompt + jobs[place].thought for place in places],
+            [jobs[place].sampling for place in places],
+            on_progress=self.on_step,
+            on_output=lambda output: keep(places[output.index], output),
+        )
+        _all_ended(outputs)
         return texts
 
-    def _generation_job(self, context: str, settings: dict[str, Any]) -> tuple[list[int], SamplingParams, list[str]]:
+    def _think(self, jobs: list[Job], budget: int) -> dict[int, RequestOutput]:
+        """Let the model think for at most `budget` tokens, without the task's stop strings; whoever has not ended by
+        then is told to answer (Qwen's thinking budget). Comes back: place -> answer of those who ended without a
+        thought.
+        """
+        limits = [replace(job.sampling, max_new_tokens=budget, stop=(THINK_END,)) for job in jobs]
+        outputs = self.engine.generate([job.prompt for job in jobs], limits, on_progress=self.on_step)
+        _all_ended(outputs)
+        hurry = self.tok_encode(HURRY, add_special_tokens=False)
+        done = {}
+        for place, (job, output) in enumerate(zip(jobs, outputs, strict=True)):
+            is_over = output.finish_reason == "stop"
+            if is_over and THINK_END not in self.tokenizer.decode(output.token_ids, **PLAIN):
+                done[place] = output
+                continue
+            job.num_thinking, job.is_cut_short = len(output.token_ids), not is_over
+            job.thought = [*output.token_ids, *([] if is_over else hurry)]
+        return done
+
+    def job(self, context: str, settings: dict[str, Any], number: int = 0) -> Job:
+        """A prompt and how it is answered; ValueError for settings that this engine does not know or has no room for.
+
+        Works on a copy of the settings and knows their aliases.
+        """
+        from ascend_kit.engine.sampler import mix
         from ascend_kit.engine.sequence import SamplingParams
 
-        # Works on a copy and knows the aliases.
-        options = cast(dict[str, Any], normalize_gen_kwargs(settings, self.max_gen_toks))
+        options = {**cast(dict[str, Any], normalize_gen_kwargs(settings, self.max_gen_toks)), **self.sampling}
         unknown = set(options) - GENERATION_KEYS
         if unknown:
             raise ValueError(
                 f"generation settings {sorted(unknown)} are not supported; allowed: {sorted(GENERATION_KEYS)}"
             )
-        new_tokens = int(options["max_gen_toks"])
-        room = self.max_length - new_tokens
+        new_tokens = int(options.pop("max_gen_toks"))
+        room = self.max_length - new_tokens - (self.thinking_budget or 0)
+        if self.thinking_budget:
+            room -= len(self.tok_encode(HURRY, add_special_tokens=False))
         if room < 1:
+            thinking = f" and {self.thinking_budget} tokens of thinking" if self.thinking_budget else ""
             raise ValueError(
-                f"{new_tokens} new tokens leave no room for a prompt within max_length="
+                f"{new_tokens} new tokens{thinking} leave no room for a prompt within max_length="
                 f"{self.max_length}; raise eval_max_seq_length"
             )
-        until = [stop for stop in options["until"] if stop]
+        until = [stop for stop in options.pop("until") if stop]
+        options.pop("do_sample", None)  # the temperature says it
         sampling = SamplingParams(
             max_new_tokens=new_tokens,
-            temperature=options.get("temperature", 0.0),
-            top_k=options.get("top_k"),
-            top_p=options.get("top_p", 1.0),
             stop=tuple(until),
             stop_token_ids=(self.eot_token_id,),
+            seed=mix(self.seed, int(hash_value([context, number])[:8], 16)),
+            **options,
         )
         prompt = self.tok_encode(context)
-        if len(prompt) > room:
-            self.cut_tokens[context] = len(prompt) - room
-        return prompt[-room:], sampling, until
+        return Job(prompt[-room:], sampling, until, max(0, len(prompt) - room), is_thinking=bool(self.thinking_budget))
 
 
-def _finite(logprob: float) -> float:
-    if not math.isfinite(logprob):
+@dataclass
+class Job:
+    """One prompt to be answered: its tokens, and what the model thought before the answer."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    until: list[str]
+    cut_tokens: int
+    is_thinking: bool = False
+    thought: list[int] = field(default_factory=list)
+    num_thinking: int = 0
+    is_cut_short: bool = False
+
+    def answer(self, whole: str) -> str:
+        """What follows the last end of thinking in a text, cut at the stop strings; thoughts without an end are no
+        answer.
+        """
+        if self.is_thinking:
+            whole = whole.rpartition(THINK_END)[2].lstrip() if THINK_END in whole or "<think>" not in whole else ""
+        return _cut(whole, self.until)
+
+    def facts(self, output: RequestOutput) -> Facts:
+        """How the answer came about."""
+        facts = {
+            "num_prompt_tokens": len(self.prompt),
+            "cut_tokens": self.cut_tokens,
+            "num_output_tokens": len(output.token_ids),
+            "finish_reason": output.finish_reason,
+        }
+        thinking = {"num_thinking_tokens": self.num_thinking, "thinking_is_cut": self.is_cut_short}
+        return {**facts, **(thinking if self.is_thinking else {})}
+
+
+def _all_ended(outputs: Sequence[RequestOutput]) -> None:
+    for output in outputs:
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"generation ended with {output.finish_reason}: {output.error}")
+
+
+def _finite(score: Score) -> float:
+    if not math.isfinite(score.logprob):
         raise NotFiniteError(
-            f"the engine returned the log-probability {logprob}: an overflow in the model's arithmetic; "
+            f"the engine returned the log-probability {score.logprob}: an overflow in the model's arithmetic; "
             "try precision bf16 or fp32"
         )
-    return float(logprob)
+    return float(score.logprob)
 
 
 def _cut(answer: str, until: list[str]) -> str:

@@ -21,8 +21,6 @@ from ascend_kit.evaluation import rows as shapes
 from ascend_kit.evaluation.files import DataError, SetFiles, set_files, set_folders, subject_key
 from ascend_kit.evaluation.rows import Reader, Row, Shape
 from ascend_kit.identity import hash_value
-from ascend_kit.params import Experiment
-from ascend_kit.params.experiment import DEMO
 
 MULTIPLE_CHOICE_GROUP = "agieval_multiple_choice"
 FAULTS_SHOWN = 8
@@ -105,6 +103,33 @@ class LocalTask:
         """The content of the rows, whatever files and layout they came in."""
         return hash_value(self.rows)
 
+    def config(self, folder: Path) -> dict[str, Any]:
+        """What the task's YAML file in `folder` says; the rows are written beside it."""
+        config = {"include": str(self.packaged_yaml), "task": self.task, **self.data_settings(folder)}
+        # lm-eval opens the splits of shots even when it takes none, and lists all of WikiText's training text.
+        if not self.num_fewshot:
+            config["fewshot_split"] = None
+        if self.set_name == "wikitext":
+            config |= {"training_split": None, "validation_split": None}
+        return config
+
+    def data_settings(self, folder: Path) -> dict[str, Any]:
+        """Write the rows below `folder`; the settings that make lm-eval read them."""
+        import pyarrow
+        import pyarrow.parquet
+
+        paths = {}
+        for split, rows in self.rows.items():
+            path = folder / "data" / self.task / f"{split}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            paths[split] = [str(path)]
+        return {
+            "dataset_path": "parquet",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")},
+        }
+
 
 @dataclass(frozen=True)
 class GroupSpec:
@@ -117,31 +142,17 @@ class GroupSpec:
     num_packaged: int
 
 
-def go_offline() -> None:
+def go_offline(*, may_download: bool = False) -> None:
     """Tell the datasets and hub libraries not to use the network, also where they were imported already."""
-    os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    if not may_download:
+        os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     import huggingface_hub.constants
     from datasets import config, disable_progress_bars
 
-    config.HF_DATASETS_OFFLINE = config.HF_HUB_OFFLINE = True
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if not may_download:
+        config.HF_DATASETS_OFFLINE = config.HF_HUB_OFFLINE = True
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
     disable_progress_bars()  # one bar per split and subject would bury the evaluation's own
-
-
-def check_data(experiment: Experiment) -> list[LocalTask]:
-    """The tasks of an experiment, every file and row of them checked, without a model: DataError with all faults.
-
-    Empty for the word `demo`, whose data is right when it is built. The demo's questions say nothing about another
-    model: then `dataset_path` must be given.
-    """
-    written = experiment.model_dump()  # the word demo as it was written, wherever the demo lies
-    if written["dataset_path"] in (None, DEMO) and written["input_model"] != DEMO:
-        raise DataError(
-            f"dataset_path is not given, and the demo's questions say nothing about {experiment.input_model}: name a "
-            f"folder that holds {', '.join(_wanted_folder(SETS[name]) for name in experiment.eval_datasets)}"
-        )
-    path = experiment.needed("dataset_path")
-    return [] if path == DEMO else find_tasks(path, experiment.eval_datasets, num_fewshot=experiment.eval_fewshot)
 
 
 def find_tasks(dataset_path: str | Path, sets: Iterable[str], *, num_fewshot: int | None = None) -> list[LocalTask]:
@@ -153,7 +164,7 @@ def find_tasks(dataset_path: str | Path, sets: Iterable[str], *, num_fewshot: in
     root, sets = Path(dataset_path).expanduser(), list(dict.fromkeys(sets))
     if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):
         what = "cannot be read" if os.path.isdir(root) else "is not a folder; it must hold "
-        wanted = "" if os.path.isdir(root) else ", ".join(_wanted_folder(SETS[name]) for name in sets)
+        wanted = "" if os.path.isdir(root) else ", ".join(wanted_folder(SETS[name]) for name in sets)
         raise DataError(f"dataset_path {str(root)!r} {what}{wanted}")
     tasks: list[LocalTask] = []
     faults: list[str] = []
@@ -178,6 +189,9 @@ def groups_of(tasks: Iterable[LocalTask]) -> list[GroupSpec]:
     present = {task.task for task in tasks}
     groups = []
     for name in dict.fromkeys(task.set_name for task in tasks):
+        if name not in SETS:
+            groups += plain_group(name, [task for task in tasks if task.set_name == name])
+            continue
         for group, (members, metrics) in packaged_groups(SETS[name].task_folder).items():
             here = tuple(member for member in members if member in present)
             if here:
@@ -190,6 +204,14 @@ def groups_of(tasks: Iterable[LocalTask]) -> list[GroupSpec]:
     return groups
 
 
+def plain_group(name: str, tasks: list[LocalTask]) -> list[GroupSpec]:
+    """The mean over the tasks of a group or tag of lm-eval's, of the metrics that all of them have."""
+    if len(tasks) < 2:
+        return []
+    metrics = tuple(metric for metric in tasks[0].metrics if all(metric in task.metrics for task in tasks))
+    return [GroupSpec(name, name, tuple(task.task for task in tasks), metrics, len(tasks))]
+
+
 def write_task_folder(tasks: Iterable[LocalTask], folder: str | Path) -> Path:
     """YAML and parquet files that make lm-eval read exactly the checked rows; returns the folder.
 
@@ -199,10 +221,10 @@ def write_task_folder(tasks: Iterable[LocalTask], folder: str | Path) -> Path:
     folder, tasks = Path(folder), list(tasks)
     folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        _write_yaml(folder / f"{task.task}.yaml", _task_config(task, folder))
+        write_yaml(folder / f"{task.task}.yaml", task.config(folder))
     for group in groups_of(tasks):
         metrics = [{"metric": metric, "aggregation": "mean", "weight_by_size": True} for metric in group.metrics]
-        _write_yaml(
+        write_yaml(
             folder / f"_group_{group.group}.yaml",
             {"group": group.group, "task": list(group.tasks), "aggregate_metric_list": metrics},
         )
@@ -230,14 +252,14 @@ def packaged_folder(task_folder: str) -> Path:
 @lru_cache
 def packaged_tasks(task_folder: str) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Task name -> (YAML file, settings with `include` resolved) of one packaged folder."""
-    configs = [(path, _read_task(path)) for path in sorted(packaged_folder(task_folder).glob("*.yaml"))]
+    configs = [(path, packaged_config(path)) for path in sorted(packaged_folder(task_folder).glob("*.yaml"))]
     return {config["task"]: (path, config) for path, config in configs if isinstance(config.get("task"), str)}
 
 
 @lru_cache
 def packaged_groups(task_folder: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Group name -> (leaf task names, metrics averaged) of one packaged folder."""
-    configs = [_read_task(path) for path in sorted(packaged_folder(task_folder).glob("*.yaml"))]
+    configs = [packaged_config(path) for path in sorted(packaged_folder(task_folder).glob("*.yaml"))]
     groups = {config["group"]: config for config in configs if "group" in config}
     tags: dict[str, list[str]] = {}
     for task, (_, config) in packaged_tasks(task_folder).items():
@@ -256,10 +278,11 @@ def packaged_groups(task_folder: str) -> dict[str, tuple[tuple[str, ...], tuple[
     }
 
 
-def _read_task(path: Path) -> dict[str, Any]:
+def packaged_config(path: Path) -> dict[str, Any]:
+    """The settings of a packaged task or group file, with `include` resolved."""
     config = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskYaml)
     include = config.pop("include", None)
-    return {**_read_task(path.parent / include), **config} if include else config
+    return {**packaged_config(path.parent / include), **config} if include else config
 
 
 def _subject(config: dict[str, Any]) -> str:
@@ -267,32 +290,8 @@ def _subject(config: dict[str, Any]) -> str:
     return subject_key(config.get("dataset_name") or config["dataset_path"].rpartition("/")[2])
 
 
-def _task_config(task: LocalTask, folder: Path) -> dict[str, Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    paths = {}
-    for split, rows in task.rows.items():
-        path = folder / "data" / task.task / f"{split}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        paths[split] = [str(path)]
-    config = {
-        "include": str(task.packaged_yaml),
-        "task": task.task,
-        "dataset_path": "parquet",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")},
-    }
-    # lm-eval opens the splits of shots even when it takes none, and lists all of WikiText's training text.
-    if not task.num_fewshot:
-        config["fewshot_split"] = None
-    if task.set_name == "wikitext":
-        config |= {"training_split": None, "validation_split": None}
-    return config
-
-
-def _write_yaml(path: Path, config: dict[str, Any]) -> None:
+def write_yaml(path: Path, config: dict[str, Any]) -> None:
+    """Write a task's or group's settings."""
     path.write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
@@ -303,7 +302,7 @@ def _find_set(root: Path, spec: SetSpec, num_fewshot: int | None, tasks: list[Lo
     folders = set_folders(root, spec.accepts)
     if not folders:
         below = ", ".join(sorted(os.listdir(root))[:12]) or "nothing"
-        faults.append(f"{spec.name}: no folder {_wanted_folder(spec)} in {root} (it holds: {below})")
+        faults.append(f"{spec.name}: no folder {wanted_folder(spec)} in {root} (it holds: {below})")
         return
     packaged = packaged_tasks(spec.task_folder)
     subjects = {_subject(config) for _, config in packaged.values()}
@@ -371,5 +370,6 @@ def _local_task(
     )
 
 
-def _wanted_folder(spec: SetSpec) -> str:
+def wanted_folder(spec: SetSpec) -> str:
+    """How a folder that holds the set is called."""
     return f"{spec.name}/ (a copy of {spec.hub_name})"

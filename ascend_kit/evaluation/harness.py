@@ -1,10 +1,10 @@
-"""Run lm-eval's tasks on the engine and keep every answer: one task at a time, rows as they finish.
+"""Run lm-eval's tasks on the engine and keep every answer: all tasks together, each document on disk at once.
 
-Tables of the run folder: `scores` (a row per task and metric), `documents` (a row per document, with the
-log-probability of each choice) and `evaluation_cards` (a row per task and card), every row with the identity of what
-produced it; `evaluation.json` says which identity was asked for, and holds groups, cautions and published figures. A
-finished task is not repeated where its identity is the one asked for; one that fails becomes a failed row and the
-others go on.
+Tables of the run folder: `documents` (a row per document as it is answered, with question, answer and the
+log-probability of each choice), `scores` (a row per task and metric) and `evaluation_cards` (a row per card), every row
+with the identity of what produced it; `evaluation.json` says which identity was asked for, and holds the documents
+drawn, groups, cautions and published figures. A document is not asked again where its identity is the one asked for; a
+task that fails becomes a failed row and the others go on.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.evaluation import judge, scores
-from ascend_kit.evaluation.datasets import LocalTask, check_data, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.datasets import LocalTask, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.interface import EvaluatedEngine
+from ascend_kit.evaluation.live import Live, drawn_documents
+from ascend_kit.evaluation.other_tasks import check_data, freeze_documents
 from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
 from ascend_kit.evaluation.scores import EvaluationResult, load_evaluation
 from ascend_kit.identity import Identity, hash_value
@@ -31,11 +34,15 @@ from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
-    from ascend_kit.evaluation.adapter import EngineLM
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    from ascend_kit.evaluation.answering import Answered, DocumentLM
 
 Progress = Callable[[int, int, str], None]  # documents done, documents in all, task
 CARDS = "evaluation_cards"
 TABLES = ("scores", "documents", CARDS, "evaluation")
+ALL_TASKS = "all"
 FEWSHOT_SEED = 1234  # lm-eval's default; the sets here take the first shots anyway
 
 
@@ -51,7 +58,11 @@ def evaluate(
     tasks = check_data(experiment)
     if not tasks:
         raise DataError("dataset_path is the word demo: use demo.resolve(experiment), which builds the sample sets")
-    go_offline()
+    cannot = getattr(engine, "cannot", None)
+    reasons = {task.task: why for task in tasks if cannot and (why := cannot(task.output_type))}
+    if reasons:
+        raise DataError(f"{', '.join(reasons)} cannot be asked: {next(iter(reasons.values()))}")
+    go_offline(may_download=experiment.allow_download)
     with folder.working(experiment, *TABLES):
         _Session(engine, experiment, folder, tasks, on_progress or (lambda done, total, task: None)).run()
         result = load_evaluation(folder)
@@ -71,49 +82,74 @@ class _Session:
         tasks: list[LocalTask],
         on_progress: Progress,
     ) -> None:
-        self.engine, self.experiment, self.folder, self.tasks = engine, experiment, folder, tasks
+        self.engine, self.experiment, self.folder = engine, experiment, folder
+        self.tasks = {task.task: task for task in tasks}
         self.on_progress = on_progress
         self.uses_chat = experiment.eval_chat_template
-        self.limit = experiment.eval_limit
         self.max_length = min(experiment.eval_max_seq_length, engine.max_seq_length)
         from ascend_kit.engine.text import thinking_option  # imports torch
 
         chat = thinking_option(engine.tokenizer, experiment.thinking) if self.uses_chat else {}
         self.thinking = chat.get("enable_thinking")
+        template = judge.template_of(engine.tokenizer) if self.uses_chat else ""
+        thinks = self.thinking or ("<think>" in template and "enable_thinking" not in template)
+        self.thinking_budget = experiment.eval_thinking_budget if thinks else None
+        sampling = {
+            "temperature": experiment.eval_temperature,
+            "top_p": experiment.eval_top_p,
+            "top_k": experiment.eval_top_k,
+            "max_gen_toks": experiment.eval_max_new_tokens,
+        }
+        self.sampling = {name: value for name, value in sampling.items() if value is not None}
         self.identities = {task.task: self._identity(task) for task in tasks}
-        self.total = sum(self._size(task) for task in tasks)
-        self.num_finished = 0
+        self.drawn = drawn_documents(tasks, experiment)
+        self.configured: dict[str, Any] = {}
+        self.known = self._known_rows()
+        self.live = Live(self.tasks.values(), self.drawn)
+        self.wall_s: defaultdict[str, float] = defaultdict(float)
+        self._last_s = time.perf_counter()
 
     def run(self) -> None:
-        from lm_eval.tasks import TaskManager
-
-        from ascend_kit.evaluation.adapter import EngineLM
+        from ascend_kit.evaluation.answering import DocumentLM
 
         self._write_summary()  # from now on rows of anything else are out of the tables
-        done = scores.finished(self.folder, self.identities)
-        lm = EngineLM(
-            self.engine,
-            max_length=self.max_length,
-            # Every replica gets a full batch; a stand-in without replicas counts as one.
-            batch_size=self.experiment.eval_batch_size * getattr(self.engine, "num_replicas", 1),
-            thinking=self.experiment.thinking,
-        )
-        with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
-            write_task_folder(self.tasks, scratch)
-            manager = TaskManager(include_path=scratch, include_defaults=False)
-            for task in self.tasks:
-                self.on_progress(self.num_finished, self.total, task.task)
-                keys = {(task.task, metric, self._size(task)) for metric in scores.metrics_of(task)}
-                if not keys <= done:
-                    self._record(lm, task, manager)
-                self.num_finished += self._size(task)
-        self.on_progress(self.num_finished, self.total, "")
+        todo = [name for name in self.tasks if not self._is_finished(name)]
+        for name in self.tasks.keys() - set(todo):
+            self.live.skip(name)
+        self.on_progress(*self.live.progress())
+        if todo:
+            lm = DocumentLM(
+                self.engine,
+                known=self._known_answers,
+                on_documents=self._keep,
+                # Every replica gets a full batch; a stand-in without replicas counts as one.
+                together=self.experiment.eval_batch_size * getattr(self.engine, "num_replicas", 1),
+                indices=self.drawn,
+                max_length=self.max_length,
+                thinking=self.experiment.thinking,
+                thinking_budget=self.thinking_budget,
+                sampling=self.sampling,
+                seed=self.experiment.seed,
+            )
+            load = CardMeter(self.engine)
+            with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
+                self._evaluate_and_record(lm, todo, scratch)
+            rows = [{"task": ALL_TASKS, **row} for row in load.rows()]
+            self.folder.append_all(CARDS, rows, self.engine.identity)
+        self.on_progress(*self.live.progress())
         self._finish()
+
+    # --- identity -----------------------------------------------------------------------------------------------------
 
     def _identity(self, task: LocalTask) -> Identity:
         """What the answers to a task depend on: the engine's identity, the data, and how the task is asked."""
         base: Identity = self.engine.identity
         template = hash_value(self.engine.tokenizer.chat_template) if self.uses_chat else None
+        generation = {
+            "samples": self.experiment.eval_samples,
+            "thinking_budget": self.thinking_budget,
+            "sampling": self.sampling or None,
+        }
         return base.with_parts(
             data=task.data_hash,
             task={
@@ -122,7 +158,8 @@ class _Session:
                 "num_fewshot": task.num_fewshot,
                 "chat_template": template,
                 "thinking": self.thinking,
-                "metrics": scores.metrics_of(task),
+                "metrics": task.metrics,
+                **(generation if task.output_type == "generate_until" else {}),
             },
             engine={**(base.engine or {}), "eval_max_length": self.max_length},
             versions={**(base.versions or {}), "lm_eval": version("lm-eval")},
@@ -130,82 +167,170 @@ class _Session:
 
     def conditions(self, task: LocalTask) -> str:
         """How the task is asked, for people; what a row belongs to is its identity."""
+        drawn = self.drawn.get(task.task)
         return ", ".join(
             (
                 f"{task.num_fewshot}-shot",
                 "chat template" if self.uses_chat else "plain prompt",
-                f"first {self.limit} documents" if self.limit else "all documents",
+                f"{len(drawn)} of {task.num_documents} documents" if drawn else "all documents",
                 f"context {self.max_length} tokens",
             )
         )
 
-    def _size(self, task: LocalTask) -> int:
-        return min(task.num_documents, self.limit or task.num_documents)
+    # --- answers ------------------------------------------------------------------------------------------------------
 
-    def _record(self, lm: EngineLM, task: LocalTask, manager: Any) -> None:
-        """Run one task and append its rows: documents first, so that a score row means they are all there."""
+    def _known_rows(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """The documents that were answered before under the identity asked for now."""
+        recorded = self.folder.identities()
+
+        @cache
+        def agrees(task: str, identity: str) -> bool:
+            return identity in recorded and self.identities[task].agrees(recorded[identity], "resume")
+
+        return {
+            (row["task"], row["doc_id"]): row
+            for row in self.folder.rows("documents")
+            if row["task"] in self.identities and agrees(row["task"], row.get("identity", ""))
+        }
+
+    def _known_answers(self, document: Answered) -> list[Any] | None:
+        from ascend_kit.evaluation.documents import answers_of
+
+        row = self.known.get(document.key)
+        answers = None if row is None else answers_of(row, document)
+        if row is not None and answers is not None:
+            self.live.add(document.key, row)
+        return answers
+
+    def _keep(self, documents: list[Answered]) -> None:
+        """Write answered documents to the disk, and tell how far the evaluation is."""
+        from ascend_kit.evaluation.documents import document_row
+
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for document in documents:
+            task = document.key[0]
+            head = {"task": task, "set": self.tasks[task].set_name}
+            row = {**head, **document_row(self.configured[task], document)}
+            rows.setdefault(task, []).append(row)
+            self.known[document.key] = row
+            self.live.add(document.key, row)
+        now = time.perf_counter()
+        for task, part in rows.items():
+            self.folder.append_all("documents", part, self.identities[task])
+            self.wall_s[task] += (now - self._last_s) * len(part) / len(documents)
+        self._last_s = now
+        self.on_progress(*self.live.progress())
+
+    # --- scores -------------------------------------------------------------------------------------------------------
+
+    def _is_finished(self, task: str) -> bool:
+        rows = [row for row in self._asked_scores() if row["task"] == task]
+        return scores.is_finished(rows, self.drawn.get(task))
+
+    def _asked_scores(self) -> list[dict[str, Any]]:
+        return scores.load_scores(self.folder).to_dict("records")
+
+    def _evaluate_and_record(self, lm: DocumentLM, todo: list[str], scratch: str) -> None:
+        """Ask all tasks together; where one cannot be asked or scored at all, each by itself, from the same answers."""
+        from lm_eval.tasks import TaskManager
+
+        write_task_folder(self.tasks.values(), scratch)
+        with _quiet():
+            manager = TaskManager(include_path=scratch, include_defaults=False)
+            errors = self._configure(lm, manager, todo)
+            for name, error in errors.items():
+                self._record(self.tasks[name], None, error)
+            able = [name for name in todo if name not in errors]
+            try:
+                found = self._scored(lm, able) if able else {}
+            except Exception:  # which of them it was is found out one by one
+                found = {}
+                for name in able:
+                    try:
+                        found |= self._scored(lm, [name]) if name not in lm.failed else {}
+                    except Exception as error:  # any failure of a task is a result; the others go on
+                        lm.failed[name] = error
+        for name in able:
+            self._record(self.tasks[name], found.get(name), lm.failed.get(name))
+
+    def _configure(self, lm: DocumentLM, manager: TaskManager, todo: list[str]) -> dict[str, Exception]:
+        """Build lm-eval's tasks; what cannot be asked is said before anything is."""
+        errors: dict[str, Exception] = {}
+        for name in todo:
+            try:
+                task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
+                task.set_config("num_fewshot", self.tasks[name].num_fewshot)
+                task.set_fewshot_seed(FEWSHOT_SEED)
+                freeze_documents(task)
+                if task.OUTPUT_TYPE == "generate_until":
+                    lm.job("", task.config.generation_kwargs or {})
+                    if self.experiment.eval_samples > 1:
+                        task.set_config("repeats", self.experiment.eval_samples)
+                self.configured[name] = task
+            except Exception as error:  # a data file or a package that the task needs is not there
+                errors[name] = error
+        return errors
+
+    def _scored(self, lm: DocumentLM, names: list[str]) -> dict[str, dict[str, Any]]:
+        """lm-eval's results of these tasks."""
+        from lm_eval import evaluator
+
+        sizes = {name: self.tasks[name].num_documents for name in names}
+        found = evaluator.evaluate(
+            lm=lm,
+            task_dict=cast(Any, {"tasks": {name: self.configured[name] for name in names}}),
+            samples={name: self.drawn.get(name) or list(range(sizes[name])) for name in names} if self.drawn else None,
+            apply_chat_template=self.uses_chat,
+            fewshot_as_multiturn=self.uses_chat,
+            log_samples=False,
+            confirm_run_unsafe_code=self.experiment.allow_code_execution,
+        )
+        return cast(dict[str, Any], found)["results"]
+
+    def _record(self, task: LocalTask, results: dict[str, Any] | None, error: Exception | None) -> None:
+        """Append the score rows of a task, all together; one of a failure where it failed."""
+        identity, drawn = self.identities[task.task], self.drawn.get(task.task)
         head = {
             "task": task.task,
             "set": task.set_name,
             "kind": "task",
             "num_fewshot": task.num_fewshot,
             "conditions": self.conditions(task),
+            "drawn": scores.drawn_key(drawn),
+            "num_rows": 1,
         }
-        identity = self.identities[task.task]
-        start, load = time.perf_counter(), CardMeter(self.engine)
         try:
-            score_rows, document_rows = self._run(lm, task, manager)
-        except Exception as error:  # any failure of a task is a result; the next task may work
+            if error is None:
+                rows = scores.score_rows(task, results or {}, self._documents(task.task))
+                if task.output_type == "loglikelihood_rolling" and task.rows:
+                    rows.append(self._token_perplexity(task))
+                head |= {"num_rows": len(rows), "wall_s": self.wall_s[task.task]}
+                self.folder.append_all("scores", [{**head, **row} for row in rows], identity)
+        except Exception as other:  # a window that cannot be scored, for instance
+            error = other
+        if error is not None:
             failure = {"metric": None, "n": 0, "status": "failed", "error": f"{type(error).__name__}: {error}"}
             self.folder.append("scores", {**head, **failure}, identity)
-            return
-        wall_s = time.perf_counter() - start
-        facts = {"task": task.task, "set": task.set_name}
-        self.folder.append_all(CARDS, [{**facts, **row} for row in load.rows()], identity)
-        self.folder.append_all("documents", [{**facts, **row} for row in document_rows], identity)
-        self.folder.append_all("scores", [{**head, **row, "wall_s": wall_s} for row in score_rows], identity)
 
-    def _run(self, lm: EngineLM, task: LocalTask, manager: Any) -> tuple[list[dict], list[dict]]:
-        from lm_eval import evaluator
+    def _documents(self, task: str) -> list[dict[str, Any]]:
+        numbers = self.drawn.get(task) or range(self.tasks[task].num_documents)
+        return [self.known[task, number] for number in numbers]
 
-        lm.on_requests = _Counter(partial(self._advance, task), self._size(task), task.output_type)
-        with _quiet():
-            configured = manager.load([task.task])["tasks"][task.task]
-            configured.set_config("num_fewshot", task.num_fewshot)
-            configured.set_fewshot_seed(FEWSHOT_SEED)
-            found = evaluator.evaluate(
-                lm=lm,
-                task_dict={"tasks": {task.task: configured}},
-                limit=self.limit,
-                apply_chat_template=self.uses_chat,
-                fewshot_as_multiturn=self.uses_chat,
-            )
-        found = cast(dict[str, Any], found)
-        documents = [scores.document_row(task, sample, lm) for sample in found["samples"][task.task]]
-        rows = [scores.score_row(found["results"][task.task], metric, documents) for metric in task.metrics]
-        if task.set_name == "wikitext":
-            pages = task.rows[task.eval_split][: self._size(task)]
-            rows.append(self._token_perplexity([page["page"] for page in pages]))
-        return rows, documents
-
-    def _advance(self, task: LocalTask, documents: int) -> None:
-        self.on_progress(self.num_finished + documents, self.total, task.task)
-
-    def _token_perplexity(self, pages: list[str]) -> dict[str, Any]:
+    def _token_perplexity(self, task: LocalTask) -> dict[str, Any]:
+        pages = task.rows[task.eval_split]
+        texts = [pages[number]["page"] for number in self.drawn.get(task.task) or range(len(pages))]
+        context_len = min(PAPER_CONTEXT_LEN, self.max_length)
         found = token_perplexity(
-            self.engine,
-            pages,
-            context_len=min(PAPER_CONTEXT_LEN, self.max_length),
-            batch_size=self.experiment.eval_batch_size,
+            self.engine, texts, context_len=context_len, batch_size=self.experiment.eval_batch_size
         )
-        head = {"metric": "token_perplexity", "unit": scores.UNITS["token_perplexity"], "n": len(pages)}
+        head = {"metric": "token_perplexity", "unit": scores.UNITS["token_perplexity"], "n": len(texts)}
         return {**head, **asdict(found)}
 
     def _finish(self) -> None:
         table, documents = scores.load_scores(self.folder), scores.document_rows(self.folder)
-        groups = [row for group in groups_of(self.tasks) for row in scores.group_rows(group, table)]
+        groups = [row for group in groups_of(self.tasks.values()) for row in scores.group_rows(group, table)]
         rows = [*table.to_dict("records"), *groups]
-        flags = judge.flags(self.experiment, self.engine, self.tasks, rows, documents)
+        flags = judge.flags(self.experiment, self.engine, list(self.tasks.values()), rows, documents)
         self._write_summary(
             groups=groups,
             flags=[flag.to_row() for flag in flags],
@@ -217,20 +342,8 @@ class _Session:
 
     def _write_summary(self, **found: Any) -> None:
         identities = {task: identity.id for task, identity in self.identities.items()}
-        self.folder.write_json("evaluation", {"identities": identities, **found})
-
-
-class _Counter:
-    """Turns answered requests into documents for the progress line."""
-
-    def __init__(self, report: Callable[[int], None], size: int, output_type: str) -> None:
-        self.report, self.size, self.answered = report, size, 0
-        # Exact for four choices, nearly so for AGIEval's four or five; of WikiText, windows are counted.
-        self.per_document = 4 if output_type == "multiple_choice" else 1
-
-    def __call__(self, requests: int) -> None:
-        self.answered += requests
-        self.report(min(self.size, self.answered // self.per_document))
+        identities[ALL_TASKS] = self.engine.identity.id
+        self.folder.write_json("evaluation", {"identities": identities, "drawn": self.drawn, **found})
 
 
 @contextmanager

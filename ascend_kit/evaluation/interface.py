@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ascend_kit.identity import Identity
@@ -29,6 +29,19 @@ class EvaluatedEngine(Protocol):
     def max_seq_length(self) -> int: ...
     @property
     def identity(self) -> Identity: ...
-    def score(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Score]: ...
-    def generate(self, prompts: Sequence[Ids], params: Sequence[SamplingParams]) -> list[RequestOutput]: ...
+    def score(
+        self,
+        pairs: Sequence[tuple[Ids, Ids]],
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_score: Callable[[int, Score], None] | None = None,
+    ) -> list[Score]: ...
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        params: Sequence[SamplingParams],
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]: ...
     def stats(self) -> dict[str, Any]: ...

@@ -141,7 +141,7 @@ def _coverage(scores: Iterable[Row]) -> Iterator[Finding]:
 
 
 def _thinking(experiment: Experiment, engine: EvaluatedEngine) -> Iterator[Finding]:
-    template, uses_chat = _template(engine.tokenizer), experiment.eval_chat_template
+    template, uses_chat = template_of(engine.tokenizer), experiment.eval_chat_template
     if "enable_thinking" in template:
         how = "plain" if not uses_chat else "on" if experiment.thinking else "off"
         yield say(f"evaluation.thinking_{how}", "caution")
@@ -190,7 +190,8 @@ def _is_tied(logprobs: list[float]) -> bool:
     return len(best) == 2 and best[0] == best[1]
 
 
-def _template(tokenizer: Tokenizer) -> str:
+def template_of(tokenizer: Tokenizer) -> str:
+    """The text of the chat template, of all where there are several; empty where there is none."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return template if isinstance(template, str) else " ".join(map(str, dict(template).values()))
 

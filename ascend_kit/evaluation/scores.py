@@ -5,21 +5,17 @@ folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ascend_kit.evaluation.datasets import GroupSpec, LocalTask
 from ascend_kit.evaluation.paired import Passages
 from ascend_kit.evaluation.perplexity import ratio
-from ascend_kit.evaluation.rows import passage_of
 from ascend_kit.files import Table
-from ascend_kit.identity import Identity
+from ascend_kit.identity import hash_value
 from ascend_kit.messages import Finding
 from ascend_kit.results import RunFolder
-
-if TYPE_CHECKING:
-    from ascend_kit.evaluation.adapter import EngineLM
 
 UNITS = {
     "acc": "fraction",
@@ -100,7 +96,7 @@ def load_scores(folder: RunFolder) -> Table:
     latest: dict[str, dict[str | None, dict[str, Any]]] = {}
     for row in _asked_rows(folder, "scores"):
         rows = latest.setdefault(row["task"], {})
-        if row["status"] != "ok" or None in rows:
+        if row["status"] != "ok" or None in rows or row["metric"] in rows:  # the task was scored again
             rows.clear()
         rows[row["metric"]] = row
     found = [row for rows in latest.values() for row in rows.values()]
@@ -115,24 +111,32 @@ def load_documents(folder: RunFolder) -> Table:
 
 
 def document_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows of `load_documents`, without pandas."""
-    table = load_scores(folder)
-    counts = dict(zip(table["task"], table["n"], strict=True))
-    latest = {(row["task"], row["doc_id"]): row for row in _asked_rows(folder, "documents")}
-    return [row for (task, doc), row in latest.items() if doc < counts.get(task, 0)]
+    """The rows of `load_documents`, without pandas; while an evaluation runs, those answered so far."""
+    summary = folder.read_json("evaluation") or {}
+    drawn = {task: set(numbers) for task, numbers in summary.get("drawn", {}).items()}
+    scores = load_scores(folder)
+    failed = set(scores[scores["status"] != "ok"]["task"]) if len(scores) else set()
+    rows = list(_asked_rows(folder, "documents"))
+    order = {task: place for place, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
+    rows.sort(key=lambda row: (order[row["task"]], row["doc_id"]))  # they stand there as they were answered
+    latest = {(row["task"], row["doc_id"]): row for row in rows}
+    return [
+        row
+        for (task, document), row in latest.items()
+        if task not in failed and (task not in drawn or document in drawn[task])
+    ]
 
 
-def finished(folder: RunFolder, identities: Mapping[str, Identity]) -> set[tuple[str, str, int]]:
-    """(task, metric, number of documents) of every score row that agrees with the identity asked for of its task."""
-    known = folder.identities()
-    return {
-        (row["task"], row["metric"], row["n"])
-        for row in folder.rows("scores")
-        if row["status"] == "ok"
-        and row["task"] in identities
-        and row.get("identity") in known
-        and identities[row["task"]].agrees(known[row["identity"]], "resume")
-    }
+def is_finished(rows: list[dict[str, Any]], drawn: list[int] | None) -> bool:
+    """Whether the last score rows of a task are complete and about these documents (None: all)."""
+    return bool(rows) and all(
+        row["status"] == "ok" and row["num_rows"] == len(rows) and row["drawn"] == drawn_key(drawn) for row in rows
+    )
+
+
+def drawn_key(drawn: list[int] | None) -> str | None:
+    """What stands in a score row for the documents that were drawn: a short hash, None where all count."""
+    return None if drawn is None else hash_value(drawn)[:12]
 
 
 def with_groups(table: Table, groups: list[dict[str, Any]]) -> Table:
@@ -148,49 +152,57 @@ def _asked_rows(folder: RunFolder, name: str) -> Iterator[dict[str, Any]]:
     return (row for row in folder.rows(name) if row.get("identity", "") == asked.get(row["task"]))
 
 
-def metrics_of(task: LocalTask) -> tuple[str, ...]:
-    """Every metric a finished task has rows for."""
-    return (*task.metrics, "token_perplexity") if task.set_name == "wikitext" else task.metrics
+def score_rows(task: LocalTask, results: dict[str, Any], documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per metric of lm-eval's results for a task, and of its samples where each question was answered often."""
+    names = [key for key, value in results.items() if "," in key and "_stderr," not in key and _is_number(value)]
+    rows = [_score_row(key, results, documents) for key in names]
+    return rows + _sample_rows(documents)
 
 
-def score_row(results: dict[str, Any], metric: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """One metric of lm-eval's results for a task; `stderr` is None where there is a single document.
+def _score_row(key: str, results: dict[str, Any], documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """One metric; `stderr` is None where there is a single document.
 
     Where questions share passages, `stderr` is that of whole passages and `num_passages` says how many there are.
     """
-    value, stderr = float(results[f"{metric},none"]), results.get(f"{metric}_stderr,none")
-    row = {"metric": metric, "value": value, "unit": UNITS[metric], "n": len(documents)}
-    if metric in LOWER_IS_BETTER:
+    base, _, filter_name = key.partition(",")
+    metric = base if filter_name == "none" else key
+    value, stderr = float(results[key]), results.get(f"{base}_stderr,{filter_name}")
+    row = {"metric": metric, "value": value, "unit": UNITS.get(base, "score"), "n": len(documents)}
+    if metric in LOWER_IS_BETTER and documents and "logprob" in documents[0]:
         return row | {"stderr": _perplexity_stderr(metric, value, documents)}
-    passages = Passages.of([document[metric] for document in documents], [row.get("passage") for row in documents])
+    passages = None
+    if all(document.get(metric) is not None for document in documents):
+        passages = Passages.of([document[metric] for document in documents], [row.get("passage") for row in documents])
     if passages is not None:
         return row | {"stderr": passages.mean_and_stderr()[1], "num_passages": len(passages.sizes)}
     return row | {"stderr": float(stderr) if isinstance(stderr, (int, float)) else None}
 
 
-def document_row(task: LocalTask, sample: dict[str, Any], lm: EngineLM) -> dict[str, Any]:
-    """One document's answer in plain values; two runs are paired on (task, doc_id, doc_hash, prompt_hash)."""
-    row = {name: sample[name] for name in ("doc_id", "doc_hash", "prompt_hash")}
-    responses = [response[0] for response in sample["resps"]]
-    if task.output_type == "loglikelihood_rolling":
-        logprob, words = sample["word_perplexity"]
-        return row | {"logprob": logprob, "words": words, "bytes": sample["byte_perplexity"][1]}
-    context = sample["arguments"][0][0]
-    row |= {
-        "target": sample["target"],
-        "passage": passage_of(sample["doc"]),
-        "cut_tokens": lm.cut_tokens.get(context, 0),
-    }
-    if task.output_type == "multiple_choice":
-        logprobs = [logprob for logprob, _ in responses]
-        row |= {
-            "prediction": max(range(len(logprobs)), key=logprobs.__getitem__),
-            "choice_logprobs": logprobs,
-            "choice_is_greedy": [greedy for _, greedy in responses],
-        }
-    else:
-        row |= {"answer": responses[0], "finish_reason": lm.finish_reasons.get(context)}
-    return row | {metric: float(sample[metric]) for metric in task.metrics}
+def _sample_rows(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """mean@k, pass@k and maj@k of documents with k samples each; errors are those of means over documents."""
+    sampled = [row for row in documents if row.get("sample_metrics")]
+    rows = []
+    for name in sampled[0]["sample_metrics"] if sampled else ():
+        values = [row["sample_metrics"][name] for row in sampled]
+        k = len(values[0])
+        found = {f"mean@{k}": [math.fsum(each) / k for each in values]}
+        if all(value in (0, 1) for each in values for value in each):
+            found |= {f"pass@{m}": [pass_at_k(k, round(sum(each)), m) for each in values] for m in sorted({1, k})}
+        found[f"maj@{k}"] = [row["majority_metrics"][name] for row in sampled]
+        for label, each in found.items():
+            mean, stderr = ratio(each, [1] * len(each))
+            head = {"metric": f"{label} {name}", "value": mean, "unit": "fraction", "n": len(each), "stderr": stderr}
+            rows.append(head)
+    return rows
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n answers, of which some are right, hold a right one (arXiv 2107.03374)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or hasattr(value, "item")
 
 
 def group_rows(group: GroupSpec, table: Table) -> list[dict[str, Any]]:
@@ -220,7 +232,7 @@ def _group_value(metric: str, rows: Table, num_tasks: int) -> dict[str, Any]:
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
 
     sizes = [int(n) for n in rows["n"]]
-    row = {"metric": metric, "unit": UNITS[metric], "n": sum(sizes), "value": None, "stderr": None}
+    row = {"metric": metric, "unit": UNITS.get(metric, "score"), "n": sum(sizes), "value": None, "stderr": None}
     missing = num_tasks - len(rows)
     if missing:
         return {**row, "status": "failed", "error": f"{missing} of {num_tasks} tasks failed"}

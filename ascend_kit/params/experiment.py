@@ -5,8 +5,10 @@ Nothing here imports torch: a file with a wrong key must fail within a second.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -196,17 +198,33 @@ class Experiment(BaseModel):
     tpot_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TPOT")
     # evaluation
     eval_datasets: list[str] = Field(
-        ["mmlu", "ceval", "agieval", "wikitext"],
-        min_length=1,
-        description="sets to evaluate: mmlu, ceval, agieval, wikitext",
+        ["mmlu", "ceval", "agieval", "wikitext"], min_length=1, description="these, any task of lm-eval, text:<file>"
     )
+    allow_download: bool = Field(False, description="data sets that are not in dataset_path come from the hub")
+    allow_code_execution: bool = Field(False, description="tasks may run the code that the model writes")
     dataset_path: str | None = Field(
         None, description="folder with local copies of the sets, or `demo` with the demo model; needed by 05"
     )
-    eval_batch_size: int = Field(8, ge=1, le=1 << 16, description="requests scored together")
+    eval_batch_size: int = Field(64, ge=1, le=1 << 16, description="documents handed to each copy of the model at once")
     eval_max_seq_length: int = Field(4096, ge=2, le=1 << 20, description="context limit while evaluating, tokens")
     eval_fewshot: int | None = Field(None, ge=0, le=1000, description="shots; default mmlu 5, ceval 5, agieval 0")
-    eval_limit: int | None = Field(None, ge=1, le=1 << 31, description="documents per task; None = all")
+    eval_limit: int | None = Field(None, ge=1, le=1 << 31, description="documents per set, drawn by seed; None = all")
+    eval_samples: int = Field(
+        1, ge=1, le=1024, description="answers to each question of generative tasks; several need eval_temperature"
+    )
+    eval_temperature: float | None = Field(None, ge=0, le=100, description="of generative tasks; None = as each says")
+    eval_top_p: float | None = Field(None, gt=0, le=1, description="of generative tasks; None = as each says")
+    eval_top_k: int | None = Field(None, ge=1, le=1 << 20, description="of generative tasks; None = as each says")
+    eval_max_new_tokens: int | None = Field(
+        None, ge=1, le=1 << 20, description="tokens of an answer of generative tasks; None = as each says"
+    )
+    eval_thinking_budget: int = Field(
+        2048, ge=1, le=1 << 20, description="tokens a thinking model may think before each answer"
+    )
+    eval_endpoint: str | None = Field(
+        None, description="evaluate the OpenAI-compatible server at this URL (.../v1), not the engine"
+    )
+    eval_endpoint_model: str | None = Field(None, description="name of the model there; None = the only one")
     eval_chat_template: bool = Field(False, description="apply the chat template to evaluation prompts")
     # comparison
     compare_runs: list[str] = Field([], description="runs to compare; default: every run of the experiment")
@@ -279,7 +297,15 @@ class Experiment(BaseModel):
     @field_validator("eval_datasets")
     @classmethod
     def _eval_sets(cls, value: list[str]) -> list[str]:
-        return [rules.one_of(name, {name: name for name in EVAL_SETS}) for name in value]
+        found = find_spec("lm_eval")  # names like ifeval are close to ours and no slips
+        packaged = os.listdir(Path(found.origin).parent / "tasks") if found and found.origin else []
+        value = [name.lower() if name.lower() in EVAL_SETS else name for name in value]
+        for name in value:
+            is_known = name in packaged or name.startswith("text:") or any(known in name for known in EVAL_SETS)
+            hint = "" if is_known else rules.did_you_mean(name, EVAL_SETS, 0.7).replace("'", "")
+            if hint or not re.fullmatch(r"text:.+|[\w.+-]+", name):
+                raise ValueError(f"allowed: {', '.join(EVAL_SETS)}, a task of lm-eval, or text:<file>{hint}")
+        return value
 
     @field_validator("compare_runs")
     @classmethod
@@ -318,6 +344,10 @@ class Experiment(BaseModel):
         if self.eval_max_seq_length > self.max_seq_length:
             raise ParameterError(
                 f"eval_max_seq_length={self.eval_max_seq_length} is above max_seq_length={self.max_seq_length}"
+            )
+        if self.eval_samples > 1 and not self.eval_temperature:
+            raise ParameterError(
+                f"eval_samples={self.eval_samples} answers to a question would all be the same: set eval_temperature"
             )
         return self
 

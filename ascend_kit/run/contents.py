@@ -50,7 +50,7 @@ def _check_prompts(experiment: Experiment, key: str) -> None:
 
 
 def _check_data(experiment: Experiment) -> None:
-    from ascend_kit.evaluation.datasets import check_data
+    from ascend_kit.evaluation.other_tasks import check_data
 
     check_data(experiment)
 

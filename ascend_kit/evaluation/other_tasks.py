@@ -1,0 +1,302 @@
+"""Any other task of lm-eval, and plain texts for perplexity: from local files, or from the hub where that is allowed.
+
+A local copy is a folder named like the hub's data set (gsm8k/ for openai/gsm8k), with a file for each split.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import random
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ascend_kit.evaluation.datasets import (
+    SETS,
+    LocalTask,
+    find_tasks,
+    go_offline,
+    packaged_config,
+    packaged_folder,
+    wanted_folder,
+    write_yaml,
+)
+from ascend_kit.evaluation.files import SPLITS, DataError, plain_name, set_files, set_folders, subject_key
+from ascend_kit.files import require_regular
+from ascend_kit.identity import hash_value
+from ascend_kit.params import Experiment
+from ascend_kit.params.experiment import DEMO
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._index import Entry
+
+TEXT = "text:"
+PAGE_CHARACTERS = 8000  # a text is cut between paragraphs into pages of about this length
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json"}
+SPLIT_KEYS = ("test_split", "validation_split", "training_split", "fewshot_split")
+SHUFFLE_SEED = 0  # lm-eval's default: some tasks shuffle their choices with the global generators
+
+
+@dataclass(frozen=True)
+class OtherTask(LocalTask):
+    """A task whose documents lm-eval itself reads: `settings` replace those of its packaged file."""
+
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    count: int = 0
+    content: str = ""
+
+    @property
+    def num_documents(self) -> int:
+        return self.count
+
+    @property
+    def data_hash(self) -> str:
+        return self.content
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """What the task's YAML file says."""
+        return {"include": str(self.packaged_yaml), "task": self.task, **self.settings}
+
+
+@dataclass(frozen=True)
+class TextTask(LocalTask):
+    """A plain text, scored page by page as lm-eval scores WikiText."""
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """What the task's YAML file says."""
+        metrics = [{"metric": name, "aggregation": "weighted_perplexity"} for name in self.metrics[:2]]
+        return {
+            **self.data_settings(folder),
+            "task": self.task,
+            "output_type": "loglikelihood_rolling",
+            "test_split": "test",
+            "doc_to_text": "",
+            "doc_to_target": "{{page}}",
+            "metric_list": [*metrics, {"metric": self.metrics[2], "aggregation": "bits_per_byte"}],
+            "metadata": {"version": self.version},
+        }
+
+
+def text_task(name: str) -> TextTask:
+    """The task `text:<file>`; DataError where the file is no UTF-8 text."""
+    path = Path(name.removeprefix(TEXT)).expanduser()
+    try:
+        require_regular(path)
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})") from None
+    pages = list(_pages(text))
+    if not pages:
+        raise DataError(f"{name}: holds no text")
+    return TextTask(
+        task=f"text_{path.stem}",
+        set_name=f"text_{path.stem}",
+        packaged_yaml=path,
+        files={"test": (path,)},
+        rows={"test": [{"page": page} for page in pages]},
+        eval_split="test",
+        num_fewshot=0,
+        output_type="loglikelihood_rolling",
+        metrics=("word_perplexity", "byte_perplexity", "bits_per_byte"),
+        version=1.0,
+    )
+
+
+def _pages(text: str) -> Iterator[str]:
+    page = ""
+    for paragraph in text.split("\n\n"):
+        page = f"{page}\n\n{paragraph}" if page else paragraph
+        if len(page) >= PAGE_CHARACTERS:
+            yield page
+            page = ""
+    if page.strip():
+        yield page
+
+
+def check_data(experiment: Experiment) -> list[LocalTask]:
+    """The tasks of an experiment, every file and row of them checked, without a model: DataError with all faults.
+
+    Empty for the word `demo`, whose data is right when it is built. The demo's questions say nothing about another
+    model: then `dataset_path` must be given, unless everything asked for is a text or may be downloaded.
+    """
+    written = experiment.model_dump()  # the word demo as it was written, wherever the demo lies
+    sets = [name for name in experiment.eval_datasets if name in SETS]
+    others = [name for name in experiment.eval_datasets if name not in SETS]
+    if written["dataset_path"] in (None, DEMO) and written["input_model"] != DEMO and sets:
+        raise DataError(
+            f"dataset_path is not given, and the demo's questions say nothing about {experiment.input_model}: name a "
+            f"folder that holds {', '.join(wanted_folder(SETS[name]) for name in sets)}"
+        )
+    path = experiment.needed("dataset_path") if sets else experiment.dataset_path
+    if path == DEMO:
+        return []
+    tasks = find_tasks(path or ".", sets, num_fewshot=experiment.eval_fewshot)
+    if any(not name.startswith(TEXT) for name in others):
+        go_offline(may_download=experiment.allow_download)
+    for name in others:
+        tasks += [text_task(name)] if name.startswith(TEXT) else other_tasks(name, experiment)
+    return tasks
+
+
+# --- lm-eval's own tasks ----------------------------------------------------------------------------------------------
+
+
+def other_tasks(name: str, experiment: Experiment) -> list[OtherTask]:
+    """The tasks behind a name of lm-eval (a task, a group or a tag), each loaded once to see that it can be.
+
+    DataError for an unknown name, for data that is neither below `dataset_path` nor may be downloaded, for code that
+    may not be run, and for a package that the task needs and that is not here.
+    """
+    index = _index(name)
+    leaves = leaf_tasks(name, index)
+    if not leaves:
+        known = [*SETS, *(path.name for path in packaged_folder("").iterdir())]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise DataError(
+            f"eval_datasets: lm-eval has no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    return [_other_task(name, leaf, index[leaf].yaml_path, experiment) for leaf in leaves]
+
+
+@cache
+def _index(name: str) -> dict[str, Entry]:
+    """lm-eval's tasks in the folders that may hold `name`: parsing all of its 14,000 files takes 15 s."""
+    from lm_eval.tasks import TaskManager
+
+    root = packaged_folder("")
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    near: list[str | Path] = [
+        path for path in folders if name.startswith(path.name) or path.name.startswith(re.split("[_-]", name)[0])
+    ]
+    index = TaskManager(include_path=near, include_defaults=False).task_index if near else {}
+    if name not in index:
+        word = re.compile(rb"(?<![\w-])%s(?![\w-])" % re.escape(name.encode()))
+        near = [path for path in folders if any(word.search(file.read_bytes()) for file in path.rglob("*.yaml"))]
+        index = TaskManager(include_path=near, include_defaults=False).task_index if near else {}
+    return index
+
+
+def leaf_tasks(name: str, index: dict[str, Entry]) -> list[str]:
+    """The tasks behind a task, a group of groups or a tag; empty for an unknown name."""
+    entry = index.get(name)
+    if entry is None:
+        return []
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    if entry.kind.name != "GROUP":
+        return [name]
+    members = (entry.cfg or {}).get("task") or []
+    names = [str(item.get("task") if isinstance(item, dict) else item) for item in members]
+    return list(dict.fromkeys(leaf for member in names if member != name for leaf in leaf_tasks(member, index)))
+
+
+def _other_task(group: str, name: str, path: Path | None, experiment: Experiment) -> OtherTask:
+    assert path is not None, name
+    raw = packaged_config(path)
+    if raw.get("unsafe_code") and not experiment.allow_code_execution:
+        raise DataError(
+            f"{name} runs the code that the model writes, on this machine: set allow_code_execution: true where that "
+            "may do no harm"
+        )
+    settings = _local_settings(name, raw, experiment)
+    if settings is None and not experiment.allow_download:
+        wanted = plain_name(str(raw.get("dataset_path", name)).rpartition("/")[2])
+        raise DataError(
+            f"{name}: no folder {wanted}/ (a copy of {raw.get('dataset_path')}) in dataset_path "
+            f"{experiment.dataset_path!r}; put one there, or set allow_download: true"
+        )
+    task = OtherTask(
+        task=name,
+        set_name=group,
+        packaged_yaml=path,
+        files={},
+        rows={},
+        eval_split="",
+        num_fewshot=0,
+        output_type=str(raw.get("output_type", "")),
+        metrics=(),
+        version=0.0,
+        settings=settings or {},
+    )
+    return _loaded(task, experiment)
+
+
+def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
+    """The task with what only lm-eval can tell: its documents, metrics and shots."""
+    from dataclasses import replace
+
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
+        write_yaml(Path(scratch) / f"{task.task}.yaml", task.config(Path(scratch)))
+        try:
+            loaded = TaskManager(include_path=scratch, include_defaults=False).load([task.task])
+            built = cast("ConfigurableTask", loaded["tasks"][task.task])
+            documents = freeze_documents(built)
+            built.doc_to_text(documents[0])
+        except Exception as error:  # whatever a task file does: a package that is missing, data of another shape
+            raise DataError(f"{task.task} cannot be prepared: {type(error).__name__}: {error}") from None
+        config = built.config
+        shots = config.num_fewshot or 0
+        if experiment.eval_fewshot is not None and config.num_fewshot != 0 and config.fewshot_split:
+            shots = experiment.eval_fewshot
+        return replace(
+            task,
+            num_fewshot=shots,
+            output_type=str(built.OUTPUT_TYPE),
+            metrics=tuple(built.higher_is_better() or ()),
+            version=float((config.metadata or {}).get("version", 0)),
+            count=len(documents),
+            content=hash_value([json.dumps(doc, default=str, ensure_ascii=False) for doc in documents]),
+        )
+
+
+def freeze_documents(task: ConfigurableTask) -> list[Any]:
+    """The documents of a task, read once from a fixed state of the global generators, and given again from then on."""
+    import numpy
+
+    random.seed(SHUFFLE_SEED)
+    numpy.random.seed(SHUFFLE_SEED)
+    documents: list[Any] = list(task.eval_docs)
+    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: documents)
+    return documents
+
+
+def _local_settings(name: str, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any] | None:
+    """Settings that make lm-eval read a local copy; None where there is none."""
+    root = Path(experiment.dataset_path).expanduser() if experiment.dataset_path else None
+    if root is None or not os.path.isdir(root) or not raw.get("dataset_path"):
+        return None
+    wanted = plain_name(str(raw["dataset_path"]).rpartition("/")[2])
+    folders = set_folders(root, lambda folder: folder == wanted)
+    if not folders:
+        return None
+    subject = subject_key(str(raw.get("dataset_name") or wanted))
+    files = set_files(folders, [subject])
+    splits: dict[str, str] = {key: raw[key] for key in SPLIT_KEYS if isinstance(raw.get(key), str)}
+    found: dict[str, tuple[Path, ...]] = {}
+    for split in set(splits.values()):
+        plain = SPLITS.get(split, split)
+        paths = files.family(subject, plain) or files.family(None, plain)
+        if paths:
+            found[split] = paths
+    asked = splits.get("test_split") or splits.get("validation_split") or splits.get("training_split")
+    if asked is None or asked not in found:
+        where = ", ".join(map(str, folders))
+        raise DataError(f"{name}: no {asked} split in {where} (expected {asked}.parquet, .arrow, .csv or .jsonl)")
+    kinds = {path.suffix for paths in found.values() for path in paths}
+    if len(kinds) > 1:
+        raise DataError(f"{name}: files of several kinds ({', '.join(sorted(kinds))}) in {folders[0]}; keep one")
+    return {
+        "dataset_path": BUILDERS[kinds.pop()],
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: [str(path) for path in paths] for split, paths in found.items()}},
+        **{key: None for key, split in splits.items() if split not in found},
+    }

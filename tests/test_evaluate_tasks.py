@@ -1,0 +1,309 @@
+"""Other tasks of lm-eval than the four sets, plain texts, thinking, several samples, and real kills."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas
+import pytest
+from evaluation_data import write_sets
+from running_server import Running
+
+from ascend_kit import AscendInferEngine
+from ascend_kit.evaluation.compare import pair_documents
+from ascend_kit.evaluation.drawing import allocate, detectable, draw
+from ascend_kit.evaluation.endpoint import EndpointEngine, EndpointError
+from ascend_kit.evaluation.files import DataError
+from ascend_kit.evaluation.harness import evaluate
+from ascend_kit.evaluation.other_tasks import check_data
+from ascend_kit.evaluation.runs import Run
+from ascend_kit.evaluation.scores import pass_at_k
+from ascend_kit.identity import Identity
+from ascend_kit.params import Experiment, ParameterError, build_experiment
+from ascend_kit.results import RunFolder
+
+pytest.importorskip("lm_eval")
+SUMS = [(12, 7), (3, 9), (40, 2), (8, 8), (5, 6), (21, 4)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
+    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=2048) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a local copy of GSM8K: questions of our own in its columns."""
+    root = tmp_path_factory.mktemp("data")
+    rows = [{"question": f"What is {a} + {b}?", "answer": f"It is {a + b}.\n#### {a + b}"} for a, b in SUMS]
+    for split in ("train", "test"):
+        path = root / "gsm8k" / "main" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def experiment_for(data: Path | None, out: Path, **changes) -> Experiment:
+    values = {
+        "experiment": "e", "output_root": str(out), "input_model": "/models/own", "precision": "fp32",
+        "dataset_path": None if data is None else str(data), "eval_max_seq_length": 1024, **changes,
+    }  # fmt: skip
+    return build_experiment(values)
+
+
+def run(engine, experiment: Experiment):
+    with RunFolder.open(experiment, "05_evaluate") as folder:
+        return evaluate(engine, experiment, folder), folder
+
+
+def stand_in(engine, *, answer=None, score=None):
+    """The engine's tokenizer and limits, with answers of our own: `answer(prompt, sampling)` -> text, finish reason."""
+
+    def generate(prompts, params, *, on_progress, on_output=None):
+        outputs = []
+        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            text, reason = answer(engine.tokenizer.decode(prompt), sampling)
+            ids = engine.tokenizer.encode(text)
+            outputs.append(SimpleNamespace(index=index, token_ids=ids, finish_reason=reason, error=None))
+            if on_output:
+                on_output(outputs[-1])
+        on_progress(len(outputs), len(outputs))
+        return outputs
+
+    return SimpleNamespace(
+        tokenizer=engine.tokenizer, config=engine.config, max_seq_length=2048, device=engine.device,
+        identity=Identity(weights="w", engine={"precision": "fp32"}), stats=lambda: {}, generate=generate, score=score,
+    )  # fmt: skip
+
+
+# --- other tasks ------------------------------------------------------------------------------------------------------
+
+
+def test_gsm8k_from_a_local_copy_equals_hflm_with_shots_and_filters(engine, gsm8k, tiny_qwen3_dir, tmp_path) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from ascend_kit.evaluation.datasets import write_task_folder
+
+    experiment = experiment_for(gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_fewshot=2, eval_max_new_tokens=16)
+    result, _ = run(engine, experiment)
+    tasks = check_data(experiment)
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=str(tiny_qwen3_dir), device="cpu", dtype="float32", max_length=1024),
+        tasks=["gsm8k"],
+        num_fewshot=2,
+        task_manager=TaskManager(include_path=str(write_task_folder(tasks, tmp_path / "y")), include_defaults=False),
+        gen_kwargs={"max_gen_toks": 16, "do_sample": False},
+        bootstrap_iters=0,
+    )
+
+    samples = [sample for sample in theirs["samples"]["gsm8k"] if sample["filter"] == "strict-match"]
+    ours = result.documents.sort_values("doc_id")
+    assert list(ours["answer"]) == [sample["resps"][0][0] for sample in samples]
+    assert list(ours["prompt_hash"]) == [sample["prompt_hash"] for sample in samples]
+    assert set(result.tasks["metric"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    for row in result.tasks.itertuples():
+        assert row.value == theirs["results"]["gsm8k"][row.metric] and row.n == 6
+
+
+def test_what_cannot_be_asked_is_said_before_any_work(engine, gsm8k, tmp_path) -> None:
+    faults = {
+        ("gsm9k",): "no task 'gsm9k'; did you mean 'gsm8k'",
+        ("arc_easy",): "no folder ai2-arc/ .*allow_download: true",
+        ("humaneval",): "runs the code that the model writes.*allow_code_execution: true",
+        (f"text:{tmp_path}/none.txt",): "none.txt: cannot be read",
+    }
+    for names, words in faults.items():
+        with pytest.raises(DataError, match=words):
+            check_data(experiment_for(gsm8k, tmp_path, eval_datasets=list(names)))
+    with pytest.raises(ParameterError, match=r"eval_samples=4 .* set eval_temperature"):
+        experiment_for(gsm8k, tmp_path, eval_samples=4)
+    tight = experiment_for(gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_max_new_tokens=1024)
+    result, _ = run(stand_in(engine), tight)
+    assert "1024 new tokens leave no room" in result.failed["gsm8k"]
+
+
+def test_a_plain_text_gives_perplexities_of_its_own(engine, tmp_path) -> None:
+    text = "A river and a stone. 天地人.\n" * 40
+    (tmp_path / "own.txt").write_text(text)
+
+    result, _ = run(engine, experiment_for(None, tmp_path, eval_datasets=[f"text:{tmp_path}/own.txt"]))
+
+    values = result.tasks.set_index("metric")["value"]
+    (document,) = result.documents.to_dict("records")
+    assert document["bytes"] == len(text.encode())
+    assert values["bits_per_byte"] == pytest.approx(-document["logprob"] / document["bytes"] / 0.6931471805599453)
+    assert values["token_perplexity"] > 1
+
+
+# --- thinking and samples ---------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_what_follows_the_thought_and_the_thoughts_length_is_kept(engine) -> None:
+    from lm_eval.api.instance import Instance
+
+    from ascend_kit.evaluation.adapter import HURRY, EngineLM
+
+    def answer(prompt, sampling):
+        if sampling.stop == ("</think>",):  # the thinking part, in which the task's stop strings mean nothing
+            return {"a": ("<think>Q: 1?</think>", "stop"), "b": ("<think>endless", "length"), "c": ("7", "stop")}[
+                prompt
+            ]
+        return {"a<": (" 42 Q: next", "stop"), "b<": ("9", "length")}[prompt[:2]]
+
+    facts: dict[int, dict] = {}
+    lm = EngineLM(
+        stand_in(engine, answer=answer), thinking_budget=64, on_answer=lambda i, text, told: facts.update({i: told})
+    )
+    asked = [
+        Instance("generate_until", {}, (name, {"until": ["Q:"], "max_gen_toks": 8}), 0, metadata=("t", 0, 1))
+        for name in "abc"
+    ]
+
+    assert lm.generate_until(asked) == ["42 ", "9", "7"]
+    assert [facts[i]["num_thinking_tokens"] for i in range(3)] == [20, 14, 0]  # the tokenizer's tokens are bytes
+    assert [facts[i]["thinking_is_cut"] for i in range(3)] == [False, True, False]
+    assert HURRY.endswith("</think>\n\n")
+
+
+def test_several_samples_give_mean_pass_and_majority(engine, gsm8k, tmp_path) -> None:
+    seeds: list[int] = []
+
+    def answer(prompt, sampling):
+        seeds.append(sampling.seed)
+        first, second = map(int, prompt.split("What is ")[-1].split("?")[0].split(" + "))
+        offset = (len(seeds) - 1) % 3 == 2  # of three samples to a question the third is wrong
+        return f"#### {first + second + offset}", "stop"
+
+    experiment = experiment_for(
+        gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_fewshot=0, eval_samples=3, eval_temperature=0.7
+    )
+    result, _ = run(stand_in(engine, answer=answer), experiment)
+
+    values = result.tasks.set_index("metric")["value"]
+    name = "exact_match,strict-match"
+    assert values[f"mean@3 {name}"] == pytest.approx(2 / 3) and values[f"maj@3 {name}"] == 1.0
+    assert values[f"pass@1 {name}"] == pytest.approx(2 / 3) and values[f"pass@3 {name}"] == 1.0
+    assert len(set(seeds)) == 18
+
+
+def test_pass_at_k_by_hand() -> None:
+    assert pass_at_k(5, 2, 1) == pytest.approx(2 / 5)
+    assert pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)  # of six pairs one holds no right answer
+
+
+def test_documents_are_spread_over_subjects_and_drawn_by_seed() -> None:
+    sizes = {"a": 100, "b": 50, "c": 1}
+
+    assert allocate(sizes, 30) == {"a": 19, "b": 10, "c": 1}  # 19.9, 9.9 and 0.2, at least one each
+    assert draw(sizes, 30, 0) == draw(sizes, 30, 0) != draw(sizes, 30, 1)
+    assert {name: len(found) for name, found in draw(sizes, 30, 0).items()} == {"a": 19, "b": 10}  # c is asked whole
+    assert draw(sizes, None, 0) == {} == draw(sizes, 151, 0)
+    assert 100 * detectable(200) == pytest.approx(6.26, abs=0.01)  # (1.96 + 0.84) sqrt(0.1 / 200)
+
+
+# --- endpoints --------------------------------------------------------------------------------------------------------
+
+
+def test_documents_through_an_endpoint_are_those_of_the_engine_and_pair_with_them(
+    engine, gsm8k, tiny_qwen3_dir, tmp_path
+) -> None:
+    data = write_sets(gsm8k, documents=4)
+    changes = {"eval_datasets": ["mmlu", "gsm8k"], "eval_fewshot": 1, "eval_max_new_tokens": 12}
+    ours, one = run(engine, experiment_for(data, tmp_path, run="ours", **changes))
+    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=2048) as behind:
+        server = Running(behind)
+        served = EndpointEngine(f"{server.base}/v1", str(tiny_qwen3_dir))
+        theirs, two = run(served, experiment_for(data, tmp_path, run="served", **changes))
+        server.wait(server.runner.cleanup())
+
+    key = ["task", "doc_id", "doc_hash", "prompt_hash"]
+    both = ours.documents.merge(theirs.documents, on=key, suffixes=("", "_served"))
+    assert len(both) == len(ours.documents) == 2 * 4 + len(SUMS)
+    for row in both.to_dict("records"):
+        if isinstance(row["answer"], str):
+            assert row["answer"] == row["answer_served"]
+        else:
+            assert row["choice_logprobs_served"] == pytest.approx(row["choice_logprobs"], abs=1e-4)
+            assert row["choice_is_greedy_served"] == row["choice_is_greedy"]
+    assert two.identities()[theirs.tasks["identity"][0]].declared == ("weights", "engine")
+    pairs = pair_documents(Run(one), Run(two), "acc")
+    assert len(pairs.rows) == 8 and not pairs.refused
+
+
+def test_what_a_server_cannot_do_is_said_before_work(tiny_qwen3_dir, tmp_path) -> None:
+    class Terse(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.reply({"data": [{"id": "m"}]})
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.reply({"choices": [{"text": "x", "logprobs": {"token_logprobs": [None], "tokens": ["x"]}}]})
+
+        def reply(self, value):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(value).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Terse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        served = EndpointEngine(url, str(tiny_qwen3_dir))
+        data = write_sets(tmp_path / "data", documents=2)
+        with pytest.raises(DataError, match=r"mmlu_abstract_algebra, .* cannot be asked: .* 0 log-probabilities of 6"):
+            run(served, experiment_for(data, tmp_path, eval_datasets=["mmlu"], eval_fewshot=0))
+        with pytest.raises(EndpointError, match="serves m, not 'other'"):
+            EndpointEngine(url, str(tiny_qwen3_dir), model="other")
+        server.shutdown()
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped_and_answers_nothing_twice(engine, tmp_path) -> None:
+    def score(pairs, *, on_score, on_progress):
+        for place, (context, ids) in enumerate(pairs):
+            on_score(
+                place, SimpleNamespace(logprob=-(zlib.crc32(bytes(str(context + ids), "ascii")) % 999), is_greedy=False)
+            )
+            if place % 4 == 3:
+                on_progress(place, len(pairs))
+                time.sleep(0.01)
+        on_progress(len(pairs), len(pairs))
+        return [SimpleNamespace(logprob=-1.0, is_greedy=False)] * len(pairs)
+
+    data = write_sets(tmp_path / "data", documents=12)
+    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["mmlu", "ceval"], eval_fewshot=0)
+    slow = stand_in(engine, score=score)
+    table = experiment.run_folder / "documents.jsonl"
+    process = multiprocessing.get_context("fork").Process(target=run, args=(slow, experiment))
+    process.start()
+    deadline = time.monotonic() + 60
+    while process.is_alive() and time.monotonic() < deadline:
+        if table.exists() and table.read_bytes().count(b"\n") >= 9:
+            process.kill()
+        time.sleep(0.01)
+    process.join()
+
+    before = [json.loads(line) for line in table.read_text().splitlines()]
+    result, folder = run(slow, experiment)
+    undisturbed, _ = run(slow, experiment.with_changes(run="undisturbed"))
+
+    assert process.exitcode == -9 and 9 <= len(before) < 48
+    rows = list(folder.rows("documents"))
+    assert rows[: len(before)] == before and len(rows) == len({(row["task"], row["doc_id"]) for row in rows}) == 48
+    columns = ["task", "metric", "value", "stderr", "n"]
+    pandas.testing.assert_frame_equal(result.tasks[columns], undisturbed.tasks[columns])
