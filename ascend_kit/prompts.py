@@ -39,10 +39,6 @@ class Prompt(str):
         prompt.messages = messages
         return prompt
 
-    def as_messages(self) -> list[dict[str, str]]:
-        """What a chat template is applied to: the conversation, or the text as the user's only message."""
-        return self.messages or [{"role": "user", "content": str(self)}]
-
 
 def read_prompts(path: str | Path, parameter: str = "prompts_file") -> list[Prompt]:
     """Every prompt of a file in its order. PromptsError names `parameter`, the file and the line of a fault."""

@@ -115,11 +115,6 @@ class RunFolder:
 
         return pandas.DataFrame(list(self.rows(name)))
 
-    def done_keys(self, name: str, keys: Iterable[str]) -> set[tuple]:
-        """Values of `keys` in every row whose status is ok: what a resumed stage need not repeat."""
-        keys = list(keys)
-        return {tuple(_hashable(row.get(key)) for key in keys) for row in self.rows(name) if row.get("status") == "ok"}
-
     def clear(self, *names: str) -> None:
         """Remove tables and JSON files of these names: a stage that starts again."""
         for name in names:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-import time
 import types
 
 import pytest
@@ -75,17 +74,6 @@ def test_peak_memory_on_a_cpu_sees_what_came_and_went():
         held.write(b"x" * (64 << 20))
 
     assert device.peak_memory_bytes() - before > 48 << 20
-
-
-def test_events_measure_time():
-    device = select_device("cpu")
-    start, end = device.event(), device.event()
-
-    start.record()
-    time.sleep(0.02)
-    end.record()
-
-    assert 0.015 < start.elapsed_s(end) < 2
 
 
 def test_seeding_repeats_random_numbers():
@@ -238,15 +226,7 @@ def test_npu_memory_follows_tensors(device):
 
 
 @pytest.mark.npu
-def test_an_npu_event_and_an_index_too_large(device):
-    selected = select_device(device)
-    start, end = selected.event(), selected.event()
-
-    start.record()
-    end.record()
-    selected.synchronize()
-
-    assert start.elapsed_s(end) >= 0
+def test_an_npu_index_too_large_is_refused(device):
     with pytest.raises(DeviceError, match="does not exist"):
         select_device("npu:99")
 

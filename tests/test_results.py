@@ -28,7 +28,6 @@ def test_rows_come_back_as_written(tmp_path):
 
     assert table["x"].tolist() == [1.5, 2.0] and table["status"].tolist() == ["ok", "failed"]
     assert table["bad"].isna().all()
-    assert folder.done_keys("rows", ["x"]) == {(1.5,)}
 
 
 def test_a_torn_line_costs_one_row_and_not_its_neighbour(tmp_path):

@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,29 +56,6 @@ def import_torch_npu() -> Any:
             f"torch_npu is installed but cannot be imported: {error}. {advice(str(error), NOT_A_TRIPLE)}. "
             "`python -m ascend_kit doctor` checks the whole installation."
         ) from error
-
-
-class Event:
-    """A point in time on a device: `record()`, then `start.elapsed_s(end)`, which waits for `end`."""
-
-    def __init__(self, device: Device) -> None:
-        self._native = None if device.kind == "cpu" else device.backend.Event(enable_timing=True)
-        self._time_s = 0.0
-
-    def record(self) -> None:
-        """Mark the current end of the current stream."""
-        if self._native is None:
-            self._time_s = time.perf_counter()
-        else:
-            self._native.record()
-
-    def elapsed_s(self, end: Event) -> float:
-        """Seconds from this event to `end`; blocks until the device has reached `end`."""
-        if self._native is None:
-            return end._time_s - self._time_s
-        if end._native is not None:
-            end._native.synchronize()
-        return self._native.elapsed_time(end._native) / 1000.0
 
 
 @dataclass(frozen=True)
@@ -147,10 +123,6 @@ class Device:
         torch.manual_seed(seed)
         if self.kind != "cpu":
             self.backend.manual_seed(seed)
-
-    def event(self) -> Event:
-        """A new timing event."""
-        return Event(self)
 
     def versions(self) -> dict[str, str]:
         """Versions of the installed packages that decide results and speed (an identity's `versions`)."""

@@ -60,11 +60,6 @@ class SamplingParams:
         self._number("repetition_penalty", lambda x: 1e-3 <= x <= 1e3, "0.001 to 1000 (1 = none)")
         self._number("presence_penalty", lambda x: -2 <= x <= 2, "-2 to 2")
 
-    @property
-    def is_penalised(self) -> bool:
-        """Whether logits depend on the tokens that are there already."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
-
     @classmethod
     def from_model(cls, folder: str | Path, **given: Any) -> SamplingParams:
         """What the model's generation_config.json recommends; values `given` by name win.
