@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gettext
 import io
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +16,8 @@ from importlib import resources
 from typing import Any, Literal
 
 Level = Literal["note", "caution", "alarm", "failed"]
-LANGUAGES = ("en",)  # a language is a file locale/<language>.po with the same keys
+LANGUAGES = ("en", "zh")  # a language is a file locale/<language>.po with the same keys
+NUMBER = re.compile(r"\d[\d,.]*(?<![,.])")
 _in_use = "en"
 
 
@@ -69,9 +71,19 @@ def language_in_use() -> str:
 
 
 def phrase(text: str, language: str | None = None) -> str:
-    """An English text in `language`, by default the one in use; as it is where the catalogue lacks it."""
+    """An English text in `language`, by default the one in use; as it is where the catalogue lacks it.
+
+    A text with numbers may stand in the catalogue with {} in place of each.
+    """
     language = language or _in_use
-    return text if language == "en" or not text else _translations(f"phrases.{language}").gettext(text)
+    if language == "en" or not text:
+        return text
+    found = _translations(f"phrases.{language}")
+    if (whole := found.gettext(text)) != text:
+        return whole
+    template = NUMBER.sub("{}", text)  # numbers keep their order in every language
+    known = found.gettext(template)
+    return text if known == template else known.format(*NUMBER.findall(text))
 
 
 def translate(key: str, language: str | None = None, /, **values: Any) -> str:

@@ -94,7 +94,7 @@ class Experiment(BaseModel):
     params_file: str | None = Field(
         None, description="YAML file below the values set here; None: params/demo.yaml until a model is named"
     )
-    language: Literal["en"] = Field("en", description="of notebooks, panel, findings and report")
+    language: Literal["en", "zh"] = Field("en", description="of notebooks, panel, findings and report")
     seed: int = Field(0, ge=0, lt=1 << 32, description="seed of workloads and sampling")
     # model and conversion
     model_name: str = Field("demo", description="name shown in tables; default the name of input_model")

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.files import write_atomic
+from ascend_kit.messages import phrase, translate
 from ascend_kit.params import Experiment
 from ascend_kit.run.checks import Notebook, tagged_cells
 from ascend_kit.stages import DONE, RunRecord, Stage, changing
 
 FOLDER = "work"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+MEANING = re.compile(r"(?<=  # ).*$", re.MULTILINE)  # of a parameter
+CHOICES = re.compile(r": [a-z0-9_]+(, [a-z0-9_]+)+$")  # that may stand after it
 
 
 def make_working_copies(
@@ -33,6 +37,7 @@ def make_working_copies(
         target = folder / notebook.path.name
         if not target.exists():
             content = json.loads(notebook.path.read_text(encoding="utf-8"))
+            translate_cells(content["cells"], experiment.language)
             cell = tagged_cells(content)[0]
             cell["source"] = _with_values("".join(cell["source"]), values).splitlines(keepends=True)
             write_atomic(target, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
@@ -47,6 +52,33 @@ def _with_values(source: str, values: dict[str, Any]) -> str:
     return source
 
 
+def translate_cells(cells: list[dict[str, Any]], language: str) -> None:
+    """Put prose, and the meanings in the parameters cells, into `language`; the templates are in English."""
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            source = phrase(source, language)
+        elif {"parameters", "injected-parameters"} & set(cell.get("metadata", {}).get("tags", [])):
+            source = MEANING.sub(lambda found: _meaning(found[0], language), source)
+        cell["source"] = source
+
+
+def _meaning(text: str, language: str) -> str:
+    choices = CHOICES.search(text)
+    if choices is None or phrase(text, language) != text:
+        return phrase(text, language)
+    return phrase(text[: choices.start()], language) + choices[0]
+
+
+def without_widgets(cells: list[dict[str, Any]]) -> None:
+    """Leave the table or text that stands beside each widget: without its kernel a reader cannot draw the widget."""
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if data.pop(WIDGET, None) is not None and "text/html" not in data:
+                data["text/plain"] = translate("report.widget")
+
+
 def collect_executed(folder: Path) -> None:
     """Copy the notebooks of stages that were run by hand beside their results, and note errors that stopped them."""
     record = RunRecord.read(folder)
@@ -55,9 +87,12 @@ def collect_executed(folder: Path) -> None:
         return
     with changing(folder) as record:
         for name, path in found.items():
-            text = path.read_text(encoding="utf-8")
-            write_atomic(folder / f"{name}.ipynb", text)
-            stage, error = record.stages[name], _first_error(json.loads(text))
+            notebook, stage = json.loads(path.read_text(encoding="utf-8")), record.stages[name]
+            translate_cells(notebook["cells"], stage.parameters.get("language", "en"))
+            without_widgets(notebook["cells"])
+            notebook.get("metadata", {}).pop("widgets", None)
+            write_atomic(folder / f"{name}.ipynb", json.dumps(notebook, ensure_ascii=False, indent=1) + "\n")
+            error = _first_error(notebook)
             if error is not None and stage.state not in DONE and stage.state != "running":
                 stage.end("failed", error, stage.duration_s)
 

@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.device.advice import explain
 from ascend_kit.files import write_atomic
+from ascend_kit.run.copies import translate_cells
 from ascend_kit.run.signals import SIGNALS, StopRequest
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+
+    from ascend_kit.run.engine import ExecutedCopy
 
 # A kernel must not reach for a network, must draw inline, and must not believe that it has a browser.
 KERNEL_ENVIRONMENT = {
@@ -139,12 +142,18 @@ class Execution:
             kernel_name="python3",
             stdout_file=lines,
             stderr_file=lines,
-            copy=lambda notebook: engine.ExecutedCopy(notebook, self.target, self._before_cell),
+            copy=self._copy,
             manager=self._manager,
             popen={**self.popen, "env": environment, "cwd": os.getcwd(), "stdout": log, "stderr": log},
         )
         if lines:
             lines.end()
+
+    def _copy(self, notebook: NotebookNode) -> ExecutedCopy:
+        from ascend_kit.run.engine import ExecutedCopy
+
+        translate_cells(notebook.cells, self.parameters.get("language", "en"))
+        return ExecutedCopy(notebook, self.target, self._before_cell)
 
     def _before_cell(self) -> None:
         if self.stop.number is not None:

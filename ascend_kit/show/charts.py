@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import GIB, Table, write_atomic
+from ascend_kit.messages import phrase
 from ascend_kit.show import tables
 from ascend_kit.show.drawing import (
     BASELINES,
@@ -59,6 +60,7 @@ def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str) -> A
     from IPython.display import Image
     from matplotlib import rc_context
 
+    caption = phrase(caption)
     if figure is None:
         for kind in ("png", "svg"):
             (folder.path / "figures" / f"{name}.{kind}").unlink(missing_ok=True)

@@ -7,10 +7,13 @@ every reader and as SVG for the report, where `tip` makes a point tell its value
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import Table
+from ascend_kit.messages import language_in_use, phrase
 from ascend_kit.params import ENGINE_SWITCHES
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ LENGTHS = ["prompt_len", "output_len"]
 MOST_PANELS = 6  # of more lengths a heat map is drawn
 MOST_DIRECT_LABELS = 6
 LABEL_GAP = 0.075  # least distance of two labels at a line's end, share of the height
+# In the order in which they are looked for: Noto, Adobe, Linux, Windows, macOS.
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
+                 "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC")  # fmt: skip
 TIP, TIP_SEPARATOR = "tip:", " ¦ "  # in an artist's id: the texts of its points
 
 
@@ -216,6 +222,12 @@ def finish(figure: Figure, title: str, alt: str = "", legend: bool = True) -> Fi
     there is one panel with few lines, else in one legend below, where it can hide nothing."""
     figure.suptitle(title, fontsize=FONT + 2)
     figure.set_label(alt)
+    figure = _with_legend(figure, legend)
+    _localize(figure)
+    return figure
+
+
+def _with_legend(figure: Figure, legend: bool) -> Figure:
     found = [axes.get_legend_handles_labels() for axes in figure.axes]
     entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     if not legend or not entries:
@@ -227,6 +239,30 @@ def finish(figure: Figure, title: str, alt: str = "", legend: bool = True) -> Fi
         entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=FONT - 1, frameon=False
     )
     return figure
+
+
+def _localize(figure: Figure) -> None:
+    """Every text in the language in use and in fonts that have its signs; in English, with a warning, without such."""
+    from matplotlib.text import Text
+
+    font = _chinese_font()
+    needs = language_in_use() == "zh"
+    if needs and font is None:
+        warnings.warn(f"charts are in English: none of the fonts {', '.join(CHINESE_FONTS)} is installed", stacklevel=3)
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if needs and font:
+            text.set_text(phrase(text.get_text()))
+        if font and not text.get_text().isascii():
+            text.set_fontfamily(["DejaVu Sans", font])
+
+
+@cache
+def _chinese_font() -> str | None:
+    from matplotlib.font_manager import fontManager
+
+    installed = {entry.name for entry in fontManager.ttflist}
+    return next((name for name in CHINESE_FONTS if name in installed), None)
 
 
 def _label_ends(axes: Axes, entries: dict[str, Any]) -> bool:

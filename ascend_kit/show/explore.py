@@ -183,7 +183,7 @@ def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
         {
             "mark": {"type": "line", "point": {"size": 60}},
             "params": [{"name": "zoom", "select": "interval", "bind": "scales"}],
-            "encoding": {**shared, "y": up, "strokeDash": shape, "tooltip": tooltip},
+            "encoding": {**shared, "y": up, "strokeDash": shape, "tooltip": tooltip, "order": {"field": "concurrency"}},
         },
         {"mark": "rule", "encoding": {**shared, **reach}},
     ]
@@ -231,7 +231,7 @@ def histograms(requests: Table) -> Figure | None:
             axes.hist(values, bins=min(40, max(5, len(values) // 2)), color=PALETTE[0], edgecolor="white")
             axes.axvline(statistics.median(values), linestyle="--", color=GREY)
             axes.set_title(f"median {statistics.median(values):,.4g}, most {max(values):,.4g}", fontsize=FONT)
-        value_axis(axes, name, which="x", log=False)
+        value_axis(axes, name, which="x", log=False, zero=False)
         value_axis(axes, "count", log=False)
     return finish(figure, "TTFT and ITL of one point", f"{len(records)} requests", legend=False)
 
@@ -282,8 +282,10 @@ def _given(row: dict[str, Any]) -> str:
 
 
 def _letter(row: dict[str, Any], value: Any) -> str:
-    is_place = isinstance(value, int) and row.get("choice_logprobs") is not None
-    return chr(65 + value) if is_place else ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+    """Places of choices as letters (several may be right, and lm-eval writes some as text), answers as they are."""
+    values, are_places = value if isinstance(value, list) else [value], row.get("choice_logprobs") is not None
+    texts = ("" if one is None else str(one) for one in values)
+    return ", ".join(chr(65 + int(text)) if are_places and text.isdecimal() else text for text in texts)
 
 
 # --- history ----------------------------------------------------------------------------------------------------------
@@ -356,7 +358,7 @@ def history_chart(table: Table) -> Figure | None:
         for x, y in slower:
             axes.plot(x, y, "x", color=RED, markersize=14, markeredgewidth=3, label="regression")
     axes.set_xticks(range(1, table.groupby("series").size().max() + 1))
-    axes.set_xlabel(phrase("run of the series, oldest first"), fontsize=FONT)
+    axes.set_xlabel("run of the series, oldest first", fontsize=FONT)
     value_axis(axes, "output tokens/s", log=False)
     return finish(figure, "History", f"{int(table['regression'].eq(True).sum())} regressions")
 

@@ -67,9 +67,9 @@ class Explorer:
         for row in shown.to_dict("records"):
             box = w.Checkbox(value=row["run"] in self.chosen, indent=False, layout={"width": "20px"})
             box.observe(lambda change, name=row["run"]: self._tick(name, change["new"]), "value")
-            cells += [box, *(w.HTML(tables.markup(tables.cell_text(value))) for value in row.values())]
-        head = [w.HTML(f"<b>{tables.markup(name)}</b>") for name in ("", *shown.columns)]
-        widths = f"24px repeat({len(shown.columns)}, max-content)"
+            cells += [box, *(w.HTML(_cell(value)) for value in row.values())]
+        head = [w.HTML(f"<b>{tables.markup(phrase(name))}</b>") for name in ("", *shown.columns)]
+        widths = f"24px repeat({len(shown.columns)}, auto)"
         grid = w.GridBox([*head, *cells], layout={"grid_template_columns": widths, "grid_gap": "0 14px"})
         title = w.HTML(translate("explore.choose"))
         _display_widget(w.VBox([title, grid]), tables.readable(self.listed, keys=1))
@@ -110,14 +110,17 @@ class Explorer:
         return table.sort_values(RATE, ascending=False, ignore_index=True) if len(table) else table
 
     def _point(self, point: str) -> list[Any]:
+        import pandas
+
         table = self._points()
         place = explore.point_names(table).get(point)
         if place is None:
             return [None] * 3
         row = table.loc[place].dropna().to_dict()
+        first = {name: row[name] for name in (*tables.SWEEP, *row) if name in row}
         requests = explore.requests_of(self.every[row["run"]], row["point_id"])
         spread, timeline = explore.histograms(requests), charts.request_timeline(requests)
-        return [tables.facts(row), self._keep("histograms", spread, "TTFT and ITL of one point"),
+        return [tables.readable(pandas.DataFrame([first]), keys=1), self._keep("histograms", spread, "TTFT and ITL of one point"),
                 self._keep("timeline", timeline, "Requests of one point over time")]  # fmt: skip
 
     def documents(self) -> None:
@@ -207,6 +210,10 @@ class _Bundle:
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         return {"text/plain": "", **self.data}
+
+
+def _cell(value: Any) -> str:
+    return f"<span style='white-space:normal'>{tables.markup(tables.cell_text(value))}</span>"
 
 
 def _options(found: Callable[[], list[str]] | list[str] | str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import Table, to_json
-from ascend_kit.messages import Finding, Level, say
+from ascend_kit.messages import Finding, Level, say, translate
 from ascend_kit.results import RunFolder
 from ascend_kit.show.drawing import config_labels
 
@@ -29,8 +29,8 @@ def conclude(folder: RunFolder, findings: Iterable[Finding], files: Iterable[str
     findings = list(findings)
     names = [str(folder.path / f"{folder.stage}.json"), *sorted({str(path) for path in files if Path(path).exists()})]
     for finding in findings:
-        print(f"- {finding.level.upper() + ': ' if finding.level != 'note' else ''}{finding}")
-    print("written: " + ", ".join(names))
+        print(f"- {translate(f'level.{finding.level}') + ': ' if finding.level != 'note' else ''}{finding}")
+    print(translate("conclude.written", names=", ".join(names)))
     value = {"stage": folder.stage, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
              "findings": [finding.to_row() for finding in findings], "files": names}  # fmt: skip
     folder.write_json(str(folder.stage), value)

@@ -28,7 +28,7 @@ def about(run: RunRecord, parameters: dict[str, Any]) -> dict[str, str]:
     values = {
         "model": parameters.get("model_name"),
         "precision": ", ".join(str(word) for word in precision if word and word != "none"),
-        "switches": ", ".join(switches) or ("all switches off" if parameters else ""),
+        "switches": ", ".join(switches) or (translate("about.all_off") if parameters else ""),
         "engine": f"ascend_kit, torch {versions['torch']}" if versions.get("torch") else "",
         "device": device.get("name", "") and (f"{cards} x " if cards not in (1, None) else "") + str(device["name"]),
         "CANN": versions.get("cann") or versions.get("CANN"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ascend_kit.files import write_atomic
+from ascend_kit.messages import phrase, translate
 from ascend_kit.params import PRECISIONS, Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
 from ascend_kit.params.experiment import FRAMEWORKS, choices_of, kind_of
 from ascend_kit.params.notebook import applied
@@ -62,11 +63,11 @@ class ParameterPanel:
 
         rows = [
             {
-                "group": title,
+                "group": phrase(title),
                 "parameter": key,
                 "value": _as_text(getattr(self.experiment, key)),
                 "default": _as_text(getattr(defaults, key)),
-                "meaning": Experiment.model_fields[key].description,
+                "meaning": phrase(Experiment.model_fields[key].description or ""),
             }
             for title, keys in grouped().items()
             for key in keys
@@ -76,7 +77,7 @@ class ParameterPanel:
 
     def check(self) -> str:
         """Validate the fields as they stand and what they name; returns the message that the form shows."""
-        return self._read() or self._further() or f"fine: results go to {self.experiment.run_folder}"
+        return self._read() or self._further() or translate("panel.fine", folder=self.experiment.run_folder)
 
     def apply(self) -> str:
         """This kernel's notebook uses the fields from now on, above its cells and above its parameter file."""
@@ -85,31 +86,26 @@ class ParameterPanel:
         changed = self._changed()
         applied.update(changed)
         if not applied:
-            return "nothing differs from what the notebook uses"
-        return (
-            f"this notebook uses {', '.join(f'{key}={value!r}' for key, value in applied.items())} until its kernel "
-            "ends: run its cells again from the one that calls experiment_from_notebook; for the other notebooks, Save"
-        )
+            return translate("panel.nothing")
+        return translate("panel.applied", values=", ".join(f"{key}={value!r}" for key, value in applied.items()))
 
     def load(self, path: str | Path) -> str:
         """Fill the fields from a parameter file; nothing uses them before Apply or Save."""
         try:
             loaded = load_experiment(path)
         except ParameterError as error:
-            return f"not valid: {error}"
+            return translate("panel.invalid", error=error)
         for key in sorted(self.fields, key="model_name".__eq__):  # last: another model changes the name beside it
             self.fields[key].value = _field_value(key, getattr(loaded, key))
-        return f"the fields show {path}; Apply uses them in this notebook"
+        return translate("panel.loaded", path=path)
 
     def save(self, path: str | Path) -> str:
         """Write a file that gives exactly the experiment in the fields."""
         if fault := self._read():
             return fault
-        written = "replaced" if Path(path).exists() else "written"
+        told = translate("panel.replaced" if Path(path).exists() else "panel.written", path=path)
         write_atomic(Path(path), _minimal_yaml(self.experiment))
-        return (
-            f'{path} {written}; every notebook uses it with params_file = "{path}", or: python -m ascend_kit run {path}'
-        )
+        return told
 
     def _read(self) -> str | None:
         """Take the fields over into `experiment`; what is wrong with them, if anything."""
@@ -117,7 +113,7 @@ class ParameterPanel:
             values = {**self._shown.model_dump(exclude_unset=True), **self._changed()}
             self.experiment = build_experiment(values, source="the form")
         except ParameterError as error:
-            return f"not valid: {error}"
+            return translate("panel.invalid", error=error)
         return None
 
     def _further(self) -> str | None:
@@ -125,7 +121,7 @@ class ParameterPanel:
             if self._look_further is not None:
                 self._look_further(self.experiment)
         except (ValueError, OSError) as error:
-            return f"not ready: {error}"
+            return translate("panel.not_ready", error=error)
         return None
 
     def _changed(self) -> dict[str, Any]:
@@ -152,22 +148,26 @@ class ParameterPanel:
         self.fields = {key: self._field(w, key) for key in Experiment.model_fields}
         self.fields["input_model"].observe(self._name_after_model, "value")
         pages = {title: [key for key in keys if key not in FIRST] for title, keys in grouped().items()}
-        tabs = w.Tab(children=[_rows(w, keys, self.fields) for keys in pages.values()], titles=list(pages))
-        more = w.Accordion(children=[tabs], titles=["All other parameters"], selected_index=None)
+        tabs = w.Tab(
+            children=[_rows(w, keys, self.fields) for keys in pages.values()], titles=[phrase(title) for title in pages]
+        )
+        more = w.Accordion(children=[tabs], titles=[translate("panel.more")], selected_index=None)
         files = sorted(str(path) for path in PARAMETER_FOLDER.glob("*.y*ml"))
         source = w.Dropdown(options=files, layout={"width": "260px"})
         target = w.Text(value=f"{PARAMETER_FOLDER}/{self.experiment.experiment}-new.yaml", layout={"width": "260px"})
         message = w.HTML()
         actions = {
-            "Check": self.check,
-            "Apply": self.apply,
-            "Load": lambda: self.load(source.value) if source.value else f"no files in {PARAMETER_FOLDER}/",
-            "Save": lambda: self.save(target.value),
+            "check": self.check,
+            "apply": self.apply,
+            "load": lambda: (
+                self.load(source.value) if source.value else translate("panel.no_files", folder=PARAMETER_FOLDER)
+            ),
+            "save": lambda: self.save(target.value),
         }
-        buttons = {title: w.Button(description=title, layout={"width": "90px"}) for title in actions}
+        buttons = {name: w.Button(description=translate(f"panel.{name}"), layout={"width": "90px"}) for name in actions}
         for title, action in actions.items():
             buttons[title].on_click(lambda _, action=action: _say(message, action()))
-        bar = [buttons["Check"], buttons["Apply"], buttons["Load"], source, buttons["Save"], target]
+        bar = [buttons["check"], buttons["apply"], buttons["load"], source, buttons["save"], target]
         wrap = {"flex_flow": "row wrap"}
         return w.VBox([_rows(w, FIRST, self.fields), more, w.HBox(bar, layout=wrap), message])
 
@@ -203,7 +203,7 @@ def _rows(w: Any, keys: tuple[str, ...] | list[str], fields: Mapping[str, Any]) 
     """Name, field and meaning below each other in three columns; a long meaning takes a second line."""
     cells = []
     for key in keys:
-        meaning = escape(Experiment.model_fields[key].description or "")
+        meaning = escape(phrase(Experiment.model_fields[key].description or ""))
         cells += [w.HTML(f"<code>{key}</code>"), fields[key], w.HTML(f"<span style='line-height:1.3'>{meaning}</span>")]
     return w.GridBox(
         cells, layout={"grid_template_columns": "max-content 310px minmax(200px, 1fr)", "grid_gap": "2px 12px"}
@@ -211,7 +211,7 @@ def _rows(w: Any, keys: tuple[str, ...] | list[str], fields: Mapping[str, Any]) 
 
 
 def _say(message: Any, text: str) -> None:
-    is_bad = text.startswith("not ")
+    is_bad = text.startswith(tuple(translate(key, error="") for key in ("panel.invalid", "panel.not_ready")))
     message.value = f"<div style='white-space:normal;color:{'#b3261e' if is_bad else 'inherit'}'>{escape(text)}</div>"
 
 

@@ -10,6 +10,8 @@ import os
 import time
 from typing import Any
 
+from ascend_kit.messages import translate
+
 # The Jupyter server names the session in the kernel's environment; headless executors do not.
 BROWSER_VARIABLE = "JPY_SESSION_NAME"
 LINE_EVERY_S = 5.0
@@ -169,7 +171,9 @@ class _Bar:
 
     def finish(self, *, failed: bool) -> None:
         self._bar.bar_style = "danger" if failed else "success"
-        _replace(self._shown, f"{self._label}: {self._text.value}" + (" (stopped by an error)" if failed else ""))
+        _replace(
+            self._shown, f"{self._label}: {self._text.value}" + (f" {translate('progress.stopped')}" if failed else "")
+        )
 
 
 def _replace(shown: Any, text: str) -> None:
@@ -192,4 +196,4 @@ def _clock(seconds: float) -> str:
 def _remaining(share: float, seconds: float) -> str:
     if not 0.0 < share < 1.0:
         return ""
-    return f", about {_clock(seconds / share - seconds)} left"
+    return translate("progress.left", time=_clock(seconds / share - seconds))

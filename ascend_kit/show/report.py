@@ -22,7 +22,7 @@ import yaml
 from markupsafe import Markup
 
 from ascend_kit.files import Table, to_json, write_atomic
-from ascend_kit.messages import Finding, translate
+from ascend_kit.messages import Finding, translate, use_language
 from ascend_kit.results import RunFolder, RunFolderError, run_parameters
 from ascend_kit.show import headline, render, tables
 from ascend_kit.stages import RunRecord, Stage
@@ -86,6 +86,7 @@ def write_report(run_folder: str | Path) -> Path:
     folder = Path(run_folder).resolve()
     run, saved = RunRecord.read(folder), RunFolder(folder)
     parameters = run_parameters(saved)
+    use_language(parameters.get("language", "en"))
     about = headline.about(run, parameters)
     figures = Figures(folder, ", ".join(about.values()))
     names = sorted({*(path.stem for path in folder.glob("*.ipynb")), *run.stages})
@@ -176,19 +177,26 @@ def _facts(run: RunRecord) -> dict[str, Any]:
     """When and from which commit, and what the stages said of their device; stages agree unless the run was moved."""
     if not run.created:
         return {}
-    commit = (run.source.get("commit") or "unknown")[:12] + (" with local changes" if run.source.get("dirty") else "")
-    rows = {"created": run.created, "source commit": commit, "seed": run.seed}
+    commit = (run.source.get("commit") or translate("state.unknown"))[:12]
+    commit = translate("facts.changed", commit=commit) if run.source.get("dirty") else commit
+    rows = {"created": run.created, "commit": commit, "seed": run.seed}
     for stage in run.stages.values():
         device = stage.facts.get("device") or {}
         if device.get("name"):
             rows["device"] = f"{device['kind']}: {device['name']}"
         if device.get("total_memory_bytes"):
-            rows["device memory, GiB"] = f"{device['total_memory_bytes'] / 2**30:.1f}"
+            rows["memory"] = f"{device['total_memory_bytes'] / 2**30:.1f}"
         peak = device.get("peak") or {}
         if peak.get("source"):
-            rows["nominal peaks used"] = f"{peak['name']} ({peak['source']})"
-        rows |= {f"{name} version": version for name, version in (device.get("versions") or {}).items()}
-    return {key: value for key, value in rows.items() if value is not None}
+            rows["peaks"] = f"{peak['name']} ({peak['source']})"
+    versions = {name: text for stage in run.stages.values() for name, text in _versions(stage).items()}
+    named = {translate(f"facts.{key}"): value for key, value in rows.items()}
+    named |= {translate("facts.version", name=name): text for name, text in versions.items()}
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def _versions(stage: Stage) -> dict[str, str]:
+    return (stage.facts.get("device") or {}).get("versions") or {}
 
 
 # --- one notebook -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.files import Table
 from ascend_kit.measure.cards import total_load
 from ascend_kit.messages import keys as known_keys
-from ascend_kit.messages import translate
+from ascend_kit.messages import phrase, translate
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -93,7 +93,9 @@ def _html(table: Table) -> str:
 
 
 def _head(name: Any) -> str:
-    return f'<th scope="col">{markup(str(name)).replace("_", "_<wbr>")}</th>'  # long names break where words end
+    return (
+        f'<th scope="col">{markup(phrase(str(name))).replace("_", "_<wbr>")}</th>'  # long names break where words end
+    )
 
 
 def _is_counter(index: Any) -> bool:
