@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 from test_run import run_folder, write_notebook
 
 from ascend_kit.__main__ import main
+from ascend_kit.params.notebook import literal_assignments
+from ascend_kit.run.checks import find_notebooks
+from ascend_kit.run.copies import without_widgets
 from ascend_kit.run.experiment import run_experiment
 
 BY_HAND = (
@@ -82,3 +86,32 @@ def test_an_error_in_a_stage_run_by_hand_is_in_the_record(project):
     stage = json.loads((run_folder(project) / "run.json").read_text())["stages"]["01_first"]
     assert stage["state"] == "failed" and stage["error"] == "ZeroDivisionError: division by zero"
     assert Path(run_folder(project) / "01_first.ipynb").is_file()
+
+
+def test_a_copy_in_chinese_is_chinese_in_prose_and_meanings_and_equal_in_code(project):
+    main(["work", "fake.yaml", "--set", "language=zh", "--set", "experiment=zh"])
+
+    for path in find_notebooks():
+        copy = nbformat.read(project / "outputs" / "zh" / "default" / "work" / path.path.name, as_version=4)
+        template = nbformat.read(path.path, as_version=4)
+        for ours, theirs in zip(copy.cells, template.cells, strict=True):
+            if ours.cell_type == "markdown":
+                assert re.search("[\u4e00-\u9fff]", ours.source), theirs.source
+            elif "parameters" in ours.metadata.get("tags", []):
+                assert literal_assignments(ours.source).keys() == literal_assignments(theirs.source).keys()
+                lines = [line for line in ours.source.splitlines()[1:] if "fp32" not in line and "npu:N" not in line]
+                assert [line for line in lines if not re.search("[\u4e00-\u9fff]", line)] == []
+            else:
+                assert ours.source == theirs.source
+
+
+def test_widgets_of_a_collected_copy_become_what_stands_beside_them():
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    shown = [{**widget, "text/html": "<table></table>"}, {**widget, "text/plain": "HBox("}]
+    cells = [{"outputs": [{"data": data} for data in shown]}]
+
+    without_widgets(cells)
+
+    first, second = (output["data"] for output in cells[0]["outputs"])
+    assert first == {"text/html": "<table></table>"}
+    assert list(second) == ["text/plain"] and "HBox(" not in second["text/plain"]

@@ -120,8 +120,11 @@ class Explorer:
         first = {name: row[name] for name in (*tables.SWEEP, *row) if name in row}
         requests = explore.requests_of(self.every[row["run"]], row["point_id"])
         spread, timeline = explore.histograms(requests), charts.request_timeline(requests)
-        return [tables.readable(pandas.DataFrame([first]), keys=1), self._keep("histograms", spread, "TTFT and ITL of one point"),
-                self._keep("timeline", timeline, "Requests of one point over time")]  # fmt: skip
+        return [
+            tables.readable(pandas.DataFrame([first]), keys=1),
+            self._keep("histograms", spread, "TTFT and ITL of one point"),
+            self._keep("timeline", timeline, "Requests of one point over time"),
+        ]
 
     def documents(self) -> None:
         """A task's documents that a run got wrong, or that turned over between two runs; with a search."""
