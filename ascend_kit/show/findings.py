@@ -169,6 +169,19 @@ def _score(row: Any) -> Finding:
     return say(f"scores.{kind}_with_error", **values, stderr=float(row.stderr) * (100 if percent else 1))
 
 
+def _verdict(decision: Verdict, text: str, values: dict[str, Any]) -> Finding:
+    """The decision by its numbers; in the words of the comparison where no run is recommended."""
+    rows = decision.table[decision.table["run"] == decision.best].to_dict("records") if len(decision.table) else []
+    if not rows:
+        return say("compare.verdict", text=text, **values)
+    best = rows[0]
+    values |= {"rate": best["output_tokens_per_s"]}
+    if decision.best == decision.baseline:
+        return say("compare.use_baseline", **values)
+    named = {"speedup": "speedup", "difference": "difference_points", "low": "low_points", "high": "high_points"}
+    return say("compare.use", **values, n=int(best["n"]), **{name: float(best[key]) for name, key in named.items()})
+
+
 def comparison_findings(decision: Verdict, perplexity: Table) -> list[Finding]:
     """The verdict and its cautions, and how running text compares."""
     lines = [line for line in decision.text.splitlines() if line.strip()]
@@ -177,7 +190,7 @@ def comparison_findings(decision: Verdict, perplexity: Table) -> list[Finding]:
         json.loads(to_json(decision.table.reindex(columns=columns).to_dict("records"))) if len(decision.table) else []
     )
     values = {"best": decision.best, "baseline": decision.baseline, "runs": runs}
-    found = [say("compare.verdict", text=line, **values) for line in lines[:1]]
+    found = [_verdict(decision, line, values) for line in lines[:1]]
     found += [say("text", text=line) for line in lines[1:]]
     found += [say("text", "caution", text=f"{text}.") for text in decision.cautions]
     return found + [

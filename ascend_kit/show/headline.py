@@ -11,6 +11,7 @@ from ascend_kit.results import RunFolder
 from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunRecord
 
+VERDICTS = ("compare.verdict", "compare.use", "compare.use_baseline")
 NUMBERS = ("rate", "ttft", "tpot", "accuracy")
 POINT = ("concurrency", "prompt_len", "output_len")
 SERIOUS_FIRST = ("failed", "alarm", "caution")
@@ -38,7 +39,7 @@ def about(run: RunRecord, parameters: dict[str, Any]) -> dict[str, str]:
 
 def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> dict[str, Any]:
     """`verdict` and its `level`, `numbers` (name, text, note) and `warnings` (level, text), the serious ones first."""
-    compared = next((finding for finding in findings if finding.key == "compare.verdict"), None)
+    compared = next((finding for finding in findings if finding.key in VERDICTS), None)
     numbers = [*_speed(folder), _accuracy(folder, compared, findings)]
     warnings = {str(f): f.level for f in findings if f.level != "note"}
     warnings |= {alarm["text"]: "alarm" for stage in run.stages.values() for alarm in stage.alarms}
