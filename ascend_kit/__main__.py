@@ -14,6 +14,7 @@ from typing import Any
 
 from ascend_kit.engine.ranks import environment_ranks, without_ranks
 from ascend_kit.files import os_error_text
+from ascend_kit.messages import phrase
 from ascend_kit.params import Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
 from ascend_kit.params.experiment import DEMO
 from ascend_kit.results import RunFolderError
@@ -195,8 +196,9 @@ def _say(line: str) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.list:
+        language = _overrides(arguments).get("language", "en")
         for name, info in Experiment.model_fields.items():
-            print(f"{name} = {info.default!r}  # {info.description}")
+            print(f"{name} = {info.default!r}  # {phrase(info.description or '', language)}")
         return 0
     given, overrides = _parameter_file(arguments), _overrides(arguments)
     if Path(given).is_dir():

@@ -331,9 +331,9 @@ def _line_of_history(now: tuple[str, Run, Identity], before: tuple[str, Run, Ide
         return row
     then = _rates(before[1], point)
     change = statistics.fmean(rates) / statistics.fmean(then) - 1
-    commits = [RunRecord.read(one.folder.path).source.get("commit") or "unknown" for one in (before[1], run)]
+    commits = [str(RunRecord.read(one.folder.path).source.get("commit"))[:10] for one in (before[1], run)]
     changed = before[2].differences(identity, "line")
-    changed += [f"commit: {commits[0][:10]} -> {commits[1][:10]}"] if commits[0] != commits[1] else []
+    changed += [f"commit: {commits[0]} -> {commits[1]}"] if commits[0] != commits[1] else []
     is_slower = change < -LEAST_CHANGE and max(rates) < min(then)
     return row | {"change, %": 100 * change, "regression": is_slower, "what changed": "; ".join(changed)}
 

@@ -177,7 +177,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
     """When and from which commit, and what the stages said of their device; stages agree unless the run was moved."""
     if not run.created:
         return {}
-    commit = (run.source.get("commit") or translate("state.unknown"))[:12]
+    commit = str(run.source.get("commit") or translate("state.unknown"))[:12]
     commit = translate("facts.changed", commit=commit) if run.source.get("dirty") else commit
     rows = {"created": run.created, "commit": commit, "seed": run.seed}
     for stage in run.stages.values():
