@@ -78,7 +78,7 @@ def test_prompts_are_limited_only_beside_decoding_sequences():
     target.add(sequence(4))
     target.add(sequence(40, 100))
 
-    assert target.schedule(2).num_tokens == 16  # nobody decodes yet
+    assert sum(chunk.count for chunk in target.schedule(2).chunks) == 16  # nobody decodes yet
     for chunk in (first := target.running[0], target.running[1]):
         chunk.num_computed = 4 if chunk is first else 12
     first.token_ids.append(1)
@@ -126,7 +126,7 @@ class Clock:
     def step(self, max_new=60):
         plan = self.target.schedule(self.pace.prompt_tokens())
         base_s, row_s, token_s = self.costs
-        prompts = plan.num_tokens - plan.num_decoding
+        prompts = plan.num_prompt_tokens
         seconds = base_s + row_s * plan.num_decoding + token_s * prompts
         self.now += seconds
         self.pace.observe(plan.num_decoding, prompts, seconds)
@@ -221,7 +221,7 @@ class Engine(RuleBasedStateMachine):
     def step(self, prompt_tokens=None):
         plan = run(self.target, prompt_tokens=prompt_tokens)
         assert plan.chunks, "something is waiting, so something must run"
-        assert plan.num_tokens <= self.target.max_tokens
+        assert plan.num_decoding + plan.num_prompt_tokens <= self.target.max_tokens
         for chunk in plan.chunks:
             if chunk.sequence.num_tokens >= 20:
                 self.end(chunk.sequence)

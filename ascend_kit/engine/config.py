@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from ascend_kit.params import DEVICE_PATTERN, PRECISIONS, Experiment
 
 # Where the weights lie and whether they are read twice changes neither answers nor speed.
+LARGEST_GUESSED_STEP = 256  # rows; more would need further graphs, and guessing pays in small batches
 NOT_IN_IDENTITY = ("model_path", "tokenizer_path", "check_all_bytes", "device", "device_id", "ray_address")
 
 
@@ -47,6 +48,7 @@ class EngineConfig:
     block_size: int | None = _default("block_size")
     max_tokens_per_step: int = _default("max_tokens_per_step")
     kv_cache_gib: float | None = _default("kv_cache_gib")
+    speculate: int = _default("speculate")
     seed: int = _default("seed")
     cards: int = _default("cards")
     tensor_parallel: int = _default("tensor_parallel")
@@ -81,6 +83,11 @@ class EngineConfig:
     @property
     def tokenizer_folder(self) -> str:
         return self.tokenizer_path or self.model_path
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows of the largest decode step: one a request, and with `speculate` guesses, as far as graphs go."""
+        return max(self.batch_size, min(self.batch_size * (1 + self.speculate), LARGEST_GUESSED_STEP))
 
     @property
     def replicas(self) -> int:

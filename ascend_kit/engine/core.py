@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -86,7 +87,7 @@ class EngineCore:
             num_heads=config.num_heads // self.decoder.parallel.size,
             widest=max(config.hidden_size, 2 * config.intermediate_size // self.decoder.parallel.size),
             vocab_size=config.vocab_size,
-            batch_size=settings.batch_size,
+            batch_size=settings.decode_rows,
             step_tokens=settings.max_tokens_per_step,
             graph_mode=settings.graph_mode,
             communicates=self.decoder.parallel.size > 1,
@@ -98,16 +99,22 @@ class EngineCore:
             num_blocks, self.block_size, on_demand=settings.memory_optimize, max_seq_length=settings.max_seq_length
         )
         self.scheduler = Scheduler(
-            self.blocks, max_sequences=settings.batch_size, max_tokens_per_step=settings.max_tokens_per_step
+            self.blocks,
+            max_sequences=settings.batch_size,
+            max_tokens_per_step=settings.max_tokens_per_step,
+            speculate=settings.speculate,
+            max_rows=settings.decode_rows,
         )
         self.pace = StepPace()
         self.runner = ModelRunner(
             self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size, dtype=dtype
         )
         if settings.graph_mode:
-            self.runner.enable_graphs(settings.batch_size, settings.max_seq_length)
+            self.runner.enable_graphs(settings.decode_rows, settings.max_seq_length)
         self.sequences: dict[int, Sequence] = {}
-        self.counts = {"steps": 0, "prompt_tokens": 0, "cached_prompt_tokens": 0, "output_tokens": 0}
+        names = ("steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens")
+        self.counts = dict.fromkeys(names, 0)  # decoded_tokens came of so many decodes of a sequence
+        self._rounds: deque[tuple[float, list[tuple[Sequence, int]], list[Sequence]]] = deque()
 
     def _pool_size(self, ranks_on_host: int) -> int:
         """Blocks in the pool: what all slots can use at most, within the memory given or found free; plus block 0."""
@@ -141,37 +148,59 @@ class EngineCore:
     def step(self, should_stop: StopCheck) -> list[Sequence]:
         """Run one step; the sequences that got a token or finished scoring, finished ones with a finish_reason.
 
+        Each gets one token at a time: a step whose guesses were right is followed by calls that compute nothing.
+
         `should_stop(sequence, token)` decides after each token: "stop", "length" or None.
         """
-        plan = self.scheduler.schedule(self.pace.prompt_tokens())
-        if not plan.chunks:
-            return []
-        started = time.perf_counter()
-        for chunk in plan.chunks:
-            if chunk.sequence.timeline.scheduled_s is None:
-                chunk.sequence.timeline.scheduled_s = started
-        tokens = self.runner.execute(plan, self.config.eos_token_ids)
-        self.counts["steps"] += 1
-        now, touched = time.perf_counter(), []
-        self.pace.observe(plan.num_decoding, plan.num_tokens - plan.num_decoding, now - started)
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            sequence.num_computed = chunk.end
-            if sequence.is_scoring:
-                if chunk.reaches_end:
-                    self.finish(sequence, "stop", now)
-                    touched.append(sequence)
-            elif sequence.id in tokens:
-                touched.append(sequence)
-                if tokens[sequence.id] == NOT_FINITE:
-                    sequence.logprobs = sequence.logprobs[: sequence.num_output_tokens]
-                    self.finish(sequence, "error", now)
-                    sequence.error = f"after {sequence.num_output_tokens} tokens {scoring.NOT_FINITE}"
-                else:
-                    self._append(sequence, tokens[sequence.id], now, should_stop)
+        if not self._rounds:
+            self._compute()
+        now, tokens, ended = self._rounds.popleft() if self._rounds else (0.0, [], [])
+        touched = [sequence for sequence in ended if sequence.id in self.sequences]
+        for sequence in touched:
+            self.finish(sequence, "stop", now)
+        for sequence, token in tokens:
+            if sequence.id not in self.sequences:
+                continue  # ended with an earlier token of the same step, or was cancelled
+            touched.append(sequence)
+            if token == NOT_FINITE:
+                self.finish(sequence, "error", now)
+                sequence.error = f"after {sequence.num_output_tokens} tokens {scoring.NOT_FINITE}"
+            else:
+                self._append(sequence, token, now, should_stop)
+            if sequence.is_finished:
+                sequence.logprobs = sequence.logprobs[: sequence.num_output_tokens]
         if not self.has_unfinished:
             self.blocks.check([])  # nothing owned means nothing may be missing
         return touched
+
+    def _compute(self) -> None:
+        """Run one step on the device; what came of it waits in `_rounds`, a round for every token of a sequence."""
+        decoding = len(self.scheduler.running)
+        least_share = self.pace.least_share(decoding) if self.settings.speculate else 0.0
+        plan = self.scheduler.schedule(self.pace.prompt_tokens(), least_share)
+        if not plan.chunks:
+            return
+        started = time.perf_counter()
+        chunks = [(chunk, chunk.sequence) for chunk in plan.chunks if isinstance(chunk.sequence, Sequence)]
+        for _, sequence in chunks:
+            if sequence.timeline.scheduled_s is None:
+                sequence.timeline.scheduled_s = started
+        tokens = self.runner.execute(plan, self.config.eos_token_ids)
+        self.counts["steps"] += 1
+        now = time.perf_counter()
+        self.pace.observe(plan.num_decoding, plan.num_prompt_tokens, now - started, plan.num_guesses)
+        for place, (chunk, sequence) in enumerate(chunks):
+            sequence.num_computed = chunk.start + max(chunk.count, len(tokens.get(sequence.id, ())))
+            if chunk.guess and sequence.lookup is not None:
+                sequence.lookup.learn(len(chunk.guess), len(tokens[sequence.id]) - 1)
+            if place < plan.num_decoding:
+                self.counts["decodes"] += 1
+                self.counts["decoded_tokens"] += len(tokens[sequence.id])
+        ended = [sequence for chunk, sequence in chunks if sequence.is_scoring and chunk.reaches_end]
+        for number in range(max((len(given) for given in tokens.values()), default=1)):
+            given = [(sequence, tokens[sequence.id][number]) for _, sequence in chunks
+                     if number < len(tokens.get(sequence.id, ()))]  # fmt: skip
+            self._rounds.append((now, given, ended if number == 0 else []))
 
     def finish(self, sequence: Sequence, reason: str, now: float | None = None) -> None:
         """End a sequence for good and take its blocks back."""

@@ -32,7 +32,10 @@ MAX_FAILURES = 2  # replicas that may be lost under one request, and starts of o
 MAX_LOST_IN_A_ROW = 10  # replicas lost without a single request finished in between
 KNOWN_PREFIXES = 4096  # block keys remembered per replica
 PREFIX_BLOCKS = 64  # leading blocks of a prompt that are compared
-COUNTED = ("steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "preemptions")
+COUNTED = (
+    "steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens",
+    "preemptions",
+)  # fmt: skip
 
 
 class Processes(Protocol):

@@ -16,6 +16,7 @@ from ascend_kit.device.parallel import StepChannel
 from ascend_kit.engine.sampler import record_logprobs, sample
 from ascend_kit.engine.scheduler import Chunk, StepPlan
 from ascend_kit.engine.sequence import Sequence, TokenScore
+from ascend_kit.engine.speculation import Ahead
 from ascend_kit.model.decoder import Decoder
 
 Scored = tuple[int, int, Sequence, int]  # row, token, sequence, number of the target
@@ -60,20 +61,21 @@ class ModelRunner:
             self.graphs.capture()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, int]:
-        """Run one step; the new token of each sequence that got one, by sequence id. Scores go to the sequences."""
+    def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, list[int]]:
+        """Run one step; the new tokens of each sequence that got some, by sequence id. Scores go to the sequences."""
         if self._thread != threading.get_ident():  # a stream's thread
             self.device.make_current()
             self._thread = threading.get_ident()
-        starts = _starts(plan.chunks)
-        sampled = [chunk for chunk in plan.chunks if chunk.reaches_end and not chunk.sequence.is_scoring]
-        wanted = _scored_rows(plan.chunks, starts)
+        chunks = [row for chunk in plan.chunks for row in chunk.rows()]
+        starts = _starts(chunks)
+        sampled = [chunk for chunk in chunks if chunk.reaches_end and not chunk.sequence.is_scoring]
+        wanted = _scored_rows(chunks, starts)
         inputs = StepInputs.from_chunks(
-            plan.chunks,
+            chunks,
             self.block_size,
             scored=sorted({row for row, *_ in wanted}),
             sampled=[starts[id(chunk)] + chunk.count - 1 for chunk in sampled],
-            in_graph=self.graphs is not None and plan.is_decode and self.graphs.can_run(len(plan.chunks)),
+            in_graph=self.graphs is not None and plan.is_decode and self.graphs.can_run(len(chunks)),
         )
         if self.channel is not None:
             self.channel.send(inputs.to_message())
@@ -115,14 +117,22 @@ class ModelRunner:
     def _decode_step(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
         return self.decoder.logits(self.decoder(token_ids, positions, meta, self.caches))
 
-    def _read_tokens(self, logits: Tensor, chunks: list[Chunk], eos_ids: tuple[int, ...]) -> dict[int, int]:
+    def _read_tokens(self, logits: Tensor, chunks: list[Chunk], eos_ids: tuple[int, ...]) -> dict[int, list[int]]:
         sequences = [chunk.sequence for chunk in chunks]
         tokens = sample(logits, sequences, eos_ids, self.ops)
         record_logprobs(logits, tokens, sequences)
         if self.graphs is not None:
             self.graphs.wait()  # turns a hanging replay into an error; the read below could not be interrupted
         # The step's one synchronisation with the device.
-        return {s.id: token for s, token in zip(sequences, tokens.tolist(), strict=True)}
+        found: dict[int, list[int]] = {}
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            written = found.setdefault(sequence.id, [])
+            if isinstance(sequence, Ahead):
+                if written != sequence.guess:
+                    continue  # it follows a wrong guess
+                sequence.sequence.logprobs += sequence.logprobs
+            written.append(token)
+        return found
 
     def _score(self, logits: Tensor, rows: list[int], wanted: list[Scored]) -> None:
         """Log-probability of the tokens wanted at `rows` and the most probable ones, from float32 logits [rows, V]."""
@@ -155,6 +165,8 @@ def _scored_rows(chunks: list[Chunk], starts: dict[int, int]) -> list[Scored]:
     wanted: list[Scored] = []
     for chunk in chunks:
         sequence = chunk.sequence
+        if isinstance(sequence, Ahead):
+            continue
         for number, target in enumerate(sequence.targets):
             first = sequence.num_tokens - len(target.token_ids)
             for position in range(max(first, chunk.start), chunk.end):
@@ -189,7 +201,7 @@ class StepInputs:
         ends: list[int] = []
         for chunk in chunks:
             blocks, span = chunk.sequence.blocks, range(chunk.start, chunk.end)
-            token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
+            token_ids += chunk.sequence.tokens_between(chunk.start, chunk.end)
             positions += span
             slots += [blocks[p // block_size] * block_size + p % block_size for p in span]
             ends.append(len(token_ids))

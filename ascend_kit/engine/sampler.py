@@ -6,6 +6,7 @@ seed alone: not on the batch it sits in, nor on the order of steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from types import ModuleType
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ascend_kit.device.device import upload
 from ascend_kit.device.ops import reference
 from ascend_kit.engine.sequence import Sequence, TokenLogprobs
+from ascend_kit.engine.speculation import Ahead
 
 _MASK = (1 << 64) - 1
 NOT_FINITE = -1  # in place of a token: the row's logits hold NaN or infinity
@@ -33,7 +35,10 @@ def uniform(seed: int, position: int) -> float:
     return (mix(seed, position) >> 40) / (1 << 24)  # 24 bits: exact in float32
 
 
-def sample(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[int, ...], ops: ModuleType = reference) -> Tensor:
+Sampled = Sequence | Ahead
+
+
+def sample(logits: Tensor, sequences: Seq[Sampled], eos_ids: tuple[int, ...], ops: ModuleType = reference) -> Tensor:
     """Next token of each sequence, int64 [R], from logits [R, V]; NOT_FINITE where a row holds NaN or infinity."""
     # One pass over the logits: a sum is finite where all of them are, in any dtype but float16, whose range is small.
     is_finite = logits.sum(-1, dtype=torch.float32 if logits.dtype == torch.float16 else None).isfinite()
@@ -58,7 +63,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor
     return chosen, best.indices, best.values - normaliser
 
 
-def record_logprobs(logits: Tensor, tokens: Tensor, sequences: list[Sequence]) -> None:
+def record_logprobs(logits: Tensor, tokens: Tensor, sequences: Seq[Sampled]) -> None:
     """Append the log-probabilities that some of the sequences asked for; reads the device once."""
     wanted = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     if not wanted:
@@ -70,7 +75,7 @@ def record_logprobs(logits: Tensor, tokens: Tensor, sequences: list[Sequence]) -
         sequences[row].logprobs.append(TokenLogprobs(logprob, list(zip(top_ids[:count], top[:count], strict=True))))
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _draw(logits: Tensor, sequences: Seq[Sampled]) -> Tensor:
     """Inverse-CDF sampling after temperature, top-k, top-p and min-p, on logits [R, V]."""
     params = [sequence.sampling for sequence in sequences]
     vocabulary = logits.shape[-1]
@@ -120,7 +125,7 @@ def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return logits.gather(-1, ids), ids
 
 
-def _penalise(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _penalise(logits: Tensor, sequences: Seq[Sampled]) -> Tensor:
     """Logits after the penalties for tokens that are there already, as transformers (repetition, over prompt and
     answer) and vLLM (presence, over the answer) define them."""
     repeated = [(row, token, s.sampling.repetition_penalty) for row, s in enumerate(sequences)
@@ -144,7 +149,7 @@ def _columns(entries: list[tuple[int, int, float]], like: Tensor) -> tuple[Tenso
     return _index(rows, like), _index(tokens, like), upload(torch.tensor(numbers, dtype=torch.float32), like.device)
 
 
-def _forbid_early_end(logits: Tensor, sequences: list[Sequence], eos_ids: tuple[int, ...]) -> Tensor:
+def _forbid_early_end(logits: Tensor, sequences: Seq[Sampled], eos_ids: tuple[int, ...]) -> Tensor:
     pairs = [
         (row, token)
         for row, s in enumerate(sequences)

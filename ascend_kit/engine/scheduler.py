@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.sequence import Sequence
+from ascend_kit.engine.speculation import Ahead, PromptLookup
 
 STRETCH = 2.5  # a step that also computes prompts may last this many decode steps; token gaps then stay within 3x
 LEAST = 16  # prompt tokens a step: prompts must move on however slow they are
@@ -17,11 +19,12 @@ LONG_PROMPT = 512  # tokens; a prompt with more to go leaves half of a step's pr
 
 @dataclass
 class Chunk:
-    """`count` tokens of one sequence from position `start`."""
+    """`count` tokens of one sequence from position `start`, and those that are guessed to follow."""
 
-    sequence: Sequence
+    sequence: Sequence | Ahead
     start: int
     count: int
+    guess: list[int] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -32,6 +35,13 @@ class Chunk:
         """Whether the sequence's last token is in this chunk, so that a new one can be sampled."""
         return self.end == self.sequence.num_tokens
 
+    def rows(self) -> list[Chunk]:
+        """Itself; with a guess, a chunk for each of its tokens and for that before them, as a decode step has them."""
+        if not self.guess:
+            return [self]
+        assert isinstance(self.sequence, Sequence)
+        return [Chunk(Ahead(self.sequence, self.guess[:n]), self.start + n, 1) for n in range(len(self.guess) + 1)]
+
 
 @dataclass
 class StepPlan:
@@ -41,8 +51,12 @@ class StepPlan:
     num_decoding: int = 0  # the first so many chunks
 
     @property
-    def num_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
+    def num_guesses(self) -> int:
+        return sum(len(chunk.guess) for chunk in self.chunks)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks[self.num_decoding :])
 
     @property
     def is_decode(self) -> bool:
@@ -58,11 +72,21 @@ class Scheduler:
     computed again later.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_sequences: int, max_tokens_per_step: int):
-        self.blocks = blocks
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_sequences: int,
+        max_tokens_per_step: int,
+        speculate: int = 0,
+        max_rows: int = 0,
+    ):
+        """`speculate` tokens at most are guessed for a sequence, in decode steps of at most `max_rows` rows."""
+        self.blocks, self.speculate = blocks, speculate
         self.max_sequences = max_sequences
         # Every running sequence must be able to decode in each step, whatever the budget for prompts.
         self.max_tokens = max(max_tokens_per_step, max_sequences)
+        self.max_rows = min(max_rows, self.max_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
@@ -82,20 +106,23 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.blocks.release(sequence)
 
-    def schedule(self, prompt_tokens: int | None = None) -> StepPlan:
+    def schedule(self, prompt_tokens: int | None = None, least_share: float = 0.0) -> StepPlan:
         """The next step; empty only when nothing is waiting or running.
 
         `prompt_tokens`: how many tokens of prompts the step may have, if a watched sequence decodes in it; None for no
-        limit but that of the step.
+        limit but that of the step. `least_share`: how many of a sequence's guesses must have been right lately.
         """
         plan = StepPlan()
         budget = self.max_tokens
         decoding = [s for s in self.running if s.num_tokens - s.num_computed == 1]
         prefilling = [s for s in self.running if s.num_tokens - s.num_computed > 1]
         preemptions = self.num_preemptions
+        guesses = self.max_rows - len(decoding)  # rows left for them
         for sequence in decoding:
             if sequence in self.running and self._make_room(sequence, 1, plan):  # else preempted
-                budget -= self._plan(plan, sequence, 1)
+                guess = self._guess(sequence, guesses, least_share) if self.speculate else []
+                guesses -= len(guess)
+                budget -= self._plan(plan, sequence, 1, guess)
         plan.num_decoding = len(plan.chunks)
         if prompt_tokens is not None and any(chunk.sequence.is_watched for chunk in plan.chunks):
             budget = min(budget, prompt_tokens)
@@ -138,10 +165,20 @@ class Scheduler:
         over = (sequence.num_computed + count) % self.blocks.block_size
         return count - over if over < count else count  # whole blocks: those behind may go on from there
 
-    def _plan(self, plan: StepPlan, sequence: Sequence, count: int) -> int:
-        plan.chunks.append(Chunk(sequence, sequence.num_computed, count))
-        self.blocks.register(sequence, sequence.num_computed + count)
-        return count
+    def _guess(self, sequence: Sequence, rows: int, least_share: float) -> list[int]:
+        """Tokens guessed to follow, if that pays and there are rows and blocks for them."""
+        written, longest = sequence.num_output_tokens, self.blocks.max_seq_length
+        most = min(rows, sequence.sampling.max_new_tokens - written - 1, longest - sequence.num_tokens)
+        sequence.lookup = sequence.lookup or PromptLookup(self.speculate)
+        if sequence.lookup.share < least_share:
+            return []
+        guess = sequence.lookup.propose(sequence.token_ids, most)
+        return guess if guess and self.blocks.grow(sequence, sequence.num_tokens + len(guess)) else []
+
+    def _plan(self, plan: StepPlan, sequence: Sequence, count: int, guess: Seq[int] = ()) -> int:
+        plan.chunks.append(Chunk(sequence, sequence.num_computed, count, list(guess)))
+        self.blocks.register(sequence, sequence.num_computed + count)  # of guesses nothing is to be found later
+        return count + len(guess)
 
     def _make_room(self, sequence: Sequence, count: int, plan: StepPlan) -> bool:
         """Get blocks for `count` more tokens, preempting younger sequences; False when it preempted itself."""
@@ -170,6 +207,8 @@ class StepPace:
         self.decode_s: float | None = None
         self.token_s: float | None = None
         self._mixed_steps = 0  # since decoding alone was last timed
+        self.guess_s: float | None = None  # what a guessed token adds to a decode step
+        self._asked = 0
 
     def prompt_tokens(self) -> int:
         """Prompt tokens for the next step, if somebody decodes in it; 0 asks for a step that decodes alone."""
@@ -179,8 +218,25 @@ class StepPace:
             return LEAST
         return max(LEAST, int((STRETCH - 1) * self.decode_s / self.token_s))
 
-    def observe(self, num_decoding: int, prompt_tokens: int, seconds: float) -> None:
-        """Learn from a step that took `seconds` for that many decoding sequences and prompt tokens."""
+    def least_share(self, num_decoding: int) -> float:
+        """The share of guesses that must be right for them to save time: an accepted token saves its part of a step.
+
+        Now and then 1, for a step without guesses, and 0, for one with guesses: what both cost must stay known.
+        """
+        self._asked += 1
+        if self.decode_s is None or self._asked % PROBE_EVERY == 0:
+            return 1.0
+        if self.guess_s is None or self._asked % PROBE_EVERY == PROBE_EVERY // 2:
+            return 0.0
+        return self.guess_s * num_decoding / self.decode_s
+
+    def observe(self, num_decoding: int, prompt_tokens: int, seconds: float, guesses: int = 0) -> None:
+        """Learn from a step that took `seconds` for that many decoding sequences, prompt tokens and guessed tokens."""
+        if guesses:
+            if prompt_tokens == 0 and self.decode_s is not None:
+                new = max(0.0, seconds - self.decode_s) / guesses
+                self.guess_s = _mean(self.guess_s, min(new, 2 * (self.guess_s or new)))  # a first step is slow
+            return
         if prompt_tokens == 0:
             self.decode_s, self._mixed_steps = _mean(self.decode_s, seconds), 0
             return

@@ -11,7 +11,10 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ascend_kit.engine.speculation import PromptLookup
 
 MAX_LOGPROBS = 100
 TOP_K_OF_TRANSFORMERS = 50  # what a generation_config.json that samples and names no top_k means
@@ -217,6 +220,7 @@ class Sequence:
         self.is_watched = is_watched  # somebody waits for each token, not only for the last one of a batch
         self.target_scores: list[list[TokenScore]] = [[] for _ in self.targets]
         self.num_computed = 0  # tokens whose keys and values are in the cache
+        self.lookup: PromptLookup | None = None  # what guesses its next tokens
         self.blocks: list[int] = []
         self.prefix_keys: list[int] = []  # key of each full block registered for reuse
         self.timeline = Timeline(arrival_s)
@@ -237,6 +241,10 @@ class Sequence:
     @property
     def output_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    def tokens_between(self, start: int, end: int) -> list[int]:
+        """Tokens from position `start` up to `end`."""
+        return self.token_ids[start:end]
 
     @property
     def num_output_tokens(self) -> int:

@@ -162,7 +162,8 @@ class EngineBackend:
 
     def variant(self) -> dict[str, Any]:
         switches = {switch: getattr(self._experiment, switch) for switch in SWITCHES}
-        return {"precision": self._experiment.precision, "quantize": self._scheme, **switches}
+        speculate = self._experiment.speculate
+        return {"precision": self._experiment.precision, "quantize": self._scheme, **switches, "speculate": speculate}
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()

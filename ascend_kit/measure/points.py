@@ -188,7 +188,7 @@ class PointRunner:
         requests = self._requests(point, point.num_requests, point.output_len, point.repeat)
         device = self.backend.device
         device.synchronize()
-        meter = CardMeter(self.backend)
+        before, meter = self.backend.stats(), CardMeter(self.backend)
         records = self.backend.run(requests, point.concurrency, on_done=_Seconds(len(requests), on_share))
         cards = meter.rows()
         # Before the row: a row without its raw samples would be worse than the reverse.
@@ -200,6 +200,7 @@ class PointRunner:
             **summary,
             **self.backend.observed(),
             **known.utilisation(point, records, summary),
+            "tokens_per_step": tokens_per_step(before, self.backend.stats()),
             "weight_bytes": self.backend.weight_bytes(),
             "peak_memory_bytes": device.peak_memory_bytes(),
         }
@@ -224,6 +225,12 @@ class PointRunner:
         return make_requests(
             count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed, avoid_ids=config.eos_token_ids
         )
+
+
+def tokens_per_step(before: dict[str, Any], after: dict[str, Any]) -> float | None:
+    """New tokens of a sequence in each of its decode steps between two `stats`: 1 without guesses; None if unknown."""
+    decodes, tokens = (after.get(name, 0) - before.get(name, 0) for name in ("decodes", "decoded_tokens"))
+    return tokens / decodes if decodes else None
 
 
 def check_complete(requests: Sequence[Request], records: Sequence[RequestRecord], *, is_exact: bool = True) -> None:

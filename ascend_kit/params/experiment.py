@@ -53,6 +53,7 @@ ENGINE_SWITCHES = (
     "graph_mode",
     "operator_fusion",
     "memory_optimize",
+    "speculate",
     "cards",
     "tensor_parallel",
 )
@@ -155,6 +156,7 @@ class Experiment(BaseModel):
     kv_cache_gib: float | None = Field(
         None, gt=0, le=1 << 20, description="KV pool, GiB; None = sized from free memory"
     )
+    speculate: int = Field(0, ge=0, le=15, description="tokens guessed per step by prompt lookup; 0 = off, 4 is usual")
     graph_mode: bool = Field(True, description="captured or compiled decode step")
     operator_fusion: bool = Field(True, description="fused operator table against the plain one")
     memory_optimize: bool = Field(True, description="KV blocks on demand with prefix reuse against a reservation")

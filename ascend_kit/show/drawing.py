@@ -55,6 +55,8 @@ def _switch_text(switch: str, value: Any) -> str:
         return "" if value == "none" else f", {value}"
     if switch == "cards":
         return f", {value} card{'' if value == 1 else 's'}"
+    if switch == "speculate":
+        return f", speculate {value}" if value else ""
     if switch == "tensor_parallel":
         return "" if value == 1 else f", tensor parallel {value}"
     return f", {switch}" if value else f", no {switch}"
