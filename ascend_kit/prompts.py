@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.files import require_regular, strict_json
+from ascend_kit.files import FileError, require_regular, strict_json
 
 FIELDS = ("prompt", "text", "content", "messages")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -23,7 +23,7 @@ EXPECTED = (
 )
 
 
-class PromptsError(ValueError):
+class PromptsError(FileError):
     """A prompt file cannot be used; the text names the file, the line and what is expected."""
 
 

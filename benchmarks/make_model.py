@@ -60,6 +60,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape("qwen3", 2, 128, 4, 2, 32, 384, 2048, True, 16384),
+    "narrow": Shape("qwen3", 4, 160, 4, 2, 32, 448, 2048, False, 16384),  # the demo's widths, which are not packed
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, True),
     "qwen3-1.7b": Shape("qwen3", 28, 2048, 16, 8, 128, 6144, 151936, True),
     "qwen2.5-7b": Shape("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, False, 32768),

@@ -1,7 +1,8 @@
 """Thousands of mixed requests through one engine; what is left of them: memory, KV blocks, objects.
 
-Run: python benchmarks/soak.py [--requests 10000] [--shape tiny] [--out FILE.json]. A tenth of the requests
-warms the engine up; from then on resident memory must stay level. Exit code 1 when something is left over.
+Run: python benchmarks/soak.py [--requests 10000] [--shape tiny] [--table fused] [--out FILE.json], or with --all for
+every table and shape, each in a process of its own. The first requests (a tenth, at least 1,000) warm the engine up;
+from then on resident memory must stay level. Exit code 1 when something is left over.
 Requests are greedy, sampled, scored, cancelled midway and refused, some share a prefix; new ones arrive while
 others run, and the small KV pool makes some of them give their blocks back.
 """
@@ -13,6 +14,7 @@ import gc
 import json
 import random
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,8 +27,17 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from make_model import SHAPES, make_model  # noqa: E402
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
+from ascend_kit.device.ops import cpu_native  # noqa: E402
 from ascend_kit.files import write_atomic  # noqa: E402
 
+TABLES: dict[str, dict[str, Any]] = {
+    "fused": {"graph_mode": True},
+    "plain": {"graph_mode": False, "operator_fusion": False},
+    "fp32": {"graph_mode": True, "precision": "fp32"},
+    "fp16": {"graph_mode": False, "operator_fusion": False, "precision": "fp16"},
+    "amx": {"graph_mode": True},
+}
+ALL = [(shape, table) for shape in ("tiny", "narrow") for table in TABLES]
 IN_FLIGHT = 48
 SLOTS = 16
 MAX_SEQ_LENGTH = 256
@@ -104,30 +115,34 @@ def resident_bytes() -> int:
     return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
-def soak(shape: str, total: int, seed: int) -> dict[str, Any]:
+def soak(shape: str, table: str, total: int, seed: int) -> dict[str, Any]:
     """Run all requests; the numbers before and after, and a list of what is wrong."""
-    model, started = make_model(shape), time.perf_counter()
+    if table == "amx":  # whose processors leave prompts to torch: as on them, nothing is packed
+        cpu_native.packs = lambda: False
+    model, started, warm_up = make_model(shape), time.perf_counter(), max(1000, total // 10)
     with AscendInferEngine(
         model,
         device="cpu",
         max_seq_length=MAX_SEQ_LENGTH,
         batch_size=SLOTS,
-        graph_mode=True,
         kv_cache_gib=_small_pool(shape),
+        **TABLES[table],
     ) as engine:
         test = Soak(engine, SHAPES[shape].vocab_size, seed)
-        test.run(total // 10)
+        test.run(warm_up)
         test._score()
         before = {"rss_bytes": resident_bytes(), "objects": len(gc.get_objects())}
         trace = [before["rss_bytes"]]
         for _ in range(9):
-            test.run((total - total // 10) // 9)
+            test.run((total - warm_up) // 9)
             test._score()
             trace.append(resident_bytes())
         after = {"rss_bytes": resident_bytes(), "objects": len(gc.get_objects())}
         stats = engine.stats()
         problems = _problems(before, after, stats, engine)
     return {
+        "shape": shape,
+        "table": table,
         "requests": sum(test.ended.values()),
         "ended": dict(test.ended),
         "seconds": time.perf_counter() - started,
@@ -161,14 +176,35 @@ def _problems(before: dict, after: dict, stats: dict, engine: AscendInferEngine)
     return found
 
 
+def _one(shape: str, table: str, arguments: argparse.Namespace) -> int:
+    """One table and shape in a process of its own; prints its line of the table, returns its exit code."""
+    command = [sys.executable, __file__, "--shape", shape, "--table", table]
+    numbers = ["--requests", str(arguments.requests), "--seed", str(arguments.seed)]
+    done = subprocess.run([*command, *numbers], stdout=subprocess.PIPE, text=True)
+    if not done.stdout:
+        return 1
+    found = json.loads(done.stdout)
+    trace = [f"{value / 1e6:.0f}" for value in found["rss_bytes_by_tenth"][::3]]
+    rate = found["requests"] / found["seconds"]
+    print(
+        f"| {shape} | {table} | {' '.join(trace)} | {rate:.0f} | {'; '.join(found['problems']) or 'level'} |",
+        flush=True,
+    )
+    return done.returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--table", choices=TABLES, default="fused")
+    parser.add_argument("--all", action="store_true", help="every table and shape")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     arguments = parser.parse_args()
-    result = soak(arguments.shape, arguments.requests, arguments.seed)
+    if arguments.all:
+        return max(_one(shape, table, arguments) for shape, table in ALL)
+    result = soak(arguments.shape, arguments.table, arguments.requests, arguments.seed)
     text = json.dumps(result, indent=1)
     if arguments.out:
         write_atomic(arguments.out, text)

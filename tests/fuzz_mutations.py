@@ -55,6 +55,8 @@ def change_value(rng: random.Random, value: Any) -> Any:
 
 
 def _places(value: Any, path: tuple, limit: int = 400) -> Any:
+    if len(path) > 100:  # no deeper than the mutations themselves are read
+        return
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items)[:limit]:
         yield (*path, key)

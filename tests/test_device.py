@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
 import sys
 import types
 
@@ -235,3 +236,28 @@ def test_an_npu_index_too_large_is_refused(device):
 def test_a_cpu_tensor_is_not_taken_for_one_on_the_npu(device):
     with pytest.raises(DeviceError, match="is on cpu, not on npu:0"):
         select_device(device).assert_on_device([torch.zeros(1)])
+
+
+def test_products_of_ever_new_row_counts_leave_memory_level():
+    script = """
+import re
+import torch
+from pathlib import Path
+import ascend_kit.device.device
+
+torch.set_num_threads(1)
+
+def resident_mb():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+weight, rows = torch.randn(480, 160).bfloat16(), torch.randn(1000, 160).bfloat16()
+for count in range(1, 100):
+    torch.nn.functional.linear(rows[:count], weight)
+before = resident_mb()
+for count in range(100, 500):
+    torch.nn.functional.linear(rows[:count], weight)
+print(resident_mb() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert float(done.stdout) < 20  # 95 MB where the caches are not bounded

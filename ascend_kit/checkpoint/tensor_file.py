@@ -6,12 +6,13 @@ use, and a converter that promises a bound must be able to keep it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +54,31 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
     return value
+
+
+def folder_version(folder: str | Path) -> tuple[int, int, int] | None:
+    """What tells a folder from the one that takes its place; None where there is none."""
+    try:
+        stat = os.stat(folder)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
+
+
+@contextlib.contextmanager
+def unreplaced(folder: str | Path, version: tuple[int, int, int] | None) -> Iterator[None]:
+    """CheckpointError at the end of the block when the folder is not of this version: two may have been read."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _check_version(folder, version, error)
+        raise
+    _check_version(folder, version)
+
+
+def _check_version(folder: str | Path, version: tuple[int, int, int] | None, cause: Exception | None = None) -> None:
+    if folder_version(folder) != version:
+        raise CheckpointError(f"{folder} was replaced while it was read; load the model again") from cause
 
 
 class TensorSource(Protocol):

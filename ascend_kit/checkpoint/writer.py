@@ -129,9 +129,14 @@ class PartialFolder:
 
     def __enter__(self) -> PartialFolder:
         with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock()
-        self._load()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock()  # before the folder is made: a conversion that is ending would take it along
+            try:
+                self.path.mkdir(exist_ok=True)
+                self._load()
+            except BaseException:
+                self.close()
+                raise
         return self
 
     def __exit__(self, *_: Any) -> None:

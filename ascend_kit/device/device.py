@@ -33,6 +33,12 @@ ALIASES = {"ascend": "npu", "gpu": "cuda"}
 PACKAGES = ("transformers", "tokenizers", "lm-eval", "ascend-kit")  # beside torch, those that decide a result
 
 
+# oneDNN keeps a compiled primitive for each row count of a product, a thousand of them unless told otherwise: up to a
+# gigabyte where row counts vary as they do in serving. Read at the first product, so that torch may be imported before.
+for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "64")
+
+
 class DeviceError(ValueError):
     """The device that was asked for cannot be used; the message names the way out."""
 

@@ -16,6 +16,7 @@ import numpy as np
 from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.checkpoint.identity import check_converted, model_identity
 from ascend_kit.checkpoint.manifest import verify
+from ascend_kit.checkpoint.tensor_file import folder_version, unreplaced
 from ascend_kit.device.device import Device, resolve_device, select_device
 from ascend_kit.device.parallel import check_division
 from ascend_kit.engine import text
@@ -58,6 +59,7 @@ class AscendInferEngine:
     def _open(self, settings: EngineConfig) -> None:
         """Everything that needs no device: the model's config must be there and fit."""
         self.model_path, self.max_seq_length = settings.model_path, settings.max_seq_length
+        self._version = folder_version(settings.model_path)
         self.config = ModelConfig.from_folder(settings.model_path)
         if settings.max_seq_length > self.config.max_position_embeddings:
             raise ValueError(
@@ -93,10 +95,19 @@ class AscendInferEngine:
         """Read the tokenizer and the weights; does nothing when they are loaded.
 
         A converted folder must still be as its manifest says (CheckpointError names the file): sizes and headers, with
-        `check_all_bytes` every byte.
+        `check_all_bytes` every byte. One that a conversion replaces meanwhile is refused.
         """
         if self.core is not None:
             return self
+        try:
+            with unreplaced(self.model_path, self._version):
+                self._load()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _load(self) -> None:
         verify(self.model_path, full=self.settings.check_all_bytes)
         self.tokenizer = load_tokenizer(self.settings.tokenizer_folder)
         ends = text.end_ids(self.model_path, self.tokenizer, self.config.vocab_size)
@@ -104,7 +115,6 @@ class AscendInferEngine:
         self._stop = text.StopRules(lambda: self.tokenizer, self.config.eos_token_ids, self.max_seq_length)
         self.core = self._open_core()
         self.device = self.core.device
-        return self
 
     def _open_core(self) -> Core:
         """One card in this process or one of its own, the ranks this process is among, or replicas on Ray."""
@@ -145,7 +155,8 @@ class AscendInferEngine:
         The first call may read the weights for their hash, which is remembered.
         """
         if self._identity is None:
-            self._identity = model_identity(self.model_path, self.settings.tokenizer_path)
+            with unreplaced(self.model_path, self._version):
+                self._identity = model_identity(self.model_path, self.settings.tokenizer_path)
         if self.device is None and needs_process(resolve_device(self.settings.device)[0]):
             self.load_model()
         device = self.device or select_device(self.settings.device, self.settings.device_id)

@@ -176,7 +176,7 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
         yaml.constructor.SafeConstructor().construct_object(node)
     except yaml.MarkedYAMLError:
         raise YamlFault(f"a value of the kind {node.tag} is not allowed", node) from None
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, AttributeError) as error:  # the last of `!!timestamp` before what is none
         raise YamlFault(f"{shown(text)} cannot be read: {_one_line(error)}", node) from None
 
 
