@@ -39,7 +39,7 @@ GROWING = frozenset({
     "concurrency", "chat_template", "thinking", "eval_datasets", "dataset_path", "eval_batch_size",
     "eval_max_seq_length", "eval_fewshot", "eval_limit", "eval_chat_template",
     "allow_download", "allow_code_execution", "eval_samples", "eval_temperature", "eval_top_p", "eval_top_k",
-    "eval_max_new_tokens", "eval_thinking_budget", "eval_endpoint", "eval_endpoint_model",
+    "eval_max_new_tokens", "eval_thinking_budget", "eval_endpoint", "eval_endpoint_model", "eval_stop_against",
 })  # fmt: skip
 HELD_BY_PARENT = "ASCEND_KIT_STAGE_LOCK"  # environment variable: the lock that the command line holds for its kernel
 

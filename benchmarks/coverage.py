@@ -1,10 +1,11 @@
 """How often the 95 % intervals of an evaluation cover the truth, and how often its tests cry wolf, in simulation.
 
-    python benchmarks/coverage.py [--rounds 4000]
+    python benchmarks/coverage.py [--rounds 4000] [--sequential 1000]
 
 Two equally good models answer 270 questions, independent ones or 45 passages of six. Prints one line per case:
 coverage of the paired difference and of the accuracy (asked: 93 to 97 %; above it where almost nothing differs), and
-the share of tests below 5 % (asked: at most 5 %).
+the share of tests below 5 % (asked: at most 5 %). Then the sequential test, which looks after every document: how often
+it errs, how often it decides and after how many documents.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import numpy
 
 from ascend_kit.evaluation.paired import accuracy_interval, paired_counts
+from ascend_kit.evaluation.sequential import SequentialTest
 
 PASSAGES, QUESTIONS = 45, 6
 # name: (share of passages won or lost as a whole, share of single questions that differ, Beta of a passage's easiness)
@@ -55,14 +57,47 @@ def simulate(
     return list(found / rounds)
 
 
+# name: (share of documents lost, share won), margin 2 points, 3,000 documents; a tenth differ
+SEQUENTIAL = {
+    "loss of 2 points, the margin itself": (0.06, 0.04),
+    "loss of 2.5 points": (0.0625, 0.0375),
+    "loss of 1 point": (0.055, 0.045),
+    "no loss": (0.05, 0.05),
+    "no loss, 2 in 100 differ": (0.01, 0.01),
+    "loss of 5 points": (0.075, 0.025),
+}
+MARGIN, DOCUMENTS = 0.02, 3000
+
+
+def simulate_sequential(rounds: int, lost: float, won: float, seed: int) -> tuple[float, float, float]:
+    """Shares of rounds that end within the margin and beyond it, and the mean number of documents asked."""
+    rng = numpy.random.default_rng(seed)
+    ends: list[str] = []
+    asked = []
+    for _ in range(rounds):
+        test = SequentialTest(MARGIN)
+        for value in rng.choice([-1.0, 1.0, 0.0], DOCUMENTS, p=[lost, won, 1 - lost - won]):
+            if test.add([value]) != "undecided":
+                break
+        ends.append(test.outcome)
+        asked.append(test.n)
+    return ends.count("within margin") / rounds, ends.count("worse than margin") / rounds, float(numpy.mean(asked))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4000)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--sequential", type=int, default=1000, help="rounds of the sequential test")
+    parsed = parser.parse_args()
+    rounds = parsed.rounds
     print(f"{'case':32} {'difference':>11} {'accuracy':>9} {'p < 0.05':>9}")
     for seed, (name, case) in enumerate(CASES.items()):
         shares = simulate(rounds, *case, seed)
         print(f"{name:32} {shares[0]:11.1%} {shares[1]:9.1%} {shares[2]:9.1%}")
+    print(f"\n{'sequential':36} {'within margin':>14} {'beyond it':>10} {'documents':>10}")
+    for seed, (name, case) in enumerate(SEQUENTIAL.items()):
+        within, beyond, asked = simulate_sequential(parsed.sequential, *case, seed)
+        print(f"{name:36} {within:14.1%} {beyond:10.1%} {asked:10.0f}")
 
 
 if __name__ == "__main__":

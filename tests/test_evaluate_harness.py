@@ -26,6 +26,7 @@ from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.evaluation.live import drawn_documents
 from ascend_kit.evaluation.other_tasks import check_data
 from ascend_kit.evaluation.perplexity import ratio, token_perplexity
+from ascend_kit.evaluation.published import PUBLISHED, published, reasons
 from ascend_kit.evaluation.scores import EvaluationError, load_documents, load_evaluation
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, build_experiment
@@ -666,19 +667,22 @@ def test_a_published_score_is_shown_for_the_same_model_and_conditions_only() -> 
     chat = base.with_changes(eval_chat_template=True)
     full = score_table("mmlu", 14042)
 
-    (row,) = judge.published(base, engine, full)
+    (row,) = published(base, engine, full)
 
     assert (row["published_percent"], row["source"]) == (74.16, "Qwen3 technical report, table 6")
     assert row["difference_points"] == pytest.approx(-0.16) and row["conditions"] == "5-shot, plain prompt"
-    assert judge.published(base, other, full) == []
-    assert judge.published(chat, engine, full) == []  # that figure is the instruct model's
-    assert judge.published(base, engine, score_table("mmlu", 100)) == []
-    assert judge.published(base, engine, score_table("mmlu", 14042, 0)) == []
+    assert published(base, other, full) == []
+    assert published(chat, engine, full) == []  # that figure is the instruct model's
+    assert published(base, engine, score_table("mmlu", 100)) == []
+    assert published(base, engine, score_table("mmlu", 14042, 0)) == []
 
 
 def test_group_sizes_of_the_published_table_are_those_of_the_sets() -> None:
-    assert {item.group for item in judge.PUBLISHED} <= {"mmlu", "ceval-valid"}
-    assert all(50 < item.score < 100 and item.source for item in judge.PUBLISHED)
+    assert {(item.group, item.num_documents) for item in PUBLISHED} <= {
+        ("mmlu", 14042), ("ceval-valid", 1346), ("gsm8k", 1319),
+    }  # fmt: skip
+    assert all(50 < item.score < 100 and item.source for item in PUBLISHED)
+    assert set(reasons(["gsm8k"])["set"]) == {"gsm8k", "generative sets", "multiple choice"}
 
 
 def test_importing_the_harness_does_not_import_lm_eval_or_torch() -> None:

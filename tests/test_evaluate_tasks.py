@@ -212,6 +212,50 @@ def test_documents_are_spread_over_subjects_and_drawn_by_seed() -> None:
     assert 100 * detectable(200) == pytest.approx(6.26, abs=0.01)  # (1.96 + 0.84) sqrt(0.1 / 200)
 
 
+# --- stopping and export ----------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_stops_when_its_comparison_with_a_finished_run_is_certain(engine, tmp_path) -> None:
+    data = write_sets(tmp_path / "data", documents=25)
+    base = experiment_for(data, tmp_path / "out", run="base", eval_datasets=["mmlu"], eval_fewshot=0)
+    whole, _ = run(engine, base)
+    stopping = base.with_changes(
+        run="again", eval_stop_against="base", eval_batch_size=4, accuracy_margin_points=20.0, experiment="e"
+    )
+
+    result, folder = run(engine, stopping)
+
+    stopped = folder.read_json("evaluation")["stopped"]
+    assert (stopped["outcome"], stopped["lost"], stopped["won"]) == ("within margin", 0, 0)
+    assert stopped["documents"] <= len(result.documents) < len(whole.documents) == 50
+    assert any(flag.key == "evaluation.stopped" for flag in result.flags) and result.ok
+    again = whole.documents.set_index(["task", "doc_id"])["acc"]
+    assert all(again[row.task, row.doc_id] == row.acc for row in result.documents.itertuples())
+    with pytest.raises(DataError, match="multiple-choice sets only"):
+        run(engine, stopping.with_changes(eval_datasets=["wikitext"]))
+
+
+def test_lm_evals_own_readers_read_the_export(engine, gsm8k, tmp_path) -> None:
+    from lm_eval.utils import get_file_task_name, get_results_filenames, get_sample_results_filenames, make_table
+
+    data = write_sets(gsm8k, documents=4)
+    changes = {"eval_datasets": ["ceval", "gsm8k"], "eval_fewshot": 0, "eval_max_new_tokens": 8}
+    result, folder = run(engine, experiment_for(data, tmp_path, model_name="tiny", **changes))
+
+    files = [str(path) for path in (folder.path / "lm_eval" / "tiny").iterdir()]
+    (results,) = get_results_filenames(files)
+    samples = {get_file_task_name(Path(name).name): name for name in get_sample_results_filenames(files)}
+    found = json.loads(Path(results).read_text())
+    assert set(samples) == set(result.tasks["task"])
+    rows = [json.loads(line) for line in Path(samples["gsm8k"]).read_text().splitlines()]
+    assert len(rows) == 2 * len(SUMS) and {row["filter"] for row in rows} == {"strict-match", "flexible-extract"}
+    table = make_table(found)
+    assert "ceval-valid_law" in table and "gsm8k" in table and "ceval-valid" in make_table(found, "groups")
+    value = result.groups.set_index("metric").loc["acc", "value"]
+    assert found["groups"]["ceval-valid"]["acc,none"] == value
+    assert found["n-samples"]["gsm8k"]["effective"] == len(SUMS) and found["model_name"] == "tiny"
+
+
 # --- endpoints --------------------------------------------------------------------------------------------------------
 
 

@@ -9,12 +9,10 @@ task that fails becomes a failed row and the others go on.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -22,19 +20,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.evaluation import judge, scores
 from ascend_kit.evaluation.datasets import LocalTask, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.export import LmEvalExport
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.evaluation.live import Live, drawn_documents
-from ascend_kit.evaluation.other_tasks import check_data, freeze_documents
+from ascend_kit.evaluation.other_tasks import check_data, load_task, task_manager
 from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
+from ascend_kit.evaluation.published import published
 from ascend_kit.evaluation.scores import EvaluationResult, load_evaluation
+from ascend_kit.evaluation.stopping import EnoughEvidence, Stop
 from ascend_kit.identity import Identity, hash_value
 from ascend_kit.measure.cards import CardMeter
+from ascend_kit.messages import say
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
     from ascend_kit.evaluation.answering import Answered, DocumentLM
@@ -106,6 +107,12 @@ class _Session:
         self.configured: dict[str, Any] = {}
         self.known = self._known_rows()
         self.live = Live(self.tasks.values(), self.drawn)
+        self.stop = (
+            None if experiment.eval_stop_against is None else Stop(experiment, self.tasks, self.identities, self.drawn)
+        )
+        self.export = LmEvalExport(
+            folder, experiment.model_name, engine.tokenizer.chat_template if self.uses_chat else None
+        )
         self.wall_s: defaultdict[str, float] = defaultdict(float)
         self._last_s = time.perf_counter()
 
@@ -125,6 +132,7 @@ class _Session:
                 # Every replica gets a full batch; a stand-in without replicas counts as one.
                 together=self.experiment.eval_batch_size * getattr(self.engine, "num_replicas", 1),
                 indices=self.drawn,
+                order=self.stop.places if self.stop else None,
                 max_length=self.max_length,
                 thinking=self.experiment.thinking,
                 thinking_budget=self.thinking_budget,
@@ -200,6 +208,7 @@ class _Session:
         answers = None if row is None else answers_of(row, document)
         if row is not None and answers is not None:
             self.live.add(document.key, row)
+            self._look([(document.key, row)])
         return answers
 
     def _keep(self, documents: list[Answered]) -> None:
@@ -220,6 +229,11 @@ class _Session:
             self.wall_s[task] += (now - self._last_s) * len(part) / len(documents)
         self._last_s = now
         self.on_progress(*self.live.progress())
+        self._look([(document.key, self.known[document.key]) for document in documents])
+
+    def _look(self, rows: list[tuple[tuple[str, int], dict[str, Any]]]) -> None:
+        if self.stop is not None:
+            self.stop.look(rows)
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
@@ -232,17 +246,19 @@ class _Session:
 
     def _evaluate_and_record(self, lm: DocumentLM, todo: list[str], scratch: str) -> None:
         """Ask all tasks together; where one cannot be asked or scored at all, each by itself, from the same answers."""
-        from lm_eval.tasks import TaskManager
+        from ascend_kit.evaluation.answering import quiet
 
         write_task_folder(self.tasks.values(), scratch)
-        with _quiet():
-            manager = TaskManager(include_path=scratch, include_defaults=False)
-            errors = self._configure(lm, manager, todo)
+        with quiet():
+            errors = self._configure(lm, task_manager(scratch, self.experiment), todo)
             for name, error in errors.items():
                 self._record(self.tasks[name], None, error)
             able = [name for name in todo if name not in errors]
             try:
                 found = self._scored(lm, able) if able else {}
+            except EnoughEvidence:
+                able = self._leave_out_unanswered(lm)
+                found = self._scored(lm, able)
             except Exception:  # which of them it was is found out one by one
                 found = {}
                 for name in able:
@@ -253,15 +269,27 @@ class _Session:
         for name in able:
             self._record(self.tasks[name], found.get(name), lm.failed.get(name))
 
+    def _leave_out_unanswered(self, lm: DocumentLM) -> list[str]:
+        """Only what was answered is scored: the drawn documents are those, and tasks without any are left out."""
+        for name, task in list(self.tasks.items()):
+            asked = self.drawn.get(name) or range(task.num_documents)
+            numbers = [number for number in asked if (name, number) in self.known]
+            if numbers:
+                self.drawn[name] = numbers
+            else:
+                del self.tasks[name], self.identities[name]
+        lm.indices = self.drawn
+        self._write_summary()
+        return list(self.tasks)
+
     def _configure(self, lm: DocumentLM, manager: TaskManager, todo: list[str]) -> dict[str, Exception]:
         """Build lm-eval's tasks; what cannot be asked is said before anything is."""
         errors: dict[str, Exception] = {}
         for name in todo:
             try:
-                task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
+                task = load_task(manager, name)
                 task.set_config("num_fewshot", self.tasks[name].num_fewshot)
                 task.set_fewshot_seed(FEWSHOT_SEED)
-                freeze_documents(task)
                 if task.OUTPUT_TYPE == "generate_until":
                     lm.job("", task.config.generation_kwargs or {})
                     if self.experiment.eval_samples > 1:
@@ -282,10 +310,11 @@ class _Session:
             samples={name: self.drawn.get(name) or list(range(sizes[name])) for name in names} if self.drawn else None,
             apply_chat_template=self.uses_chat,
             fewshot_as_multiturn=self.uses_chat,
-            log_samples=False,
             confirm_run_unsafe_code=self.experiment.allow_code_execution,
         )
-        return cast(dict[str, Any], found)["results"]
+        found = cast(dict[str, Any], found)
+        self.export.keep({**found, "samples": {k: v for k, v in found["samples"].items() if k not in lm.failed}})
+        return found["results"]
 
     def _record(self, task: LocalTask, results: dict[str, Any] | None, error: Exception | None) -> None:
         """Append the score rows of a task, all together; one of a failure where it failed."""
@@ -331,10 +360,14 @@ class _Session:
         groups = [row for group in groups_of(self.tasks.values()) for row in scores.group_rows(group, table)]
         rows = [*table.to_dict("records"), *groups]
         flags = judge.flags(self.experiment, self.engine, list(self.tasks.values()), rows, documents)
+        if self.stop is not None and self.stop.found:
+            flags.append(say("evaluation.stopped", "caution", **self.stop.found))
+        members = {group.group: list(group.tasks) for group in groups_of(self.tasks.values())}
+        self.export.write(self.tasks, groups, members)
         self._write_summary(
             groups=groups,
             flags=[flag.to_row() for flag in flags],
-            published=judge.published(self.experiment, self.engine, rows),
+            published=published(self.experiment, self.engine, rows),
         )
         for flag in flags:
             if flag.level == "alarm":
@@ -343,25 +376,6 @@ class _Session:
     def _write_summary(self, **found: Any) -> None:
         identities = {task: identity.id for task, identity in self.identities.items()}
         identities[ALL_TASKS] = self.engine.identity.id
-        self.folder.write_json("evaluation", {"identities": identities, "drawn": self.drawn, **found})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval 0.4.13 draws a bar per task while building prompts, without a switch, and warns of its own
-    YAML.
-
-    Our progress counts all documents, and truncated inputs are counted by the adapter. Delete the bar's part
-    when `build_all_requests` can be told to draw none.
-    """
-    import lm_eval.api.task as module
-
-    logger = logging.getLogger("lm_eval")
-    bar, level = module.tqdm, logger.level
-    module.tqdm = lambda items, **_: items
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        module.tqdm = bar
-        logger.setLevel(level)
+        stopped = self.stop.found if self.stop else None
+        summary = {"identities": identities, "drawn": self.drawn, "stopped": stopped}
+        self.folder.write_json("evaluation", {**summary, **found})

@@ -6,11 +6,8 @@ Knows rows and names only; computes nothing on the model. The texts stand in the
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.evaluation.datasets import MULTIPLE_CHOICE_GROUP, LocalTask
@@ -30,40 +27,6 @@ CUT_SHARE = 0.01
 WHOLE_SETS = ("mmlu", "ceval-valid", "agieval")
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published score in percent, shown only for this model, these shots, this prompt form and all
-    documents.
-
-    Layers and hidden size are those of the model's config.json; they keep a renamed small model from
-    matching.
-    """
-
-    model: str
-    num_layers: int
-    hidden_size: int
-    group: str
-    num_documents: int
-    score: float
-    stderr: float | None
-    uses_chat: bool
-    source: str
-    num_fewshot: int = 5
-
-
-QWEN3_REPORT = "Qwen3 technical report, table 6"
-ACCURACY_REPORT = "vllm-ascend accuracy report, Atlas A2, commit "
-QWEN25_7B, QWEN3_8B = (28, 3584), (36, 4096)
-MMLU, CEVAL = ("mmlu", 14042), ("ceval-valid", 1346)
-PUBLISHED = (
-    Published("qwen2.5-7b", *QWEN25_7B, *MMLU, 74.16, None, False, QWEN3_REPORT),
-    Published("qwen3-8b-base", *QWEN3_8B, *MMLU, 76.89, None, False, QWEN3_REPORT),
-    Published("qwen2.5-7b-instruct", *QWEN25_7B, *MMLU, 73.58, 0.36, True, ACCURACY_REPORT + "e29e39a917"),
-    Published("qwen2.5-7b-instruct", *QWEN25_7B, *CEVAL, 80.09, 1.05, True, ACCURACY_REPORT + "e29e39a917"),
-    Published("qwen3-8b-base", *QWEN3_8B, *CEVAL, 81.87, 1.02, True, ACCURACY_REPORT + "b57fa65aac"),
-)
-
-
 def flags(
     experiment: Experiment,
     engine: EvaluatedEngine,
@@ -76,39 +39,6 @@ def flags(
     for name in dict.fromkeys(task.set_name for task in tasks):
         found += _of_set(name, [row for row in documents if row["set"] == name], experiment.eval_max_seq_length)
     return found
-
-
-def published(experiment: Experiment, engine: EvaluatedEngine, scores: Iterable[Row]) -> list[Row]:
-    """Our score beside the published one, in percent, where model and conditions are the same."""
-    names = {_model_key(experiment.model_name), _model_key(Path(experiment.input_model).name)}
-    shape = (engine.config.num_layers, engine.config.hidden_size)
-    ours = {
-        (row["task"], row["n"], row["num_fewshot"]): row
-        for row in scores
-        if row["metric"] == "acc" and row["status"] == "ok"
-    }
-    return [
-        _beside(item, 100 * row["value"], 100 * row["stderr"])
-        for item in PUBLISHED
-        if item.model in names
-        and shape == (item.num_layers, item.hidden_size)
-        and experiment.eval_chat_template == item.uses_chat
-        and (row := ours.get((item.group, item.num_documents, item.num_fewshot)))
-    ]
-
-
-def _beside(item: Published, percent: float, stderr: float) -> Row:
-    form = "chat template, multi-turn shots" if item.uses_chat else "plain prompt"
-    return {
-        "group": item.group,
-        "ours_percent": percent,
-        "ours_stderr_points": stderr,
-        "published_percent": item.score,
-        "published_stderr_points": item.stderr,
-        "difference_points": percent - item.score,
-        "conditions": f"{item.num_fewshot}-shot, {form}",
-        "source": item.source,
-    }
 
 
 def _failures(scores: Iterable[Row]) -> Iterator[Finding]:
@@ -194,7 +124,3 @@ def template_of(tokenizer: Tokenizer) -> str:
     """The text of the chat template, of all where there are several; empty where there is none."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return template if isinstance(template, str) else " ".join(map(str, dict(template).values()))
-
-
-def _model_key(name: str) -> str:
-    return re.sub(r"[\s_]+", "-", name.lower())

@@ -35,12 +35,15 @@ from ascend_kit.params.experiment import DEMO
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
 
 TEXT = "text:"
 PAGE_CHARACTERS = 8000  # a text is cut between paragraphs into pages of about this length
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json"}
 SPLIT_KEYS = ("test_split", "validation_split", "training_split", "fewshot_split")
+RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+RULER_ROOM = 256  # tokens beside the text: the longest answer, and the template
 SHUFFLE_SEED = 0  # lm-eval's default: some tasks shuffle their choices with the global generators
 
 
@@ -95,9 +98,10 @@ def text_task(name: str) -> TextTask:
     pages = list(_pages(text))
     if not pages:
         raise DataError(f"{name}: holds no text")
+    plain = "text_" + re.sub(r"\W+", "_", path.stem)
     return TextTask(
-        task=f"text_{path.stem}",
-        set_name=f"text_{path.stem}",
+        task=plain,
+        set_name=plain,
         packaged_yaml=path,
         files={"test": (path,)},
         rows={"test": [{"page": page} for page in pages]},
@@ -205,7 +209,8 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
             f"{name} runs the code that the model writes, on this machine: set allow_code_execution: true where that "
             "may do no harm"
         )
-    settings = _local_settings(name, raw, experiment)
+    is_generated = bool(raw.get("custom_dataset")) and not raw.get("dataset_path")
+    settings = {} if is_generated else _local_settings(name, raw, experiment)
     if settings is None and not experiment.allow_download:
         wanted = plain_name(str(raw.get("dataset_path", name)).rpartition("/")[2])
         raise DataError(
@@ -232,14 +237,11 @@ def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
     """The task with what only lm-eval can tell: its documents, metrics and shots."""
     from dataclasses import replace
 
-    from lm_eval.tasks import TaskManager
-
     with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
         write_yaml(Path(scratch) / f"{task.task}.yaml", task.config(Path(scratch)))
         try:
-            loaded = TaskManager(include_path=scratch, include_defaults=False).load([task.task])
-            built = cast("ConfigurableTask", loaded["tasks"][task.task])
-            documents = freeze_documents(built)
+            built = load_task(task_manager(scratch, experiment), task.task)
+            documents = list(built.eval_docs)
             built.doc_to_text(documents[0])
         except Exception as error:  # whatever a task file does: a package that is missing, data of another shape
             raise DataError(f"{task.task} cannot be prepared: {type(error).__name__}: {error}") from None
@@ -258,15 +260,28 @@ def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
         )
 
 
-def freeze_documents(task: ConfigurableTask) -> list[Any]:
-    """The documents of a task, read once from a fixed state of the global generators, and given again from then on."""
+def task_manager(folder: str | Path, experiment: Experiment) -> TaskManager:
+    """lm-eval's reader of the YAML files in `folder`; what generates its data (RULER) is told tokenizer and lengths."""
+    from lm_eval.tasks import TaskManager
+
+    fitting = [length for length in RULER_LENGTHS if length + RULER_ROOM <= experiment.eval_max_seq_length]
+    facts: Any = {
+        "tokenizer": experiment.tokenizer_path or experiment.input_model,
+        "max_seq_lengths": fitting or list(RULER_LENGTHS[:1]),
+    }
+    return TaskManager(include_path=folder, include_defaults=False, metadata=facts)
+
+
+def load_task(manager: TaskManager, name: str) -> ConfigurableTask:
+    """A task whose documents were read once, from a fixed state of the global generators, and stay as they are."""
     import numpy
 
     random.seed(SHUFFLE_SEED)
     numpy.random.seed(SHUFFLE_SEED)
+    task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
     documents: list[Any] = list(task.eval_docs)
     setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: documents)
-    return documents
+    return task
 
 
 def _local_settings(name: str, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any] | None:

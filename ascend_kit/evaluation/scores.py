@@ -167,11 +167,14 @@ def _score_row(key: str, results: dict[str, Any], documents: list[dict[str, Any]
     base, _, filter_name = key.partition(",")
     metric = base if filter_name == "none" else key
     value, stderr = float(results[key]), results.get(f"{base}_stderr,{filter_name}")
-    row = {"metric": metric, "value": value, "unit": UNITS.get(base, "score"), "n": len(documents)}
+    values = [document.get(metric) for document in documents]
+    is_share = all(each is not None and 0 <= each <= 1 for each in values)
+    unit = UNITS.get(base, "fraction" if is_share else "score")
+    row = {"metric": metric, "value": value, "unit": unit, "n": len(documents)}
     if metric in LOWER_IS_BETTER and documents and "logprob" in documents[0]:
         return row | {"stderr": _perplexity_stderr(metric, value, documents)}
     passages = None
-    if all(document.get(metric) is not None for document in documents):
+    if None not in values:
         passages = Passages.of([document[metric] for document in documents], [row.get("passage") for row in documents])
     if passages is not None:
         return row | {"stderr": passages.mean_and_stderr()[1], "num_passages": len(passages.sizes)}

@@ -34,9 +34,9 @@ USED_BY = {
     "sweep_repeats sweep_requests_per_point sweep_cards sweep_tensor_parallel sweep_baseline": "4",
     "eval_datasets dataset_path eval_batch_size eval_max_seq_length eval_fewshot eval_limit eval_chat_template": "5",
     "allow_download allow_code_execution eval_samples eval_temperature eval_top_p eval_top_k": "5",
-    "eval_max_new_tokens eval_thinking_budget eval_endpoint eval_endpoint_model": "5",
+    "eval_max_new_tokens eval_thinking_budget eval_endpoint eval_endpoint_model eval_stop_against": "5",
     "compare_runs": "67",
-    "accuracy_margin_points": "6",
+    "accuracy_margin_points": "56",
 }
 
 

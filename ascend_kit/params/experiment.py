@@ -223,6 +223,9 @@ class Experiment(BaseModel):
     eval_thinking_budget: int = Field(
         2048, ge=1, le=1 << 20, description="tokens a thinking model may think before each answer"
     )
+    eval_stop_against: str | None = Field(
+        None, description="a finished run: stop as soon as the comparison with it is decided"
+    )
     eval_endpoint: str | None = Field(
         None, description="evaluate the OpenAI-compatible server at this URL (.../v1), not the engine"
     )

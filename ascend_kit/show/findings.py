@@ -147,14 +147,15 @@ def evaluation_findings(result: EvaluationResult) -> list[Finding]:
 
 
 def _whole_sets(groups: Table, tasks: Table) -> list[Any]:
-    """The widest finished group of each set, and the measures of running text; the table has the rest."""
+    """The widest finished group of each set, and the measures of sets without groups; the table has the rest."""
     rows = []
     if len(groups):
         done = groups[(groups["status"] == "ok") & (groups["metric"] == "acc")]
         widest = done.sort_values("n", ascending=False).drop_duplicates("set")
         rows += list(widest.sort_index().itertuples())
     if len(tasks):
-        done = tasks[(tasks["status"] == "ok") & (tasks["set"] == "wikitext")]
+        grouped = set(groups["set"]) if len(groups) else set()
+        done = tasks[(tasks["status"] == "ok") & ~tasks["set"].isin(grouped)]
         rows += list(done.itertuples())
     return rows
 
