@@ -12,10 +12,11 @@ import pytest
 
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.engine import elsewhere, replicas
 from ascend_kit.engine import engine as engine_module
-from ascend_kit.engine import processes, replicas
 from ascend_kit.engine.core import ReplicasLost
-from ascend_kit.engine.processes import LocalProcesses, WorkerDied, describe_device, with_device
+from ascend_kit.engine.elsewhere import describe_device, with_device
+from ascend_kit.engine.processes import LocalProcesses, WorkerDied
 from ascend_kit.engine.worker import Worker
 from ascend_kit.params import build_experiment
 
@@ -103,7 +104,7 @@ def hopeless(experiment):
 def test_a_function_that_opens_a_device_runs_in_a_process_that_is_gone_afterwards(monkeypatch):
     experiment, said = build_experiment({"experiment": "e", "device": "cpu"}), []
     here = with_device(in_parts, experiment, None, on_progress=lambda *given: said.append(given))
-    monkeypatch.setattr(processes, "needs_process", lambda kind: True)
+    monkeypatch.setattr(elsewhere, "needs_process", lambda kind: True)
 
     there = with_device(in_parts, experiment, None, on_progress=lambda *given: said.append(given))
 
@@ -194,7 +195,7 @@ if any("ascend_kit.engine.processes" in word for word in sys.orig_argv):
 IN_KERNEL = """
 import os, signal, sys, time
 from ascend_kit import AscendInferEngine, SamplingParams
-from ascend_kit.engine.processes import describe_device, with_device
+from ascend_kit.engine.elsewhere import describe_device, with_device
 from ascend_kit.measure.agreement import convert_and_compare
 from ascend_kit.params import build_experiment
 

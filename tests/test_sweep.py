@@ -10,6 +10,7 @@ import pytest
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
 from ascend_kit.identity import Identity
 from ascend_kit.measure import engines, sweep
+from ascend_kit.measure.apart import BackendElsewhere
 from ascend_kit.measure.baseline import TransformersBackend
 from ascend_kit.measure.engines import EngineBackend, quantize_scheme
 from ascend_kit.measure.metrics import RequestRecord
@@ -409,6 +410,32 @@ def test_real_engine_and_baseline_fill_one_table(tmp_path, tiny_qwen3_dir):
     assert rows["mbu"].between(0, 1).all() and rows["mfu"].between(0, 1).all()
     assert (rows["ceiling_share"] < 1).all()
     assert ceilings["fp32_flops_per_s"] > 0
+
+
+@pytest.mark.multiproc
+def test_the_baseline_of_a_notebooks_kernel_runs_in_a_process_of_its_own(tmp_path, tiny_qwen3_dir, monkeypatch):
+    from ascend_kit.measure import baseline
+
+    monkeypatch.setattr(baseline, "needs_process", lambda kind: True)
+    experiment = experiment_for(
+        tmp_path, input_model=str(tiny_qwen3_dir), precision="fp32", device="cpu", max_seq_length=128,
+        sweep_concurrency=[2], sweep_prompt_len=[24],
+    )  # fmt: skip
+    backend = baseline.baseline_backend(experiment)
+    here = baseline._baseline(experiment, "longest", "transformers")
+    before = time.perf_counter()
+    seen: list[int] = []
+    records = backend.run(make_requests(3, 24, 4, vocab_size=320), 2, seen.append)
+    with opened(experiment) as folder:
+        (row,) = sweep.run_sweep(backend, experiment, folder, ceilings=CEILINGS).to_dict("records")
+    backend.close()
+
+    assert isinstance(backend, BackendElsewhere) and here._model is None  # nothing was loaded in this process
+    assert backend.identity == here.identity and backend.variant() == here.variant()
+    assert seen == [2, 3] and [len(record.token_times_s) for record in records] == [4, 4, 4]
+    assert all(before < moment < time.perf_counter() for record in records for moment in record.token_times_s)
+    assert row["error"] is None and row["peak_memory_bytes"] > row["weight_bytes"] > 0
+    backend.close()
 
 
 def test_sweep_of_overwritten_weights_is_measured_again(tmp_path):

@@ -17,14 +17,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from multiprocessing.connection import Connection, Pipe
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from ascend_kit.device.device import resolve_device, select_device
-
-if TYPE_CHECKING:
-    from ascend_kit.params import Experiment
-
-Result = TypeVar("Result")
+from typing import Any
 
 TASK_QUEUE = "TASK_QUEUE_ENABLE"  # of torch_npu: 0 launches in the caller's thread, 2 refuses captures
 LAST_LINES = 12  # of what a worker wrote before it died
@@ -35,42 +28,6 @@ class WorkerDied(RuntimeError):
     """The process of a worker has ended; the text has its last lines."""
 
 
-def with_device(
-    function: Callable[..., Result],
-    experiment: Experiment,
-    *arguments: Any,
-    on_progress: Callable[..., Any] | None = None,
-) -> Result:
-    """`function(experiment, *arguments)`, in a process of its own where this one must not open the experiment's device.
-
-    There everything given and returned is pickled. `on_progress`, if given, is passed on and called in this process.
-    Ctrl-C ends the process at once. Raises what the function raises, WorkerDied when its process ended.
-    """
-    if not needs_process(resolve_device(experiment.device, experiment.device_id)[0]):
-        return function(experiment, *arguments, **({"on_progress": on_progress} if on_progress else {}))
-    process = _Process(_Functions, on_progress)
-    try:
-        return process.call("run", (function, (experiment, *arguments), on_progress is not None)).result()
-    finally:
-        process.end()
-
-
-def describe_device(experiment: Experiment) -> dict[str, Any]:
-    """`Device.describe` of the experiment's device: plain values for a manifest."""
-    return with_device(_describe, experiment)
-
-
-def _describe(experiment: Experiment) -> dict[str, Any]:
-    return select_device(experiment.device, experiment.device_id).describe()
-
-
-class _Functions:
-    """The worker behind `with_device`."""
-
-    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], wants_progress: bool) -> Any:
-        return function(*arguments, **({"on_progress": _report} if wants_progress else {}))
-
-
 class LocalProcesses:
     """Workers of one class, as many as are asked for."""
 
@@ -78,10 +35,10 @@ class LocalProcesses:
 
     def __init__(self, worker: type) -> None:
         self._worker = worker
-        self._running: list[_Process] = []
+        self._running: list[WorkerProcess] = []
 
     def create(self, count: int) -> list[Any]:
-        started = [_Process(self._worker) for _ in range(count)]
+        started = [WorkerProcess(self._worker) for _ in range(count)]
         self._running += started
         return started
 
@@ -106,12 +63,15 @@ class LocalProcesses:
         self.kill(list(self._running))
 
 
-class _Process:
-    """One worker and the thread that reads its answers."""
+class WorkerProcess:
+    """One worker and the thread that reads its answers.
+
+    `on_progress`, if set, is called in that thread with what the worker gives to `report`.
+    """
 
     def __init__(self, worker: type, on_progress: Callable[..., Any] | None = None) -> None:
         ours, theirs = Pipe()
-        self._pipe, self._on_progress = ours, on_progress
+        self._pipe, self.on_progress = ours, on_progress
         self._calls: list[Future[Any]] = []
         self._lock = threading.Lock()
         self._death: WorkerDied | None = None
@@ -157,8 +117,8 @@ class _Process:
             while True:
                 kind, value = self._pipe.recv()
                 if kind == "progress":
-                    if self._on_progress is not None:
-                        self._on_progress(*value)
+                    if self.on_progress is not None:
+                        self.on_progress(*value)
                     continue
                 call = self._calls.pop(0)
                 call.set_exception(value) if kind == "error" else call.set_result(value)
@@ -196,7 +156,8 @@ def serve(descriptor: int) -> None:
 _pipe: Connection | None = None  # in a worker's process, that to its caller
 
 
-def _report(*values: Any) -> None:
+def report(*values: Any) -> None:
+    """In a worker's process: have the caller's `on_progress` called with these values."""
     assert _pipe is not None
     _pipe.send(("progress", values))
 

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ascend_kit.checkpoint.identity import model_identity
-from ascend_kit.device.device import Device
+from ascend_kit.device.device import Device, resolve_device, select_device
+from ascend_kit.engine.processes import needs_process
 from ascend_kit.identity import Identity
+from ascend_kit.measure.apart import BackendElsewhere
 from ascend_kit.measure.dispatch import Dispatcher
 from ascend_kit.measure.engines import SWITCHES, OnDone
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.workload import Request
 from ascend_kit.model.config import DTYPES, ModelConfig
+
+Padding = Literal["longest", "max"]
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +49,7 @@ class TransformersBackend:
         device: Device,
         precision: str = "bf16",
         max_seq_length: int = 8192,
-        padding: Literal["longest", "max"] = "longest",
+        padding: Padding = "longest",
         name: str = "transformers",
     ):
         if precision not in DTYPES:
@@ -148,16 +152,19 @@ class TransformersBackend:
 
 
 def baseline_backend(
-    experiment: Experiment,
-    device: Device,
-    *,
-    padding: Literal["longest", "max"] = "longest",
-    name: str = "transformers",
-) -> TransformersBackend:
+    experiment: Experiment, *, padding: Padding = "longest", name: str = "transformers"
+) -> TransformersBackend | BackendElsewhere:
     """transformers on the experiment's source checkpoint, in the experiment's precision.
 
-    Raises ValueError for a source that transformers cannot read (Megatron) when no plain converted copy exists.
+    Where our engine runs in a process of its own, so does this one: a ratio of the two is fair then. Raises ValueError
+    for a source that transformers cannot read (Megatron) when no plain converted copy exists.
     """
+    if needs_process(resolve_device(experiment.device, experiment.device_id)[0]):
+        return BackendElsewhere(_baseline, experiment, padding, name)
+    return _baseline(experiment, padding, name)
+
+
+def _baseline(experiment: Experiment, padding: Padding, name: str) -> TransformersBackend:
     folder = Path(experiment.input_model)
     if not (folder / "config.json").is_file():
         folder = experiment.converted_folder
@@ -168,7 +175,7 @@ def baseline_backend(
             )
     return TransformersBackend(
         folder,
-        device=device,
+        device=select_device(experiment.device, experiment.device_id),
         precision=experiment.precision,
         max_seq_length=experiment.max_seq_length,
         padding=padding,

@@ -36,6 +36,7 @@ def measure_ceilings(
     `<dtype>_flops_per_s` and `int8_ops_per_s` are square products; `launch_s` the cost of one
     operator that has next to nothing to compute.
     """
+    device.make_current()
     size = buffer_bytes or _large_buffer_bytes(device)
     read = read_bandwidth(device, size)
     result: dict[str, Any] = {

@@ -8,11 +8,12 @@ their file and take part in nothing. Several `sweep_layouts` are measured one af
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from ascend_kit.device.device import Device, select_device
+from ascend_kit.engine.elsewhere import apart
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.identity import Identity
 from ascend_kit.measure.baseline import baseline_backend
@@ -142,7 +143,7 @@ def _backends(engine: AscendInferEngine | Backend, experiment: Experiment) -> li
 
 
 def run_baseline_sweep(
-    experiment: Experiment, folder: RunFolder, *, device: Device | None = None, on_progress: Progress | None = None
+    experiment: Experiment, folder: RunFolder, *, on_progress: Progress | None = None
 ) -> pandas.DataFrame:
     """The same sweep with transformers' `generate`, unless `sweep_baseline` is off; returns all rows that are asked.
 
@@ -153,7 +154,7 @@ def run_baseline_sweep(
         with folder.working(experiment, part="transformers"):
             _note_asked(folder, "transformers", [], [])
         return load_rows(folder)
-    backend = baseline_backend(experiment, device or select_device(experiment.device, experiment.device_id))
+    backend = baseline_backend(experiment)
     try:
         return run_sweep(backend, experiment, folder, on_progress=on_progress)
     finally:
@@ -230,9 +231,8 @@ def load_ceilings(backend: Backend, folder: RunFolder) -> dict[str, Any]:
         return _nominal(device)
     stored = reckon_weight_bytes(backend.config, precision, variant["quantize"])
     small = stored if stored < _CACHE_BYTES else None
-    found = measure_ceilings(
-        cast("Device", device), dtypes=sorted({"bf16", "fp32", "int8", precision}), buffer_bytes=small
-    )
+    dtypes = sorted({"bf16", "fp32", "int8", precision})
+    found = apart(device.kind, functools.partial(measure_ceilings, dtypes=dtypes, buffer_bytes=small), device)
     folder.write_json("ceilings", found)
     return found
 

@@ -1,0 +1,99 @@
+"""Functions and objects that hold a device, in a process of their own where the caller must not hold one.
+
+A notebook's kernel must not: torch_npu turns its launch queue off there, and what it takes of the card's memory the
+engine's process does not get. Everything given and returned is pickled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ascend_kit.device.device import resolve_device, select_device
+from ascend_kit.engine.processes import WorkerProcess, needs_process, report
+
+if TYPE_CHECKING:
+    from ascend_kit.params import Experiment
+
+Result = TypeVar("Result")
+OnProgress = Callable[..., Any]
+
+
+class Elsewhere:
+    """The object that `make(*arguments)` gives, made and kept in a process of its own until `end`."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self._process = WorkerProcess(_Keeper)
+        self._wait("make", (make, arguments))
+
+    def get(self, path: str) -> Any:
+        """The attribute at `path`, such as `device.name`."""
+        return self._wait("get", (path,))
+
+    def call(self, path: str, *arguments: Any, on_progress: OnProgress | None = None, **named: Any) -> Any:
+        """What the method at `path` returns. `on_progress` is called in this process; the method gets it last.
+
+        Ctrl-C ends the process at once. Raises what the method raises, WorkerDied when the process ended.
+        """
+        self._process.on_progress = on_progress
+        return self._wait("call", (path, arguments, named, on_progress is not None))
+
+    def end(self) -> None:
+        self._process.end()
+
+    def _wait(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        try:
+            return self._process.call(method, arguments).result()
+        except KeyboardInterrupt:
+            self.end()
+            raise
+
+
+class _Keeper:
+    """The worker behind `Elsewhere`."""
+
+    def make(self, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._kept = make(*arguments)
+
+    def get(self, path: str) -> Any:
+        return functools.reduce(getattr, path.split("."), self._kept)
+
+    def call(self, path: str, arguments: tuple[Any, ...], named: dict[str, Any], wants_progress: bool) -> Any:
+        return self.get(path)(*arguments, *([report] if wants_progress else []), **named)
+
+
+def apart(kind: str, function: Callable[..., Result], *arguments: Any, on_progress: OnProgress | None = None) -> Result:
+    """`function(*arguments)` and, if given, `on_progress` by name; apart where `needs_process(kind)`."""
+    if not needs_process(kind):
+        return function(*arguments, **({"on_progress": on_progress} if on_progress else {}))
+    there = Elsewhere(_Call, function, arguments)
+    try:
+        return there.call("run", on_progress=on_progress)
+    finally:
+        there.end()
+
+
+class _Call:
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._function, self._arguments = function, arguments
+
+    def run(self, on_progress: OnProgress | None = None) -> Any:
+        return self._function(*self._arguments, **({"on_progress": on_progress} if on_progress else {}))
+
+
+def with_device(
+    function: Callable[..., Result], experiment: Experiment, *arguments: Any, on_progress: OnProgress | None = None
+) -> Result:
+    """`function(experiment, *arguments)`, apart where this process must not open the experiment's device."""
+    kind, _ = resolve_device(experiment.device, experiment.device_id)
+    return apart(kind, function, experiment, *arguments, on_progress=on_progress)
+
+
+def describe_device(experiment: Experiment) -> dict[str, Any]:
+    """`Device.describe` of the experiment's device: plain values for a manifest."""
+    return with_device(_describe, experiment)
+
+
+def _describe(experiment: Experiment) -> dict[str, Any]:
+    return select_device(experiment.device, experiment.device_id).describe()
