@@ -546,6 +546,17 @@ def test_overlapping_speeds_and_short_answers_are_cautions(tmp_path: Path) -> No
     assert "overlap" in found.cautions[0] and "80 % of the baseline's length" in found.cautions[1]
 
 
+def test_a_run_that_its_sequential_test_stopped_is_named_with_that_verdict(tmp_path: Path) -> None:
+    base = make_run(tmp_path, "base", {"mmlu": answers(2000)}, rates=[100.0, 101.0])
+    other = make_run(tmp_path, "other", {"mmlu": answers(2000)}, rates=[200.0, 201.0], quantize="w8a8")
+    stopped = {"documents": 480, "outcome": "within margin", "baseline": "base"}
+    other.folder.write_json("evaluation", {**(other.folder.read_json("evaluation") or {}), "stopped": stopped})
+
+    (caution,) = Comparison([base, other]).verdict.cautions
+
+    assert "e/other was stopped by its sequential test after 480 documents (within margin against base)" in caution
+
+
 def test_the_plainest_run_is_the_baseline(tmp_path: Path) -> None:
     plain = make_run(
         tmp_path, "z", {}, use_model="source", graph_mode=False, operator_fusion=False, memory_optimize=False

@@ -247,6 +247,22 @@ def test_token_perplexity_equals_a_plain_loop_over_windows(finished, tiny_qwen3_
     assert (row["context_len"], row["stride"], row["first_token"]) == (2048, 2048, "not scored")
 
 
+def test_windows_of_running_text_that_are_known_are_not_scored_again(engine, data, tmp_path) -> None:
+    experiment = experiment_for(data, tmp_path, eval_datasets=["wikitext"], eval_max_seq_length=256)
+    result, folder = run(engine, experiment)
+    folder.table_path("scores").unlink()  # killed before the scores were written
+    asked: list[int] = []
+    second = counting(engine)
+    second.identity = engine.identity
+    second.score = lambda pairs, **on: asked.append(len(pairs)) or engine.score(pairs, **on)
+
+    again, _ = run(second, experiment)
+
+    assert asked == []
+    columns = ["metric", "value", "stderr", "n"]
+    pandas.testing.assert_frame_equal(again.tasks[columns], result.tasks[columns])
+
+
 def test_token_perplexity_scores_a_text_shorter_than_a_window(engine) -> None:
     found = token_perplexity(engine, ["A short page."], context_len=64)
 

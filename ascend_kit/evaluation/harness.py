@@ -1,10 +1,10 @@
 """Run lm-eval's tasks on the engine and keep every answer: all tasks together, each document on disk at once.
 
 Tables of the run folder: `documents` (a row per document as it is answered, with question, answer and the
-log-probability of each choice), `scores` (a row per task and metric) and `evaluation_cards` (a row per card), every row
-with the identity of what produced it; `evaluation.json` says which identity was asked for, and holds the documents
-drawn, groups, cautions and published figures. A document is not asked again where its identity is the one asked for; a
-task that fails becomes a failed row and the others go on.
+log-probability of each choice), `perplexity_windows` (a row per window of running text), `scores` (a row per task and
+metric) and `evaluation_cards` (a row per card), every row with the identity of what produced it; `evaluation.json` says
+which identity was asked for, and holds the documents drawn, groups, cautions and published figures. A document is not
+asked again where its identity is the one asked for; a task that fails becomes a failed row and the others go on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]  # documents done, documents in all, task
 CARDS = "evaluation_cards"
-TABLES = ("scores", "documents", CARDS, "evaluation")
+WINDOWS = "perplexity_windows"
+TABLES = ("scores", "documents", CARDS, WINDOWS, "evaluation")
 ALL_TASKS = "all"
 FEWSHOT_SEED = 1234  # lm-eval's default; the sets here take the first shots anyway
 
@@ -349,8 +350,17 @@ class _Session:
         pages = task.rows[task.eval_split]
         texts = [pages[number]["page"] for number in self.drawn.get(task.task) or range(len(pages))]
         context_len = min(PAPER_CONTEXT_LEN, self.max_length)
+        identity, asked = self.identities[task.task], hash_value([context_len, texts])
+        rows = (row for row in self.folder.rows_of(WINDOWS, identity) if row["text"] == asked)
         found = token_perplexity(
-            self.engine, texts, context_len=context_len, batch_size=self.experiment.eval_batch_size
+            self.engine,
+            texts,
+            context_len=context_len,
+            batch_size=self.experiment.eval_batch_size,
+            known={row["window"]: row["nll"] for row in rows},
+            on_window=lambda window, nll: self.folder.append(
+                WINDOWS, {"task": task.task, "text": asked, "window": window, "nll": nll}, identity
+            ),
         )
         head = {"metric": "token_perplexity", "unit": scores.UNITS["token_perplexity"], "n": len(texts)}
         return {**head, **asdict(found)}

@@ -9,7 +9,7 @@ only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ascend_kit.evaluation.interface import EvaluatedEngine
@@ -42,11 +42,13 @@ def token_perplexity(
     *,
     context_len: int = PAPER_CONTEXT_LEN,
     batch_size: int = 8,
-    on_requests: Callable[[int], None] | None = None,
+    known: Mapping[int, float] | None = None,
+    on_window: Callable[[int, float], None] | None = None,
 ) -> TokenPerplexity:
     """Score the joined pages in windows of `context_len` tokens.
 
     The rest shorter than a window is left out, as in the published figures, unless the whole text is shorter.
+    Windows whose negative log-likelihood is `known` are not scored again; `on_window` hears of each that is.
     Raises ValueError for a text of fewer than two tokens or a window the engine cannot hold.
     """
     if not 2 <= context_len <= engine.max_seq_length:
@@ -55,12 +57,16 @@ def token_perplexity(
     if len(ids) < 2:
         raise ValueError(f"perplexity needs at least two tokens, the text has {len(ids)}")
     windows = [ids[start : start + context_len] for start in range(0, len(ids) - context_len + 1, context_len)] or [ids]
-    nll = []
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        nll += [-score.logprob for score in engine.score([(window[:1], window[1:]) for window in batch])]
-        if on_requests:
-            on_requests(len(batch))
+    found = {number: value for number, value in (known or {}).items() if number < len(windows)}
+    missing = [number for number in range(len(windows)) if number not in found]
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        scores = engine.score([(windows[number][:1], windows[number][1:]) for number in batch])
+        for number, score in zip(batch, scores, strict=True):
+            found[number] = -score.logprob
+            if on_window:
+                on_window(number, -score.logprob)
+    nll = [found[number] for number in range(len(windows))]
     tokens = [len(window) - 1 for window in windows]
     mean, stderr = ratio(nll, tokens)
     value = math.exp(mean)

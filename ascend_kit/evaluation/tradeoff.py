@@ -223,6 +223,13 @@ class Comparison:
                     "sweep_repeats before trusting the speed-up"
                 )
         for run in self.others:
+            stopped = (run.folder.read_json("evaluation") or {}).get("stopped")
+            if stopped:
+                found.append(
+                    f"{run.name} was stopped by its sequential test after {stopped['documents']} documents "
+                    f"({stopped['outcome']} against {stopped['baseline']}): that verdict counts the looks, these "
+                    "intervals do not"
+                )
             share = answer_length_ratio(self.baseline, run)
             if share is not None and share < SHORTEST_ANSWERS:
                 found.append(
