@@ -12,11 +12,12 @@ from typing import Any
 from ascend_kit.files import FileError, require_regular, strict_json
 
 FIELDS = ("prompt", "text", "content", "messages")
+ROLES = ("system", "user", "assistant", "tool")  # a template leaves out or mislabels messages of any other
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 MAX_CHARACTERS = 1 << 24  # of one prompt: sixteen for each of the most tokens that an engine takes
 # What changes the meaning of a conversation and has no place in a prompt here.
-UNREAD = ("tools", "functions", "tool_calls", "function_call", "images", "audio", "videos")
+UNREAD = ("system", "system_prompt", "tools", "functions", "tool_calls", "function_call", "images", "audio", "videos")
 EXPECTED = (
     "expected a JSON list, JSON lines with one of the fields prompt, text, content or messages, or text with one "
     "prompt a line"
@@ -117,7 +118,8 @@ def _prompt(entry: Any, where: str) -> Prompt:
         for number, item in enumerate(value, 1):
             if not _is_message(item):
                 raise PromptsError(
-                    f"{where}, message {number}: expected a role and a content, both texts; found {_short(repr(item))}"
+                    f"{where}, message {number}: expected a content, a text, and a role, one of {', '.join(ROLES)}; "
+                    f"found {_short(repr(item))}"
                 )
             _refuse_unread(item, f"{where}, message {number}")
         return Prompt.of_messages([{"role": item["role"], "content": item["content"]} for item in value])
@@ -129,9 +131,7 @@ def _prompt(entry: Any, where: str) -> Prompt:
 
 
 def _is_message(item: Any) -> bool:
-    return (
-        isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content")) and item["role"]
-    )
+    return isinstance(item, dict) and isinstance(item.get("content"), str) and item.get("role") in ROLES
 
 
 def _refuse_unread(entry: dict[str, Any], where: str) -> None:

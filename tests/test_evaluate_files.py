@@ -175,6 +175,15 @@ def test_a_saved_dataset_is_what_its_state_lists(tmp_path: Path) -> None:
     assert "state.json lists data-00000-of-00001.arrow, which is not there" in refusal(tmp_path, "mmlu")
 
 
+def test_a_csv_header_says_where_the_columns_are(tmp_path: Path) -> None:
+    text = ",question,A,B,C,D,answer\n0,What is 2+2?,1,2,3,4,D\n"  # as pandas writes a table with its index
+    put(tmp_path / "mmlu" / "test" / "anatomy_test.csv", text)
+
+    assert only(tmp_path, "mmlu").rows["test"] == [
+        {"question": "What is 2+2?", "choices": ["1", "2", "3", "4"], "answer": 3}
+    ]
+
+
 # --- families -------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +219,15 @@ def test_numbered_parts_without_a_total_may_have_no_gap(tmp_path: Path, missing:
 
 
 @pytest.mark.parametrize(
-    "second", ["mmlu/anatomy/test.parquet", "mmlu/old/anatomy/test.parquet", "cais___mmlu/anatomy/test.parquet"]
+    "second",
+    [
+        "mmlu/anatomy/test.parquet",
+        "mmlu/old/anatomy/test.parquet",
+        "cais___mmlu/anatomy/test.parquet",
+        "mmlu/anatomy/test-00000-of-00003 (1).parquet",  # downloaded twice with a browser
+        "mmlu/anatomy/test - Copy.parquet",  # Windows
+        "mmlu/anatomy/test copy 2.parquet",  # macOS
+    ],
 )
 def test_a_second_copy_is_named(tmp_path: Path, anatomy: Path, second: str) -> None:
     write_table(tmp_path / second, [MMLU_ROW])
@@ -377,7 +394,9 @@ def test_the_passage_of_a_question() -> None:
     chinese = {"query": "一段文字。问题：哪个? 选项：(A)x (B)y\n答案：从A到B, 我们应选择"}
     history = {"question": "This question refers to the following information.\nA letter.\nWho wrote it?"}
 
-    assert passage_of(first) == passage_of(second) != passage_of(chinese)
+    quoting = {"query": "A long text.Q: Why 'Q: Who?'? Answer Choices: (A)x (B)Q: Who?\nA: Among A through B"}
+
+    assert passage_of(first) == passage_of(second) == passage_of(quoting) != passage_of(chinese)
     assert passage_of(chinese) is not None and passage_of(history) is not None
     assert passage_of({"query": "Q: One? Answer Choices: (A)x\nA: Among"}) is None
     assert passage_of({"question": "What is 2+2?"}) is None and passage_of(CEVAL_ROW) is None

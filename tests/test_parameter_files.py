@@ -60,6 +60,7 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
         ("seed: 1\n\nbatch_size: many", ["line 3: batch_size", "integer", "'many'"]),
         ("cards: 4\ntensor_parallel: 3", ["line 2", "tensor_parallel=3", "[1, 2, 4]"]),
         ("sweep_at_once: false", ["line 1", "sweep_at_once", "leave it out"]),
+        ("graph_mode: false\noptimization: {tensorrt: true}", ["line 1", "graph_mode=False", "graph_mode=True"]),
         ("run: off", ["run:", "False", "quotes"]),
         ("run: 007.5", ["run:", "quotes"]),
     ],

@@ -98,7 +98,9 @@ def test_a_conversation_keeps_its_messages(tmp_path, field):
             '{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}',
             "line 1, message 1: tool_calls cannot be handed on",
         ),
-        ("a.jsonl", '{"messages": [{"role": "", "content": "x"}]}', "line 1, message 1: expected a role"),
+        ("a.jsonl", '{"messages": [{"role": "", "content": "x"}]}', "line 1, message 1: expected a content"),
+        ("a.jsonl", '{"messages": [{"role": "human", "content": "x"}]}', "one of system, user, .*'human'"),
+        ("a.jsonl", '{"system": "Be brief.", "prompt": "x"}', "line 1: system cannot be handed on"),
         ("a.txt", "x" * ((1 << 24) + 1), "a prompt of 16777217 characters"),
     ],
 )

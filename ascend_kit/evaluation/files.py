@@ -25,6 +25,8 @@ SPLITS = {"train": "train", "test": "test", "dev": "dev", "val": "val", "valid":
 SUFFIXES = (".parquet", ".arrow", ".csv", ".jsonl")
 METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "README.md", "LICENSE", "complete.json")
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
+# What browsers and desktops add to the name of a second copy: "test (1)", "test - Copy", "test copy 2".
+COPY = re.compile(r"( - Copy| - 副本|[ _]copy)?( ?\(\d+\)| \d+)?$", re.I)
 FILES_SHOWN = 6
 Key = tuple[str | None, str]  # subject, None where no path names one; split
 
@@ -182,7 +184,7 @@ def _snapshot(folder: Path) -> Path:
 
 
 def _subject_of(name: str, folder: Path, path: Path, subjects: set[str]) -> str | None:
-    stem = SHARD.sub("", path.stem)
+    stem = _stem(path)
     words = re.split(r"[-_.]", stem)
     if len(words) > 1 and words[-1].lower() in SPLITS:
         stem = stem[: -len(words[-1]) - 1]
@@ -193,15 +195,20 @@ def _subject_of(name: str, folder: Path, path: Path, subjects: set[str]) -> str 
     return key
 
 
+def _stem(path: Path) -> str:
+    """The name without suffix, number of the shard and mark of a copy."""
+    return SHARD.sub("", COPY.sub("", path.stem))
+
+
 def _holds_all_subjects(relative: Path) -> bool:
     """Whether a file that names no subject may hold all of them: all/..., test.parquet, data/test-...parquet."""
-    stem = SHARD.sub("", relative.stem).lower()
+    stem = _stem(relative).lower()
     return "all" in relative.parts[:-1] or (len(relative.parts) <= 2 and (stem in SPLITS or stem == "data"))
 
 
 def _split_of(path: Path) -> str | None:
     """The split in `test.parquet`, `test-00000-of-00001.parquet`, `law_val.csv`, `test/0000.parquet` or state.json."""
-    last = re.split(r"[-_.]", SHARD.sub("", path.stem))[-1].lower()
+    last = re.split(r"[-_.]", _stem(path))[-1].lower()
     found = SPLITS.get(last) or SPLITS.get(path.parent.name.lower())
     return found or SPLITS.get(str(dict(_state(path.parent)).get("_split")))
 

@@ -145,7 +145,7 @@ def _read_csv(path: Path, shape: Shape) -> list[Row]:
     if not rows:
         return []
     names = rows[0]
-    if shape.header is not None and (len(names) == len(shape.header) or names[1:5] != list(FOUR)):
+    if shape.header is not None and not set(shape.header) <= set(names):
         rows = rows[names[1:5] == list(FOUR) :]  # a header line may call the columns otherwise
         names = list(shape.header)
     else:
@@ -291,9 +291,10 @@ WIKITEXT = Shape({"page": "string"}, _as_it_is, lambda row: _text(row, "page", m
 def passage_of(document: Row) -> str | None:
     """What a document has in common with others on the same text, as a short hash; None for one of its own."""
     query, question = str(document.get("query", "")), str(document.get("question", ""))
-    marks = [mark for mark in (CHINESE, ENGLISH) if mark in query]
+    # Up to the first mark: what a passage says before it is the same for all of its questions, whatever these quote.
+    marks = [query.index(mark) for mark in (CHINESE, ENGLISH) if mark in query]
     if marks:
-        shared = query.rpartition(max(marks, key=query.rfind))[0].strip()
+        shared = query[: min(marks)].strip()
     else:
         shared = question.rpartition("\n")[0].strip() if question.startswith(SHARED_TEXT) else ""
     return hash_value(shared)[:12] if shared else None

@@ -73,9 +73,16 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
     values, places = read_with_places(path)
     try:
         changes = expand_aliases(overrides or {})
-        merged = {**expand_aliases(values), **changes}
+        flat = expand_aliases(values)
+        merged = {**flat, **changes}
     except ParameterError as error:
         raise ParameterError(f"{path}: {error}") from None
+    twice = next((key for key in flat if flat[key] != values.get(key, flat[key])), None)
+    if twice is not None:
+        raise ParameterError(
+            f"{places[twice]}: {twice}={shown(values[twice])} stands beside {twice}={shown(flat[twice])} under another "
+            "name (tensorrt, or the block optimization); keep one"
+        )
     merged.setdefault("experiment", Path(path).stem)
     places = {key: place for key, place in places.items() if key not in changes}
     return build_over_params_file(merged, source=str(path), places=places)
