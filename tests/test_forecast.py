@@ -33,6 +33,7 @@ def test_bytes_read_per_step_match_the_known_sizes_of_real_models(config, quanti
 def test_kv_bytes_per_token_match_the_known_sizes_of_real_models(config, expected):
     assert forecast.kv_bytes_per_token(config, "bf16") == expected
     assert forecast.kv_bytes_per_token(config, "fp32") == 2 * expected
+    assert forecast.kv_bytes_per_token(config, "bf16", "int8") == expected // 2 + expected // (2 * config.head_dim) * 4
 
 
 def test_one_layer_kept_in_float_is_counted_as_the_converter_counts_it():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ascend_kit import AscendInferEngine
-from ascend_kit.device.parallel import StepChannel, TensorParallel, check_division
+from ascend_kit.device.parallel import StepChannel, TensorParallel, check_division, prefer_vector_cores
 from ascend_kit.engine.ranks import environment_ranks, without_ranks
 from ascend_kit.engine.runner import StepInputs
 from ascend_kit.engine.scheduler import Chunk
@@ -104,3 +104,23 @@ def test_a_step_is_the_same_after_its_journey():
     assert ids.tolist() == [4, *range(9)] and positions.tolist() == [4, *range(9)]
     assert meta.slot_mapping.tolist() == [16, 28, 29, 30, 31, 4, 5, 6, 7, 20]
     assert meta.block_table.tolist() == [[3, 4, 0], [7, 1, 5]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "is_one_host", "env", "mode"),
+    [
+        ("npu", 2, True, {}, "AIV"),
+        ("npu", 8, True, {"HCCL_DETERMINISTIC": "false"}, "AIV"),
+        ("npu", 4, True, {"HCCL_OP_EXPANSION_MODE": "AI_CPU"}, "AI_CPU"),
+        ("npu", 4, True, {"HCCL_DETERMINISTIC": "TRUE"}, None),
+        ("npu", 4, False, {}, None),
+        ("npu", 16, True, {}, None),
+        ("npu", 1, True, {}, None),
+        ("cuda", 2, True, {}, None),
+    ],
+)
+def test_collectives_run_on_vector_cores_where_that_is_allowed_and_nothing_else_was_asked(
+    kind, size, is_one_host, env, mode
+):
+    assert prefer_vector_cores(kind, size, is_one_host, env) is (mode == "AIV")
+    assert env.get("HCCL_OP_EXPANSION_MODE") == mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 # Ranks of an idle engine wait for the next step as long as it takes; a hanging one is noticed by its driver.
 NEVER = timedelta(days=30)
+EXPANSION_MODE = "HCCL_OP_EXPANSION_MODE"
+AIV_RANKS = 8  # cards of one server
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
 
@@ -99,6 +102,19 @@ class StepChannel:
 
     def _broadcast(self, tensor: Tensor) -> None:
         torch.distributed.broadcast(tensor, group=self.parallel.group, group_src=0)
+
+
+def prefer_vector_cores(kind: str, size: int, is_one_host: bool, env: MutableMapping[str, str]) -> bool:
+    """Let HCCL compute collectives on the vector cores (AIV), before the first group is made; whether it will.
+
+    On an Atlas A2 that is for the inference of 2 to 8 cards of one host, and HCCL_DETERMINISTIC=true overrules it. A
+    mode that is set already stays.
+    """
+    fits = kind == "npu" and 1 < size <= AIV_RANKS and is_one_host
+    if fits and env.get("HCCL_DETERMINISTIC", "").lower() != "true":
+        env.setdefault(EXPANSION_MODE, "AIV")
+        return env[EXPANSION_MODE] == "AIV"
+    return False
 
 
 def join_group(kind: str, rank: int, size: int, store: Any) -> None:

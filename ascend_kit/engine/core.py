@@ -7,9 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from ascend_kit.device.device import Device
 from ascend_kit.device.graphs import memory_reserve
 from ascend_kit.device.ops import select_ops
+from ascend_kit.device.ops.reference import SCALE_BYTES
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.engine import scoring
 from ascend_kit.engine.block_manager import BlockManager
@@ -79,9 +82,11 @@ class EngineCore:
             parallel=parallel,
         )
         device.assert_on_device(self.decoder)
-        self.block_bytes = (
-            2 * config.num_layers * self.decoder.num_kv_heads * config.head_dim * self.block_size * dtype.itemsize
-        )
+        kv_dtype = torch.int8 if settings.kv_cache_dtype == "int8" else dtype
+        if kv_dtype == torch.int8 and device.kind == "npu":
+            raise ValueError("kv_cache_dtype: int8 is not available on an NPU yet; allowed there: auto")
+        head_bytes = config.head_dim + SCALE_BYTES if kv_dtype == torch.int8 else config.head_dim * dtype.itemsize
+        self.block_bytes = 2 * config.num_layers * self.decoder.num_kv_heads * self.block_size * head_bytes
         self.reserve_bytes = memory_reserve(
             device.kind,
             num_heads=config.num_heads // self.decoder.parallel.size,
@@ -107,7 +112,7 @@ class EngineCore:
         )
         self.pace = StepPace()
         self.runner = ModelRunner(
-            self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size, dtype=dtype
+            self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size, dtype=kv_dtype
         )
         if settings.graph_mode:
             self.runner.enable_graphs(settings.decode_rows, settings.max_seq_length)

@@ -81,7 +81,7 @@ class RankCore:
         import torch.distributed as dist
 
         from ascend_kit.device.device import resolve_device, select_device
-        from ascend_kit.device.parallel import BACKENDS, NEVER
+        from ascend_kit.device.parallel import BACKENDS, NEVER, prefer_vector_cores
         from ascend_kit.engine.core import EngineCore
 
         self._dist, self.ranks, self.config = dist, ranks, config
@@ -89,13 +89,14 @@ class RankCore:
         self.device = select_device(kind, 0 if kind == "cpu" else ranks.local_rank)
         self.device.seed(settings.seed)
         RankCore._opened += 1
+        on_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks.size)))
+        prefer_vector_cores(kind, settings.tensor_parallel, on_host == ranks.size, os.environ)
         self._store = None if dist.is_initialized() else _store(ranks)
         if self._store is not None:
             dist.init_process_group(
                 BACKENDS[kind], store=self._store, rank=ranks.rank, world_size=ranks.size, timeout=NEVER
             )
         parallel = self._parallel(settings.tensor_parallel)
-        on_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks.size)))
         self.core = EngineCore(settings, config, self.device, parallel=parallel, ranks_on_host=on_host)
         self.is_leader = parallel is None or parallel.rank == 0
         self.replica, self.num_replicas = ranks.rank // settings.tensor_parallel, settings.replicas

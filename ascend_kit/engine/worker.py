@@ -138,8 +138,9 @@ class Worker:
     def _join(self, role: Role, size: int, device: Device) -> Any:
         import torch
 
-        from ascend_kit.device.parallel import TensorParallel, join_group
+        from ascend_kit.device.parallel import TensorParallel, join_group, prefer_vector_cores
 
+        prefer_vector_cores(device.kind, size, role.ranks_on_host >= size, os.environ)
         join_group(device.kind, role.rank, size, self._store_of(role.store or "", size))
         parallel = TensorParallel(role.rank, size)
         # HCCL makes its communicator at the first collective, and needs the store for it: now, while the file is there.

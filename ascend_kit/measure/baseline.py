@@ -110,7 +110,7 @@ class TransformersBackend:
         return {}
 
     def variant(self) -> dict[str, Any]:
-        return {"precision": self.precision, "quantize": "none", **dict.fromkeys(SWITCHES, False), "speculate": 0}
+        return {"precision": self.precision, "quantize": "none", **dict.fromkeys(SWITCHES, False)}
 
     def weight_bytes(self) -> int:
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self._model.parameters()}

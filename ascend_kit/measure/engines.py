@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from ascend_kit.params import Experiment
 
 OnDone = Callable[[int], None]
-SWITCHES = ("graph_mode", "operator_fusion", "memory_optimize")
+SWITCHES = ("graph_mode", "operator_fusion", "memory_optimize")  # of every engine; further ones of ours:
+OPTIONS = ("kv_cache_dtype", "speculate")
 
 
 class Machine(Protocol):
@@ -161,9 +162,8 @@ class EngineBackend:
         return {}
 
     def variant(self) -> dict[str, Any]:
-        switches = {switch: getattr(self._experiment, switch) for switch in SWITCHES}
-        speculate = self._experiment.speculate
-        return {"precision": self._experiment.precision, "quantize": self._scheme, **switches, "speculate": speculate}
+        switches = {switch: getattr(self._experiment, switch) for switch in (*SWITCHES, *OPTIONS)}
+        return {"precision": self._experiment.precision, "quantize": self._scheme, **switches}
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()

@@ -130,9 +130,10 @@ def element_bytes(precision: str) -> int:
     return ELEMENT_BYTES[precision]
 
 
-def kv_bytes_per_token(config: ModelConfig, precision: str = "bf16") -> int:
-    """Bytes of keys and values that one token of one request keeps, over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_bytes(precision)
+def kv_bytes_per_token(config: ModelConfig, precision: str = "bf16", kv_cache_dtype: str = "auto") -> int:
+    """Bytes of keys and values of one token, over all layers and KV heads; int8 has a float32 scale for each head."""
+    head = config.head_dim + 4 if kv_cache_dtype == "int8" else config.head_dim * element_bytes(precision)
+    return 2 * config.num_layers * config.num_kv_heads * head
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,12 @@ class Deployment:
     launches_per_layer: int | None = None  # None: our fused path
     graph_mode: bool = True
     max_tokens_per_step: int = 2048
+    kv_cache_dtype: str = "auto"
     stored_bytes: int | None = None  # weights of a loaded model, whole; None: arithmetic
 
     def check(self) -> str | None:
         """Why the model cannot be split over `tp_size` cards; None when it can."""
-        names = ("num_heads", "num_kv_heads", "intermediate_size")
+        names = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size", "hidden_size")
         try:
             check_division(self.tp_size, {name: getattr(self.config, name) for name in names})
         except ValueError as error:
@@ -181,7 +183,7 @@ class Deployment:
     @property
     def kv_token_bytes(self) -> int:
         """KV bytes of one token over the whole group."""
-        return kv_bytes_per_token(self.config, self.precision)
+        return kv_bytes_per_token(self.config, self.precision, self.kv_cache_dtype)
 
     def kv_bytes_free(self) -> float:
         """Bytes left for KV in the whole group; negative when the weights alone do not fit."""

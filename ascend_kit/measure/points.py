@@ -68,6 +68,7 @@ class PointForecast:
             "card_share": min(1.0, backend.num_devices / backend.replicas),
             "launches_per_layer": backend.launches_per_layer,
             "graph_mode": variant["graph_mode"],
+            "kv_cache_dtype": variant.get("kv_cache_dtype", "auto"),
             "stored_bytes": stored_bytes,
         }
         self.measured = Deployment(backend.config, card, precision, variant["quantize"], **settings)

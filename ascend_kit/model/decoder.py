@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ascend_kit.device.ops import AttentionMeta
+from ascend_kit.device.ops.reference import new_cache
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.layers import DecoderLayer, KVCache, RMSNorm, Rotary, frozen
@@ -75,9 +76,6 @@ class Decoder(nn.Module):
         return sum(p.numel() * p.element_size() for p in tensors.values())
 
     def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
-        """One pair of zeroed caches a layer, each [blocks, S, K, H]."""
+        """One pair of zeroed caches a layer, as `reference.new_cache` makes them."""
         shape = (num_blocks, block_size, self.num_kv_heads, self.config.head_dim)
-        return [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in self.layers
-        ]
+        return [(new_cache(*shape, dtype, device), new_cache(*shape, dtype, device)) for _ in self.layers]

@@ -18,7 +18,7 @@ from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.rope import rotary_frequencies
 from ascend_kit.model.tensors import UNITS, layer_prefix
 
-KVCache = tuple[Tensor, Tensor]  # keys and values, each [blocks, S, K, H]
+KVCache = tuple[Tensor, Tensor]  # keys and values, as `reference.new_cache` makes them
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

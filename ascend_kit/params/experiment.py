@@ -53,6 +53,7 @@ ENGINE_SWITCHES = (
     "graph_mode",
     "operator_fusion",
     "memory_optimize",
+    "kv_cache_dtype",
     "speculate",
     "cards",
     "tensor_parallel",
@@ -155,6 +156,9 @@ class Experiment(BaseModel):
     )
     kv_cache_gib: float | None = Field(
         None, gt=0, le=1 << 20, description="KV pool, GiB; None = sized from free memory"
+    )
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="keys and values in `precision`, or in half of bf16's memory (not on npu)"
     )
     speculate: int = Field(0, ge=0, le=15, description="tokens guessed per step by prompt lookup; 0 = off, 4 is usual")
     graph_mode: bool = Field(True, description="captured or compiled decode step")

@@ -28,6 +28,7 @@ from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
     store_kv,
     swiglu,
     validate,
+    widened,
 )
 from ascend_kit.device.ops.table import AttentionMeta
 
@@ -45,6 +46,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """As in reference; decode steps in one batched call, other steps one flash call a sequence."""
+    k_cache, v_cache, meta = widened(q_TNH, k_cache, v_cache, meta)
     if meta.is_decode:
         return decode(q_TNH, k_cache, v_cache, meta, scale)
     return attend_mixed(q_TNH, k_cache, v_cache, meta, scale, decode)

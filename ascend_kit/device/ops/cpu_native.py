@@ -16,6 +16,7 @@ from torch import Tensor
 from ascend_kit.device.ops import cpu
 from ascend_kit.device.ops.cpu import HOST_LENGTHS, MERGED_QKV, make_mask, split_columns  # noqa: F401 - part of this table
 from ascend_kit.device.ops.native import DTYPES, Recording, call, empty, packs
+from ascend_kit.device.ops.reference import SCALE_BYTES, widened
 from ascend_kit.device.ops.table import AttentionMeta
 
 RECORDS = True
@@ -97,6 +98,13 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """As in reference; rows of k and v may be strided."""
+    if k_cache.dtype == torch.int8:
+        tokens, heads, size = k_TKH.shape
+        block = k_cache.shape[1] // (heads * (size + SCALE_BYTES))
+        for x, cache in ((k_TKH, k_cache), (v_TKH, v_cache)):
+            call("ak_store_int8", DTYPES[x.dtype], x, x.stride(0), cache, slot_mapping, tokens, heads, size, block,
+                 _threads())  # fmt: skip
+        return
     row_bytes = k_TKH[0].numel() * k_TKH.element_size()
     call(
         "ak_store",
@@ -118,6 +126,8 @@ def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Atten
     """As in reference; the cache is read where it lies, except by prompts that do not fit the tiles."""
     if meta.is_decode:
         return _decode(q_TNH, k_cache, v_cache, meta, scale)
+    if k_cache.dtype == torch.int8:  # a prompt computes far more than its context's numbers take to widen
+        k_cache, v_cache, meta = widened(q_TNH, k_cache, v_cache, meta)
     if not (packs() and q_TNH.dtype == torch.bfloat16 and q_TNH.shape[2] % PANEL == 0):
         return cpu.attend_mixed(q_TNH, k_cache, v_cache, meta, scale, _decode)
     out = empty(*q_TNH.shape, dtype=q_TNH.dtype)
@@ -140,8 +150,11 @@ def _decode(
     """Attention of one new token a sequence."""
     batch, heads, size = q_TNH.shape
     out = empty(*q_TNH.shape, dtype=q_TNH.dtype) if out is None else out
-    cache = (k_cache.shape[2], size, meta.block_size)
-    call("ak_attend", DTYPES[out.dtype], q_TNH, q_TNH.stride(0), k_cache, v_cache, meta.block_table,
+    is_int8 = k_cache.dtype == torch.int8
+    kv_heads = k_cache.shape[1] // (meta.block_size * (size + SCALE_BYTES)) if is_int8 else k_cache.shape[2]
+    cache = (kv_heads, size, meta.block_size)
+    name = "ak_attend_int8" if is_int8 else "ak_attend"
+    call(name, DTYPES[out.dtype], q_TNH, q_TNH.stride(0), k_cache, v_cache, meta.block_table,
          meta.block_table.stride(0), meta.context_lens_t, out, batch, heads, *cache, scale, _threads())  # fmt: skip
     return out
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ascend_kit.device.ops.table import AttentionMeta
 
+SCALE_BYTES = 4  # of a float32 scale beside the int8 codes of one head of a token
 MERGED_QKV = True
 HOST_LENGTHS = False
 
@@ -49,14 +51,61 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write this step's keys and values to their slots; caches are [blocks, S, K, H]."""
+    """Write this step's keys and values to their slots; caches are [blocks, S, K, H], or int8 (see `new_cache`)."""
     slots = slot_mapping.long()
+    if k_cache.dtype == torch.int8:
+        for x, cache in ((k_TKH, k_cache), (v_TKH, v_cache)):
+            codes, scales = _int8_parts(cache, x.shape[1], x.shape[2])
+            new_codes, new_scales = quantize_per_token(x.reshape(-1, x.shape[2]))
+            block, place = slots // codes.shape[1], slots % codes.shape[1]
+            codes[block, place] = new_codes.view(x.shape)
+            scales[block, place] = new_scales.view(x.shape[:2])
+        return
     k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k_TKH)
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v_TKH)
 
 
+def new_cache(
+    num_blocks: int, block_size: int, heads: int, size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A zeroed cache of keys or values, [blocks, S, K, H] in `dtype`.
+
+    With int8 [blocks, S * K * (H + 4)]: the codes [S, K, H] of a block, then a float32 scale for every token and head
+    [S, K], largest number over 127: measured as the tokens come, so that nothing is to be calibrated.
+    """
+    if dtype == torch.int8:
+        width = block_size * heads * (size + SCALE_BYTES)
+        return torch.zeros(num_blocks, width, dtype=torch.int8, device=device)
+    return torch.zeros(num_blocks, block_size, heads, size, dtype=dtype, device=device)
+
+
+def _int8_parts(cache: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor]:
+    """Views of an int8 cache: codes [blocks, S, K, H] and scales [blocks, S, K]."""
+    block = cache.shape[1] // (heads * (size + SCALE_BYTES))
+    codes, scales = cache[:, : block * heads * size], cache[:, block * heads * size :]
+    return codes.unflatten(1, (block, heads, size)), scales.view(torch.float32).unflatten(1, (block, heads))
+
+
+def widened(
+    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta
+) -> tuple[Tensor, Tensor, AttentionMeta]:
+    """The blocks of a step's table out of int8 caches, in q's dtype, and a table of them; others as they are."""
+    if k_cache.dtype != torch.int8:
+        return k_cache, v_cache, meta
+    size, table = q_TNH.shape[2], meta.block_table
+    heads = k_cache.shape[1] // (meta.block_size * (size + SCALE_BYTES))
+    blocks = table.flatten().long()
+    wide = []
+    for cache in (k_cache, v_cache):
+        codes, scales = _int8_parts(cache, heads, size)
+        wide.append((codes[blocks].float() * scales[blocks].unsqueeze(-1)).to(q_TNH.dtype))
+    places = torch.arange(table.numel(), dtype=torch.int32, device=table.device).view(table.shape)
+    return wide[0], wide[1], replace(meta, block_table=places)
+
+
 def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """Causal attention of each sequence's new tokens over its cached keys, aligned at the end; returns [T, N, H]."""
+    k_cache, v_cache, meta = widened(q_TNH, k_cache, v_cache, meta)
     if meta.is_decode:
         return _decode(q_TNH, k_cache, v_cache, meta, scale)
     rows, start = [], 0

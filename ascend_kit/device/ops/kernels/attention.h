@@ -10,14 +10,32 @@
 
 namespace {
 
+// A cache of int8 codes: each block holds its rows [S, K, H], then a float32 scale for every token and head [S, K].
+inline i64 block_size_of(const int8_t *, i64 S, i64 K, i64 H) { return S * K * (H + 4); }
+template <class X> inline i64 block_size_of(const X *, i64 S, i64 K, i64 H) { return S * K * H; }
+
+// One KV head of one sequence in such a cache.
+struct Int8Head {
+    const int8_t *cache;
+    const int32_t *table;
+    i64 kv, K, H, S;
+    const int8_t *block(i64 t) const { return cache + table[t / S] * S * K * (H + 4); }
+    const int8_t *operator[](i64 t) const { return block(t) + (t % S * K + kv) * H; }
+    float scale(i64 t) const { return ((const float *)(block(t) + S * K * H))[t % S * K + kv]; }
+};
+
 template <class X> struct PagedHead {  // one KV head of one sequence
     const X *cache;
     const int32_t *table;
     i64 kv, K, H, S;
     const X *operator[](i64 t) const { return cache + ((i64(table[t / S]) * S + t % S) * K + kv) * H; }
+    float scale(i64) const { return 1.0f; }
 };
 
 inline void weighted_add(float *acc, const float *row, float weight, i64 H) {
+    for (i64 h = 0; h < H; h++) acc[h] += weight * row[h];
+}
+inline void weighted_add(float *acc, const int8_t *row, float weight, i64 H) {
     for (i64 h = 0; h < H; h++) acc[h] += weight * row[h];
 }
 inline void weighted_add(float *acc, const bf16 *row, float weight, i64 H) {
@@ -25,8 +43,8 @@ inline void weighted_add(float *acc, const bf16 *row, float weight, i64 H) {
 }
 
 // One query token, G heads [G, H] that share a KV head, over `length` keys; any dtype, size and processor.
-template <class X>
-void attend_token(const X *query, PagedHead<X> keys, PagedHead<X> values, i64 length, X *out, i64 G, float scale) {
+template <class X, class W, class Head>
+void attend_token(const X *query, Head keys, Head values, i64 length, X *out, i64 G, float scale) {
     const i64 H = keys.H;
     static thread_local Scratch<float> of_scores, of_acc;
     float *scores = of_scores.room(G * length), *acc = of_acc.room(G * H);
@@ -34,8 +52,8 @@ void attend_token(const X *query, PagedHead<X> keys, PagedHead<X> values, i64 le
     for (i64 t = 0; t < length; t++)
         for (i64 g = 0; g < G; g++) {
             float dot;
-            Dots<X, X, 1, 1>::run(query + g * H, H, keys[t], H, &dot);
-            scores[g * length + t] = dot * scale;
+            Dots<X, W, 1, 1>::run(query + g * H, H, keys[t], H, &dot);
+            scores[g * length + t] = dot * scale * keys.scale(t);
         }
     for (i64 g = 0; g < G; g++) {
         float *row = &scores[g * length], most = *std::max_element(row, row + length), sum = 0;
@@ -43,7 +61,7 @@ void attend_token(const X *query, PagedHead<X> keys, PagedHead<X> values, i64 le
         for (i64 t = 0; t < length; t++) row[t] /= sum;
     }
     for (i64 t = 0; t < length; t++)
-        for (i64 g = 0; g < G; g++) weighted_add(&acc[g * H], values[t], scores[g * length + t], H);
+        for (i64 g = 0; g < G; g++) weighted_add(&acc[g * H], values[t], scores[g * length + t] * values.scale(t), H);
     for (i64 i = 0; i < G * H; i++) narrow(acc[i], out + i);
 }
 
@@ -90,32 +108,44 @@ struct Span {
 // Where some of a span's tokens lie, in elements from the start of a cache; past the last one its place again.
 constexpr i64 GROUP = 32;
 struct Rows {
-    i64 at[GROUP], count;
-    void find(Span span, i64 S, i64 row) {
+    i64 at[GROUP], scale_at[GROUP], count;
+    void find(Span span, i64 S, i64 row, i64 block_size, i64 K) {
         count = std::max<i64>(0, std::min(GROUP, span.end - span.t0));
         i64 block = span.t0 / S, within = span.t0 % S;  // once, not for every token: a division costs as much as 64 products
         for (i64 i = 0; i < count; i++) {
-            at[i] = (span.table[block] * S + within) * row;
+            at[i] = span.table[block] * block_size + within * row;
+            scale_at[i] = span.table[block] * block_size + S * row + within * K * 4;
             if (++within == S) within = 0, block++;
         }
-        for (i64 i = count; count > 0 && i < GROUP; i++) at[i] = at[count - 1];
+        for (i64 i = count; count > 0 && i < GROUP; i++) at[i] = at[count - 1], scale_at[i] = scale_at[count - 1];
     }
 };
 
 // Fetches rows of keys and values into the second cache, a few lines at a time.
-struct Ahead {
-    const bf16 *keys, *values;
+template <class W> struct Ahead {
+    const W *keys, *values;
     const Rows &rows;
     i64 size, row, offset;
     void fetch(i64 lines) {
         for (; lines > 0 && row < rows.count; lines -= 2) {
             _mm_prefetch((const char *)(keys + rows.at[row] + offset), _MM_HINT_T1);
             _mm_prefetch((const char *)(values + rows.at[row] + offset), _MM_HINT_T1);
-            offset += 32;
+            offset += 64 / sizeof(W);
             if (offset == size) offset = 0, row++;
         }
     }
 };
+
+// Scores of a group by the scales of its keys, and weights by those of its values; caches of bf16 have none.
+inline void by_scales(float *, const bf16 *, const Rows &, i64) {}
+inline void by_scales(float *scores, const int8_t *cache, const Rows &rows, i64 kv) {
+    for (i64 i = 0; i < rows.count; i++) scores[i] *= ((const float *)(cache + rows.scale_at[i]))[kv];
+}
+inline void by_scales(bf16 *, const bf16 *, const Rows &, i64) {}
+inline void by_scales(bf16 *weights, const int8_t *cache, const Rows &rows, i64 kv) {
+    for (i64 i = 0; i < rows.count; i++)
+        narrow(widen(weights[i]) * ((const float *)(cache + rows.scale_at[i]))[kv], weights + i);
+}
 
 // 16 registers of 16 floats -> their 16 sums.
 inline __m512 sums16(const __m512 r[16]) {
@@ -137,8 +167,8 @@ inline __m512 sums16(const __m512 r[16]) {
 // One span of one sequence for all N heads of its query token, bf16 and H = 32 C. All KV heads take their turn at a
 // group of tokens before the next, so that memory is read in order; the next group, or the first one of the span that this
 // thread is likely to get next, is fetched meanwhile.
-template <int C>
-void attend_span(const bf16 *query, const bf16 *keys, const bf16 *values, Span span, Span next, Partial part, i64 N, i64 K,
+template <int C, class W>
+void attend_span(const bf16 *query, const W *keys, const W *values, Span span, Span next, Partial part, i64 N, i64 K,
                  i64 S, float scale) {
     constexpr i64 H = 32 * C;
     const i64 G = N / K, pairs = (G + 1) / 2;
@@ -148,15 +178,16 @@ void attend_span(const bf16 *query, const bf16 *keys, const bf16 *values, Span s
     std::fill(part.most, part.most + N, -INFINITY);
     std::fill(part.sum, part.sum + N, 0.0f);
     Rows group[2];
-    group[0].find(span, S, K * H);
+    const i64 block_size = block_size_of(keys, S, K, H);
+    group[0].find(span, S, K * H, block_size, K);
     for (int turn = 0; span.t0 < span.end; turn ^= 1) {
         const Rows &rows = group[turn];
         span.t0 += GROUP;
-        group[turn ^ 1].find(span.t0 < span.end ? span : next, S, K * H);
-        Ahead ahead{keys, values, group[turn ^ 1], K * H, 0, 0};
+        group[turn ^ 1].find(span.t0 < span.end ? span : next, S, K * H, block_size, K);
+        Ahead<W> ahead{keys, values, group[turn ^ 1], K * H, 0, 0};
         const i64 lines = ahead.rows.count * C * 2 / (pairs * ((rows.count + 1) / 2) * 3 / 2) + 1;  // at every fetch below
         for (i64 kv = 0; kv < K; kv++) {
-            const bf16 *key = keys + kv * H, *value = values + kv * H;
+            const W *key = keys + kv * H, *value = values + kv * H;
             for (i64 pair = 0; pair < pairs; pair++) {  // two heads at a time fit the registers; a last one alone runs twice
                 const i64 head = kv * G + 2 * pair, other = std::min(head + 1, kv * G + G - 1);
                 __m512bh q[2][C];
@@ -173,7 +204,7 @@ void attend_span(const bf16 *query, const bf16 *keys, const bf16 *values, Span s
                         dots[i] = dots[8 + i] = _mm512_setzero_ps();
 #pragma GCC unroll 4
                         for (int c = 0; c < C; c++) {
-                            const __m512bh part_of_key = as_bh(load(key + rows.at[i0 + i] + 32 * c));
+                            const __m512bh part_of_key = load32(key + rows.at[i0 + i] + 32 * c);
                             dots[i] = _mm512_dpbf16_ps(dots[i], q[0][c], part_of_key);
                             dots[8 + i] = _mm512_dpbf16_ps(dots[8 + i], q[1][c], part_of_key);
                         }
@@ -183,8 +214,10 @@ void attend_span(const bf16 *query, const bf16 *keys, const bf16 *values, Span s
                     _mm256_storeu_ps(scores + GROUP + i0, _mm512_extractf32x8_ps(sums, 1));
                 }
                 for (int j = 0; j < 1 + (other != head); j++) {
+                    by_scales(scores + j * GROUP, keys, rows, kv);
                     const float shrink = softmax_row(scores + j * GROUP, rows.count, scale * LOG2_E, part.most[head + j],
                                                      part.sum[head + j], weights + j * GROUP);
+                    by_scales(weights + j * GROUP, values, rows, kv);
                     if (shrink != 1.0f) multiply(part.acc + (head + j) * H, H, shrink);
                 }
                 float *acc[2] = {part.acc + head * H, part.acc + other * H};
@@ -202,7 +235,8 @@ void attend_span(const bf16 *query, const bf16 *keys, const bf16 *values, Span s
                     const __m512bh first = as_bh(_mm512_set1_epi32(weight[0])), second = as_bh(_mm512_set1_epi32(weight[1]));
 #pragma GCC unroll 4
                     for (int c = 0; c < C; c++) {
-                        const __m512i a = load(value + rows.at[i] + 32 * c), b = load(value + rows.at[i + 1] + 32 * c);
+                        const __m512i a = (__m512i)load32(value + rows.at[i] + 32 * c);
+                        const __m512i b = (__m512i)load32(value + rows.at[i + 1] + 32 * c);
                         const __m512bh low = as_bh(_mm512_unpacklo_epi16(a, b)), high = as_bh(_mm512_unpackhi_epi16(a, b));
                         total[0][2 * c] = _mm512_dpbf16_ps(total[0][2 * c], low, first);
                         total[0][2 * c + 1] = _mm512_dpbf16_ps(total[0][2 * c + 1], high, first);
@@ -246,8 +280,8 @@ template <int C> void combine(const Partial *parts, i64 spans, bf16 *out, i64 N)
 
 // attend_tokens for bf16 and H = 32 C. A sequence is cut into spans of a fixed length, so that neither the batch nor the
 // number of threads changes a result.
-template <int C>
-void attend_spans(const bf16 *q, i64 qs, const bf16 *keys, const bf16 *values, const int32_t *table, i64 width,
+template <int C, class W>
+void attend_spans(const bf16 *q, i64 qs, const W *keys, const W *values, const int32_t *table, i64 width,
                   const int32_t *lens, bf16 *out, i64 B, i64 N, i64 K, i64 S, float scale, int threads) {
     constexpr i64 H = 32 * C, SPAN = 512;
     static thread_local Scratch<float> of_parts;
@@ -276,7 +310,7 @@ void attend_spans(const bf16 *q, i64 qs, const bf16 *keys, const bf16 *values, c
     };
     parallel(threads, count, [&](i64 i) {
         const Span next = i + threads < count ? span(i + threads) : Span{table, 0, 0};
-        attend_span<C>(q + task[i].first * qs, keys, values, span(i), next, all[i], N, K, S, scale);
+        attend_span<C, W>(q + task[i].first * qs, keys, values, span(i), next, all[i], N, K, S, scale);
     });
     parallel(threads, B, [&](i64 b) { combine<C>(all + start[b], start[b + 1] - start[b], out + b * N * H, N); });
 }
@@ -369,20 +403,21 @@ inline void attend_prompts(const bf16 *q, i64 qs, const bf16 *keys, const bf16 *
 #endif
 
 // One new token a sequence: q [B, N, H] with rows `qs` apart, lens [B] with this token included.
-template <class X>
-void attend_tokens(const X *q, i64 qs, const X *keys, const X *values, const int32_t *table, i64 width, const int32_t *lens,
+template <class X, class W>
+void attend_tokens(const X *q, i64 qs, const W *keys, const W *values, const int32_t *table, i64 width, const int32_t *lens,
                    X *out, i64 B, i64 N, i64 K, i64 H, i64 S, float scale, int threads) {
     const i64 G = N / K;
 #ifdef AK_TILES
     if constexpr (std::is_same<X, bf16>::value) {
-        if (H == 128) return attend_spans<4>(q, qs, keys, values, table, width, lens, out, B, N, K, S, scale, threads);
-        if (H == 64) return attend_spans<2>(q, qs, keys, values, table, width, lens, out, B, N, K, S, scale, threads);
+        if (H == 128) return attend_spans<4, W>(q, qs, keys, values, table, width, lens, out, B, N, K, S, scale, threads);
+        if (H == 64) return attend_spans<2, W>(q, qs, keys, values, table, width, lens, out, B, N, K, S, scale, threads);
     }
 #endif
+    typedef typename std::conditional<std::is_same<W, int8_t>::value, Int8Head, PagedHead<X>>::type Head;
     parallel(threads, B * K, [&](i64 task) {
         const i64 b = task / K, kv = task % K;
-        PagedHead<X> key{keys, table + b * width, kv, K, H, S}, value{values, table + b * width, kv, K, H, S};
-        attend_token(q + b * qs + kv * G * H, key, value, lens[b], out + (b * N + kv * G) * H, G, scale);
+        Head key{keys, table + b * width, kv, K, H, S}, value{values, table + b * width, kv, K, H, S};
+        attend_token<X, W>(q + b * qs + kv * G * H, key, value, lens[b], out + (b * N + kv * G) * H, G, scale);
     });
 }
 

@@ -24,19 +24,20 @@ inline bool quantize_vectors(const bf16 *x, int8_t *codes, float &scale, i64 K) 
 }
 #endif
 
+template <class X> void quantize_row(const X *row, int8_t *codes, float *scale, i64 K) {
+    if (quantize_vectors(row, codes, *scale, K)) return;
+    int32_t most = 0;
+    for (i64 k = 0; k < K; k++) most = std::max(most, magnitude_bits(widen(row[k])));
+    *scale = from_bits(most) / 127.0f;
+    const float divisor = *scale == 0 ? 1.0f : *scale;
+    for (i64 k = 0; k < K; k++) {
+        float code = std::nearbyint(widen(row[k]) / divisor);
+        codes[k] = int8_t(std::min(127.0f, std::max(-127.0f, code)));
+    }
+}
+
 template <class X> void quantize(const X *x, int8_t *codes, float *scales, i64 M, i64 K, int threads) {
-    parallel_rows(threads, M, K, [&](i64 m) {
-        const X *row = x + m * K;
-        if (quantize_vectors(row, codes + m * K, scales[m], K)) return;
-        int32_t most = 0;
-        for (i64 k = 0; k < K; k++) most = std::max(most, magnitude_bits(widen(row[k])));
-        float scale = from_bits(most) / 127.0f, divisor = scale == 0 ? 1.0f : scale;
-        scales[m] = scale;
-        for (i64 k = 0; k < K; k++) {
-            float code = std::nearbyint(widen(row[k]) / divisor);
-            codes[m * K + k] = int8_t(std::min(127.0f, std::max(-127.0f, code)));
-        }
-    });
+    parallel_rows(threads, M, K, [&](i64 m) { quantize_row(x + m * K, codes + m * K, scales + m, K); });
 }
 
 // --- norms, rotary, swiglu ------------------------------------------------------------------------------------------
@@ -99,6 +100,17 @@ void rms_norm(const X *x, i64 stride, const X *residual, const X *weight, X *y, 
                 // The normalised value is rounded before the weight is applied, as the models were trained.
                 for (i64 d = 0; d < D; d++) out[d] = rounded<X>(widen(rounded<X>(widen(from[d]) * by)) * widen(weight[d]));
             }
+        }
+    });
+}
+
+template <class X>
+void store_int8(const X *x, i64 stride, int8_t *cache, const int32_t *slots, i64 T, i64 K, i64 H, i64 S, int threads) {
+    parallel_rows(threads, T, K * H, [&](i64 t) {
+        int8_t *block = cache + i64(slots[t] / S) * S * K * (H + 4);
+        for (i64 kv = 0; kv < K; kv++) {
+            const i64 row = slots[t] % S * K + kv;
+            quantize_row(x + t * stride + kv * H, block + row * H, (float *)(block + S * K * H) + row, H);
         }
     });
 }
@@ -221,13 +233,23 @@ void ak_store(const void *k, i64 ks, const void *v, i64 vs, void *k_cache, void 
         std::memcpy((char *)v_cache + i64(slots[t]) * row_bytes, (const char *)v + t * vs * item_bytes, row_bytes);
     });
 }
+// Keys or values [T, K, H] as int8 codes with a scale for every token and head, into a cache of such blocks.
+void ak_store_int8(int dtype, const void *x, i64 xs, void *cache, const int32_t *slots, i64 T, i64 K, i64 H, i64 S,
+                   int threads) {
+    BOTH((store_int8<X>(AS(X, x), xs, (int8_t *)cache, slots, T, K, H, S, threads)))
+}
+void ak_attend_int8(int dtype, const void *q, i64 qs, const void *keys, const void *values, const int32_t *table, i64 width,
+                    const int32_t *lens, void *out, i64 B, i64 N, i64 K, i64 H, i64 S, float scale, int threads) {
+    BOTH((attend_tokens<X, int8_t>(AS(X, q), qs, AS(int8_t, keys), AS(int8_t, values), table, width, lens, (X *)out, B, N, K,
+                                   H, S, scale, threads)))
+}
 void ak_gather(const void *table, const int32_t *ids, void *out, i64 T, i64 row_bytes) {
     for (i64 t = 0; t < T; t++)
         std::memcpy((char *)out + t * row_bytes, (const char *)table + i64(ids[t]) * row_bytes, row_bytes);
 }
 void ak_attend(int dtype, const void *q, i64 qs, const void *keys, const void *values, const int32_t *table, i64 width,
                const int32_t *lens, void *out, i64 B, i64 N, i64 K, i64 H, i64 S, float scale, int threads) {
-    BOTH((attend_tokens<X>(AS(X, q), qs, AS(X, keys), AS(X, values), table, width, lens, (X *)out, B, N, K, H, S, scale,
+    BOTH((attend_tokens<X, X>(AS(X, q), qs, AS(X, keys), AS(X, values), table, width, lens, (X *)out, B, N, K, H, S, scale,
                            threads)))
 }
 
