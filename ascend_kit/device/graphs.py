@@ -318,7 +318,7 @@ class DecodeGraphs:
             return _RecordedCalls(self.device, self.step_fn, self.sizes, self.max_blocks, self.block_size)
         if records is None and compiler() is not None:
             return _CompiledLayers(self.step_fn, layers)
-        return _Eager(self.step_fn, "plain attention among kernels" if records is False else "no C++ compiler")
+        return _Eager(self.step_fn, "plain attention is not recorded" if records is False else "no C++ compiler")
 
     def _run_on_cpu(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
         """The step, eager from now on where it can be neither recorded nor compiled: computing it again is harmless."""

@@ -55,7 +55,8 @@ class ModelRunner:
             mask=self.mask,
             host_lengths=self.ops.HOST_LENGTHS,
             layers=list(self.decoder.layers),
-            records=getattr(self.ops, "RECORDS", None),
+            # Without kernels an int8 cache is widened for every step, which takes longer to compile than it gains.
+            records=getattr(self.ops, "RECORDS", False if self.caches[0][0].dtype == torch.int8 else None),
         )
         if self.device.kind != "cpu":
             self.graphs.capture()
