@@ -6,11 +6,12 @@ PARAMS ?= $(DEMO)
 # Two processes of one thread each beat one process of two threads on small models, and tests stay repeatable.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test types check lab install clean help
+.PHONY: demo test browser types check lab install clean help
 
 help:
 	@echo "make demo   environment, then the whole pipeline on the built-in model; prints where the report is"
 	@echo "make test   environment, lint, all tests (CPU, then the NPU path on a simulated NPU)"
+	@echo "make browser  the notebooks and the report in a real Chromium (apt install chromium)"
 	@echo "make lab    JupyterLab on copies of the notebooks for PARAMS=params/demo.yaml, localhost only"
 	@echo "make clean  remove environment and demo results"
 
@@ -47,6 +48,12 @@ types: .venv/.dev
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 check: test
+
+# The short tests run in `make test` as well where playwright is there; the long pass takes about ten minutes.
+browser: .venv/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[browser]"
+	$(TEST_ENV) $(BIN)/python -m pytest tests/test_browser.py
+	$(TEST_ENV) $(BIN)/python benchmarks/browser_lab.py
 
 # Opens the project with copies of the notebooks in the run folder; the notebooks themselves stay as they are.
 LAB := $(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root)

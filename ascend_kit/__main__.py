@@ -1,4 +1,4 @@
-"""`python -m ascend_kit`: run, check, convert, work, serve, doctor, report, notebooks.
+"""`python -m ascend_kit`: run, check, convert, work, serve, doctor, report, zip, notebooks.
 
 Exit status: 0 done, 1 something that was run has failed or is an alarm, 2 the request itself is wrong, 130 stopped by
 Ctrl-C, 143 by another signal.
@@ -29,6 +29,7 @@ EPILOG = """examples:
   python -m ascend_kit convert params/qwen3-8b-w8a8.yaml             convert the checkpoint without a notebook
   python -m ascend_kit work params/qwen3-8b.yaml                     notebooks to change by hand, in the run folder
   python -m ascend_kit serve demo --port 8000                        OpenAI-compatible server, not for production
+  python -m ascend_kit zip outputs --to runs.zip                     reports and what they are drawn from, for mail
   python -m ascend_kit doctor                                        faults of this machine, and remedies
 """
 
@@ -139,6 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.add_argument("--notebooks", metavar="FOLDER", default="notebooks", help="their folder; default notebooks")
     notebooks.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a cell differs")
     notebooks.set_defaults(command=_notebooks)
+
+    zipped = commands.add_parser("zip", help="pack a folder of runs with their reports into one file, for mail")
+    zipped.add_argument("folder", nargs="?", default="outputs", help="outputs (the default), an experiment or a run")
+    zipped.add_argument("--to", metavar="FILE", help="the archive; default <folder's name>.zip in the current folder")
+    zipped.add_argument("--no-rows", action="store_true", help="without the tables of rows, requests and documents")
+    zipped.set_defaults(command=_zip)
 
     report = commands.add_parser("report", help="write report.html of a run folder again")
     report.add_argument("run_folder", help="outputs/<experiment>/<run>")
@@ -291,6 +298,16 @@ def _report(arguments: argparse.Namespace) -> int:
     from ascend_kit.run.experiment import write_run_report
 
     print(write_run_report(Path(arguments.run_folder)))
+    return 0
+
+
+def _zip(arguments: argparse.Namespace) -> int:
+    from ascend_kit.run.pack import pack
+
+    folder = Path(arguments.folder)
+    target = Path(arguments.to or f"{folder.resolve().name}.zip")
+    size = pack(folder, target, with_rows=not arguments.no_rows)
+    print(f"{target}: {size / 1e6:.1f} MB")
     return 0
 
 

@@ -54,6 +54,9 @@ def root(tmp_path):
     write_run(tmp_path, "e/new", "2026-02-01", [point(500), point(520, 1)],
               [document(0, 1), document(1, 1), document(2, 0)], {"torch": "2.13"})  # fmt: skip
     (tmp_path / "e/torn").mkdir()
+    (tmp_path / "e/looks").mkdir()
+    looks = {"schema_version": SCHEMA_VERSION, "stages": {"07_explore": {"state": "ok"}}}
+    (tmp_path / "e/looks/run.json").write_text(json.dumps(looks))
     (tmp_path / "e/torn/run.json").write_text("{ torn")
     return tmp_path
 
@@ -61,7 +64,7 @@ def root(tmp_path):
 def test_runs_are_listed_newest_first_with_their_best_point_and_accuracy(root):
     table = explore.run_list(explore.find_runs(root).values())
 
-    assert list(table["run"]) == ["e/new", "e/old"]
+    assert list(table["run"]) == ["e/new", "e/old"]  # neither the torn record nor the run that explores
     old = table.iloc[1]
     assert (old["tokens/s"], old["accuracy, %"], old["switches"], old["engine"]) == (1100, 50, "graph_mode", "bf16")
 

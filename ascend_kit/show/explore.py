@@ -55,17 +55,20 @@ AXES = {
     "peak memory, GiB": "peak_memory_gib",
 }
 CEILING = "ceiling_tokens_per_s"
+EXPLORING = "07_explore"
 LEAST_CHANGE = 0.03  # a rate that fell by less is no regression, whatever its repeats say
 VEGA_LITE = "application/vnd.vegalite.v5+json"  # JupyterLab draws it by itself, offline, with hover and zoom
 
 
 def find_runs(root: str | Path) -> dict[str, Run]:
-    """experiment/run -> every run below `root` whose record can be read, the newest first."""
+    """experiment/run -> every run below `root` whose record can be read, the newest first; none that only explored."""
     found = []
     for path in Path(root).glob("*/*/run.json"):
         try:
             record = RunRecord.read(path.parent)
         except RunFolderError:
+            continue
+        if record.stages.keys() <= {EXPLORING}:
             continue
         run = Run(RunFolder(path.parent))
         found.append((record.updated or "", run.name, run))

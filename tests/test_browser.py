@@ -1,0 +1,181 @@
+"""The report and the notebooks in a real Chromium. Skipped, and counted as such, where it or playwright is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+
+import nbformat
+import pandas
+import pytest
+from browser_session import CHROMIUM, SCROLLER, chromium, jupyterlab, open_notebook, run_all
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_explore import document, point, write_run
+
+from ascend_kit.messages import say
+from ascend_kit.results import RunFolder
+from ascend_kit.run.checks import find_notebooks
+from ascend_kit.show import charts, tables
+from ascend_kit.show.report import write_report
+
+MISSING = [
+    name
+    for name, there in (("Chromium", CHROMIUM), ("playwright", importlib.util.find_spec("playwright")))
+    if not there
+]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"needs {' and '.join(MISSING)}: apt install chromium, pip install -e '.[browser]'"
+    ),
+]
+HOSTILE = "<script>window.hurt=1</script><img src=x onerror='window.hurt=1'><svg onload='window.hurt=1'>"
+# Right edges of cells beyond the page; elements inside a box that scrolls by itself do not count on a screen.
+BEYOND = """(paper) => [...document.querySelectorAll('th, td')].filter(cell => cell.offsetParent !== null
+  && (paper || !cell.closest('.scroll')) && cell.getBoundingClientRect().right > window.innerWidth + 1)
+  .map(cell => cell.textContent)"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Two runs whose names, questions and answers try to run scripts, with a report; and the notebooks beside them."""
+    root = tmp_path_factory.mktemp("project")
+    rows = [point(900), point(1100, 1), point(300, concurrency=1)]
+    questions = [document(0, 0), document(1, 1, question=HOSTILE), document(2, 0)]
+    write_run(root / "outputs", "e/plain", "2026-01-01", rows, questions)
+    write_run(root / "outputs", "e/fast", "2026-02-01", [point(2000), point(2100, 1), point(700, concurrency=1)],
+              [document(0, 1), document(1, 1, question=HOSTILE), document(2, 0)])  # fmt: skip
+    folder = RunFolder(root / "outputs/e/fast")
+    verdict = {"text": f"Use e/fast. {HOSTILE}", "best": "e/fast", "baseline": "e/plain", "runs": []}
+    folder.write_json("04_throughput", {"findings": [say("compare.verdict", **verdict).to_row()]})
+    wide = pandas.DataFrame([{f"a_long_column_name_{n}": f"value {n} {HOSTILE[:30]}" for n in range(14)}] * 3)
+    picture = charts.keep(folder, "throughput", charts.throughput(pandas.DataFrame(rows)), HOSTILE)
+    data, about = picture._repr_mimebundle_()
+    shown = [new_output("display_data", data={"text/html": tables.readable(wide).data}),
+             new_output("display_data", data=data, metadata=about),
+             new_output("stream", name="stdout", text=HOSTILE)]  # fmt: skip
+    cells = [new_markdown_cell(f"# Title {HOSTILE}"), new_code_cell("show", outputs=shown)]
+    nbformat.write(new_notebook(cells=cells), folder.path / "04_throughput.ipynb")
+    write_report(folder.path)
+    for name in ("notebooks", "params"):
+        (root / name).mkdir()
+    (root / "params/demo.yaml").write_text("experiment: demo\n")
+    for notebook in find_notebooks():
+        (root / "notebooks" / notebook.path.name).write_bytes(notebook.path.read_bytes())
+    return root
+
+
+@pytest.mark.parametrize("width", [1400, 800, 390])
+def test_the_report_fits_its_first_screen_says_the_verdict_and_nothing_is_loaded_or_run(browser, project, width):
+    page, asked = browser.new_page(viewport={"width": width, "height": 900}), []
+    page.on("request", lambda request: asked.append(request.url))
+
+    page.goto(f"file://{project}/outputs/e/fast/report.html")
+    for fold in page.locator("main details").all():
+        fold.evaluate("fold => fold.open = true")
+
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(BEYOND, False) == []
+    assert "Use e/fast." in page.locator(".verdict").inner_text() and page.locator(".verdict").bounding_box()["y"] < 300
+    numbers, told = page.locator(".numbers").bounding_box(), page.locator(".numbers").inner_text()
+    assert numbers["y"] + (numbers["height"] if width > 390 else 0) < 900 and "2,050" in told
+    assert page.evaluate("window.hurt") is None and len(asked) == 1
+    page.close()
+
+
+def test_on_paper_every_column_is_there(browser, project):
+    page = browser.new_page(viewport={"width": 718, "height": 1000})  # A4 less one centimetre on each side, at 96 dots
+    page.goto(f"file://{project}/outputs/e/fast/report.html")
+
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    printed = page.pdf(format="A4")
+
+    assert page.evaluate(BEYOND, True) == [] and page.locator("th:has-text('name_13')").first.is_visible()
+    assert printed.startswith(b"%PDF") and page.evaluate("document.documentElement.scrollWidth") <= 718
+    page.close()
+
+
+def test_the_index_filters_and_leads_to_the_report(browser, project):
+    page = browser.new_page()
+    page.goto(f"file://{project}/outputs/index.html")
+
+    page.fill("input[type=search]", "fast")
+    visible = [row.inner_text() for row in page.locator("table.runs tbody tr").all() if row.is_visible()]
+    page.click("table.runs tbody tr:visible a")
+
+    assert len(visible) == 1 and visible[0].startswith("e/fast") and page.url.endswith("e/fast/report.html")
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def lab(project, tmp_path_factory):
+    with jupyterlab(project, tmp_path_factory.mktemp("settings")) as address:
+        yield address
+
+
+def choose(page, label, value):
+    field = page.locator(f".widget-dropdown:has(label:text-is('{label}')) select")
+    field.select_option(label=value)
+
+
+@pytest.mark.slow
+def test_exploring_leads_from_the_list_of_runs_to_a_wrong_document(browser, lab):
+    page = browser.new_page(viewport={"width": 1400, "height": 2600})
+    open_notebook(page, lab, "notebooks/07_explore.ipynb")
+    run_all(page, 90)
+
+    page.wait_for_selector(".vega-embed", timeout=20_000)
+    choose(page, "up", "median TPOT, ms")
+    choose(page, "run", "e/fast")
+    page.wait_for_selector("td:text-is('A yes (-0.50) B no (-1.25)')")
+    page.locator(".widget-text:has(label:text-is('search')) input").fill("question 0")
+    page.keyboard.press("Enter")
+    page.locator(".widget-checkbox input").nth(1).click()  # e/plain leaves
+
+    page.wait_for_function(
+        "document.querySelectorAll('.widget-dropdown select')[3]?.options.length === 1", timeout=20_000
+    )
+    page.wait_for_selector("td:has-text('question 0')")
+    assert page.locator("td:has-text('question 2')").count() == 0 and page.evaluate("window.hurt") is None
+    page.close()
+
+
+@pytest.mark.slow
+def test_the_forms_buttons_check_apply_load_and_save(browser, lab, project):
+    document = json.loads((project / "notebooks/01_environment.ipynb").read_text())
+    wanted = ("parameters", "setup", "panel")
+    cells = {cell["id"]: cell for cell in document["cells"] if cell["id"] in wanted}
+    cells["panel"]["source"] = "experiment = ascend_kit.experiment_from_notebook(globals())\nParameterPanel(experiment)"
+    tail = {**cells["panel"], "id": "after", "source": "print(ascend_kit.experiment_from_notebook(globals()).cards)"}
+    (project / "notebooks/panel.ipynb").write_text(json.dumps({**document, "cells": [*cells.values(), tail]}))
+    (project / "params/mine.yaml").write_text("experiment: mine\ncards: 4\n")
+    page = browser.new_page(viewport={"width": 1400, "height": 1600})
+    open_notebook(page, lab, "notebooks/panel.ipynb")
+    run_all(page, 90)
+
+    choose_file = page.locator("select:has(option:text-is('params/mine.yaml'))")
+    choose_file.select_option(label="params/mine.yaml")
+    page.click("button:has-text('Load')")
+    page.wait_for_selector("text=the fields show params/mine.yaml")
+    page.click("button:has-text('Apply')")
+    page.wait_for_selector("text=this notebook uses")
+    page.locator("input[type=text]:visible").last.fill("params/saved.yaml")
+    page.keyboard.press("Tab")
+    page.click("button:has-text('Save')")
+    page.wait_for_selector("text=params/saved.yaml written")
+    page.evaluate(f"document.querySelector('{SCROLLER}').scrollTo(0, 1e6)")
+    page.locator(".jp-CodeCell").last.click()
+    page.keyboard.press("Shift+Enter")
+
+    page.wait_for_selector(".jp-OutputArea-output pre:text-is('4')", timeout=20_000)
+    time.sleep(0.2)
+    assert (project / "params/saved.yaml").read_text() == "experiment: mine\ncards: 4\n"
+    page.close()
