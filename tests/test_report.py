@@ -11,7 +11,7 @@ import pandas
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ascend_kit.messages import say
+from ascend_kit.messages import say, use_language
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, tables
 from ascend_kit.show.render import inline_svg, markdown, output, sanitize
@@ -330,6 +330,24 @@ def test_failure_and_alarm_are_the_verdict_before_any_number(tmp_path, stage, wo
     screen = first_screen(write_run(tmp_path / "e/r", {"05_evaluate": stage}))
 
     assert words in screen
+
+
+def test_the_report_of_a_run_in_chinese_is_chinese_from_its_first_line(tmp_path):
+    runs = {"best": "e/r", "baseline": "e/plain", "runs": [], "rate": 3500.0, "speedup": 4.0, "n": 228}
+    verdict = say("compare.use", **runs, difference=-0.44, low=-1.91, high=1.04).to_row()
+    stage = {**STAGE, "parameters": {**PARAMETERS, "language": "zh"}}
+    folder = write_run(
+        tmp_path / "e/r", {"06_compare": stage}, rows=[point(900)], **{"06_compare": {"findings": [verdict]}}
+    )
+
+    try:
+        page = write_report(folder).read_text(encoding="utf-8")
+    finally:
+        use_language("en")
+
+    assert '<html lang="zh">' in page and "推荐 e/r：每秒输出 3,500 个 token，是 e/plain 的 4.00 倍" in page
+    assert "输出 token/秒" in page and "output tokens/s" not in page.split("<header")[1].split("</header>")[0]
+    assert verdict["text"].startswith("Use e/r: 3,500 output tokens/s, 4.00 times e/plain")
 
 
 def test_cautions_stand_on_the_first_screen_and_what_failed_is_said_once(tmp_path):

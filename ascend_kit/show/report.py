@@ -22,7 +22,7 @@ import yaml
 from markupsafe import Markup
 
 from ascend_kit.files import Table, to_json, write_atomic
-from ascend_kit.messages import Finding, translate, use_language
+from ascend_kit.messages import Finding, language_in_use, translate, use_language
 from ascend_kit.results import RunFolder, RunFolderError, run_parameters
 from ascend_kit.show import headline, render, tables
 from ascend_kit.stages import RunRecord, Stage
@@ -155,7 +155,7 @@ def _write_page(path: Path, **values: Any) -> None:
     style += f"{code}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n.code pre {{ background: var(--wash) }}"
     page = Environment(loader=FileSystemLoader(HERE), autoescape=True).get_template("report.html")
     safe = {"style": Markup(style), "script": Markup(script)}
-    write_atomic(path, page.render(say=translate, language="en", policy=policy, **safe, **values))
+    write_atomic(path, page.render(say=translate, language=language_in_use(), policy=policy, **safe, **values))
 
 
 def _write_csv(folder: RunFolder, name: str) -> None:
