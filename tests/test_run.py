@@ -1,5 +1,6 @@
 """Runs of small stand-in notebooks: checks beforehand, how each ending is told, what --resume repeats."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -14,8 +15,8 @@ import pytest
 from ascend_kit.params import ParameterError
 from ascend_kit.results import RunFolderError
 from ascend_kit.run.checks import parameter_defaults
-from ascend_kit.run.experiment import RunError, run_experiment
-from ascend_kit.stages import RunRecord
+from ascend_kit.run.experiment import RunError, _room_for_the_end, run_experiment
+from ascend_kit.stages import RunRecord, Stage, StageLock, changing
 
 PARAMETERS = 'experiment: str = "fake"\nrun: str = "default"\noutput_root: str = "outputs"\nseed: int = 0  # seed'
 FINISH = (
@@ -315,6 +316,23 @@ def test_two_runs_of_one_stage_exclude_each_other(project):
 
         with pytest.raises(RunFolderError, match="in use by another process"):
             run_experiment("fake.yaml", notebooks="notebooks", echo=lambda line: None)
+
+
+def test_a_run_that_fills_the_disk_says_so_in_its_record(tmp_path):
+    with changing(tmp_path) as record:
+        record.stages = {"01_first": Stage("01_first", "running"), "02_second": Stage("02_second", "waiting")}
+    locks = [StageLock(tmp_path, "01_first"), StageLock(tmp_path, "02_second")]
+
+    with pytest.raises(OSError, match="No space left"), _room_for_the_end(tmp_path):
+        assert (tmp_path / ".reserve").stat().st_blocks * 512 >= 1 << 20, "space that is only named is not there later"
+        raise OSError(errno.ENOSPC, "No space left on device", "outputs/rows.jsonl")
+
+    stages = RunRecord.read(tmp_path).stages
+    assert (stages["01_first"].state, stages["02_second"].state) == ("failed", "interrupted")
+    assert stages["01_first"].error.startswith("outputs/rows.jsonl: no space is left on the device")
+    assert not (tmp_path / ".reserve").exists()
+    for lock in locks:
+        lock.close()
 
 
 def _alive(pid: int) -> bool:

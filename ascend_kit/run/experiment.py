@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.files import os_error_text
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, load_experiment
 from ascend_kit.run import copies
@@ -27,6 +28,7 @@ from ascend_kit.stages import DONE, RunRecord, Stage, StageLock, admit, changed_
 # Which stages a stage cannot do without. The conversion counts only where its result is used.
 CONVERSION = "02_convert"
 NEEDS = {name: (CONVERSION,) for name in ("03_generate", "04_throughput", "05_evaluate")}
+RESERVE_BYTES = 1 << 20  # a record and its temporary copy, several times over
 OLD_S = 600  # a file that is being written in one step is younger
 __all__ = ["RunError", "RunReport", "check_experiment", "run_experiment"]
 
@@ -78,7 +80,27 @@ def run_experiment(
         _admit(folder, experiment, chosen, mode, whole=only is None)
         for leftover in _remove_leftovers(folder, chosen):
             echo(f"removed {leftover}, which an earlier run left behind")
+        stack.enter_context(_room_for_the_end(folder))
         return _Run(folder, experiment, str(path), locks, mode, stop, echo).execute(chosen)
+
+
+@contextlib.contextmanager
+def _room_for_the_end(folder: Path) -> Iterator[None]:
+    """Space set aside while a run works, so that what ended it can be recorded where it filled the disk."""
+    reserve = folder / ".reserve"
+    try:
+        reserve.write_bytes(bytes(RESERVE_BYTES))
+        yield
+    except OSError as error:
+        reserve.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), changing(folder) as record:
+            for stage in record.stages.values():
+                if stage.state in ("running", "waiting"):
+                    was_running = stage.state == "running"
+                    stage.end(*(("failed", os_error_text(error)) if was_running else ("interrupted", "not started")))
+        raise
+    finally:
+        reserve.unlink(missing_ok=True)
 
 
 def _mode(experiment: Experiment, resume: bool, overwrite: bool) -> str:
