@@ -2,9 +2,9 @@
 
 Run: python benchmarks/signals.py [--moments 60] [--longest 4]. Each moment is a run of its own with one notebook;
 SIGINT, SIGTERM and SIGHUP in turn, spread evenly over the first `longest` seconds after the notebook was announced, two
-of three to the driver and one to the kernel. In order means: exit status 130 (SIGINT) or 143 (the others), or 0 where the
-run was over; run.json says what happened; the notebook's copy and a report lie there; no process and no working file
-is left. Exit code 1 when anything is not.
+of three to the driver and one to the kernel. In order means: exit status 130 (SIGINT) or 143 (the others), or 0 where
+the run was over; run.json says what happened; the notebook's copy and a report lie there; no process and no working
+file is left. Exit code 1 when anything is not.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def test_prompts_are_many_different_and_of_mixed_length(data_dir):
 def test_tokenizer_loses_no_byte(short_training):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir, trust_remote_code=False)
     everything = "".join(chr(code) for code in [*range(0x20, 0x250), 0x4E2D, 0x6587, 0x1F600, 0x10FFFD])
     texts = ["中国的首都是北京。", " leading, double  spaces\n\n\ttabs\r\n", "e\u0301 is not é", everything]
 
@@ -232,7 +232,7 @@ def test_tokenizer_loses_no_byte(short_training):
 def test_answer_letters_are_single_tokens_behind_every_prompt(short_training):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir, trust_remote_code=False)
 
     for cue in ("Answer:", "答案："):
         for letter in "ABCD":
@@ -243,7 +243,7 @@ def test_answer_letters_are_single_tokens_behind_every_prompt(short_training):
 def test_chat_template_opens_a_turn_and_special_tokens_end_texts(short_training):
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir, trust_remote_code=False)
     chat = [{"role": "user", "content": "Hello"}]
     settings = GenerationConfig.from_pretrained(short_training.model_dir)
 
@@ -296,7 +296,7 @@ def test_fully_trained_model_answers_and_stops_if_the_cache_has_it():
         pytest.skip("the fully trained demo model is not in the cache; `make demo` puts it there")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     prompt = tokenizer("What is the capital of Japan?", return_tensors="pt")
 

@@ -295,7 +295,7 @@ def test_half_a_character_is_never_shown(tiny_qwen3_dir):
     from ascend_kit.engine.text import Detokenizer
 
     text = "昇腾 ascend é🙂!"
-    detokenizer = Detokenizer(AutoTokenizer.from_pretrained(tiny_qwen3_dir))
+    detokenizer = Detokenizer(AutoTokenizer.from_pretrained(tiny_qwen3_dir, trust_remote_code=False))
     for token in detokenizer.tokenizer.encode(text):
         detokenizer.add(token)
         assert "\ufffd" not in detokenizer.text

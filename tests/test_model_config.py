@@ -165,7 +165,7 @@ def test_cosines_equal_those_of_transformers_at_any_position(scaling, family, tm
     raw["max_position_embeddings"] = 40960
     (tmp_path / "config.json").write_text(json.dumps(raw))
     rotary = transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding
-    right = rotary(transformers.AutoConfig.from_pretrained(tmp_path))
+    right = rotary(transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False))
     positions = torch.tensor([[0, 1, 1000, 32767, 40960, 131071]])
     cos, sin = right(torch.zeros(1), positions)
 

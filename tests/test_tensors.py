@@ -31,7 +31,9 @@ def test_names_and_shapes_are_those_of_transformers(keys, tmp_path):
 
     (tmp_path / "config.json").write_text(json.dumps({**TINY, **keys}))
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+        )
     right = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
     assert expected_shapes(ModelConfig.from_folder(tmp_path)) == right

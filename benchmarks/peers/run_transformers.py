@@ -172,7 +172,7 @@ class Harness(Loaded):
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(job.model)
+        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
         self.harness = HFLM(pretrained=self.model, tokenizer=tokenizer, batch_size=SCORING_BATCH, max_length=2048)
 
     def versions(self) -> dict[str, str]:
