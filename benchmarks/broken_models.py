@@ -28,8 +28,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def shuffled(tensors: Tensors) -> None:
-    table = tensors["model.embed_tokens.weight"]
-    table.copy_(table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))].clone())
+    table = tensors.get("model.embed_tokens.weight")  # the shards are changed one by one
+    if table is not None:
+        table.copy_(table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))].clone())
 
 
 def scaled(tensors: Tensors) -> None:
@@ -39,7 +40,8 @@ def scaled(tensors: Tensors) -> None:
 
 
 def constant(tensors: Tensors) -> None:
-    tensors["model.norm.weight"].zero_()
+    if "model.norm.weight" in tensors:
+        tensors["model.norm.weight"].zero_()
 
 
 CHANGES: dict[str, Callable[[Tensors], None] | None] = {
