@@ -105,7 +105,7 @@ def check_interrupt(lab: Lab) -> None:
         run_all(page)
         after = path.read_text()
         assert errors(page) == [] and after.startswith(before) and len(after) > len(before), name
-        assert lab.states("stopped")[name] == "ok", lab.states("stopped")
+        assert lab.states("stopped")[name] in ("ok", "alarm"), lab.states("stopped")  # of random weights
         lab.close(page, f"{name}-interrupted")
         print(f"  {name}: stopped after {before.count(chr(10))} {table}, ended with {after.count(chr(10))}")
 
