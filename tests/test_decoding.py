@@ -448,7 +448,7 @@ def test_a_pair_that_cannot_be_encoded_fails_alone(engine):
     assert math.isnan(scores[1].logprob) and "D83D" in scores[1].error
 
 
-@pytest.mark.parametrize("prompts", [[b"bytes"], b"bytes", [None], [{"a": 1}], 5])
+@pytest.mark.parametrize("prompts", [[b"bytes"], b"bytes", [None], [{"a": 1}], {"prompt": "x"}, 5])
 def test_what_is_no_prompt_is_refused_by_name(engine, prompts):
     with pytest.raises(TypeError, match="expected text or a list of token ids"):
         engine.generate(prompts)

@@ -46,7 +46,8 @@ class NotEncodable(ValueError):
 
 def as_list(prompts: Any) -> list[Any]:
     """The prompts of a list, an iterator or a matrix; a single prompt, text or token ids, as a list of one."""
-    if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__iter__") or getattr(prompts, "ndim", 2) == 1:
+    is_one = isinstance(prompts, (str, bytes, Mapping)) or getattr(prompts, "ndim", 2) == 1
+    if is_one or not hasattr(prompts, "__iter__"):
         return [prompts]
     every = list(prompts)
     is_one = bool(every) and isinstance(every[0], numbers.Number)
