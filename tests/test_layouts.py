@@ -58,16 +58,16 @@ def test_layouts_are_measured_one_after_the_other_and_resume(tmp_path, tiny_qwen
 
 
 def test_every_number_of_cards_must_be_usable(tmp_path):
-    with pytest.raises(ParameterError, match=r"sweep_cards=\[2, 8\]: 8 is above cards=4"):
+    with pytest.raises(ParameterError, match=r"sweep: cards \[2, 8\]: 8 is above cards=4"):
         experiment_for(tmp_path, "demo", sweep_cards=[2, 8])
-    with pytest.raises(ParameterError, match=r"sweep_cards: 1 cannot be divided by tensor parallel sizes \[2\]"):
+    with pytest.raises(ParameterError, match=r"sweep: cards: 1 cannot be divided by tensor parallel sizes \[2\]"):
         experiment_for(tmp_path, "demo", sweep_cards=[1, 2], sweep_tensor_parallel=[2])
-    with pytest.raises(ParameterError, match=r"sweep_tensor_parallel: 4 divides none of the card counts \[2\]"):
+    with pytest.raises(ParameterError, match=r"sweep: tensor_parallel: 4 divides none of the card counts \[2\]"):
         experiment_for(tmp_path, "demo", sweep_cards=[2], sweep_tensor_parallel=[1, 4])
-    assert experiment_for(tmp_path, "demo", sweep_cards=[1, 2], sweep_tensor_parallel=[1, 2]).sweep_layouts == [
-        (1, 1),
-        (2, 1),
-        (2, 2),
+    assert experiment_for(tmp_path, "demo", sweep_cards=[1, 2], sweep_tensor_parallel=[1, 2]).sweep_settings == [
+        {"cards": 1, "tensor_parallel": 1},
+        {"cards": 2, "tensor_parallel": 1},
+        {"cards": 2, "tensor_parallel": 2},
     ]
 
 

@@ -93,7 +93,7 @@ def test_an_alias_bomb_takes_neither_time_nor_memory(tmp_path):
 def test_small_aliases_are_allowed(tmp_path):
     (tmp_path / "x.yaml").write_text("sweep_prompt_len: &a [64]\nsweep_output_len: *a\n")
 
-    assert load_experiment(tmp_path / "x.yaml").sweep_output_len == [64]
+    assert load_experiment(tmp_path / "x.yaml").sweep["output_len"] == [64]
 
 
 @pytest.mark.parametrize("size", [2 << 20])
@@ -165,8 +165,12 @@ def test_one_rule_reads_values_of_files_papermill_and_the_command_line(tmp_path)
     )
 
     for found in (own, papermill, command):
-        assert (found.temperature, found.input_model, found.sweep_concurrency) == (0.001, "2025-11-01", [1, 2])
-    assert (by_text.sweep_concurrency, by_text.eval_datasets, by_text.temperature) == ([1, 2], ["mmlu", "ceval"], 0.05)
+        assert (found.temperature, found.input_model, found.sweep["concurrency"]) == (0.001, "2025-11-01", [1, 2])
+    assert (by_text.sweep["concurrency"], by_text.eval_datasets, by_text.temperature) == (
+        [1, 2],
+        ["mmlu", "ceval"],
+        0.05,
+    )
 
 
 def test_home_is_expanded_in_every_path(monkeypatch):

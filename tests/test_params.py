@@ -101,7 +101,7 @@ def test_yaml_scalars_mean_what_they_look_like():
     )
 
     assert (values.temperature, values.graph_mode, values.top_k) == (1.0, False, None)
-    assert values.sweep_concurrency == [1, 2]
+    assert values.sweep["concurrency"] == [1, 2]
 
 
 def test_an_assignment_without_equals_is_refused():
@@ -115,7 +115,7 @@ def test_numpy_and_path_values_are_taken_as_plain_ones():
     )
 
     assert experiment.batch_size == 4 and experiment.input_model == "models/x"
-    assert experiment.sweep_concurrency == [1, 2]
+    assert experiment.sweep["concurrency"] == [1, 2]
 
 
 def test_resolved_parameters_read_back_equal(tmp_path, article):

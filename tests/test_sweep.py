@@ -20,6 +20,7 @@ from ascend_kit.measure.workload import make_requests
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder
+from ascend_kit.stages import RunRecord
 
 CEILINGS = {"device": "stand-in", "bf16_flops_per_s": 1e9, "int8_ops_per_s": None, "read_bytes_per_s": 1e9,
             "launch_s": 1e-7}  # fmt: skip
@@ -213,7 +214,7 @@ def test_resume_measures_only_what_is_missing_or_failed(tmp_path):
     assert (rows["status"] == "ok").sum() == 4
     assert sweep.failed_points(rows).empty
     assert [done for done, _, _ in seen] == [1, 2, 3, 4]
-    assert [text.endswith("already done") for *_, text in seen] == [False, False, True, True]
+    assert sorted(text.endswith("already done") for *_, text in seen) == [False, False, True, True]
 
 
 def test_a_sweep_grows_and_shows_what_is_asked(tmp_path):
@@ -286,13 +287,23 @@ def test_engine_that_cannot_be_loaded_fails_every_point_after_one_try(tmp_path):
     assert list(rows["error"]) == ["MemoryError: no room for the weights"] * 4
 
 
-def test_impossible_lengths_are_refused_before_any_work(tmp_path):
+def test_impossible_points_become_rows_with_their_reason_and_cost_nothing(tmp_path):
     experiment, engine = experiment_for(tmp_path), StandInEngine()
     engine.max_seq_length = 18
-    with opened(experiment) as folder, pytest.raises(SweepError, match=r"18: 16 \+ 4 = 20; lower sweep_prompt_len"):
-        sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
+    with opened(experiment) as folder:
+        rows = sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
+        again = sweep.run_sweep(StandInEngine(), experiment, folder, ceilings=CEILINGS)
+        folder.close()
+        state = RunRecord.read(folder.path).stages["04_throughput"].state
 
-    assert engine.prompts == []
+    pruned = rows[rows["prompt_len"] == 16]
+    assert list(pruned["status"]) == ["pruned"] * 2 and len(engine.prompts[0]) == 8
+    assert pruned["error"].str.startswith("16 + 4 tokens are above max_seq_length 18; lower prompt_len").all()
+    assert all(len(prompt) == 8 for prompt in engine.prompts) and state == "ok"
+    assert list(again["status"]) == ["ok"] * 4  # a pruned point is measured once it can be
+    with opened(experiment) as folder, pytest.raises(SweepError, match="no point can be measured"):
+        engine.max_seq_length = 10
+        sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS)
 
 
 def test_interrupt_stops_the_sweep_and_keeps_what_was_measured(tmp_path):
@@ -400,7 +411,7 @@ def test_real_engine_and_baseline_fill_one_table(tmp_path, tiny_qwen3_dir):
     with opened(experiment) as folder:
         with AscendInferEngine.from_experiment(experiment) as engine:
             sweep.run_sweep(engine, experiment, folder)
-        rows = sweep.run_baseline_sweep(experiment, folder)
+        rows = sweep.measure_engines(experiment, folder)
         ceilings = folder.read_json("ceilings")
 
     assert list(rows["backend"]) == ["ascend_kit"] * 2 + ["transformers"] * 2
@@ -454,7 +465,7 @@ def test_sweep_of_overwritten_weights_is_measured_again(tmp_path):
     def measured():
         with opened(experiment) as folder:
             rows = sweep.run_sweep(AscendInferEngine.from_experiment(experiment), experiment, folder, ceilings=ceilings)
-            baseline = sweep.run_baseline_sweep(experiment, folder)
+            baseline = sweep.measure_engines(experiment, folder)
         return list(rows["point_id"]), list(baseline["point_id"])
 
     _, both = measured()

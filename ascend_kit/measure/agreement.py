@@ -192,15 +192,19 @@ def convert_and_compare(
 ) -> dict[str, Any]:
     """Convert the experiment's model and compare the result with its source before it takes its place; one row.
 
-    ParityError when a limit is missed, and nothing is published; otherwise as `convert`.
+    Every other checkpoint that the sweep names is converted as well; their rows are in `others`. ParityError when a
+    limit is missed, and nothing is published; otherwise as `convert`.
     """
-    parity = ParityCheck(experiment)
-    result = convert(
-        experiment, bandwidth_bytes_per_s=bandwidth_bytes_per_s, on_progress=on_progress, before_publish=parity
-    )
-    if parity.report is None:  # a folder that is reused was not written now
-        parity(result.folder)
-    return {**result.to_row(), **parity.describe()}
+    rows = []
+    for plan in [experiment, *experiment.swept_checkpoints]:
+        parity = ParityCheck(plan)
+        result = convert(
+            plan, bandwidth_bytes_per_s=bandwidth_bytes_per_s, on_progress=on_progress, before_publish=parity
+        )
+        if parity.report is None:  # a folder that is reused was not written now
+            parity(result.folder)
+        rows.append({**result.to_row(), **parity.describe()})
+    return {**rows[0], "others": rows[1:]}
 
 
 def engine_generate(folder: Path, tokenizer: Path, precision: str, experiment: Experiment) -> GenerateFunction:

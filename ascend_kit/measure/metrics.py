@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
 COMPLETE = ("stop", "length")
 
 
@@ -64,18 +64,29 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request must meet to count for goodput; None means no limit."""
+    """What a request must meet to count for goodput; None means no limit. `itl_ms` bounds its longest gap."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    itl_ms: float | None = None
+    e2e_ms: float | None = None
+
+    @property
+    def are_stated(self) -> bool:
+        return self != Limits()
 
     def are_met(self, record: RequestRecord) -> bool:
-        """A failed request never passes; a one-token request has no TPOT and passes that limit."""
-        ttft, tpot = ttft_s(record), tpot_s(record)
-        if ttft is None:
+        """A failed request never passes; a one-token request has no TPOT and no gap and passes those limits."""
+        if not record.is_complete:
             return False
-        ttft_ok = self.ttft_ms is None or ttft * 1e3 <= self.ttft_ms
-        return ttft_ok and (self.tpot_ms is None or tpot is None or tpot * 1e3 <= self.tpot_ms)
+        values = {
+            "ttft_ms": ttft_s(record), "tpot_ms": tpot_s(record), "itl_ms": max(itl_s(record), default=None),
+            "e2e_ms": e2e_s(record),
+        }  # fmt: skip
+        limits = asdict(self)
+        return all(
+            value is None or limits[name] is None or value * 1e3 <= limits[name] for name, value in values.items()
+        )
 
 
 def record_from_output(output: Any, *, num_asked_tokens: int | None = None) -> RequestRecord:
@@ -122,6 +133,37 @@ def itl_s(record: RequestRecord) -> list[float]:
     return [after - before for before, after in itertools.pairwise(times)]
 
 
+def queue_s(record: RequestRecord) -> float | None:
+    """Arrival to the first step that computes it; None for a failure, and for engines that do not tell."""
+    if not record.is_complete or record.scheduled_s is None:
+        return None
+    return record.scheduled_s - record.arrival_s
+
+
+def steady_window(records: Sequence[RequestRecord]) -> tuple[float, float] | None:
+    """From the first to the last moment with the most requests in flight: without ramp-up and drain; None where that
+    is less than a tenth of the whole."""
+    if not records:
+        return None
+    moments = sorted([(r.arrival_s, 1) for r in records] + [(r.end_s, -1) for r in records])
+    counts = list(itertools.accumulate(change for _, change in moments))
+    most = max(counts)
+    first = next(place for place, count in enumerate(counts) if count == most)
+    last = len(counts) - 1 - next(place for place, count in enumerate(reversed(counts)) if count == most)
+    start, end = moments[first][0], moments[min(last + 1, len(moments) - 1)][0]
+    return (start, end) if end - start >= 0.1 * wall_s(records) else None
+
+
+def steady_columns(records: Sequence[RequestRecord]) -> dict[str, float | None]:
+    """Output tokens per second within `steady_window`, and its length."""
+    window = steady_window(records)
+    if window is None:
+        return {"steady_output_tokens_per_s": None, "steady_s": None}
+    start, end = window
+    inside = sum(start < moment <= end for record in records for moment in record.token_times_s)
+    return {"steady_output_tokens_per_s": _rate(inside, end - start), "steady_s": end - start}
+
+
 def percentile(values: Sequence[float], q: float) -> float | None:
     """The q-th percentile, linear between neighbours as numpy's default; None for no values."""
     if not values:
@@ -141,13 +183,14 @@ def wall_s(records: Sequence[RequestRecord]) -> float:
 
 
 def latency_columns(records: Iterable[RequestRecord]) -> dict[str, float | None]:
-    """`<ttft|tpot|itl|e2e>_<mean|p50|p90|p99>_ms` over the completed requests."""
+    """`<ttft|tpot|itl|e2e|queue>_<mean|p50|p90|p95|p99>_ms` over the completed requests."""
     records = list(records)
     samples = {
         "ttft": _defined(ttft_s(record) for record in records),
         "tpot": _defined(tpot_s(record) for record in records),
         "itl": [gap for record in records for gap in itl_s(record)],
         "e2e": _defined(e2e_s(record) for record in records),
+        "queue": _defined(queue_s(record) for record in records),
     }
     columns: dict[str, float | None] = {}
     for name, values in samples.items():
@@ -169,7 +212,7 @@ def summarize(
     seconds = wall_s(records) if wall is None else wall
     output = sum(record.num_output_tokens for record in done)
     given = sum(record.num_prompt_tokens for record in done)
-    has_limits = limits.ttft_ms is not None or limits.tpot_ms is not None
+    asked = sum(record.num_asked_tokens or record.num_output_tokens for record in done)
     good = sum(limits.are_met(record) for record in done)
     return {
         "num_requests": len(records),
@@ -181,9 +224,11 @@ def summarize(
         "input_tokens_per_s": _rate(given, seconds),
         "total_tokens_per_s": _rate(output + given, seconds),
         "requests_per_s": _rate(len(done), seconds),
-        "goodput_requests_per_s": _rate(good, seconds) if has_limits else None,
-        "ttft_limit_ms": limits.ttft_ms,
-        "tpot_limit_ms": limits.tpot_ms,
+        "goodput_requests_per_s": _rate(good, seconds) if limits.are_stated else None,
+        "good_request_share": good / len(records) if limits.are_stated and records else None,
+        **{f"{name.removesuffix('_ms')}_limit_ms": value for name, value in asdict(limits).items()},
+        **steady_columns(done),
+        "output_length_ratio": output / asked if asked else None,
         **latency_columns(done),
         "num_preemptions": sum(record.num_preemptions for record in records),
         "prefix_hit_rate": prefix_hit_rate(records),

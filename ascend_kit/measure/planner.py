@@ -124,11 +124,11 @@ def outlook(experiment: Experiment, memory_bytes: int, ceilings: dict[str, Any])
     one = Deployment(model, card, experiment.precision, experiment.quantize, tuple(experiment.quantize_keep),
                      kv_cache_dtype=experiment.kv_cache_dtype)  # fmt: skip
     workload = Workload(
-        max(experiment.sweep_prompt_len),
-        max(experiment.sweep_output_len),
-        max(experiment.sweep_concurrency),
-        ttft_limit_ms=experiment.ttft_limit_ms,
-        tpot_limit_ms=experiment.tpot_limit_ms,
+        max(experiment.sweep["prompt_len"]),
+        max(experiment.sweep["output_len"]),
+        max(experiment.sweep["concurrency"]),
+        ttft_limit_ms=experiment.limits.get("ttft"),
+        tpot_limit_ms=experiment.limits.get("tpot"),
     )
     plans = plan(one, workload, card_counts=sorted({1, experiment.cards}))
     least = min((item.decode_floor_ms for item in plans if item.decode_floor_ms is not None), default=None)

@@ -9,13 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.measure import metrics
 from ascend_kit.measure.cards import CardMeter
-from ascend_kit.measure.engines import Backend
+from ascend_kit.measure.engines import Backend, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card, Deployment, request_flops
+from ascend_kit.measure.loads import Encoder, Load, build
 from ascend_kit.measure.metrics import Limits, RequestRecord
 from ascend_kit.measure.planner import forecast
 from ascend_kit.measure.workload import Request, make_requests
+from ascend_kit.results import newest_rows
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment
@@ -27,7 +30,11 @@ _WARM_UP_SEED = 2**31
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: so many requests of these lengths, so many of them in flight. Its fields are a row's key."""
+    """One measurement: so many requests of these lengths, at most so many of them in flight, arriving in this way.
+
+    Its fields are a row's key. Those of the load are None where they have no meaning; `data` stands for the content of
+    a trace or of a user's prompts.
+    """
 
     concurrency: int
     prompt_len: int
@@ -36,15 +43,41 @@ class Point:
     seed: int = 0
     ttft_limit_ms: float | None = None  # of goodput
     tpot_limit_ms: float | None = None
+    itl_limit_ms: float | None = None
+    e2e_limit_ms: float | None = None
+    load: str = "closed"
+    rate: float | None = None
+    burstiness: float | None = None
+    rate_end: float | None = None
+    turns: int = 1
+    think_s: float = 0.0
+    shared_prefix: float = 0.0
+    length_spread: str = "fixed"
+    data: str | None = None
     repeat: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"concurrency {self.concurrency}, prompt {self.prompt_len}, output {self.output_len}, repeat {self.repeat}"
-        )
+        place = f"concurrency {self.concurrency}" if self.rate is None else f"{self.load} {self.rate:g} requests/s"
+        return f"{place}, prompt {self.prompt_len}, output {self.output_len}, repeat {self.repeat}"
+
+    @property
+    def longest_len(self) -> int:
+        """Tokens of its longest request, the lengths as given."""
+        return self.turns * (self.prompt_len + self.output_len)
+
+    @property
+    def limits(self) -> Limits:
+        """Of goodput."""
+        return Limits(self.ttft_limit_ms, self.tpot_limit_ms, self.itl_limit_ms, self.e2e_limit_ms)
 
 
 KEY = tuple(item.name for item in fields(Point))
+DEFAULTS = {item.name: item.default for item in fields(Point)}
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """A row's key; a field that rows did not have once is at its default."""
+    return tuple(row.get(name, DEFAULTS[name]) for name in KEY)
 
 
 class PointForecast:
@@ -116,9 +149,18 @@ class PointForecast:
 class PointRunner:
     """Measures points on one engine, which is opened when there is something to measure, and afresh after a failure."""
 
-    def __init__(self, backend: Backend, experiment: Experiment, folder: RunFolder, ceilings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        experiment: Experiment,
+        folder: RunFolder,
+        ceilings: dict[str, Any],
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """`settings` are the engine parameters that the sweep varies, as they are here: columns of the rows."""
         self.backend, self.experiment, self.folder, self.ceilings = backend, experiment, folder, ceilings
-        self.identity = backend.identity
+        self.identity, self.settings = backend.identity, settings or {}
+        self._encoder: Encoder | None = None
         self._warm: set[tuple[int, int]] = set()
         self._forecast: PointForecast | None = None
         self._load_error: Exception | None = None  # an engine that cannot be loaded is not tried for every point
@@ -127,7 +169,7 @@ class PointRunner:
         """Measure every point without a good row of this identity. `on_progress(points done, text)` is called after
         each and about once a second meanwhile."""
         rows = self.folder.rows_of("rows", self.identity)
-        done = {tuple(row.get(name) for name in KEY) for row in rows if row["status"] == "ok"}
+        done = {key_of(row) for row in rows if row["status"] == "ok"}
         for number, point in enumerate(points):
             name = f"{self.backend.name}: {point}"
             text = "already done"
@@ -135,14 +177,34 @@ class PointRunner:
                 text = self.measure(point, lambda share, n=number, name=name: on_progress(n + share, name))
             on_progress(number + 1, f"{name}: {text}")
 
+    def measured(self, points: Sequence[Point]) -> dict[Point, dict[str, Any]]:
+        """The newest row of each point that has one."""
+        rows = ({**DEFAULTS, **row} for row in self.folder.rows_of("rows", self.identity))
+        found = newest_rows(rows, KEY)
+        return {point: found[astuple(point)] for point in points if astuple(point) in found}
+
+    def write_pruned(self, reasons: dict[Point, str]) -> None:
+        """A row for each point that cannot be measured, unless it has one."""
+        known = self.measured(list(reasons))
+        rows = [{**self._facts(p), "status": "pruned", "error": text} for p, text in reasons.items() if p not in known]
+        self._append("rows", rows)
+
+    def known_before(self) -> PointForecast:
+        """Floors and predictions before the model is loaded, from the size its weights must have."""
+        variant = self.backend.variant()
+        stored = reckon_weight_bytes(self.backend.config, variant["precision"], variant["quantize"])
+        return PointForecast(self.backend, stored, self.ceilings)
+
     def measure(self, point: Point, on_share: Callable[[float], None] | None = None) -> str:
         """Run one point and append its rows; a few words on how it went. Any failure is a row, and the engine is given
         up: the next point opens a new one."""
         start, ids = time.perf_counter(), {"point_id": uuid.uuid4().hex[:12]}
         try:
             known = self._open()
+            opened = time.perf_counter()
             self._warm_up(point)
-            row = self._measured(point, known, ids, on_share)
+            first = {"open_s": opened - start, "warm_up_s": time.perf_counter() - opened}
+            row = {**self._measured(point, known, ids, on_share), **first}
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             self._append("rows", [{**ids, **self._facts(point), "status": "failed", "error": text}])
@@ -174,6 +236,7 @@ class PointRunner:
             "device_kind": backend.device.kind,
             "task_queue_level": backend.device.task_queue_level(),
             "model": self.experiment.model_name,
+            **self.settings,
             **backend.variant(),
             "cards": backend.cards,
             "tensor_parallel": backend.cards // backend.replicas,
@@ -196,7 +259,7 @@ class PointRunner:
         self._append("requests", [{**ids, **record.to_row()} for record in records])
         self._append("cards", [{**ids, **row} for row in cards])
         check_complete(requests, records, is_exact=self.backend.is_exact)
-        summary = metrics.summarize(records, limits=Limits(point.ttft_limit_ms, point.tpot_limit_ms))
+        summary = metrics.summarize(records, limits=point.limits)
         return {
             **summary,
             **self.backend.observed(),
@@ -220,12 +283,25 @@ class PointRunner:
         self._warm.add(shape)
 
     def _requests(self, point: Point, count: int, output_len: int, salt: int) -> list[Request]:
-        config = self.backend.config
+        config, experiment = self.backend.config, self.experiment
         # The point is part of the seed: no prompt returns within a sweep, so no cache can serve it.
-        seed = (point.seed, point.concurrency, point.prompt_len, point.output_len, salt)
-        return make_requests(
-            count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed, avoid_ids=config.eos_token_ids
-        )
+        seed = (point.seed, point.concurrency, point.prompt_len, point.output_len, round((point.rate or 0) * 1e6), salt)
+        if salt == _WARM_UP_SEED:
+            return make_requests(
+                count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed,
+                avoid_ids=config.eos_token_ids,
+            )  # fmt: skip
+        load = Load(
+            point.load, point.rate, point.burstiness, point.rate_end, point.turns, point.think_s, point.shared_prefix,
+            point.length_spread, experiment.trace_file, experiment.load_prompts,
+        )  # fmt: skip
+        if load.prompts_file and self._encoder is None:
+            self._encoder = load_tokenizer(experiment.tokenizer_path or experiment.input_model)
+        return build(
+            load, count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed,
+            avoid_ids=config.eos_token_ids, encoder=self._encoder,
+            max_total_len=min(self.backend.max_seq_length, experiment.max_seq_length),
+        )  # fmt: skip
 
 
 def tokens_per_step(before: dict[str, Any], after: dict[str, Any]) -> float | None:

@@ -1,16 +1,17 @@
-"""The throughput sweep: concurrency x prompt length x output length x repeats, one row per point, resumable.
+"""The throughput sweep: every combination of load and engine parameters on every engine, a row per point, resumable.
 
 Rows go to `rows`, raw request timelines to `requests`, the load of each card to `cards`, measured ceilings to
 `ceilings`; `sweep` holds what was asked for last. A row is written when its point ends. A row counts as done only for
 the same point on an engine of the same identity, so a sweep can grow: rows that are not asked for any more stay in
-their file and take part in nothing. Several `sweep_layouts` are measured one after the other.
+their file and take part in nothing.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.engine.elsewhere import apart
@@ -20,16 +21,21 @@ from ascend_kit.measure.baseline import baseline_backend
 from ascend_kit.measure.ceilings import measure_ceilings
 from ascend_kit.measure.engines import Backend, EngineBackend, Machine, as_backend, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card
-from ascend_kit.measure.points import KEY, Point, PointForecast, PointRunner
+from ascend_kit.measure.grid import estimate_s, shuffled, sweep_points, why_impossible
+from ascend_kit.measure.intervals import mean_interval
+from ascend_kit.measure.points import DEFAULTS, KEY, Point, PointForecast, PointRunner, key_of
+from ascend_kit.measure.remote import EndpointBackend
+from ascend_kit.measure.search import search_points
 from ascend_kit.results import newest_rows
 
 if TYPE_CHECKING:
     import pandas
 
     from ascend_kit.params import Experiment
+    from ascend_kit.params.engines import EngineSpec
     from ascend_kit.results import RunFolder
 
-TABLES = ("rows", "requests", "cards", "ceilings", "sweep")
+TABLES = ("rows", "requests", "cards", "ceilings", "sweep", "search")
 _CACHE_BYTES = 2**28  # weights below this may live in a CPU's cache and are read at its speed
 Progress = Callable[[float, int, str], None]  # points done, points in all, text
 
@@ -38,39 +44,9 @@ class SweepError(ValueError):
     """The sweep asks for something that no engine could do, or some of its points could not be measured."""
 
 
-def sweep_points(experiment: Experiment) -> list[Point]:
-    """Every point of the experiment, repeats outermost: a drifting machine then touches all points alike."""
-    return [
-        Point(
-            concurrency,
-            prompt_len,
-            output_len,
-            experiment.sweep_requests_per_point or max(2 * concurrency, 4),
-            experiment.seed,
-            experiment.ttft_limit_ms,
-            experiment.tpot_limit_ms,
-            repeat,
-        )
-        for repeat in range(experiment.sweep_repeats)
-        for prompt_len in experiment.sweep_prompt_len
-        for output_len in experiment.sweep_output_len
-        for concurrency in experiment.sweep_concurrency
-    ]
-
-
-def check_points(points: Sequence[Point], max_seq_length: int) -> None:
-    """Raise SweepError naming every pair of lengths that exceeds `max_seq_length`, before any work."""
-    bad = sorted({(p.prompt_len, p.output_len) for p in points if p.prompt_len + p.output_len > max_seq_length})
-    if bad:
-        text = ", ".join(f"{prompt} + {output} = {prompt + output}" for prompt, output in bad)
-        raise SweepError(
-            f"prompt + output tokens exceed max_seq_length {max_seq_length}: {text}; lower sweep_prompt_len "
-            "or sweep_output_len, or raise max_seq_length"
-        )
-
-
 def expectations(engine: AscendInferEngine, experiment: Experiment, folder: RunFolder) -> pandas.DataFrame:
-    """One row per layout and point without its repeats: floors and ceiling from measured ceilings, times in ms.
+    """One row per combination and point without its repeats: floors and ceiling from measured ceilings, times in ms,
+    about how long it takes, and `reason` where it cannot be measured.
 
     The engine is loaded if it is not. Ceilings are measured once (2-4 s) and kept in the folder.
     """
@@ -80,11 +56,54 @@ def expectations(engine: AscendInferEngine, experiment: Experiment, folder: RunF
     stored = int(engine.load_model().stats()["weight_bytes"])
     points = [point for point in sweep_points(experiment) if point.repeat == 0]
     rows = []
-    for cards, size in experiment.sweep_layouts:
-        known = PointForecast(EngineBackend(engine, experiment.on_cards(cards, size)), stored, ceilings)
-        layout = {"cards": cards, "tensor_parallel": size}
-        rows += [{**layout, **asdict(point), **known.limits(point)} for point in points]
+    for settings in experiment.sweep_settings:
+        plan = experiment.alone(**settings)
+        known = PointForecast(EngineBackend(engine, plan), stored, ceilings)
+        layout = {**settings, "cards": plan.cards, "tensor_parallel": plan.tensor_parallel}
+        for point in points:
+            row = {**layout, **asdict(point), **known.limits(point), "predicted_s": estimate_s([point], known)}
+            rows.append({**row, "reason": why_impossible(point, plan.max_seq_length, known)})
     return pandas.DataFrame(rows)
+
+
+def measure_engines(
+    experiment: Experiment,
+    folder: RunFolder,
+    *,
+    engine: AscendInferEngine | None = None,
+    on_progress: Progress | None = None,
+    ceilings: dict[str, Any] | None = None,
+) -> pandas.DataFrame:
+    """The sweep on every engine of `engines`, one after the other; returns all rows that are asked.
+
+    `engine` is ours as the experiment describes it, loaded or not; without it one is made. Each engine is closed before
+    the next is opened: two models at a time would compete for memory and cores. An engine whose points are all done is
+    not opened.
+    """
+    for number, spec in enumerate(experiment.engine_specs):
+        backend = open_backend(spec, experiment, folder, engine)
+        try:
+            run_sweep(
+                backend, experiment.alone(**spec.settings, sweep=experiment.sweep) if spec.settings else experiment,
+                folder, on_progress=on_progress, ceilings=ceilings, is_first=number == 0,
+            )  # fmt: skip
+        finally:
+            backend.close()
+    return load_rows(folder)
+
+
+def open_backend(
+    spec: EngineSpec, experiment: Experiment, folder: RunFolder, engine: AscendInferEngine | None = None
+) -> Backend:
+    """The engine of an entry, not opened yet. `engine` serves an entry of ours that changes nothing."""
+    if spec.openai is not None:
+        return EndpointBackend(spec.name, spec.openai, experiment, folder.path)
+    plan = experiment.alone(**spec.settings, sweep=experiment.sweep) if spec.settings else experiment
+    if spec.kind == "transformers":
+        return baseline_backend(plan, padding=spec.padding, name=spec.name)
+    if spec.settings or engine is None:
+        engine = AscendInferEngine.from_experiment(plan)
+    return EngineBackend(engine, plan, spec.name)
 
 
 def run_sweep(
@@ -94,31 +113,50 @@ def run_sweep(
     *,
     on_progress: Progress | None = None,
     ceilings: dict[str, Any] | None = None,
+    is_first: bool | None = None,
 ) -> pandas.DataFrame:
-    """Measure every point that has no ok row yet; returns the rows of what is asked, failed ones included.
+    """Measure every point that has no ok row yet on one engine; returns the rows that are asked, failed ones included.
 
     `engine` is an AscendInferEngine or any `Backend`, and is opened when a point needs it. `on_progress(done, total,
     text)` is called after every point and about once a second meanwhile. `ceilings` as `measure_ceilings` returns them;
-    by default those in the folder, else measured now. Raises SweepError for impossible points before any work. A point
-    that fails is a row, the others go on, and the stage ends as failed.
+    by default those in the folder, else measured now. A point that cannot be is a row with the reason and costs
+    nothing; SweepError when none can. A point that fails is a row, the others go on, and the stage ends as failed.
+    `is_first`: what was asked of other engines before is not asked any more; by default so for ours.
 
-    Where the experiment's `sweep_layouts` are others than the engine's own, the engine is closed: its cards are needed.
+    Where the sweep varies engine parameters, the engine is closed, and one of ours is opened for each combination.
     """
-    backends, points = _backends(engine, experiment), sweep_points(experiment)
-    check_points(points, min(backends[0].max_seq_length, experiment.max_seq_length))
-    name = backends[0].name
+    variants, points = _variants(engine, experiment), sweep_points(experiment)
+    name = variants[0][0].name
+    is_first = name == "ascend_kit" if is_first is None else is_first
     with folder.working(experiment, *TABLES, part=name):
-        ceilings = ceilings or load_ceilings(backends[0], folder)
-        runners = [PointRunner(backend, experiment, folder, ceilings) for backend in backends]
-        _note_asked(folder, name, [runner.identity for runner in runners], points)
-        for number, runner in enumerate(runners):
+        runners = [
+            PointRunner(backend, experiment, folder, ceilings or load_ceilings(backend, folder), settings)
+            for backend, settings in variants
+        ]
+        asked = [_without_impossible(runner, points) for runner in runners]
+        if not any(possible for possible, _ in asked):
+            raise SweepError(f"{name}: no point can be measured; the first: {next(iter(asked[0][1].values()))}")
+        note = _Note(folder, name, is_first)
+        total, before = sum(len(possible) for possible, _ in asked), 0
+        for runner, (possible, reasons) in zip(runners, asked, strict=True):
+            runner.write_pruned(reasons)
+            note.add(runner.identity, [*possible, *reasons])
 
-            def tell(done: float, text: str, before: int = number * len(points)) -> None:
-                if on_progress is not None:
-                    on_progress(before + done, len(runners) * len(points), text)
+        def tell(done: float, text: str) -> None:
+            if on_progress is not None:
+                on_progress(before + done, total, text)
 
+        for runner, (possible, _) in zip(runners, asked, strict=True):
             try:
-                runner.run(points, tell)
+                runner.run(shuffled(possible, experiment.seed), tell)
+                before += len(possible)
+                while more := _repeats_wanted(runner, note.points(runner.identity), experiment):
+                    total += len(more)
+                    note.add(runner.identity, more)
+                    runner.run(more, tell)
+                    before += len(more)
+                if experiment.search != "none":
+                    search_points(runner, possible, experiment, note.add, tell)
             finally:
                 if len(runners) > 1:
                     runner.backend.close()
@@ -129,36 +167,48 @@ def run_sweep(
     return rows
 
 
-def _backends(engine: AscendInferEngine | Backend, experiment: Experiment) -> list[Backend]:
-    """The engine itself, or one of ours for each layout of cards; ValueError for one that the model cannot be split
-    into, before anything is closed."""
-    backend, own = as_backend(engine, experiment), (experiment.cards, experiment.tensor_parallel)
-    if not isinstance(backend, EngineBackend) or experiment.sweep_layouts == [own]:
-        return [backend]
-    plans = [experiment.on_cards(*layout) for layout in experiment.sweep_layouts]
-    path = backend.engine.model_path
-    found: list[Backend] = [EngineBackend(AscendInferEngine.from_experiment(plan, path), plan) for plan in plans]
+def _variants(engine: AscendInferEngine | Backend, experiment: Experiment) -> list[tuple[Backend, dict[str, Any]]]:
+    """The engine itself, or one of ours for each combination of engine parameters, each with them; ValueError for one
+    that the model cannot be split into, before anything is closed."""
+    backend, every = as_backend(engine, experiment), experiment.sweep_settings
+    if not isinstance(backend, EngineBackend):
+        return [(backend, {})]  # it has the parameters it has
+    current = {key: getattr(experiment, key) for key in every[0]}
+    if every == [current]:
+        return [(backend, current)]
+    found: list[tuple[Backend, dict[str, Any]]] = []
+    for settings in every:
+        plan = experiment.alone(**settings)
+        same = plan.converted_folder == experiment.converted_folder and plan.use_model == experiment.use_model
+        made = AscendInferEngine.from_experiment(plan, backend.engine.model_path if same else None)
+        found.append((EngineBackend(made, plan, backend.name), settings))
     backend.close()
     return found
 
 
-def run_baseline_sweep(
-    experiment: Experiment, folder: RunFolder, *, on_progress: Progress | None = None
-) -> pandas.DataFrame:
-    """The same sweep with transformers' `generate`, unless `sweep_baseline` is off; returns all rows that are asked.
+def _without_impossible(runner: PointRunner, points: Sequence[Point]) -> tuple[list[Point], dict[Point, str]]:
+    """The points that can be measured, and the others with the reason."""
+    longest = min(runner.backend.max_seq_length, runner.experiment.max_seq_length)
+    reasons = {point: why_impossible(point, longest, runner.known_before()) for point in points}
+    return [p for p, reason in reasons.items() if reason is None], {p: text for p, text in reasons.items() if text}
 
-    Call it once the engine is closed: two models at a time would compete for memory. The checkpoint is not
-    even loaded when every point is done.
-    """
-    if not experiment.sweep_baseline:
-        with folder.working(experiment, part="transformers"):
-            _note_asked(folder, "transformers", [], [])
-        return load_rows(folder)
-    backend = baseline_backend(experiment)
-    try:
-        return run_sweep(backend, experiment, folder, on_progress=on_progress)
-    finally:
-        backend.close()
+
+def _repeats_wanted(runner: PointRunner, points: Sequence[Point], experiment: Experiment) -> list[Point]:
+    """The next repeat of each point whose 95 % interval is still wider than `sweep_precision`."""
+    if experiment.sweep_precision is None:
+        return []
+    rates: dict[Point, list[float]] = {}
+    for point, row in runner.measured(points).items():
+        if row["status"] == "ok":
+            rates.setdefault(replace(point, repeat=0), []).append(row["output_tokens_per_s"])
+    counts = collections.Counter(replace(point, repeat=0) for point in points)
+    wanted = []
+    for point, values in rates.items():
+        share = mean_interval(values).share
+        is_wide = share is None or share > experiment.sweep_precision
+        if is_wide and len(values) == counts[point] < experiment.sweep_max_repeats:  # a failed repeat is not repeated
+            wanted.append(replace(point, repeat=counts[point]))
+    return wanted
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
@@ -172,7 +222,7 @@ def load_rows(folder: RunFolder) -> pandas.DataFrame:
 
 
 def asked_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The newest row of every point that was asked for last, engine by engine in the order of the points.
+    """The newest row of every point that was asked for last, engine by engine, pruned points among them.
 
     Reads files only. A good row goes before a failed one. All rows of a folder that says nothing of what was asked.
     """
@@ -181,10 +231,10 @@ def asked_rows(folder: RunFolder) -> list[dict[str, Any]]:
         return list(folder.rows("rows"))
     rows: list[dict[str, Any]] = []
     for entry in asked.values():
-        points = [tuple(point[name] for name in KEY) for point in entry["points"]]
-        for parts in entry["identities"]:
-            found = newest_rows(folder.rows_of("rows", Identity.from_row(parts)), KEY)
-            rows += [found[point] for point in points if point in found]
+        for parts, points in zip(entry["identities"], entry["points"], strict=True):
+            own = ({**DEFAULTS, **row} for row in folder.rows_of("rows", Identity.from_row(parts)))
+            found = newest_rows(own, KEY)
+            rows += [found[key] for key in map(key_of, points) if key in found]
     return rows
 
 
@@ -195,8 +245,8 @@ def load_cards(folder: RunFolder) -> pandas.DataFrame:
 
 
 def failed_points(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows of `load_rows` whose point could not be measured."""
-    return rows if rows.empty else rows.loc[rows["status"] != "ok"]
+    """The rows of `load_rows` whose point could not be measured; those that nobody could measure are not among them."""
+    return rows if rows.empty else rows.loc[~rows["status"].isin(["ok", "pruned"])]
 
 
 def error_of(rows: pandas.DataFrame) -> SweepError | None:
@@ -247,10 +297,24 @@ def _nominal(device: Machine) -> dict[str, Any]:
             "read_bytes_per_s": peak.bandwidth_bytes_per_s, "source": "nominal"}  # fmt: skip
 
 
-def _note_asked(folder: RunFolder, name: str, identities: list[Identity], points: list[Point]) -> None:
-    """Keep what is asked of one kind of engine. Our own comes first: what it is compared with must be asked for again,
-    for it may have changed as well."""
-    before = {} if name == "ascend_kit" else folder.read_json("sweep") or {}
-    parts = [identity.to_row() for identity in identities]
-    entry = {"identities": parts, "points": [asdict(point) for point in points]}
-    folder.write_json("sweep", {**before, name: entry})
+class _Note:
+    """sweep.json: which points are asked of an engine, configuration by configuration."""
+
+    def __init__(self, folder: RunFolder, name: str, is_first: bool) -> None:
+        self._folder, self._name = folder, name
+        self._before = {} if is_first else {k: v for k, v in (folder.read_json("sweep") or {}).items() if k != name}
+        self._points: dict[str, tuple[Identity, list[Point]]] = {}
+
+    def add(self, identity: Identity, points: Sequence[Point]) -> None:
+        """Ask for more; in the order of repeats and then as they came."""
+        _, known = self._points.setdefault(identity.id, (identity, []))
+        known[:] = sorted(dict.fromkeys([*known, *points]), key=lambda point: point.repeat)
+        entry = {
+            "identities": [one.to_row() for one, _ in self._points.values()],
+            "points": [[asdict(point) for point in own] for _, own in self._points.values()],
+        }
+        self._folder.write_json("sweep", {**self._before, self._name: entry})
+
+    def points(self, identity: Identity) -> list[Point]:
+        """What is asked of a configuration."""
+        return self._points[identity.id][1]

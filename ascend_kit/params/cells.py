@@ -30,8 +30,11 @@ USED_BY = {
     "max_new_tokens temperature top_k top_p min_p repetition_penalty presence_penalty sampling": "3",
     "concurrency output_path chat_template": "3",
     "thinking": "35",
-    "sweep_concurrency sweep_prompt_len sweep_output_len ttft_limit_ms tpot_limit_ms": "14",
-    "sweep_repeats sweep_requests_per_point sweep_cards sweep_tensor_parallel sweep_baseline": "4",
+    "sweep": "124",
+    "slo": "14",
+    "engines": "24",
+    "sweep_repeats sweep_precision sweep_max_repeats sweep_requests_per_point search search_precision": "4",
+    "load rate burstiness rate_end trace_file load_prompts length_spread shared_prefix turns think_s": "4",
     "eval_datasets dataset_path eval_batch_size eval_max_seq_length eval_fewshot eval_limit eval_chat_template": "5",
     "allow_download allow_code_execution eval_samples eval_temperature eval_top_p eval_top_k": "5",
     "eval_max_new_tokens eval_thinking_budget eval_endpoint eval_endpoint_model eval_stop_against": "5",
@@ -58,7 +61,7 @@ def _line(name: str) -> str:
     missing = [word for word in choices_of(name) if word not in meaning]
     if missing:
         meaning += f": {', '.join(choices_of(name))}"
-    written = json.dumps(default) if isinstance(default, (str, list)) else str(default)
+    written = json.dumps(default) if isinstance(default, (str, list, dict)) else str(default)
     return f"{name}: {kind_of(name)} = {written}  # {meaning}"
 
 

@@ -13,10 +13,10 @@ from ascend_kit.params.values import ParameterError
 # What an engine of ours, or transformers, may have of its own; everything else is the experiment's.
 OWN_SETTINGS = (
     "precision", "quantize", "use_model", "output_model", "cards", "tensor_parallel", "batch_size", "block_size",
-    "max_tokens_per_step", "kv_cache_gib", "graph_mode", "operator_fusion", "memory_optimize", "plain_ops",
+    "max_tokens_per_step", "kv_cache_gib", "graph_mode", "operator_fusion", "memory_optimize", "plain_ops", "speculate",
 )  # fmt: skip
 KINDS = ("ascend_kit", "transformers", "openai")
-DEFAULT = [{"kind": "ascend_kit"}, {"kind": "transformers"}]
+DEFAULT: list[dict[str, Any]] = [{"kind": "ascend_kit"}, {"kind": "transformers"}]
 
 
 class OpenAIEngine(BaseModel):

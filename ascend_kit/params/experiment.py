@@ -5,6 +5,7 @@ Nothing here imports torch: a file with a wrong key must fail within a second.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from ascend_kit.params import engines as engine_rules
+from ascend_kit.params import sweep as sweep_rules
 from ascend_kit.params import values as rules
 from ascend_kit.params.values import ParameterError
 
@@ -68,12 +71,11 @@ NEEDED = {
     "prompts_file": "name a file of prompts like those the model will get, or write `demo` for the built-in ones",
 }
 LIST_PARAMETERS = (
-    "sweep_concurrency", "sweep_prompt_len", "sweep_output_len", "sweep_cards", "sweep_tensor_parallel",
     "eval_datasets", "compare_runs", "quantize_keep", "plain_ops",
 )  # fmt: skip
 PATH_PARAMETERS = (
     "output_root", "params_file", "input_model", "output_model", "tokenizer_path", "adapter_path", "calibration_file",
-    "prompts_file", "output_path", "dataset_path",
+    "prompts_file", "output_path", "dataset_path", "trace_file", "load_prompts",
 )  # fmt: skip
 
 
@@ -186,22 +188,41 @@ class Experiment(BaseModel):
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
     thinking: bool | None = Field(None, description="the template's enable_thinking; None = off where it has one")
     # throughput sweep
-    sweep_concurrency: list[int] = Field([1, 4, 16], min_length=1, description="requests kept in flight")
-    sweep_prompt_len: list[int] = Field([64], min_length=1, description="prompt lengths, tokens")
-    sweep_output_len: list[int] = Field([32], min_length=1, description="output lengths, tokens")
-    sweep_repeats: int = Field(1, ge=1, le=10_000, description="measurements of each point")
+    engines: list = Field(
+        engine_rules.DEFAULT, min_length=1, description="what to measure, each with own settings; or openai"
+    )
+    sweep: dict[str, list] = Field(sweep_rules.DEFAULT, description="in every combination")
+    sweep_repeats: int = Field(1, ge=1, le=10_000, description="measurements of each point at least")
+    sweep_precision: float | None = Field(
+        None, gt=0, lt=1, description="repeat until the 95 % interval of output tokens/s is within this share of it"
+    )
+    sweep_max_repeats: int = Field(5, ge=1, le=10_000, description="bound of sweep_precision's repeats")
     sweep_requests_per_point: int | None = Field(
-        None, ge=1, le=1 << 20, description="default 2 x concurrency, at least 4"
+        None, ge=1, le=1 << 20, description="default 2 x concurrency, at least 4; 64 where requests come by the clock"
     )
-    sweep_cards: list[int] | None = Field(
-        None, min_length=1, description="cards of a point, each number measured; None = cards; fewer share the cards"
+    load: Literal["closed", "all_at_once", "constant", "poisson", "gamma", "ramp", "trace"] = Field(
+        "closed", description="when requests arrive"
     )
-    sweep_tensor_parallel: list[int] | None = Field(
-        None, min_length=1, description="cards per copy of the model in the sweep; None = tensor_parallel"
+    rate: float = Field(1.0, gt=0, le=1e6, description="requests per second on average: constant, poisson, gamma, ramp")
+    burstiness: float = Field(0.25, gt=0, description="shape of load gamma: 1 is poisson, smaller comes in bursts")
+    rate_end: float | None = Field(None, gt=0, description="rate that load ramp ends with; None = 4 x rate")
+    trace_file: str | None = Field(
+        None, description="times and lengths of load trace (Mooncake, Azure); `rate` is a speed-up"
     )
-    sweep_baseline: bool = Field(True, description="also measure transformers' generate")
-    ttft_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TTFT")
-    tpot_limit_ms: float | None = Field(None, gt=0, description="goodput counts requests below this TPOT")
+    load_prompts: str | None = Field(
+        None, description="prompts of the load: JSON lines, or a ShareGPT file; else random"
+    )
+    length_spread: Literal["fixed", "heavy_tailed"] = Field("fixed", description="lengths as given, or log-normal")
+    shared_prefix: float = Field(0.0, ge=0, lt=1, description="share of each prompt that all requests have in common")
+    turns: int = Field(1, ge=1, le=64, description="turns of a conversation; each carries the turns before it")
+    think_s: float = Field(0.0, ge=0, description="seconds between an answer and the next turn")
+    slo: dict[str, float] = Field(
+        {}, description="limits: ttft_ms, tpot_ms, e2e_ms of every request, or ttft_p99_ms and the like"
+    )
+    search: Literal["none", "rate", "concurrency"] = Field(
+        "none", description="find the highest rate or concurrency that meets slo"
+    )
+    search_precision: float = Field(0.1, gt=0, lt=1, description="width of the search's bracket, share")
     # evaluation
     eval_datasets: list[str] = Field(
         ["mmlu", "ceval", "agieval", "wikitext"], min_length=1, description="these, any task of lm-eval, text:<file>"
@@ -250,6 +271,7 @@ class Experiment(BaseModel):
         for key in RETIRED:
             if key in data:
                 raise ParameterError(f"{key}: {RETIRED[key]}")
+        data = sweep_rules.resolve(data)
         # Defaults that follow a short max_seq_length, so that lowering one number does not need three.
         longest = data.get("max_seq_length", 8192)
         if isinstance(longest, int) and longest >= 2:
@@ -337,19 +359,13 @@ class Experiment(BaseModel):
                 f"tensor_parallel={self.tensor_parallel} does not divide cards={self.cards}; "
                 f"allowed: {[n for n in range(1, self.cards + 1) if self.cards % n == 0]}"
             )
-        self._check_layouts()
         if self.max_new_tokens >= self.max_seq_length:
             raise ParameterError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt within "
                 f"max_seq_length={self.max_seq_length}; lower one or raise the other"
             )
         self._check_int8_options()
-        longest = max(self.sweep_prompt_len) + max(self.sweep_output_len)
-        if longest > self.max_seq_length:
-            raise ParameterError(
-                f"sweep_prompt_len + sweep_output_len reaches {longest} tokens, above "
-                f"max_seq_length={self.max_seq_length}"
-            )
+        sweep_rules.check(self)
         if self.eval_max_seq_length > self.max_seq_length:
             raise ParameterError(
                 f"eval_max_seq_length={self.eval_max_seq_length} is above max_seq_length={self.max_seq_length}"
@@ -374,19 +390,6 @@ class Experiment(BaseModel):
             raise ParameterError(
                 "quantize: auto and smooth need calibration_file: a file of texts like those the model will see"
             )
-
-    def _check_layouts(self) -> None:
-        """Every number of sweep_cards and sweep_tensor_parallel must be used, and no point may need more cards."""
-        cards, sizes = self.sweep_cards or [self.cards], self.sweep_tensor_parallel or [self.tensor_parallel]
-        above = [count for count in cards if count > self.cards]
-        if above:
-            raise ParameterError(f"sweep_cards={cards}: {above[0]} is above cards={self.cards}")
-        alone = [count for count in cards if all(count % size for size in sizes)]
-        if alone:
-            raise ParameterError(f"sweep_cards: {alone[0]} cannot be divided by tensor parallel sizes {sizes}")
-        unused = [size for size in sizes if all(count % size for count in cards)]
-        if unused:
-            raise ParameterError(f"sweep_tensor_parallel: {unused[0]} divides none of the card counts {cards}")
 
     def to_yaml(self) -> str:
         """The resolved parameters as flat YAML that `load_experiment` reads back; what they came from is left out."""
@@ -415,10 +418,23 @@ class Experiment(BaseModel):
         copy = build_experiment({**self.model_dump(), **changes})
         return copy.standing_for({key: getattr(self, key) for key in self._words if key not in changes})
 
+    def alone(self, **changes: Any) -> Experiment:
+        """A checked copy with some engine parameters set and none left to sweep over. A checkpoint of another precision
+        or scheme lies beside `output_model`, where that is given."""
+        rest = {key: values for key, values in self.sweep.items() if key in sweep_rules.LOAD_KEYS}
+        copy = self.with_changes(**{"sweep": rest, **changes})
+        same = (copy.precision, copy.quantize) == (self.precision, self.quantize)
+        if same or self.output_model is None or "output_model" in changes:
+            return copy
+        return copy.with_changes(output_model=f"{self.output_model}-{copy.converted_suffix}")
+
     def on_cards(self, cards: int, tensor_parallel: int = 1, **changes: Any) -> Experiment:
-        """A checked copy about one layout of cards, with nothing else to sweep over."""
-        alone = {"sweep_cards": None, "sweep_tensor_parallel": None}
-        return self.with_changes(cards=cards, tensor_parallel=tensor_parallel, **alone, **changes)
+        """`alone` with one layout of cards."""
+        return self.alone(cards=cards, tensor_parallel=tensor_parallel, **changes)
+
+    def swept(self, key: str) -> list[Any]:
+        """The values of a parameter in the sweep, or its one value."""
+        return self.sweep[key] if key in self.sweep else [getattr(self, key)]
 
     @property
     def run_folder(self) -> Path:
@@ -429,18 +445,50 @@ class Experiment(BaseModel):
         return self.cards // self.tensor_parallel
 
     @property
-    def sweep_layouts(self) -> list[tuple[int, int]]:
-        """(cards, tensor_parallel) of the sweep's engines: every pair in which the one divides the other."""
-        cards, sizes = self.sweep_cards or [self.cards], self.sweep_tensor_parallel or [self.tensor_parallel]
-        return list(dict.fromkeys((count, size) for count in cards for size in sizes if count % size == 0))
+    def engine_specs(self) -> list[engine_rules.EngineSpec]:
+        """The engines that the sweep measures, in the order of `engines`."""
+        wanted = self.sweep.get("engine")
+        return [spec for spec in engine_rules.read_engines(self.engines) if wanted is None or spec.name in wanted]
+
+    @property
+    def sweep_settings(self) -> list[dict[str, Any]]:
+        """Each combination of the sweep's engine parameters; one empty one where it has none.
+
+        Card counts that a tensor-parallel size does not divide are left out.
+        """
+        keys = [key for key in self.sweep if key in engine_rules.OWN_SETTINGS]
+        every = [dict(zip(keys, values, strict=True)) for values in itertools.product(*(self.sweep[k] for k in keys))]
+        sizes = [(one.get("cards", self.cards), one.get("tensor_parallel", self.tensor_parallel)) for one in every]
+        return [one for one, (cards, size) in zip(every, sizes, strict=True) if cards % size == 0]
+
+    @property
+    def swept_checkpoints(self) -> list[Experiment]:
+        """The experiment of every other converted folder that the sweep's settings and the engines' own need."""
+        own = [spec.settings for spec in self.engine_specs if spec.openai is None]
+        plans = [self.alone(**changes) for changes in [*self.sweep_settings, *own]]
+        others = {plan.converted_folder: plan for plan in plans if plan.use_model == "converted"}
+        return [plan for folder, plan in others.items() if folder != self.converted_folder]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Metric -> limit in ms that a request must meet to count for goodput: the strictest of those in `slo`."""
+        found: dict[str, float] = {}
+        for key, value in self.slo.items():
+            metric = key.split("_")[0]
+            found[metric] = min(value, found.get(metric, value))
+        return found
 
     @property
     def converted_folder(self) -> Path:
         """Where `convert` writes and the engine reads: `output_model`, or a folder beside the runs."""
         if self.output_model:
             return Path(self.output_model)
-        suffix = self.precision if self.quantize == "none" else self.quantize
-        return Path(self.output_root) / self.experiment / "models" / f"{self.model_name}-{suffix}"
+        return Path(self.output_root) / self.experiment / "models" / f"{self.model_name}-{self.converted_suffix}"
+
+    @property
+    def converted_suffix(self) -> str:
+        """How a converted folder is told from others of its model."""
+        return self.precision if self.quantize == "none" else self.quantize
 
 
 def build_experiment(

@@ -17,13 +17,15 @@ from typing import Any
 from ascend_kit.messages import show_errors_in_one_line, use_language
 from ascend_kit.params.experiment import RETIRED, Experiment, expand_aliases
 from ascend_kit.params.paths import check_paths
+from ascend_kit.params.sweep import ALIASES as OLD_NAMES
+from ascend_kit.params.sweep import layered
 from ascend_kit.params.values import ParameterError, shown, unknown_key
 from ascend_kit.params.yaml_file import build_over_params_file
 
 CELL_MARK = "# Parameters of this notebook"  # first line of a generated cell starts with this
 INJECTED_MARK = "# Parameters"  # first line of the cell that papermill injects
 DEMO_FILE = "params/demo.yaml"
-ALIASES = ("optimization", "tensorrt")
+ALIASES = ("optimization", "tensorrt", *OLD_NAMES)
 # What the panel applied in this kernel: it wins over all cells until the kernel ends.
 applied: dict[str, Any] = {}
 
@@ -45,7 +47,7 @@ def experiment_from_notebook(namespace: Mapping[str, Any]) -> Experiment:
         for name, value in declared.items()
         if name not in Experiment.model_fields or value != _default(name)
     }
-    given = {**expand_aliases(changed), **expand_aliases(injected), **applied}
+    given = layered(layered(expand_aliases(changed), expand_aliases(injected)), applied)
     names_a_model = given.keys() & {"input_model", "model_name"}
     default_file = None if names_a_model else _demo_file()
     experiment = build_over_params_file(given, source="notebook parameters", default_file=default_file)

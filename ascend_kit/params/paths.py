@@ -11,7 +11,7 @@ from ascend_kit.params.experiment import DEMO, NEEDED, Experiment
 from ascend_kit.params.values import ParameterError
 
 FOLDERS_READ = ("input_model", "tokenizer_path", "adapter_path", "dataset_path")
-FILES_READ = ("prompts_file", "calibration_file")
+FILES_READ = ("prompts_file", "calibration_file", "trace_file", "load_prompts")
 FOLDERS_WRITTEN = ("output_root", "output_model")
 FILES_WRITTEN = ("output_path",)
 

@@ -31,7 +31,7 @@ def plain(value: Any, kind: str) -> Any:
     if isinstance(value, (Path, datetime.date)):
         return str(value)
     if isinstance(value, (tuple, list)):
-        return [plain(item, kind.removeprefix("list[")) for item in value]
+        return [plain(item, kind[5:] if kind.startswith("list[") else "") for item in value]
     if isinstance(value, str):
         if "float" in kind and EXPONENT.fullmatch(value):
             return float(value)

@@ -12,6 +12,7 @@ import yaml
 
 from ascend_kit.files import require_regular
 from ascend_kit.params.experiment import Experiment, build_experiment, expand_aliases
+from ascend_kit.params.sweep import layered
 from ascend_kit.params.values import ParameterError, shown
 
 MAX_FILE_BYTES, MAX_NODES, MAX_DEPTH = 1 << 18, 5_000, 20
@@ -74,7 +75,7 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
     try:
         changes = expand_aliases(overrides or {})
         flat = expand_aliases(values)
-        merged = {**flat, **changes}
+        merged = layered(flat, changes)
     except ParameterError as error:
         raise ParameterError(f"{path}: {error}") from None
     twice = next((key for key in flat if flat[key] != values.get(key, flat[key])), None)
@@ -98,7 +99,7 @@ def build_over_params_file(
     below, places_below = read_with_places(str(name))
     if "params_file" in below:
         raise ParameterError(f"{places_below['params_file']}: params_file may not name a file that names another one")
-    merged = {"experiment": Path(str(name)).stem, **expand_aliases(below), **values}
+    merged = {"experiment": Path(str(name)).stem, **layered(expand_aliases(below), values)}
     places_below = {key: place for key, place in places_below.items() if key not in values}
     return build_experiment(merged, source=source, places={**places_below, **(places or {})})
 

@@ -27,7 +27,7 @@ GROUPS = {
     "Device": "device",
     "Engine": "max_seq_length",
     "Generation": "prompts_file",
-    "Sweep": "sweep_concurrency",
+    "Sweep": "engines",
     "Evaluation": "eval_datasets",
     "Comparison": "compare_runs",
 }

@@ -108,7 +108,7 @@ def test_parameter_cells_are_those_that_the_command_writes():
 @each_notebook
 def test_parameters_carry_type_and_help_and_are_the_defaults_of_experiment(notebook):
     source = cells_of(notebook)[0].source
-    one = re.compile(r"\w+: [\w\[\] |]+ = .+  # .+")
+    one = re.compile(r"\w+: [\w\[\], |]+ = .+  # .+")
 
     assert all(one.fullmatch(line) and len(line) <= 120 for line in source.splitlines()[1:])
     assert set(notebook.defaults) >= {"experiment", "run", "output_root", "if_exists", "params_file"}

@@ -1,0 +1,231 @@
+"""The loads that users have: when requests arrive, how long they are, what they share; seeded, the same everywhere."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ascend_kit.measure.workload import Request, make_requests
+from ascend_kit.prompts import read_prompts
+
+TRACE_BLOCK = 512  # tokens that one of Mooncake's hash_ids stands for
+TIMED = ("constant", "poisson", "gamma", "ramp", "trace")
+
+
+class Encoder(Protocol):
+    """What reading a user's prompts needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """When requests arrive and what they look like, besides their lengths and number."""
+
+    kind: str = "closed"
+    rate: float | None = None  # requests per second; of a trace how much faster than it was recorded
+    burstiness: float | None = None
+    rate_end: float | None = None
+    turns: int = 1
+    think_s: float = 0.0
+    shared_prefix: float = 0.0
+    spread: str = "fixed"
+    trace_file: str | None = None
+    prompts_file: str | None = None
+
+
+class TraceEntry(NamedTuple):
+    """One recorded request; `blocks` are ids of its prompt's prefixes, where the trace has them."""
+
+    at_s: float
+    prompt_len: int
+    output_len: int
+    blocks: tuple[int, ...] = ()
+
+
+def arrival_times(load: Load, count: int, rng: np.random.Generator) -> list[float | None]:
+    """Seconds after the start for each of `count` requests; None where a free place decides.
+
+    Random gaps are scaled so that the last request comes at count / rate, as vLLM's benchmark does: two seeds differ in
+    the pattern and not in the rate. Gamma gaps of shape b have a coefficient of variation of 1 / sqrt(b). A ramp's rate
+    grows linearly in time.
+    """
+    if load.kind == "closed":
+        return [None] * count
+    if load.kind == "all_at_once":
+        return [0.0] * count
+    rate = load.rate or 1.0
+    if load.kind == "constant":
+        return [number / rate for number in range(count)]
+    if load.kind == "ramp":
+        end = load.rate_end or 4 * rate
+        seconds = 2 * count / (rate + end)
+        slope = (end - rate) / seconds
+        # Requests so far after t: rate t + slope t^2 / 2.
+        return [
+            number / rate if slope == 0 else (math.sqrt(rate**2 + 2 * slope * number) - rate) / slope
+            for number in range(count)
+        ]
+    shape = 1.0 if load.kind == "poisson" else load.burstiness or 1.0
+    times = np.cumsum(rng.gamma(shape, 1 / (rate * shape), count))
+    return [float(value) for value in times * (count / rate / times[-1])]
+
+
+def build(
+    load: Load,
+    count: int,
+    prompt_len: int,
+    output_len: int,
+    *,
+    vocab_size: int,
+    seed: tuple[int, ...],
+    avoid_ids: Sequence[int] = (),
+    max_total_len: int,
+    encoder: Encoder | None = None,
+) -> list[Request]:
+    """The requests of a load, at most `count`. Those longer than `max_total_len` tokens are left out of a trace and of
+    a user's prompts; ValueError when none is left."""
+    rng = np.random.default_rng(np.random.SeedSequence((*seed, 7)))
+    options = {"vocab_size": vocab_size, "seed": seed, "avoid_ids": avoid_ids}
+    if load.kind == "trace":
+        assert load.trace_file is not None
+        return _from_trace(load, read_trace(load.trace_file), count, vocab_size, seed, max_total_len)
+    if load.prompts_file is not None:
+        requests = _from_prompts(load.prompts_file, count, output_len, max_total_len, encoder, rng)
+    elif load.turns > 1:
+        requests = _conversations(load, count, prompt_len, output_len, options)
+    else:
+        requests = make_requests(
+            count, prompt_len, output_len, spread=load.spread, max_total_len=max_total_len,
+            shared_prefix_len=int(load.shared_prefix * prompt_len), **options,
+        )  # fmt: skip
+    first = [request for request in requests if request.after is None]
+    times = dict(zip((r.index for r in first), arrival_times(load, len(first), rng), strict=True))
+    return [replace(r, send_at_s=times[r.index]) if r.after is None else r for r in requests]
+
+
+def _conversations(load: Load, count: int, prompt_len: int, output_len: int, options: dict) -> list[Request]:
+    """Turn k carries the turns before it and the replies that were written for them, so that every engine gets the
+    same prompts whatever it answers; it is sent when turn k - 1 has ended."""
+    talks = max(1, count // load.turns)
+    per_turn = prompt_len + output_len
+    whole = make_requests(
+        talks, load.turns * per_turn - output_len, output_len,
+        shared_prefix_len=int(load.shared_prefix * prompt_len), **options,
+    )  # fmt: skip
+    requests = []
+    for talk in whole:
+        for turn in range(load.turns):
+            index = talk.index * load.turns + turn
+            ids = talk.prompt_token_ids[: turn * per_turn + prompt_len]
+            requests.append(
+                Request(index, ids, output_len)
+                if turn == 0
+                else Request(index, ids, output_len, send_at_s=load.think_s, after=index - 1)
+            )
+    return requests
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
+def read_trace(path: str | Path) -> list[TraceEntry]:
+    """A trace in Mooncake's JSON lines (`timestamp` in ms, `input_length`, `output_length`, `hash_ids`) or Azure's CSV
+    (`TIMESTAMP`, `ContextTokens`, `GeneratedTokens`), from its first request on. ValueError names file and line."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    is_table = bool(lines) and not lines[0].startswith("{")
+    rows = csv.DictReader(lines) if is_table else (line for line in lines if line.strip())
+    entries: list[TraceEntry] = []
+    try:
+        for row in rows:
+            entries.append(_azure(row) if isinstance(row, dict) else _mooncake(json.loads(row)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"trace_file {path}, request {len(entries) + 1}: expected Mooncake's JSON lines (timestamp, input_length, "
+            "output_length) or Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens): "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    if not entries:
+        raise ValueError(f"trace_file {path} holds no request")
+    entries.sort(key=lambda entry: entry.at_s)
+    return [entry._replace(at_s=entry.at_s - entries[0].at_s) for entry in entries]
+
+
+def _azure(row: dict[str, str]) -> TraceEntry:
+    at = datetime.datetime.fromisoformat(row["TIMESTAMP"].strip()[:26])  # seven digits behind the second
+    return TraceEntry(at.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+
+
+def _mooncake(row: dict[str, Any]) -> TraceEntry:
+    blocks = tuple(int(block) for block in row.get("hash_ids", ()))
+    return TraceEntry(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]), blocks)
+
+
+def _from_trace(
+    load: Load, entries: list[TraceEntry], count: int, vocab_size: int, seed: tuple[int, ...], max_total_len: int
+) -> list[Request]:
+    kept = [e for e in entries if e.output_len > 0 and 0 < e.prompt_len <= max_total_len - e.output_len][:count]
+    if not kept:
+        raise ValueError(f"trace_file {load.trace_file}: no request fits into max_seq_length {max_total_len}")
+    speed = load.rate or 1.0
+    start_s = kept[0].at_s
+    requests = []
+    for index, entry in enumerate(kept):
+        # Own ids below zero: without hash_ids nothing is shared.
+        blocks = entry.blocks or tuple(-1 - index * 10**6 - n for n in range(-(-entry.prompt_len // TRACE_BLOCK)))
+        ids = [token for block in blocks for token in _block(block, vocab_size, seed)][: entry.prompt_len]
+        ids += _block(-1 - index * 10**6, vocab_size, seed)[: entry.prompt_len - len(ids)]
+        requests.append(Request(index, tuple(ids), entry.output_len, send_at_s=(entry.at_s - start_s) / speed))
+    return requests
+
+
+def _block(number: int, vocab_size: int, seed: tuple[int, ...]) -> list[int]:
+    words = (*seed, abs(number), int(number < 0))
+    return np.random.default_rng(np.random.SeedSequence(words)).integers(3, vocab_size, TRACE_BLOCK).tolist()
+
+
+# --- a user's prompts -------------------------------------------------------------------------------------------------
+
+
+def read_load_prompts(path: str | Path) -> list[tuple[str, str | None]]:
+    """(prompt, reply or None) of a file: ShareGPT's list of `conversations`, whose first two turns are taken as vLLM's
+    benchmark does, or any file that `prompts_file` may be."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        value = None
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "conversations" in value[0]:
+        talks = [entry["conversations"] for entry in value if len(entry.get("conversations", ())) >= 2]
+        return [(talk[0]["value"], talk[1]["value"]) for talk in talks if talk[0]["value"]]
+    return [(str(prompt), None) for prompt in read_prompts(path, "load_prompts")]
+
+
+def _from_prompts(
+    path: str, count: int, output_len: int, max_total_len: int, encoder: Encoder | None, rng: np.random.Generator
+) -> list[Request]:
+    """A seeded choice without repetition; a reply in the file gives the output length."""
+    if encoder is None:
+        raise ValueError(f"load_prompts {path}: a tokenizer is needed; set tokenizer_path")
+    pairs = read_load_prompts(path)
+    requests: list[Request] = []
+    for place in rng.permutation(len(pairs)):
+        if len(requests) == count:
+            break
+        prompt, reply = pairs[int(place)]
+        ids = encoder.encode(prompt)
+        length = output_len if reply is None else max(1, len(encoder.encode(reply)))
+        if ids and len(ids) + length <= max_total_len:
+            requests.append(Request(len(requests), tuple(ids), length, text=prompt))
+    if not requests:
+        raise ValueError(f"load_prompts {path}: no prompt fits into max_seq_length {max_total_len}")
+    return requests
