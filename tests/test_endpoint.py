@@ -238,3 +238,43 @@ def test_our_own_server_gives_every_token_its_time(served):
     assert all(record.num_prompt_tokens == 16 for record in records)
     assert all(sum(chunk[1] == "text" for chunk in r.chunks) == 10 for r in records)
     assert client.facts["num_retries"] == 0 and "server_preemptions" in client.facts
+
+
+def test_two_engines_one_a_server_that_fails_for_a_while_end_complete_with_nothing_measured_twice(
+    tmp_path, served, tiny_qwen3_dir
+):
+    from ascend_kit.measure.conventions import export
+    from ascend_kit.measure.sweep import measure_engines
+    from ascend_kit.params import build_experiment
+    from ascend_kit.results import RunFolder
+
+    texts = [event(text_chunk(letter, usage=usage(8, n))) for n, letter in enumerate("ab", 1)]
+    good = [(0, HEAD), (0.01, texts[0]), (0.02, texts[1]), (0.03, DONE)]
+    flaky = ScriptedServer(failure(), good)
+    entries = [
+        {"name": "ours", "base_url": served.base + "/v1", "model": "tiny"},
+        {"name": "flaky", "base_url": flaky.url, "model": "m"},
+    ]
+    experiment = build_experiment({
+        "experiment": "two", "output_root": str(tmp_path), "input_model": str(tiny_qwen3_dir), "precision": "fp32",
+        "max_seq_length": 128, "sweep": {"concurrency": [1, 2], "prompt_len": [8], "output_len": [2]},
+        "engines": entries, "sweep_requests_per_point": 2, "slo": {"ttft_ms": 1e4},
+    })  # fmt: skip
+
+    def measured():
+        with RunFolder.open(experiment, "04_throughput") as folder:
+            return measure_engines(experiment, folder), folder
+
+    first, _ = measured()
+    asked = len(flaky.bodies)
+    second, folder = measured()
+    flaky.close()
+
+    assert list(first["backend"]) == ["ours"] * 2 + ["flaky"] * 2
+    assert list(first["status"]).count("failed") == 1 and "HTTP 500" in first["error"].dropna().iloc[0]
+    assert list(second["status"]) == ["ok"] * 4
+    again = set(second["point_id"]) - set(first["point_id"])
+    assert len(again) == 1 and len(flaky.bodies) - asked <= 4  # the failed point alone, and its warm-up
+    assert (second["client_lag_p99_ms"] >= 0).all() and (second["good_request_share"] == 1).all()
+    assert folder.identities()[second["identity"].iloc[0]].declared[0] == "weights"
+    assert len(export(folder, tmp_path / "export")) == 5

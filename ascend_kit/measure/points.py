@@ -279,7 +279,7 @@ class PointRunner:
             return
         count = min(point.concurrency, point.num_requests)
         requests = self._requests(point, count, min(_WARM_UP_TOKENS, point.output_len), _WARM_UP_SEED)
-        self.backend.run(requests, point.concurrency)
+        check_complete(requests, self.backend.run(requests, point.concurrency), is_exact=False)
         self._warm.add(shape)
 
     def _requests(self, point: Point, count: int, output_len: int, salt: int) -> list[Request]:

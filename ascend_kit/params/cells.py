@@ -32,7 +32,7 @@ USED_BY = {
     "thinking": "35",
     "sweep": "124",
     "slo": "14",
-    "engines": "24",
+    "engines variants": "24",
     "sweep_repeats sweep_precision sweep_max_repeats sweep_requests_per_point search search_precision": "4",
     "load rate burstiness rate_end trace_file load_prompts length_spread shared_prefix turns think_s": "4",
     "eval_datasets dataset_path eval_batch_size eval_max_seq_length eval_fewshot eval_limit eval_chat_template": "5",

@@ -19,6 +19,36 @@ KINDS = ("ascend_kit", "transformers", "openai")
 DEFAULT: list[dict[str, Any]] = [{"kind": "ascend_kit"}, {"kind": "transformers"}]
 
 
+# Steps of an ablation, each on top of those before it; what padding costs is measured on transformers.
+PLAIN = {"graph_mode": False, "operator_fusion": False, "memory_optimize": False, "quantize": "none", "speculate": 0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "padded_to_max": {"kind": "transformers", "padding": "max"},
+    "padded": {"kind": "transformers"},
+    "continuous_batching": PLAIN,
+    "fused_operators": {"operator_fusion": True},
+    "graphs": {"graph_mode": True},
+    "prefix_reuse": {"memory_optimize": True},
+    "int8": {"quantize": "w8a8"},
+    "speculation": {"speculate": 4},
+}
+
+
+def variant_entries(variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Entries of `engines` for the named steps, in their order; each of ours carries the steps before it."""
+    unknown = next((name for name in variants if name not in VARIANTS), None)
+    if unknown is not None:
+        raise ParameterError(f"variants: {rules.unknown_key(unknown, VARIANTS)}; allowed: {', '.join(VARIANTS)}")
+    entries, settings = [], dict(PLAIN)
+    for name in variants:
+        step = VARIANTS[name]
+        if "kind" in step:
+            entries.append({"name": name, **step})
+        else:
+            settings |= step
+            entries.append({"name": name, "kind": "ascend_kit", **settings})
+    return entries
+
+
 class OpenAIEngine(BaseModel):
     """A server that speaks OpenAI's protocol. What it runs is declared here: nobody can hash what is behind it."""
 

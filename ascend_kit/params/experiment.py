@@ -71,7 +71,7 @@ NEEDED = {
     "prompts_file": "name a file of prompts like those the model will get, or write `demo` for the built-in ones",
 }
 LIST_PARAMETERS = (
-    "eval_datasets", "compare_runs", "quantize_keep", "plain_ops",
+    "variants", "eval_datasets", "compare_runs", "quantize_keep", "plain_ops",
 )  # fmt: skip
 PATH_PARAMETERS = (
     "output_root", "params_file", "input_model", "output_model", "tokenizer_path", "adapter_path", "calibration_file",
@@ -192,6 +192,7 @@ class Experiment(BaseModel):
         engine_rules.DEFAULT, min_length=1, description="what to measure, each with own settings; or openai"
     )
     sweep: dict[str, list] = Field(sweep_rules.DEFAULT, description="in every combination")
+    variants: list[str] = Field([], description="steps of an ablation, plain to everything, in place of engines")
     sweep_repeats: int = Field(1, ge=1, le=10_000, description="measurements of each point at least")
     sweep_precision: float | None = Field(
         None, gt=0, lt=1, description="repeat until the 95 % interval of output tokens/s is within this share of it"
@@ -448,7 +449,8 @@ class Experiment(BaseModel):
     def engine_specs(self) -> list[engine_rules.EngineSpec]:
         """The engines that the sweep measures, in the order of `engines`."""
         wanted = self.sweep.get("engine")
-        return [spec for spec in engine_rules.read_engines(self.engines) if wanted is None or spec.name in wanted]
+        entries = engine_rules.variant_entries(self.variants) or self.engines
+        return [spec for spec in engine_rules.read_engines(entries) if wanted is None or spec.name in wanted]
 
     @property
     def sweep_settings(self) -> list[dict[str, Any]]:

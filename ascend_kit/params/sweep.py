@@ -111,7 +111,7 @@ def told(key: str) -> str:
 
 def check(experiment: Experiment) -> None:
     """ParameterError unless every value of the sweep could be set alone, and is of use somewhere in it."""
-    specs = engines.read_engines(experiment.engines)
+    specs = engines.read_engines(engines.variant_entries(experiment.variants) or experiment.engines)
     names = [spec.name for spec in specs]
     for spec in specs:
         if spec.settings:
@@ -141,7 +141,7 @@ def check(experiment: Experiment) -> None:
 def _check_alone(experiment: Experiment, where: str, changes: dict[str, Any]) -> None:
     lengths = {key: experiment.sweep[key] for key in LENGTHS}
     try:
-        experiment.with_changes(**{"sweep": lengths, "engines": engines.DEFAULT, **changes})
+        experiment.with_changes(**{"sweep": lengths, "engines": engines.DEFAULT, "variants": [], **changes})
     except ParameterError as error:
         raise ParameterError(f"{where}: {str(error).removeprefix('parameters: ')}") from None
 
