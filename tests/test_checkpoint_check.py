@@ -223,7 +223,7 @@ def test_an_int8_scale_that_is_no_number_is_refused_by_engine_and_convert(folder
 def test_an_int8_embedding_is_refused_by_name(folder: Path):
     compressed_tensors(folder, ["model.embed_tokens"], {"targets": ["Linear", "Embedding"]})
 
-    assert_refused(folder, r"model\.embed_tokens is stored as int8")
+    assert_refused(folder, r"model\.embed_tokens is quantised")
 
 
 @pytest.mark.parametrize(

@@ -383,11 +383,11 @@ def test_our_packing_equals_that_of_the_compressed_tensors_package():
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        (compressed_config(DYNAMIC, weights={"num_bits": 4}), "only int8"),
-        (compressed_config(DYNAMIC, weights={"type": "float"}), "only int8"),
-        (compressed_config(DYNAMIC, weights={"strategy": "group"}), "per channel"),
-        (compressed_config({**DYNAMIC, "dynamic": False}), "dynamic int8 per token"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq' is not supported"),
+        (compressed_config(DYNAMIC, weights={"num_bits": 4}), "4-bit weights with 8-bit activations"),
+        (compressed_config(DYNAMIC, weights={"type": "float"}), "type='float'; read are int8 weights"),
+        (compressed_config(DYNAMIC, weights={"strategy": "group"}), "one scale per channel"),
+        (compressed_config({**DYNAMIC, "dynamic": False}), "static per tensor"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method 'bitsandbytes' is not supported"),
     ],
 )
 def test_int8_layouts_that_cannot_be_computed_are_refused(tmp_path: Path, config: dict, complaint: str):
@@ -445,7 +445,7 @@ def test_msmodelslim_static_w8a8_gives_back_scale_and_bias(tmp_path: Path, as_in
     )
     (folder / "quant_model_description.json").write_text(json.dumps({"x.weight": "W8A8"}))
 
-    assert_presents(folder, codes, scale, "w8a8", "msmodelslim")
+    assert_presents(folder, codes, scale, "w8a8_static", "msmodelslim")
     found = open_checkpoint(folder).read("x.bias")
     assert torch.allclose(found, bias, atol=deq_scale.max().item() / 2 + 1e-6)  # quant_bias is a whole number
 

@@ -12,7 +12,7 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 from ascend_kit.checkpoint.convert import convert
-from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
+from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor, open_checkpoint
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, verify
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.model.int8 import dequantize_weight
@@ -174,7 +174,7 @@ def test_int8_result_is_within_half_a_step_and_keeps_the_rest(tiny_model_dir: Pa
         assert torch.equal(checkpoint.read(name), source[name].bfloat16())
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16"])
 def test_transformers_loads_the_int8_result_and_computes_the_same(tiny_model_dir: Path, tmp_path: Path, scheme: str):
     pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
     from transformers import AutoModelForCausalLM
@@ -187,7 +187,7 @@ def test_transformers_loads_the_int8_result_and_computes_the_same(tiny_model_dir
     ours = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     for linear, kind in checkpoint.quantization.schemes.items():
         assert kind == scheme and not linear.endswith("down_proj")
-        weight = dequantize_weight(checkpoint.read(f"{linear}.weight"), checkpoint.read(f"{linear}.weight_scale"))
+        weight = DequantizedTensor(checkpoint, linear).read()
         ours.get_submodule(linear).weight.data = weight
         if scheme == "w8a8":
             ours.get_submodule(linear).register_forward_pre_hook(_round_inputs)
@@ -203,6 +203,29 @@ def _round_inputs(_, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     # 254.
     scale = inputs[0].abs().amax(-1, keepdim=True) / 127.5
     return (torch.round(inputs[0] / scale).clamp(-128, 127) * scale,)
+
+
+def test_4_bit_result_is_no_further_from_the_source_than_plain_rounding_and_half_as_large(
+    tiny_qwen3_dir: Path, tmp_path: Path
+):
+    source = read_all(tiny_qwen3_dir)
+
+    folder = convert(tiny_qwen3_dir, tmp_path / "w4a16", quantize="w4a16").folder
+
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.quantization.summary == "w4a16" and len(checkpoint.quantization.schemes) == 14
+    for linear in checkpoint.quantization.schemes:
+        weight = source[f"{linear}.weight"].float()
+        groups = checkpoint.shape(f"{linear}.weight_scale")[1]
+        grouped = weight.reshape(len(weight), groups, -1)
+        assert grouped.shape[2] in (32, 64)  # whichever divides all widths
+        step = grouped.abs().amax(-1, keepdim=True) / 7
+        plain = (torch.round(grouped / step) * step).reshape(weight.shape)
+        found = DequantizedTensor(checkpoint, linear).read()
+        assert (found - weight).square().sum() <= 1.02 * (plain - weight).square().sum()  # scales are bf16 numbers
+    again = convert(folder, tmp_path / "float", precision="fp32").folder
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(read_all(again)[f"{name}.weight"], DequantizedTensor(checkpoint, name).read())
 
 
 def test_int8_result_converts_back_to_float_and_again_to_the_same_codes(tiny_qwen3_dir: Path, tmp_path: Path):
@@ -330,7 +353,7 @@ def test_destination_that_is_the_source_is_always_refused(tiny_qwen3_dir: Path, 
     ("arguments", "complaint"),
     [
         ({"precision": "int4"}, "allowed are bf16, fp16, fp32"),
-        ({"quantize": "w4a4"}, "allowed are none, w8a8, w8a16, auto"),
+        ({"quantize": "w4a4"}, "allowed are none, w8a8, w8a16, w4a16, auto"),
         ({"framework": "onnx"}, "allowed are auto, huggingface, megatron, mindspore"),
         ({"if_exists": "maybe"}, "allowed are reuse, refuse, overwrite"),
         ({"tokenizer_path": "/nowhere/at/all"}, "no folder at /nowhere"),

@@ -189,6 +189,39 @@ def test_weight_only_product_equals_the_reference(dtype, device):
     torch.testing.assert_close(got.cpu(), reference.int8_weight_matmul(x, weight, scale, bias), **BF16)
 
 
+@pytest.mark.parametrize("group", [32, 64, 128, 48])  # 128 is a whole row; the kernel does not take 48
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_4_bit_product_equals_the_reference(dtype, asymmetric, group, device):
+    width = 128 if group != 48 else 96
+    x, codes = torch.randn(5, width).to(dtype), torch.randint(-8, 8, (48, width), dtype=torch.int8)
+    scale, bias = (torch.rand(48, width // group) / 10).to(dtype).float(), torch.randn(48).to(dtype)
+    zero = torch.randint(-8, 8, scale.shape).float() if asymmetric else None
+
+    packed = npu.pack_int4(*on(device, codes, scale), None if zero is None else zero.to(device))
+    got = npu.int4_weight_matmul(x.to(device), *packed, bias.to(device))
+
+    expected = reference.int4_weight_matmul(x.float(), *reference.pack_int4(codes, scale, zero), bias.float())
+    assert packed[0].dtype == (torch.uint8 if group == 48 else torch.int32)
+    torch.testing.assert_close(got.cpu().float(), expected, rtol=2e-2, atol=4e-2)  # bf16 has 8 bits of mantissa
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_static_rounding_and_product_equal_the_reference(dtype, device):
+    x, weight = torch.randn(5, 64).to(dtype), torch.randint(-127, 128, (48, 64), dtype=torch.int8)
+    scale, offset = torch.tensor([1 / 32]), torch.tensor([-5.0])
+    dequantization, bias = torch.rand(48) / 1000, torch.randint(-500, 500, (48,), dtype=torch.int32)
+
+    codes = npu.quantize_static(*on(device, x, scale, offset))
+    got = npu.int8_static_matmul(
+        codes, npu.pack_int8_static(weight.to(device)), *on(device, dequantization, bias), dtype
+    )
+
+    assert torch.equal(codes.cpu(), reference.quantize_static(x, scale, offset))
+    expected = reference.int8_static_matmul(codes.cpu(), weight, dequantization, bias, dtype)
+    torch.testing.assert_close(got.cpu(), expected, **BF16)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_norm_and_swiglu_that_quantise_equal_two_operators_of_the_reference(dtype, rows, device):

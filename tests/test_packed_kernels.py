@@ -54,6 +54,22 @@ def test_packed_int8_products(rows, dtype):
     close(cpu_native.int8_weight_matmul(x, cpu_native.pack_int8_weight(weight), scale, bias), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 6, 50])
+@pytest.mark.parametrize("group", [32, 128, 256])
+def test_packed_4_bit_products(group, rows, dtype):
+    codes = torch.randint(-8, 8, (128, 256), dtype=torch.int8)
+    scale, bias = torch.rand(128, 256 // group) / 10, torch.randn(128).to(dtype)
+    x = torch.randn(rows, 256).to(dtype)
+    for zero in (None, torch.randint(-8, 8, scale.shape).float()):
+        wide = codes.float().view(128, -1, group) - (0 if zero is None else zero[..., None])
+        expected = x.float() @ (wide * scale[..., None]).view(128, 256).t() + bias.float()
+
+        packed = cpu_native.pack_int4(codes, scale, zero)
+        assert packed[0].shape == (2, 128, 64)
+        close(cpu_native.int4_weight_matmul(x, *packed, bias), expected, dtype)
+
+
 def test_every_int8_code_is_exact_in_the_weight_only_product():
     codes = torch.arange(-128, 128).repeat(64, 1).to(torch.int8)  # every code in every column
     x = torch.eye(256).bfloat16()

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ascend_kit.model.int8 import dequantize_weight, encode, error_report, quantize_weight, search_clip, weight_scale
+from ascend_kit.model.int8 import (
+    dequantize_weight,
+    encode,
+    error_report,
+    on_grid,
+    quantize_weight,
+    search_clip,
+    weight_scale,
+)
 
 
 def random_weight(rows: int = 24, columns: int = 40, seed: int = 0) -> torch.Tensor:
@@ -65,6 +73,17 @@ def test_scale_on_a_grid_is_exact_there_and_never_smaller(grid: torch.dtype, see
     assert torch.equal(rounded.to(grid).float(), rounded)
     assert bool((rounded >= exact).all())
     assert encode(weight, rounded).abs().max() <= 127
+
+
+@pytest.mark.parametrize("grid", [torch.bfloat16, torch.float16])
+def test_a_scale_beside_the_grid_becomes_the_next_number_above(grid: torch.dtype):
+    numbers = torch.arange(1, 0x7000 if grid == torch.float16 else 0x7F00, dtype=torch.int16).view(grid).float()
+    numbers = numbers[numbers > 1e-6]
+    between = (numbers[:-1].double() + 0.01 * (numbers[1:] - numbers[:-1])).float()
+
+    assert torch.equal(on_grid(numbers, grid), numbers)
+    beside = (between > numbers[:-1]) & (between < numbers[1:])
+    assert torch.equal(on_grid(between, grid)[beside], numbers[1:][beside])
 
 
 def test_clip_search_never_increases_the_error_it_minimises():

@@ -14,6 +14,7 @@ from ascend_kit.model.tensors import EMBEDDING, HEAD, expected_shapes, linear_na
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 COMPARE_ROWS, SAMPLE_ROWS = 4096, 64  # at a time; of each of them that a quick look reads
+QUANTIZED_PARTS = ("weight_scale", "weight_zero_point", "weight_g_idx", "input_scale", "input_offset")
 # A folded bias of a linear that has none is rounding error, at most this many steps of the weight's scale.
 FOLDED_BIAS_STEPS = 128
 # Tensors that a float KV cache and computed angles do without.
@@ -36,7 +37,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = T
     odd = next((name for name in schemes if name not in set(linear_names(config))), None)
     if odd is not None:
         raise CheckpointError(
-            f"{checkpoint.source(f'{odd}.weight').origin}: {odd} is stored as int8, which is read for the linears of "
+            f"{checkpoint.source(f'{odd}.weight').origin}: {odd} is quantised, which is read for the linears of "
             "the "
             "layers and for lm_head where it is not tied; leave it in float when quantising"
         )
@@ -52,7 +53,20 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = T
         scale = f"{linear}.weight_scale"
         if not bool(checkpoint.read(scale).isfinite().all()):
             raise CheckpointError(f"{checkpoint.source(scale).origin}: {scale} holds NaN or infinity; it is damaged")
+        _check_groups(checkpoint, linear)
     return _check_extras(checkpoint, config, [name for name in checkpoint.tensor_names() if name not in expected], data)
+
+
+def _check_groups(checkpoint: Checkpoint, linear: str) -> None:
+    name, groups = f"{linear}.weight_g_idx", checkpoint.shape(f"{linear}.weight_scale")
+    if name not in checkpoint:
+        return
+    found = checkpoint.read(name).long()
+    inside = bool(((found >= 0) & (found < groups[-1])).all())
+    if not inside or found.bincount(minlength=groups[-1]).unique().numel() != 1:
+        raise CheckpointError(
+            f"{checkpoint.source(name).origin}: {name} does not put the inputs into {groups[-1]} groups of one size"
+        )
 
 
 def _check_form(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
@@ -75,8 +89,8 @@ def _check_extras(checkpoint: Checkpoint, config: ModelConfig, names: list[str],
     left_out: dict[str, list[str]] = {}
     expected = expected_shapes(config)
     for name in names:
-        owner = name.removesuffix(".bias").removesuffix(".weight_scale")
-        if name.endswith(".weight_scale") and owner in checkpoint.quantization.schemes:
+        owner, _, part = name.rpartition(".")
+        if part in QUANTIZED_PARTS and owner in checkpoint.quantization.schemes:
             continue
         if name == HEAD and config.tie_embeddings:
             reason = "copies of the tied embedding"
@@ -115,7 +129,7 @@ def _check_tied_copy(checkpoint: Checkpoint, rows: int) -> None:
 def _check_zero_bias(checkpoint: Checkpoint, name: str, owner: str) -> None:
     bias, largest = checkpoint.read(name).float(), torch.zeros(())
     if owner in checkpoint.quantization.schemes:
-        largest = FOLDED_BIAS_STEPS * checkpoint.read(f"{owner}.weight_scale").abs()
+        largest = FOLDED_BIAS_STEPS * checkpoint.read(f"{owner}.weight_scale").abs().reshape(len(bias), -1).amax(1)
     if not bool((bias.abs() <= largest).all()):
         raise CheckpointError(
             f"{checkpoint.source(name).origin}: {name} is not zero (up to {bias.abs().max().item():.4g}), but this "

@@ -24,7 +24,7 @@ from ascend_kit.model.config import DTYPES, ModelConfig, end_ids_in
 from ascend_kit.model.tensors import kept_linears
 from ascend_kit.params import Experiment
 
-QUANTIZE = ("none", "w8a8", "w8a16", "auto")
+QUANTIZE = ("none", "w8a8", "w8a16", "w4a16", "auto")
 IF_EXISTS = ("reuse", "refuse", "overwrite")
 MAX_SHARD_BYTES = 4 << 30
 # Parameters of an Experiment that `convert` takes under the same name.
@@ -73,7 +73,7 @@ def convert(
     precision: bf16, fp16, fp32, of everything that is not int8. framework: auto, huggingface, megatron,
     mindspore; `tokenizer_path` is the folder of the tokenizer (for Megatron and MindSpore also of config.json),
     `adapter_path` that of a LoRA adapter (PEFT) to merge.
-    quantize: none, w8a8, w8a16, or auto: the cheapest mix within `max_kl` (nats per token) or
+    quantize: none, w8a8, w8a16, w4a16, or auto: the cheapest mix within `max_kl` (nats per token) or
     `max_accuracy_loss` (share of next tokens) on the texts of `calibration_file`. quantize_keep: linears
     that stay float, by full name, last part (`down_proj`) or `re:` expression. smooth: share of activation
     outliers moved into w8a8 weights, 0..1. clip_search: smaller scales where that lowers the output error.

@@ -12,8 +12,10 @@ import torch
 
 from ascend_kit.checkpoint.int8_layouts import QuantizationInfo, present_quantized
 from ascend_kit.checkpoint.mindspore_file import check_mindspore_file
-from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, read_json
+from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, check_slice, read_json
 from ascend_kit.checkpoint.torch_file import TorchFile, check_torch_file
+from ascend_kit.model.int4 import dequantize_groups
+from ascend_kit.model.int8 import dequantize_weight
 
 COPIED_SUFFIXES = (".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -92,6 +94,36 @@ class Checkpoint:
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) along `dim`, contiguous; only that part is read from disk."""
         return self.source(name).read_slice(dim, start, stop)
+
+
+class DequantizedTensor:
+    """A quantised linear's weight as float32 [out, in], computed by rows as it is read."""
+
+    dtype = torch.float32
+
+    def __init__(self, checkpoint: Checkpoint, linear: str) -> None:
+        self.checkpoint, self.linear = checkpoint, linear
+        weight = checkpoint.source(f"{linear}.weight")
+        self.shape, self.origin = weight.shape, weight.origin
+
+    def read(self) -> torch.Tensor:
+        return self.read_slice(0, 0, self.shape[0])
+
+    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        check_slice(self.linear, self.shape, dim, start, stop)
+        if dim != 0:
+            return self.read().narrow(dim, start, stop - start).contiguous()
+        read, linear = self.checkpoint.read_slice, self.linear
+        codes, scale = read(f"{linear}.weight", 0, start, stop), read(f"{linear}.weight_scale", 0, start, stop)
+        if self.checkpoint.quantization.scheme(linear) != "w4a16":
+            return dequantize_weight(codes, scale)
+        zero, group_of = f"{linear}.weight_zero_point", f"{linear}.weight_g_idx"
+        return dequantize_groups(
+            codes,
+            scale,
+            read(zero, 0, start, stop) if zero in self.checkpoint else None,
+            self.checkpoint.read(group_of) if group_of in self.checkpoint else None,
+        )
 
 
 def check_contents(path: Path) -> None:

@@ -1,16 +1,18 @@
-"""What an int8 checkpoint says about itself, and its linears in one common form.
+"""What a quantised checkpoint says about itself, and its linears in one common form.
 
-Two layouts are read: compressed-tensors (`quantization_config` in config.json; also what we write) and msModelSlim
-(`quant_model_description*.json`, or the same inside config.json). Whatever is on disk, a quantised linear `X`
-appears as
+Read are compressed-tensors (`quantization_config` in config.json; also what we write), msModelSlim
+(`quant_model_description*.json`, or the same inside config.json), GPTQ and AWQ. 4-bit linears have the form of
+int4_layouts; whatever is on disk, an int8 linear `X` appears as
 
     X.weight        int8     [out, in]
     X.weight_scale  float32  [out]          weight = X.weight * X.weight_scale[:, None]
     X.bias          as stored, if any
 
-Symmetric, one scale per output channel. Everything else (groups, zero points, 4 bit, fp8, transforms, an int8 KV cache)
-is refused by name. msModelSlim's static W8A8 is read with per-token activations instead of its fixed input scale; the
-weight scale and the bias are recovered from the folded `deq_scale` and `quant_bias`. Layout facts: compressed-tensors
+    X.input_scale, X.input_offset  float32 [1], static activations only:  q = round(x / scale + offset), -128..127
+
+Symmetric weights, one scale per output channel. Everything else (fp8, transforms, 4-bit weights with 8-bit activations,
+an int8 KV cache) is refused by name. Of msModelSlim's static W8A8 the weight scale and the bias are recovered from the
+folded `deq_scale` and `quant_bias`. Layout facts: compressed-tensors
 0.20 (`compressors/`), https://www.hiascend.com/document/detail/zh/mindie/230/mindiellm/llmdev/mindie_llm0288.html
 (tensor names, dtypes and shapes of W8A8).
 """
@@ -27,12 +29,20 @@ import torch
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from ascend_kit.checkpoint.int4_layouts import present_awq, present_bytes, present_gptq, present_packed
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice, read_json
 from ascend_kit.files import one_line
+from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import expected_shapes
 
-MSMODELSLIM_PATTERN = "quant_model_description*.json"
-MSMODELSLIM_SCHEMES = {"W8A8": "w8a8", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W8A16": "w8a16", "FLOAT": "none"}
-FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized"}
+GPTQ_FILE, MSMODELSLIM_PATTERN = "quantize_config.json", "quant_model_description*.json"
+MSMODELSLIM_SCHEMES = {"W8A8": "w8a8_static", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W8A16": "w8a16",
+                       "W4A16": "w4a16", "FLOAT": "none"}  # fmt: skip
+FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized", "w4a16": "pack-quantized"}
+W4A8 = (
+    "4-bit weights with 8-bit activations, for which no dense operator has a documented contract on this card; "
+    "quantise again as W4A16 or W8A8, or convert the float model with quantize: w4a16"
+)
 # What a compressed-tensors description may hold, and at which values.
 WEIGHTS = {
     "num_bits": (8,),
@@ -42,7 +52,15 @@ WEIGHTS = {
     "dynamic": (False,),
     "actorder": (None, "static", "weight"),  # the order in which GPTQ went; `group` would permute what is stored
 }
+WEIGHTS_4 = WEIGHTS | {
+    "num_bits": (4,),
+    "symmetric": (True, False),
+    "strategy": ("group", "channel"),
+    "group_size": (None, -1, 32, 64, 128),
+    "actorder": (None, "static", "weight", "group", "dynamic"),
+}
 INPUTS = {"num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("token",), "dynamic": (True,)}
+STATIC_INPUTS = INPUTS | {"symmetric": (True, False), "strategy": ("tensor",), "dynamic": (False,)}
 ARGS_UNUSED = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
 GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "format"})
 CONFIG_KEYS = frozenset(
@@ -67,18 +85,20 @@ _DESCRIPTION = TypeAdapter(_Description)
 
 @dataclass(frozen=True)
 class QuantizationInfo:
-    """Which linears are stored as int8. Names are module names without `.weight`."""
+    """Which linears are stored as int8 or in 4 bits. Names are module names without `.weight`."""
 
     layout: str = "none"  # none | compressed-tensors | msmodelslim
-    schemes: Mapping[str, str] = field(default_factory=dict)  # linear name -> w8a8 | w8a16; absent = none
+    schemes: Mapping[str, str] = field(
+        default_factory=dict
+    )  # linear -> w8a8 | w8a8_static | w8a16 | w4a16; absent = none
 
     def scheme(self, linear: str) -> str:
-        """`none`, `w8a8` or `w8a16`."""
+        """`none`, or the scheme's name."""
         return self.schemes.get(linear, "none")
 
     @property
     def summary(self) -> str:
-        """One of none, w8a8, w8a16, mixed."""
+        """none, the only scheme that occurs, or mixed."""
         kinds = set(self.schemes.values())
         return kinds.pop() if len(kinds) == 1 else ("mixed" if kinds else "none")
 
@@ -179,6 +199,9 @@ def present_quantized(
 ) -> tuple[dict[str, TensorSource], QuantizationInfo]:
     """Sources in the common form and the description; a float checkpoint passes through unchanged."""
     stored, where = config.get("quantization_config") or {}, folder / "config.json"
+    if not stored and (folder / GPTQ_FILE).is_file():
+        where = folder / GPTQ_FILE
+        stored = {"quant_method": "gptq", **read_json(where, "GPTQ's settings")}
     if not isinstance(stored, dict):
         raise CheckpointError(f"{where}: quantization_config must be an object, found {type(stored).__name__}")
     files = sorted(folder.glob(MSMODELSLIM_PATTERN))
@@ -189,15 +212,19 @@ def present_quantized(
             f"{folder} describes its int8 tensors more than once: {names}; keep the one that is right"
         )
     if files:
-        return _present_msmodelslim(files[0], read_json(files[0], "msModelSlim's description"), sources)
+        return _present_msmodelslim(files[0], read_json(files[0], "msModelSlim's description"), config, sources)
     if not stored:
         return sources, QuantizationInfo()
     if is_msmodelslim:
-        return _present_msmodelslim(where, stored, sources)
+        return _present_msmodelslim(where, stored, config, sources)
+    packed = {"gptq": present_gptq, "awq": present_awq}.get(str(stored.get("quant_method")))
+    if packed is not None:
+        result = dict(sources)
+        return result, QuantizationInfo(stored["quant_method"], packed(where, stored, result))
     if stored.get("quant_method") != "compressed-tensors":
         raise CheckpointError(
             f"{where}: quant_method {stored.get('quant_method')!r} is not supported; readable are "
-            "compressed-tensors int8 (W8A8, W8A16) and msModelSlim, or start from the float model"
+            "compressed-tensors, gptq, awq and msModelSlim, or start from the float model"
         )
     return _present_compressed_tensors(where, stored, sources)
 
@@ -216,17 +243,20 @@ def _present_compressed_tensors(
     is_dense = (stored.get("sparsity_config") or {}).get("format") == "dense"
     _refuse_others(place, stored, CONFIG_KEYS | ({"sparsity_config"} if is_dense else set()))
     _check_format(place, stored, "mixed-precision")
-    groups = []
+    groups: list[tuple[str, list[str]]] = []
+    sizes: list[int | None] = []
     for name, group in (stored.get("config_groups") or {}).items():
         place = f"{where}, quantization group {name}"
         groups.append((_group_scheme(place, group), group.get("targets") or []))
+        sizes.append((group.get("weights") or {}).get("group_size"))
     result, schemes = dict(sources), {}
     for scale_name in [name for name in sources if name.endswith(".weight_scale")]:
         linear = scale_name.removesuffix(".weight_scale")
         if any(_names(target, linear) for target in stored.get("ignore") or []):
             raise CheckpointError(f"{where}: `ignore` names {linear}, but {scale_name} is stored")
-        schemes[linear] = _scheme_of_linear(where, linear, groups)
-        _present_linear(where.parent, linear, result)
+        at = _group_of_linear(where, linear, groups)
+        schemes[linear] = groups[at][0]
+        _present_linear(where.parent, linear, groups[at][0], sizes[at], result)
     return result, QuantizationInfo("compressed-tensors", schemes)
 
 
@@ -246,11 +276,16 @@ def _check_format(where: str, found: Mapping[str, Any], *more: str) -> None:
 def _group_scheme(where: str, group: dict[str, Any]) -> str:
     _refuse_others(where, group, GROUP_KEYS)
     _check_format(where, group)
-    _check_args(f"{where}, weights", group.get("weights") or {}, WEIGHTS)
-    if group.get("input_activations") is None:
-        return "w8a16"
-    _check_args(f"{where}, input_activations", group["input_activations"], INPUTS)
-    return "w8a8"
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    has_four = weights.get("num_bits") == 4
+    _check_args(f"{where}, weights", weights, WEIGHTS_4 if has_four else WEIGHTS)
+    if inputs is None:
+        return "w4a16" if has_four else "w8a16"
+    if has_four:
+        raise CheckpointError(f"{where}: {W4A8}")
+    is_static = isinstance(inputs, dict) and not inputs.get("dynamic")
+    _check_args(f"{where}, input_activations", inputs, STATIC_INPUTS if is_static else INPUTS)
+    return "w8a8_static" if is_static else "w8a8"
 
 
 def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
@@ -259,10 +294,9 @@ def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, 
         found = args.get(key) if args.get(key) is not None else defaults.get(key)
         if found not in values:
             raise CheckpointError(
-                f"{where}: {key}={found!r}; only int8 is read: symmetric weights with one scale per channel, "
-                "activations "
-                "that "
-                "are float or symmetric dynamic int8 per token"
+                f"{where}: {key}={found!r}; read are int8 weights, symmetric with one scale per channel, with "
+                "activations in float, dynamic per token or static per tensor, and 4-bit weights in groups with float "
+                "activations"
             )
     _refuse_others(where, args, ARGS_UNUSED | allowed.keys())
 
@@ -274,35 +308,82 @@ def _names(target: str, linear: str) -> bool:
         raise CheckpointError(f"quantization_config: {target!r} is no regular expression: {error}") from None
 
 
-def _scheme_of_linear(where: Path, linear: str, groups: list[tuple[str, list[str]]]) -> str:
+def _group_of_linear(where: Path, linear: str, groups: list[tuple[str, list[str]]]) -> int:
     # A target naming the module wins over one naming the class, as in compressed-tensors itself.
-    for scheme, targets in groups:
-        if any(_names(target, linear) for target in targets):
-            return scheme
     kind = "Embedding" if "embed" in linear else "Linear"
-    for scheme, targets in groups:
-        if kind in targets:
-            return scheme
+    for fits in (lambda target: _names(target, linear), lambda target: target == kind):
+        found = next((at for at, (_, targets) in enumerate(groups) if any(map(fits, targets))), None)
+        if found is not None:
+            return found
     raise CheckpointError(f"{where}: {linear}.weight_scale is stored, but no quantization group targets {linear}")
 
 
-def _present_linear(folder: Path, linear: str, result: dict[str, TensorSource]) -> None:
-    for extra in ("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"):
+def _present_linear(
+    folder: Path, linear: str, scheme: str, group_size: int | None, result: dict[str, TensorSource]
+) -> None:
+    extras = ["weight_zero_point", "weight_g_idx"] * (scheme != "w4a16")
+    for extra in extras + ["input_scale", "input_zero_point"] * (scheme != "w8a8_static"):
         if f"{linear}.{extra}" in result:
-            raise CheckpointError(f"{folder}: {linear}.{extra} is stored; only symmetric per-channel int8 is read")
+            raise CheckpointError(f"{folder}: {linear}.{extra} is stored, which a {scheme} linear does not have")
     if f"{linear}.weight_packed" in result:
+        shape = _shape_of_packed(linear, result)
+        if scheme == "w4a16":
+            present_packed(linear, result, shape, None if group_size in (None, -1) else group_size)
+            return
         packed = result.pop(f"{linear}.weight_packed")
-        named = result.pop(f"{linear}.weight_shape", None)
-        shape = [] if named is None else named.read().tolist()
-        if len(shape) != 2 or packed.dtype != torch.int32 or packed.shape != (shape[0], (shape[1] + 3) // 4):
+        if packed.dtype != torch.int32 or packed.shape != (shape[0], (shape[1] + 3) // 4):
             raise CheckpointError(
                 f"{packed.origin}: {linear}.weight_packed is {packed.dtype} {list(packed.shape)}, expected int32 with "
-                "four "
-                f"numbers an element for weight_shape {shape}"
+                f"four numbers an element for weight_shape {list(shape)}"
             )
-        result[f"{linear}.weight"] = PackedInt8(packed, (shape[0], shape[1]))
+        result[f"{linear}.weight"] = PackedInt8(packed, shape)
+    elif scheme == "w4a16":
+        raise CheckpointError(f"{folder}: {linear}.weight_packed is missing; 4 bits are read packed only")
     _check_linear(folder, linear, result)
     result[f"{linear}.weight_scale"] = ScaleColumn(result[f"{linear}.weight_scale"])
+    if scheme == "w8a8_static":
+        offset = result.pop(f"{linear}.input_zero_point", None)
+        _add_static(folder, linear, result.get(f"{linear}.input_scale"), offset, result)
+
+
+def _shape_of_packed(linear: str, result: dict[str, TensorSource]) -> tuple[int, int]:
+    named = result.pop(f"{linear}.weight_shape", None)
+    shape = [] if named is None else named.read().tolist()
+    if len(shape) != 2 or not all(0 < number < 1 << 31 for number in shape):
+        origin = result[f"{linear}.weight_packed"].origin
+        raise CheckpointError(f"{origin}: {linear}.weight_shape is {shape}, expected two numbers beside weight_packed")
+    return shape[0], shape[1]
+
+
+def _add_static(
+    folder: Path, linear: str, scale: TensorSource | None, offset: TensorSource | None, result: dict[str, TensorSource]
+) -> None:
+    for name, source in (("input_scale", scale), ("input_offset", offset)):
+        if source is None and name == "input_scale":
+            raise CheckpointError(f"{folder}: {linear}.input_scale is missing, though its activations are static")
+        if source is not None and torch.Size(source.shape).numel() != 1:
+            raise CheckpointError(
+                f"{source.origin}: {linear}.{name} has shape {list(source.shape)}; static activations are read with "
+                "one scale and offset a tensor"
+            )
+        result[f"{linear}.{name}"] = _Number(source, folder)
+    if not 0 < float(result[f"{linear}.input_scale"].read()) < float("inf"):
+        raise CheckpointError(f"{folder}: {linear}.input_scale is no positive number")
+
+
+class _Number:
+    """One stored number as float32 [1]; 0 where nothing is stored."""
+
+    dtype, shape = torch.float32, (1,)
+
+    def __init__(self, inner: TensorSource | None, folder: Path) -> None:
+        self.inner, self.origin = inner, str(folder) if inner is None else inner.origin
+
+    def read(self) -> torch.Tensor:
+        return torch.zeros(1) if self.inner is None else self.inner.read().reshape(1).float()
+
+    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        return self.read()[start:stop]
 
 
 def _check_linear(folder: Path, linear: str, result: dict[str, TensorSource]) -> None:
@@ -326,21 +407,28 @@ def _check_linear(folder: Path, linear: str, result: dict[str, TensorSource]) ->
 
 
 def _present_msmodelslim(
-    path: Path, described: dict[str, Any], sources: dict[str, TensorSource]
+    path: Path, described: dict[str, Any], config: dict[str, Any], sources: dict[str, TensorSource]
 ) -> tuple[dict[str, TensorSource], QuantizationInfo]:
     result, schemes = dict(sources), {}
     for name, kind in described.items():
         if not name.endswith(".weight") or name not in sources or kind == "FLOAT":
             continue
         if not isinstance(kind, str) or kind not in MSMODELSLIM_SCHEMES:
-            raise CheckpointError(f"{path}: {name} is stored as {kind}; readable: {', '.join(MSMODELSLIM_SCHEMES)}")
+            why = f": {W4A8}" if str(kind).startswith("W4A8") else f"; readable: {', '.join(MSMODELSLIM_SCHEMES)}"
+            raise CheckpointError(f"{path}: {name} is stored as {kind}{why}")
         linear = name.removesuffix(".weight")
         schemes[linear] = MSMODELSLIM_SCHEMES[kind]
-        _present_msmodelslim_linear(path, linear, result)
+        if kind != "W4A16":
+            _present_msmodelslim_linear(path, linear, kind, result)
+            continue
+        shape = expected_shapes(ModelConfig.from_dict(config, where=f"{path.parent}/config.json")).get(name)
+        if shape is None or f"{linear}.weight_scale" not in sources:
+            raise CheckpointError(f"{path}: {name} is stored as W4A16 and has no weight_scale, or fits no linear")
+        present_bytes(linear, result, (shape[0], shape[1]))
     return result, QuantizationInfo("msmodelslim", schemes)
 
 
-def _present_msmodelslim_linear(path: Path, linear: str, result: dict[str, TensorSource]) -> None:
+def _present_msmodelslim_linear(path: Path, linear: str, kind: str, result: dict[str, TensorSource]) -> None:
     _check_linear(path.parent, linear, result)
     offset = result.pop(f"{linear}.weight_offset", None)
     if offset is not None and bool(offset.read().ne(0).any()):
@@ -352,7 +440,7 @@ def _present_msmodelslim_linear(path: Path, linear: str, result: dict[str, Tenso
     input_scale, input_offset, quant_bias = (
         result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")
     )
-    if deq is None and scale is not None:
+    if scale is not None and kind != "W8A8":  # W8A8_MIX holds both
         result[f"{linear}.weight_scale"] = ScaleColumn(scale)
         return
     if deq is None or input_scale is None or input_offset is None or quant_bias is None:
@@ -368,3 +456,5 @@ def _present_msmodelslim_linear(path: Path, linear: str, result: dict[str, Tenso
     recovered = RecoveredScale(deq, input_scale)
     result[f"{linear}.weight_scale"] = recovered
     result[f"{linear}.bias"] = RecoveredBias(quant_bias, input_offset, result[f"{linear}.weight"], recovered)
+    if kind == "W8A8":
+        _add_static(path.parent, linear, input_scale, input_offset, result)

@@ -24,7 +24,8 @@ from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import Quantizer
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.tensors import kept_linears, linear_names
+from ascend_kit.model.int4 import best_group_size, group_size_for
+from ascend_kit.model.tensors import expected_shapes, kept_linears, linear_names
 from ascend_kit.prompts import read_prompts
 
 MIX_TOKENS = 1024  # tokens on which mixes are compared; hidden states of every variant are held for them
@@ -34,7 +35,7 @@ MIX_TOKENS = 1024  # tokens on which mixes are compared; hidden states of every 
 class Int8Options:
     """The int8 parameters of `convert`, as given."""
 
-    quantize: str = "none"  # none | w8a8 | w8a16 | auto
+    quantize: str = "none"  # none | w8a8 | w8a16 | w4a16 | auto
     keep: tuple[str, ...] = ("lm_head",)
     calibration_file: str | Path | None = None
     smooth: float | None = None  # None = no smoothing, else the share moved from activations to weights, 0..1
@@ -56,7 +57,7 @@ class Int8Options:
         if self.quantize != "auto" and limited:
             raise ValueError(f"max_kl and max_accuracy_loss choose a mix; they need quantize=auto, not {self.quantize}")
         if self.quantize == "none" and (self.smooth is not None or self.clip_search):
-            raise ValueError("smooth and clip_search change int8 weights; set quantize, or leave them off")
+            raise ValueError("smooth and clip_search change quantised weights; set quantize, or leave them off")
         if (self.quantize == "auto" or self.smooth is not None) and self.calibration_file is None:
             raise ValueError(
                 "calibration_file is needed for smooth and for quantize=auto: JSON lines with `prompt`, "
@@ -101,7 +102,7 @@ def plan_int8(
     if texts and "lm_head" in schemes and options.quantize == "auto":
         raise ValueError("quantize=auto does not quantise lm_head; keep it in quantize_keep")
     if texts and checkpoint.quantization.schemes and (options.smooth is not None or options.quantize == "auto"):
-        raise CheckpointError(f"{checkpoint.folder} is int8 already; smooth and quantize=auto need the float model")
+        raise CheckpointError(f"{checkpoint.folder} is quantised; smooth and quantize=auto need the float model")
     statistics = InputStatistics()
     if texts and (options.smooth is not None or options.clip_search):
         report = (
@@ -112,7 +113,9 @@ def plan_int8(
     if options.smooth is not None:
         source = LayerwiseModel(checkpoint, model)
         changes, statistics = plan_smoothing(source, statistics, schemes, options.smooth)
-    quantizer = Quantizer(options.clip_search, dtype, statistics.mean_square)
+    widths = {expected_shapes(model)[f"{name}.weight"][1] for name in schemes}
+    group_size = group_size_for(widths) if wanted == "w4a16" else best_group_size(widths)
+    quantizer = Quantizer(options.clip_search, dtype, statistics.mean_square, group_size or 0)
     if options.quantize != "auto":
         return Recipe(dtype, schemes, changes, quantizer), None
     smoothed = LayerwiseModel(checkpoint, model, device=device, changes=changes, quantizer=quantizer)
@@ -120,6 +123,7 @@ def plan_int8(
         smoothed,
         limit_tokens(texts, MIX_TOKENS),
         kept=kept,
+        with_4_bits=group_size is not None,
         float_bytes=dtype.itemsize,
         max_kl=options.max_kl,
         max_accuracy_loss=options.max_accuracy_loss,

@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor
 from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange
 from ascend_kit.device.ops import AttentionMeta, reference
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.int8 import dequantize_weight, encode
-from ascend_kit.model.layers import DecoderLayer, Linear, RMSNorm, Rotary, build_layer
+from ascend_kit.model.layers import DecoderLayer, Linear, RMSNorm, Rotary, SideBySide, build_layer
 from ascend_kit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, layer_prefix, layer_tensors
 
 BLOCK_SIZE = 32
@@ -26,29 +25,21 @@ HEAD_ROWS = 8192  # vocabulary rows of the output head in memory at once
 LinearMaker = Callable[[str, Tensor, Tensor | None], nn.Module]  # name, weight [out, in], bias
 
 
-class EmulatedInt8(nn.Module):
-    """An int8 linear in float32 arithmetic: rounded weight, and for w8a8 activations rounded per token."""
+class Emulated(nn.Module):
+    """A quantised linear in float32 arithmetic: a rounded weight, and inputs rounded by `round_inputs`."""
 
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, scheme: str):
+    def __init__(self, weight: Tensor, bias: Tensor | None, round_inputs: Callable[[Tensor], Tensor] | None):
         super().__init__()
-        self.weight, self.bias, self.scheme = dequantize_weight(codes, scale), bias, scheme
+        self.weight, self.bias, self.round_inputs = weight, bias, round_inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scheme == "w8a8":
-            codes, act_scale = reference.quantize_per_token(x)
-            x = codes.float() * act_scale.unsqueeze(-1)
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(self.round_inputs(x) if self.round_inputs else x, self.weight, self.bias)
 
 
-class SideBySide(nn.Module):
-    """Linears on the same input, outputs joined: a merged product whose parts may differ in kind."""
-
-    def __init__(self, parts: Sequence[nn.Module]):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+def round_per_token(x: Tensor) -> Tensor:
+    """x as int8 with a scale per row holds it."""
+    codes, scale = reference.quantize_per_token(x)
+    return codes.float() * scale.unsqueeze(-1)
 
 
 def plain_linear(_name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -75,24 +66,23 @@ class LayerwiseModel:
         self.changes, self.quantizer = changes or {}, quantizer or Quantizer()
         self._head: Tensor | None = None
 
-    def int8_linear(self, schemes: Mapping[str, str]) -> LinearMaker:
+    def quantized_linear(self, schemes: Mapping[str, str]) -> LinearMaker:
         """A maker that rounds the linears named in `schemes` and leaves the others."""
 
         def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
             if name not in schemes:
                 return plain_linear(name, weight, bias)
-            scale = self.quantizer.scale(name, weight.cpu()).to(weight.device)
-            return EmulatedInt8(encode(weight, scale), scale, bias, schemes[name])
+            rounded = self.quantizer.rounded(name, weight.cpu(), schemes[name]).to(weight.device)
+            return Emulated(rounded, bias, round_per_token if schemes[name] == "w8a8" else None)
 
         return make
 
     def weight(self, name: str) -> Tensor:
         """A tensor in float32 on the device, dequantised and changed where that applies."""
         linear = name.removesuffix(".weight")
-        tensor = self.checkpoint.read(name)
-        if name.endswith(".weight") and self.checkpoint.quantization.scheme(linear) != "none":
-            tensor = dequantize_weight(tensor, self.checkpoint.read(f"{linear}.weight_scale"))
-        tensor = tensor.float()
+        is_quantised = name.endswith(".weight") and self.checkpoint.quantization.scheme(linear) != "none"
+        source = DequantizedTensor(self.checkpoint, linear) if is_quantised else self.checkpoint.source(name)
+        tensor = source.read().float()
         if name in self.changes:
             tensor = self.changes[name](tensor, 0, tensor.shape[0])
         return tensor.to(self.device)
@@ -120,14 +110,19 @@ class LayerwiseModel:
         )
 
     def stored_layer(self, number: int) -> DecoderLayer:
-        """A layer that computes what the files say: int8 linears in the arithmetic of their scheme."""
+        """A layer that computes what the files say: quantised linears in the arithmetic of their scheme."""
         info, weights = self.checkpoint.quantization, self.layer_weights(number)
 
         def make(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-            if info.scheme(name) == "none":
-                return plain_linear(name, weight, bias)
-            codes, scale = (self.checkpoint.read(f"{name}.weight"), self.checkpoint.read(f"{name}.weight_scale"))
-            return EmulatedInt8(codes.to(self.device), scale.to(self.device), bias, info.scheme(name))
+            scheme = info.scheme(name)
+            if scheme != "w8a8_static":
+                return Emulated(weight, bias, round_per_token if scheme == "w8a8" else None)
+            scale, offset = (
+                self.checkpoint.read(f"{name}.input_{part}").to(self.device) for part in ("scale", "offset")
+            )
+            return Emulated(
+                weight, bias, lambda x: (reference.quantize_static(x, scale, offset).float() - offset) * scale
+            )
 
         return self.build_layer(number, weights, make)
 

@@ -114,6 +114,7 @@ LIMITS = {
     "fp16": ParityLimits(1e-3, 0.99, 0.1, 0.005, 0.6, 0.9),
     "bf16": ParityLimits(0.005, 0.97, 0.5, 0.01, 0.5, 0.9),
     "w8a16": ParityLimits(0.02, 0.95, 1.0, 0.02, 0.3, 0.9),
+    "w4a16": ParityLimits(0.3, 0.8, 6.0, 0.25, 0.05, 0.8),
     "w8a8": ParityLimits(0.05, 0.9, 1.5, 0.05, 0.2, 0.9),
 }
 
@@ -172,7 +173,7 @@ class ParityReport:
 
 def limits_for(precision: str, scheme: str, **changes: float | None) -> ParityLimits:
     """Default limits of a precision and quantisation scheme, with some replaced."""
-    return replace(LIMITS[{"none": precision, "mixed": "w8a8"}.get(scheme, scheme)], **changes)
+    return replace(LIMITS[{"none": precision, "mixed": "w8a8", "w8a8_static": "w8a8"}.get(scheme, scheme)], **changes)
 
 
 def compare(

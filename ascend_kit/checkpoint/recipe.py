@@ -9,17 +9,9 @@ from typing import Any
 
 import torch
 
-from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor
 from ascend_kit.checkpoint.int8_layouts import FORMATS
-from ascend_kit.checkpoint.tensor_jobs import (
-    CastJob,
-    DequantizeJob,
-    QuantizeJob,
-    Quantizer,
-    RepackJob,
-    ScaleChange,
-    TensorJob,
-)
+from ascend_kit.checkpoint.tensor_jobs import CastJob, QuantizeJob, Quantizer, RepackJob, ScaleChange, TensorJob
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import LAYER_PATTERN, expected_shapes, linear_names
 
@@ -29,13 +21,13 @@ class Recipe:
     """Every decision of a conversion, taken before the first byte is written."""
 
     dtype: torch.dtype
-    schemes: Mapping[str, str] = field(default_factory=dict)  # linear -> w8a8 | w8a16; absent = float
+    schemes: Mapping[str, str] = field(default_factory=dict)  # linear -> w8a8 | w8a16 | w4a16; absent = float
     changes: Mapping[str, ScaleChange] = field(default_factory=dict)  # tensor name -> smoothing
     quantizer: Quantizer = field(default_factory=Quantizer)
 
     def digest(self) -> str:
         """sha256 over every number that shapes the result: a resumed run must be the same conversion."""
-        decisions = (str(self.dtype), sorted(self.schemes.items()), self.quantizer.clip)
+        decisions = (str(self.dtype), sorted(self.schemes.items()), self.quantizer.clip, self.quantizer.group_size)
         state = hashlib.sha256(repr(decisions).encode())
         for name, change in sorted(self.changes.items()):
             for tensor in (change.row_divisor, change.column_factor):
@@ -55,28 +47,28 @@ def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
     source, linear = checkpoint.source(name), name.removesuffix(".weight")
     stored = checkpoint.quantization.scheme(linear) if name.endswith(".weight") else "none"
     target = recipe.schemes.get(linear, "none") if name.endswith(".weight") else "none"
-    if stored == "none" and target == "none":
-        return CastJob(name, source, recipe.dtype, recipe.changes.get(name))
-    if stored == "none":
-        return QuantizeJob(linear, source, target, recipe.quantizer, recipe.changes.get(name))
-    scale = checkpoint.source(f"{linear}.weight_scale")
+    kept = stored in ("w8a8", "w8a8_static", "w8a16") and target in ("w8a8", "w8a16")
+    if kept:  # codes of 8 bits are taken over as they are
+        return RepackJob(linear, source, checkpoint.source(f"{linear}.weight_scale"), target)
+    if stored != "none":
+        source = DequantizedTensor(checkpoint, linear)
     if target == "none":
-        return DequantizeJob(name, source, scale, recipe.dtype)
-    return RepackJob(linear, source, scale, target)
+        return CastJob(name, source, recipe.dtype, recipe.changes.get(name))
+    return QuantizeJob(linear, source, target, recipe.quantizer, recipe.changes.get(name))
 
 
 def result_config(config: dict[str, Any], model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
-    """config.json of the result: the source's, with the new dtype and the description of the int8 linears."""
+    """config.json of the result: the source's, with the new dtype and the description of the quantised linears."""
     result = {key: value for key, value in config.items() if key != "quantization_config"}
     name = str(recipe.dtype).removeprefix("torch.")
     keys = [key for key in ("torch_dtype", "dtype") if key in result] or ["torch_dtype"]
     result |= dict.fromkeys(keys, name)
     if recipe.schemes:
-        result["quantization_config"] = quantization_config(model, recipe.schemes)
+        result["quantization_config"] = quantization_config(model, recipe.schemes, recipe.quantizer.group_size)
     return result
 
 
-def quantization_config(model: ModelConfig, schemes: Mapping[str, str]) -> dict[str, Any]:
+def quantization_config(model: ModelConfig, schemes: Mapping[str, str], group_size: int) -> dict[str, Any]:
     """The compressed-tensors description of which linears are int8 and how."""
     kinds = sorted(set(schemes.values()))
     groups = {}
@@ -84,9 +76,9 @@ def quantization_config(model: ModelConfig, schemes: Mapping[str, str]) -> dict[
         targets = ["Linear"] if len(kinds) == 1 else [name for name, scheme in schemes.items() if scheme == kind]
         groups[f"group_{number}"] = {
             "targets": targets,
-            "weights": _int8("channel", dynamic=False),
+            "weights": _integers("group", 4, group_size) if kind == "w4a16" else _integers("channel", 8),
             "output_activations": None,
-            "input_activations": _int8("token", dynamic=True) if kind == "w8a8" else None,
+            "input_activations": _integers("token", 8, dynamic=True) if kind == "w8a8" else None,
             "format": FORMATS[kind],
         }
     kept = [name for name in linear_names(model) if name not in schemes]
@@ -103,14 +95,14 @@ def quantization_config(model: ModelConfig, schemes: Mapping[str, str]) -> dict[
     }
 
 
-def _int8(strategy: str, *, dynamic: bool) -> dict[str, Any]:
+def _integers(strategy: str, num_bits: int, group_size: int | None = None, *, dynamic: bool = False) -> dict[str, Any]:
     return {
-        "num_bits": 8,
+        "num_bits": num_bits,
         "type": "int",
         "symmetric": True,
         "strategy": strategy,
         "dynamic": dynamic,
-        "group_size": None,
+        "group_size": group_size,
         "block_structure": None,
         "actorder": None,
         "observer": None if dynamic else "minmax",

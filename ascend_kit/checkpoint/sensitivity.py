@@ -46,7 +46,7 @@ class Candidate:
     """One mix of schemes with what it costs and what it saves."""
 
     name: str
-    schemes: Mapping[str, str]  # linear -> w8a8 | w8a16
+    schemes: Mapping[str, str]  # linear -> w8a8 | w8a16 | w4a16
     weight_bytes: int  # all weights a decode step reads
     predicted_step_s: float | None  # weight_bytes / memory bandwidth; None when that is unknown
     divergence: Divergence
@@ -58,6 +58,7 @@ class Candidate:
             "candidate": self.name,
             "w8a8_linears": kinds.count("w8a8"),
             "w8a16_linears": kinds.count("w8a16"),
+            "w4a16_linears": kinds.count("w4a16"),
             "weight_bytes": self.weight_bytes,
             "predicted_step_s": self.predicted_step_s,
             **asdict(self.divergence),
@@ -91,7 +92,7 @@ def compare_variants(
         for name, schemes in variants.items():
             here = {linear: kind for linear, kind in schemes.items() if linear.startswith(f"model.layers.{number}.")}
             if here or name in hidden:
-                layer = model.build_layer(number, weights, model.int8_linear(here)) if here else plain
+                layer = model.build_layer(number, weights, model.quantized_linear(here)) if here else plain
                 hidden[name] = packed.forward(layer, hidden.get(name, before))
         hidden[None] = packed.forward(plain, before)
         if on_layer:
@@ -165,6 +166,7 @@ def choose_mix(
     texts: Sequence[Sequence[int]],
     *,
     kept: set[str],
+    with_4_bits: bool = False,
     float_bytes: int = 2,
     max_kl: float | None = None,
     max_accuracy_loss: float | None = None,
@@ -185,7 +187,10 @@ def choose_mix(
         return lambda done, total: on_progress(done, total, stage) if on_progress else None
 
     sensitivity = measure_sensitivity(model, texts, on_layer=report("layers, each linear alone"))
-    variants = _mixes(model.config, kept, {row["linear"]: row["kl"] for row in sensitivity})
+    pain = {row["linear"]: row["kl"] for row in sensitivity}
+    variants = _mixes(model.config, kept, pain)
+    if with_4_bits:  # the same ranking: what 8 bits disturb most, 4 bits do
+        variants |= _mixes(model.config, kept, pain, "w4a16")
     found = compare_variants(model, texts, variants, report("layers, candidate mixes"))
     candidates = []
     for name, schemes in variants.items():
@@ -203,7 +208,9 @@ def _is_within(found: Divergence, max_kl: float | None, max_accuracy_loss: float
     )
 
 
-def _mixes(config: ModelConfig, kept: set[str], kl_of_linear: Mapping[str, float]) -> dict[str, dict[str, str]]:
+def _mixes(
+    config: ModelConfig, kept: set[str], kl_of_linear: Mapping[str, float], cheap: str = "w8a8"
+) -> dict[str, dict[str, str]]:
     """Candidate name -> schemes. `float` is always among them, so a limit can always be met."""
     units = [unit for unit in unit_names(config) if not set(unit_members(unit)) & kept]
     members = {unit: unit_members(unit) for unit in units}
@@ -215,13 +222,13 @@ def _mixes(config: ModelConfig, kept: set[str], kl_of_linear: Mapping[str, float
     mixes: dict[str, dict[str, str]] = {"float": {}}
     for share in SHARE_STEPS:
         protected = ordered[: round(share * len(ordered))]
-        rest = {m: "w8a8" for unit in ordered[len(protected) :] for m in members[unit]}
+        rest = {m: cheap for unit in ordered[len(protected) :] for m in members[unit]}
         if not protected:
-            mixes.setdefault("w8a8", rest)
+            mixes.setdefault(cheap, rest)
             continue
-        mixes[f"w8a8, {len(protected)} of {len(units)} units w8a16"] = rest | {
+        mixes[f"{cheap}, {len(protected)} of {len(units)} units w8a16"] = rest | {
             m: "w8a16" for unit in protected for m in members[unit]
         }
-        mixes[f"w8a8, {len(protected)} of {len(units)} units float"] = rest
+        mixes[f"{cheap}, {len(protected)} of {len(units)} units float"] = rest
     mixes["w8a16"] = {m: "w8a16" for unit in ordered for m in members[unit]}
     return mixes

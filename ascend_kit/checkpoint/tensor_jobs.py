@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ascend_kit.checkpoint.int4_layouts import pack_int4
 from ascend_kit.checkpoint.int8_layouts import pack_int8
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
+from ascend_kit.model.int4 import dequantize_groups, quantize_groups
 from ascend_kit.model.int8 import dequantize_weight, encode, search_clip, weight_scale
 
 BLOCK_BYTES = 1 << 20  # stays in the cache of a core from reading to writing
@@ -102,18 +104,6 @@ class CastJob(TensorJob):
             yield 0, result
 
 
-class DequantizeJob(CastJob):
-    """The float form of an int8 linear."""
-
-    def __init__(self, name: str, source: TensorSource, scale: TensorSource, dtype: torch.dtype):
-        super().__init__(name, source, dtype)
-        self.scale = scale
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for start, stop, codes in self._row_blocks():
-            yield 0, dequantize_weight(codes, self.scale.read_slice(0, start, stop), self.dtype)
-
-
 @dataclass(frozen=True)
 class Quantizer:
     """How the scale of a linear's rows is found.
@@ -125,6 +115,7 @@ class Quantizer:
     clip: bool = False
     grid: torch.dtype = torch.float32
     input_squares: Mapping[str, Tensor] = field(default_factory=dict)
+    group_size: int = 128  # of 4-bit weights, whose scales are always searched
 
     def scale(self, linear: str, rows: Tensor) -> Tensor:
         """float32 [out] scales of some rows [out, in] of `linear`."""
@@ -132,13 +123,25 @@ class Quantizer:
             return search_clip(rows, self.input_squares.get(linear), self.grid)
         return weight_scale(rows, grid=self.grid)
 
+    def codes(self, linear: str, rows: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+        """(codes int8 [out, in], scale float32 [out] or, in 4 bits, [out, groups]) of some rows of `linear`."""
+        if scheme == "w4a16":
+            return quantize_groups(rows, self.group_size, self.grid, self.input_squares.get(linear))
+        scale = self.scale(linear, rows)
+        return encode(rows, scale), scale
+
+    def rounded(self, linear: str, weight: Tensor, scheme: str) -> Tensor:
+        """float32 [out, in]: what becomes of a weight."""
+        codes, scale = self.codes(linear, weight, scheme)
+        return dequantize_groups(codes, scale, None) if scheme == "w4a16" else dequantize_weight(codes, scale)
+
 
 class QuantizeJob(TensorJob):
-    """int8 codes and scales of a float linear in the compressed-tensors layout.
+    """Codes and scales of a float linear in the compressed-tensors layout.
 
     w8a8: `weight` int8 [out, in], `weight_scale` float32 [out, 1].
     w8a16: `weight_packed` int32 [out, in / 4], `weight_scale`, `weight_shape` int64 [2] (the form vLLM
-    reads).
+    reads). w4a16: the same with int32 [out, in / 8] and `weight_scale` float32 [out, groups].
     """
 
     def __init__(
@@ -146,15 +149,16 @@ class QuantizeJob(TensorJob):
     ):
         self.linear, self.source, self.scheme = linear, source, scheme
         self.quantizer, self.change = quantizer, change
-        self.outputs = int8_outputs(linear, source.shape, scheme)
+        groups = source.shape[1] // quantizer.group_size if scheme == "w4a16" else 1
+        self.outputs = quantized_outputs(linear, source.shape, scheme, groups)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         scales = []
         for start, stop, block in self._row_blocks():
             rows = block.float() if self.change is None else self.change(block, start, stop)
-            scale = self.quantizer.scale(self.linear, rows)
+            codes, scale = self.quantizer.codes(self.linear, rows, self.scheme)
             scales.append(scale)
-            yield 0, _stored(encode(rows, scale), self.scheme)
+            yield 0, _stored(codes, self.scheme)
         yield from _closing(torch.cat(scales), self.source.shape, self.scheme)
 
 
@@ -163,7 +167,7 @@ class RepackJob(TensorJob):
 
     def __init__(self, linear: str, source: TensorSource, scale: TensorSource, scheme: str):
         self.source, self.scale, self.scheme = source, scale, scheme
-        self.outputs = int8_outputs(linear, source.shape, scheme)
+        self.outputs = quantized_outputs(linear, source.shape, scheme, 1)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         for _, _, codes in self._row_blocks():
@@ -173,21 +177,22 @@ class RepackJob(TensorJob):
         yield from _closing(scale, self.source.shape, self.scheme)
 
 
-def int8_outputs(linear: str, shape: tuple[int, ...], scheme: str) -> tuple[OutputTensor, ...]:
-    """The stored tensors of one int8 linear of weight shape [out, in]."""
-    scale = OutputTensor(f"{linear}.weight_scale", torch.float32, (shape[0], 1))
+def quantized_outputs(linear: str, shape: tuple[int, ...], scheme: str, groups: int) -> tuple[OutputTensor, ...]:
+    """The stored tensors of one quantised linear of weight shape [out, in]."""
+    scale = OutputTensor(f"{linear}.weight_scale", torch.float32, (shape[0], groups))
     if scheme == "w8a8":
         return OutputTensor(f"{linear}.weight", torch.int8, shape), scale
-    packed = OutputTensor(f"{linear}.weight_packed", torch.int32, (shape[0], (shape[1] + 3) // 4))
+    per_word = 8 if scheme == "w4a16" else 4
+    packed = OutputTensor(f"{linear}.weight_packed", torch.int32, (shape[0], -(-shape[1] // per_word)))
     return packed, scale, OutputTensor(f"{linear}.weight_shape", torch.int64, (2,))
 
 
 def _stored(codes: Tensor, scheme: str) -> Tensor:
-    return codes if scheme == "w8a8" else pack_int8(codes)
+    return codes if scheme == "w8a8" else pack_int4(codes) if scheme == "w4a16" else pack_int8(codes)
 
 
 def _closing(scale: Tensor, shape: tuple[int, ...], scheme: str) -> Iterator[tuple[int, Tensor]]:
-    yield 1, scale.reshape(-1, 1).float()
+    yield 1, scale.reshape(shape[0], -1).float()
     if scheme != "w8a8":
         yield 2, torch.tensor(shape, dtype=torch.int64)
 

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ascend_kit.checkpoint.check import check_tensors
-from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
+from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor, open_checkpoint
 from ascend_kit.device.device import Device
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.decoder import Decoder, Embedding
-from ascend_kit.model.int8 import dequantize_weight
-from ascend_kit.model.layers import Int8Linear, Int8WeightLinear, Linear, RMSNorm, Rotary, StackedLinear, build_layer
+from ascend_kit.model.layers import (
+    Int4WeightLinear,
+    Int8Linear,
+    Int8StaticLinear,
+    Int8WeightLinear,
+    Linear,
+    RMSNorm,
+    Rotary,
+    SideBySide,
+    StackedLinear,
+    build_layer,
+)
 from ascend_kit.model.tensors import (
     EMBEDDING,
     FINAL_NORM,
@@ -130,23 +140,79 @@ class _Loader:
         """This rank's part of linears that form one product; those of unlike schemes are dequantised."""
         schemes = {self.checkpoint.quantization.scheme(name) for name in names}
         scheme = schemes.pop() if len(schemes) == 1 else "none"
-        weights, scales = zip(*(self._weight(name, scheme) for name in names), strict=True)
+        if scheme == "w4a16":
+            return self._int4(names)
+        if scheme == "w8a8_static" and len(names) > 1 and not self._share_inputs(names, "input_scale", "input_offset"):
+            return SideBySide([self._linear([name]) for name in names])
         biases = [bias for name in names if (bias := self._bias(name)) is not None]
-        weight, bias = torch.cat(weights), torch.cat(biases) if biases else None
+        bias = torch.cat(biases) if biases else None
         if scheme == "none":
-            return Linear(weight, bias, self.ops)
-        kind = Int8Linear if scheme == "w8a8" else Int8WeightLinear
-        return kind(weight, torch.cat(scales), bias, self.ops)
+            return Linear(torch.cat([self._dequantized(name) for name in names]), bias, self.ops)
+        codes = torch.cat([self._read(f"{name}.weight").to(self.target) for name in names])
+        scale = torch.cat([self._of_rows(name, "weight_scale") for name in names])
+        if scheme == "w8a8_static":
+            of_inputs = [self.checkpoint.read(f"{names[0]}.input_{part}") for part in ("scale", "offset")]
+            input_scale, offset = (number.to(self.target) for number in of_inputs)
+            return Int8StaticLinear(codes, scale, bias, input_scale, offset, self.ops)
+        return (Int8Linear if scheme == "w8a8" else Int8WeightLinear)(codes, scale, bias, self.ops)
 
-    def _weight(self, name: str, scheme: str) -> tuple[Tensor, Tensor | None]:
-        """(weight, scale) of one linear: float weight and None, or int8 codes and the scale of its output rows."""
+    def _share_inputs(self, names: list[str], *parts: str) -> bool:
+        """Whether linears take their common input in one form: the same scale, or the same order."""
+        for part in parts:
+            found = [self.checkpoint.read(f"{name}.{part}") for name in names if f"{name}.{part}" in self.checkpoint]
+            if len(found) not in (0, len(names)) or any(not torch.equal(found[0], other) for other in found[1:]):
+                return False
+        return True
+
+    def _int4(self, names: list[str]) -> nn.Module:
+        """4-bit linears in one product where they share groups and order; in float where ranks would cut a group."""
+        widths = {self.checkpoint.shape(f"{name}.weight_scale")[1] for name in names}
+        if len(names) > 1 and (len(widths) > 1 or not self._share_inputs(names, "weight_g_idx")):
+            return SideBySide([self._int4([name]) for name in names])
+        biases = [bias for name in names if (bias := self._bias(name)) is not None]
+        bias, order, span = torch.cat(biases) if biases else None, self._order(names[0]), slice(None)
+        spec = self._spec(f"{names[0]}.weight")
+        if spec.split == 1 and self.parallel.size > 1:
+            size = spec.shape[1] // widths.pop()
+            first, last = self._share(spec)
+            if size < spec.shape[1]:
+                if first % size or last % size or order is not None:
+                    return Linear(torch.cat([self._dequantized(name) for name in names]), bias, self.ops)
+                span = slice(first // size, last // size)
+        codes = torch.cat([self._read(f"{name}.weight").to(self.target) for name in names])
+        scale = torch.cat([self._of_rows(name, "weight_scale")[:, span] for name in names])
+        zeros = [self._of_rows(name, "weight_zero_point")[:, span] for name in names if self._has_zeros(name)]
+        if zeros and len(zeros) < len(names):
+            return SideBySide([self._int4([name]) for name in names])
+        return Int4WeightLinear(codes, scale, torch.cat(zeros) if zeros else None, bias, self.ops, order)
+
+    def _has_zeros(self, name: str) -> bool:
+        zero = f"{name}.weight_zero_point"
+        return zero in self.checkpoint and bool(self.checkpoint.read(zero).any())
+
+    def _order(self, name: str) -> Tensor | None:
+        """int64 [in]: the inputs group by group, None where they stand so already."""
+        if f"{name}.weight_g_idx" not in self.checkpoint:
+            return None
+        group_of = self.checkpoint.read(f"{name}.weight_g_idx")
+        order = group_of.argsort(stable=True)
+        is_sorted = torch.equal(order, torch.arange(len(order)))
+        return None if is_sorted else order.to(self.target)
+
+    def _of_rows(self, name: str, part: str) -> Tensor:
+        """float32: this rank's rows of something that a quantised linear has for each output."""
+        spec = self._spec(f"{name}.weight")
+        rows = self._share(spec) if spec.split == 0 else (0, spec.shape[0])
+        return self.checkpoint.read_slice(f"{name}.{part}", 0, *rows).to(self.target).float()
+
+    def _dequantized(self, name: str) -> Tensor:
+        """This rank's part of a weight in the model's dtype, however it is stored."""
         if self.checkpoint.quantization.scheme(name) == "none":
-            return self._float(f"{name}.weight"), None
-        weight = f"{name}.weight"
-        codes = self._read(weight).to(self.target)
-        rows = self._share(self._spec(weight)) if self._spec(weight).split == 0 else (0, codes.shape[0])
-        scale = self.checkpoint.read_slice(f"{name}.weight_scale", 0, *rows).to(self.target).float()
-        return (codes, scale) if scheme != "none" else (dequantize_weight(codes, scale, self.dtype), None)
+            return self._float(f"{name}.weight")
+        source, spec = DequantizedTensor(self.checkpoint, name), self._spec(f"{name}.weight")
+        whole = self.parallel.size == 1 or spec.split is None
+        found = source.read() if whole else source.read_slice(spec.split or 0, *self._share(spec))
+        return found.to(self.target, self.dtype)
 
     def _bias(self, name: str) -> Tensor | None:
         """A bias that belongs to a whole output is added once, on rank 0."""

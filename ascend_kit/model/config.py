@@ -136,7 +136,10 @@ class ModelConfig:
         """From the mapping of a config.json."""
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
-            raise FileError(f"{where}: model_type {family!r} is not supported; allowed: {', '.join(FAMILY_DEFAULTS)}")
+            raise FileError(
+                f"{where}: model_type {family!r} is not supported; allowed: {', '.join(FAMILY_DEFAULTS)}. Where a "
+                "server (vLLM and the like) runs it, measure it there with engine: openai"
+            )
         _refuse_unknown(raw, where)
         keys = _Keys({**FAMILY_DEFAULTS[family], **raw}, where)
         layers, heads = keys.count("num_hidden_layers", 10_000), keys.count("num_attention_heads", 100_000)

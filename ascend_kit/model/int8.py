@@ -37,15 +37,16 @@ def weight_scale(weight: Tensor, clip_ratio: Tensor | float = 1.0, grid: torch.d
     scale = largest / INT8_MAX
     # A row below the smallest normal number would make 1 / scale infinite; its codes are zeros either way.
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
-    return scale if grid == torch.float32 else _round_up(scale, grid)
+    return on_grid(scale, grid)
 
 
-def _round_up(scale: Tensor, grid: torch.dtype) -> Tensor:
-    nearest = scale.to(grid).float()
-    # One step of the grid is at most eps * scale, or the grid's smallest number.
-    step = torch.clamp(scale * torch.finfo(grid).eps, min=2.0**-24 if grid == torch.float16 else 0.0)
-    above = (scale + step).to(grid).float()
-    return torch.where(nearest < scale, above, nearest)
+def on_grid(scale: Tensor, grid: torch.dtype) -> Tensor:
+    """float32 positive scales as numbers of `grid`: those that are not on it become the next one above."""
+    if grid == torch.float32:
+        return scale
+    nearest = scale.to(grid)
+    above = (nearest.view(torch.int16) + 1).view(grid)  # neighbours of one sign have neighbouring bits
+    return torch.where(nearest.float() < scale, above.float(), nearest.float())
 
 
 def encode(weight: Tensor, scale: Tensor) -> Tensor:

@@ -94,6 +94,70 @@ class Int8WeightLinear(nn.Module):
         return self.ops.int8_weight_matmul(x, self.weight, self.weight_scale, self.bias)
 
 
+class Int8StaticLinear(nn.Module):
+    """W8A8 with one scale and offset for all activations, found at calibration: q = round(x / scale + offset)."""
+
+    def __init__(
+        self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: Tensor, offset: Tensor, ops: ModuleType
+    ):
+        super().__init__()
+        self.ops = ops
+        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
+        dequantization = weight_scale.reshape(-1).float() * scale
+        # The offset's share of every sum, and the bias, in steps of the product.
+        total = -offset * codes.sum(1, dtype=torch.int64)
+        total = total if bias is None else total + bias.double() / dequantization
+        self.weight = frozen(ops.pack_int8_static(codes))
+        self.dequantization, self.bias = frozen(dequantization), frozen(total.round().to(torch.int32))
+        self.scale, self.offset = frozen(scale.float()), frozen(offset.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.ops.quantize_static(x, self.scale, self.offset)
+        return self.ops.int8_static_matmul(codes, self.weight, self.dequantization, self.bias, x.dtype)
+
+
+class Int4WeightLinear(nn.Module):
+    """W4A16: 4-bit weight with a scale, and perhaps a zero point, per group of inputs; see model/int4.
+
+    `order` int64 [in] brings the inputs of each group together where groups are not of neighbours.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        ops: ModuleType,
+        order: Tensor | None = None,
+    ):
+        super().__init__()
+        self.ops = ops
+        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
+        if order is not None:
+            codes = codes.index_select(1, order)
+        weight, scale, zero = ops.pack_int4(codes, scale.float(), None if zero is None else zero.float())
+        self.weight, self.weight_scale = frozen(weight), frozen(scale)
+        self.zero = None if zero is None else frozen(zero)
+        self.order = None if order is None else frozen(order)
+        self.bias = None if bias is None else frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.order is None else x.index_select(1, self.order)
+        return self.ops.int4_weight_matmul(x, self.weight, self.weight_scale, self.zero, self.bias)
+
+
+class SideBySide(nn.Module):
+    """Linears on the same input, outputs joined: a merged product of parts that differ in kind or inputs."""
+
+    def __init__(self, parts: Sequence[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension; with a residual it adds first and returns both.
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.int4 import best_group_size
 
 UNITS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -23,7 +24,7 @@ UNITS = {
 LINEAR_PARTS = tuple(part for parts in UNITS.values() for part in parts)
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER_PATTERN = re.compile(r"model\.layers\.(\d+)\.(.+)")
-SCALE_BYTES = 4  # weight_scale is float32, one per output channel
+SCALE_BYTES = 4  # weight_scale is float32, one per output channel, or per group of 4-bit weights
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def num_weights(config: ModelConfig, linear: str) -> int:
 
 
 def weight_bytes(config: ModelConfig, schemes: Mapping[str, str], element_bytes: int) -> WeightBytes:
-    """Bytes of all weights when the linears in `schemes` are int8 and the rest has `element_bytes` an element.
+    """Bytes of all weights when the linears in `schemes` are quantised and the rest has `element_bytes` an element.
 
     A decode step reads all but the embedding table, of which it reads rows; a tied table is stored once and read whole,
     as the head.
@@ -187,7 +188,11 @@ def weight_bytes(config: ModelConfig, schemes: Mapping[str, str], element_bytes:
     stored = 0
     for name, shape in expected_shapes(config).items():
         count = math.prod(shape)
-        is_int8 = name.removesuffix(".weight") in schemes
-        stored += count + SCALE_BYTES * shape[0] if is_int8 else count * element_bytes
+        scheme = schemes.get(name.removesuffix(".weight"), "none")
+        if scheme == "w4a16":
+            groups = shape[1] // (best_group_size([shape[1]]) or shape[1])
+            stored += count // 2 + SCALE_BYTES * shape[0] * groups
+        else:
+            stored += count * element_bytes if scheme == "none" else count + SCALE_BYTES * shape[0]
     table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * element_bytes
     return WeightBytes(stored, stored - table)

@@ -110,7 +110,9 @@ class Experiment(BaseModel):
     tokenizer_path: str | None = Field(None, description="folder of tokenizer and config; default input_model")
     adapter_path: str | None = Field(None, description="LoRA folder (PEFT) merged at conversion")
     precision: str = Field("bf16", description="bf16, fp16 or fp32")
-    quantize: Literal["none", "w8a8", "w8a16", "auto"] = Field("none", description="int8 scheme of the linears")
+    quantize: Literal["none", "w8a8", "w8a16", "w4a16", "auto"] = Field(
+        "none", description="how the linears are quantised"
+    )
     quantize_keep: list[str] = Field(["lm_head"], description="linears kept unquantised: names, or parts between dots")
     calibration_file: str | None = Field(
         None, description="texts for smoothing and quantize: auto; the same kinds of file as prompts_file"

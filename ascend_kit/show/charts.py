@@ -335,8 +335,18 @@ def _reach(row: dict[str, Any], name: str) -> list[list[float]] | None:
 
 # --- quantisation and planning ------------------------------------------------------------------------------
 
-_SCHEME_MARKS = {"w8a8": {"marker": "o"}, "w8a16": {"marker": "s"}, "float": {"marker": "o", "fillstyle": "none"}}
-_MIX_NAMES = {"w8a8": "all int8", "float": "sensitive ones in float", "w8a16": "sensitive ones in w8a16"}
+_SCHEME_MARKS = {
+    "w8a8": {"marker": "o"},
+    "w8a16": {"marker": "s"},
+    "w4a16": {"marker": "D"},
+    "float": {"marker": "o", "fillstyle": "none"},
+}
+_MIX_NAMES = {
+    "w8a8": "all int8",
+    "w4a16": "all in 4 bits",
+    "float": "sensitive ones in float",
+    "w8a16": "sensitive ones in w8a16",
+}
 
 
 def show_choice(folder: RunFolder, quantization: dict[str, Any], max_kl: float | None) -> None:
@@ -367,7 +377,7 @@ def sensitivity(rows: Table, schemes: Mapping[str, str] | None = None) -> Figure
     """KL divergence that quantising one linear alone causes, by layer and kind of linear.
 
     `rows`: one per linear, with linear (its full name), layer, part and kl (nats per token). `schemes` is the
-    mix that was chosen (linear -> scheme): a square is w8a16, a hollow circle stays in float.
+    mix that was chosen (linear -> scheme): a square is w8a16, a diamond w4a16, a hollow circle stays in float.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -421,7 +431,7 @@ def mixes(candidates: Table, chosen: str | None = None, max_kl: float | None = N
 
 
 def _mix_kind(candidate: str) -> str:
-    return "w8a16" if candidate.endswith("w8a16") else "float" if candidate.endswith("float") else "w8a8"
+    return next((kind for kind in ("w8a16", "float", "w4a16") if candidate.endswith(kind)), "w8a8")
 
 
 def planner(plans: Table) -> Figure | None:

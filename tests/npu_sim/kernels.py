@@ -321,6 +321,13 @@ def _check_quant_matmul(
         else torch.int8
     )
     require(out is not None, name, f"output_dtype {output_dtype}")
+    if pertoken_scale is None:
+        check_dtype(name, (torch.int32, torch.bfloat16) if out == torch.bfloat16 else (torch.int32,), bias=bias)
+        of_scale = {
+            torch.bfloat16: (torch.float32, torch.bfloat16, torch.int64),
+            torch.float16: (torch.float32, torch.int64),
+        }
+        check_dtype(name, of_scale.get(out, (torch.int64,)), scale=scale)
     if pertoken_scale is not None:
         check_dtype(name, (torch.float32,), pertoken_scale=pertoken_scale)
         require(
@@ -346,13 +353,63 @@ def quant_matmul(
     **other: Any,
 ) -> Tensor:
     _check_quant_matmul(x1, x2, scale, pertoken_scale=pertoken_scale, bias=bias, output_dtype=output_dtype)
-    result = (x1.double() @ x2.double()).float() * scale.float()
+    total = x1.double() @ x2.double()
+    if bias is not None and bias.dtype == torch.int32:  # added to the sums, before they are scaled
+        total, bias = total + bias, None
+    result = total.float() * scale.float()
     if pertoken_scale is not None:
         result = result * pertoken_scale.unsqueeze(-1)
     if bias is not None:
         result = result + bias.float()
     codes = {code: dtype for dtype, code in _OUTPUTS.items()}
     return result.to(codes[int(output_dtype)] if output_dtype is not None else torch.int8)
+
+
+@checks("npu::npu_quantize")
+def _check_quantize(
+    input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: Any, axis: int = 1, div_mode: bool = True
+) -> None:
+    name = "npu_quantize"
+    check_dtype(name, (torch.float32, *HALF), input=input)
+    check_dtype(name, (input.dtype,), scales=scales, zero_points=zero_points)
+    check_contiguous(name, input=input, scales=scales)
+    require(not div_mode, name, "division is not simulated; pass the inverse and div_mode=False")
+    require(axis in (-1, input.dim() - 1), name, f"axis {axis} of {input.dim()} dimensions")
+    require(scales.dim() == 1 and scales.shape[0] in (1, input.shape[-1]), name, f"scales {tuple(scales.shape)}")
+    require(zero_points is None or zero_points.shape == scales.shape, name, "zero_points of another shape than scales")
+
+
+@impl(LIBRARY, "npu_quantize")
+def quantize(
+    input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: Any, axis: int = 1, div_mode: bool = True
+) -> Tensor:
+    _check_quantize(input, scales, zero_points, dtype, axis, div_mode)
+    offset = 0.0 if zero_points is None else zero_points.float()
+    return torch.round(input.float() * scales.float() + offset).clamp(-128, 127).to(torch.int8)
+
+
+@checks("npu::npu_convert_weight_to_int4pack")
+def _check_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> None:
+    name = "npu_convert_weight_to_int4pack"
+    check_dtype(name, (torch.int32,), weight=weight)
+    check_contiguous(name, weight=weight)
+    require(weight.dim() == 2 and weight.shape[1] % 8 == 0, name, f"weight {tuple(weight.shape)}")
+
+
+@impl(LIBRARY, "npu_convert_weight_to_int4pack")
+def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
+    _check_int4pack(weight)
+    require(bool(((weight >= -8) & (weight <= 7)).all()), "npu_convert_weight_to_int4pack", "a value beyond -8..7")
+    nibbles = (weight & 15).unflatten(1, (-1, 8)).to(torch.int64)
+    words = sum(nibbles[..., at] << (4 * at) for at in range(8))
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def _four_bits(weight: Tensor) -> Tensor:
+    """int32 [in, out / 8] -> [in, out]."""
+    parts = [(weight.to(torch.int64) >> (4 * at)) & 15 for at in range(8)]
+    values = torch.stack(parts, -1).flatten(1)
+    return torch.where(values > 7, values - 16, values)
 
 
 @checks("npu::npu_weight_quant_batchmatmul")
@@ -369,12 +426,22 @@ def _check_weight_quant(
 ) -> None:
     name = "npu_weight_quant_batchmatmul"
     check_dtype(name, HALF, x=x)
-    check_dtype(name, (torch.int8,), weight=weight)
+    check_dtype(name, (torch.int8, torch.int32), weight=weight)
     check_dtype(name, (x.dtype,), antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)
     check_dtype(name, (torch.float32 if x.dtype == torch.bfloat16 else torch.float16,), bias=bias)
     require(x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[0], name, f"{x.shape} times {weight.shape}")
-    require(tuple(antiquant_scale.shape) == (weight.shape[1],), name, f"scale {tuple(antiquant_scale.shape)}")
-    require(antiquant_group_size == 0 and quant_scale is None, name, "only per channel is simulated")
+    columns = weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)
+    require(max(weight.shape[0], columns) <= 65535, name, f"a dimension above 65535: {tuple(weight.shape)}")
+    shape, size = (columns,), antiquant_group_size
+    if size:
+        require(size % 32 == 0 and 32 <= size <= x.shape[1] - 1, name, f"group size {size} of {x.shape[1]} inputs")
+        shape = (-(-x.shape[1] // size), columns)
+    require(tuple(antiquant_scale.shape) == shape, name, f"scale {tuple(antiquant_scale.shape)}, group size {size}")
+    require(
+        antiquant_offset is None or tuple(antiquant_offset.shape) == shape, name, "offset of another shape than scale"
+    )
+    check_contiguous(name, antiquant_scale=antiquant_scale)
+    require(quant_scale is None, name, "int8 results are not simulated")
 
 
 @impl(LIBRARY, "npu_weight_quant_batchmatmul")
@@ -389,7 +456,11 @@ def weight_quant_matmul(
     antiquant_group_size: int = 0,
     **other: Any,
 ) -> Tensor:
-    _check_weight_quant(x, weight, antiquant_scale, antiquant_offset, quant_scale, quant_offset, bias)
-    offset = 0.0 if antiquant_offset is None else antiquant_offset.float()
-    result = x.float() @ ((weight.float() + offset) * antiquant_scale.float())
+    size = antiquant_group_size
+    _check_weight_quant(x, weight, antiquant_scale, antiquant_offset, quant_scale, quant_offset, bias, size)
+    codes = (_four_bits(weight) if weight.dtype == torch.int32 else weight).float()
+    scale = antiquant_scale.float().reshape(-1, 1, codes.shape[1])
+    offset = 0.0 if antiquant_offset is None else antiquant_offset.float().reshape(scale.shape)
+    grouped = (codes.reshape(scale.shape[0], -1, codes.shape[1]) + offset) * scale
+    result = x.float() @ grouped.flatten(0, 1)
     return (result if bias is None else result + bias.float()).to(x.dtype)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.ops import cpu
-from ascend_kit.device.ops.cpu import HOST_LENGTHS, MERGED_QKV, make_mask, split_columns  # noqa: F401 - part of this table
+from ascend_kit.device.ops.cpu import (  # noqa: F401 - part of this table
+    HOST_LENGTHS,
+    MERGED_QKV,
+    int8_static_matmul,
+    make_mask,
+    pack_int8_static,
+    quantize_static,
+    split_columns,
+)
 from ascend_kit.device.ops.native import DTYPES, Recording, call, empty, packs
 from ascend_kit.device.ops.reference import SCALE_BYTES, widened
 from ascend_kit.device.ops.table import AttentionMeta
@@ -248,6 +256,32 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     out = empty(rows, _width_out(weight), dtype=x.dtype)
     name = "ak_packed_linear_w8a16" if _is_packed(weight) else "ak_linear_w8a16"
     call(name, DTYPES[x.dtype], x, x.stride(0), weight, weight_scale, bias, out, *out.shape, width, _threads())
+    return out
+
+
+def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """uint8 [out/64, in/2, 64] of two codes each, columns in the kernel's order, scale and zero [groups, out]; as in
+    reference where that form is not taken."""
+    rows, width = codes.shape
+    if not packs() or rows % PANEL or width // scale.shape[1] % 2:
+        return cpu.pack_int4(codes, scale, zero)
+    at = torch.arange(PANEL)
+    columns = at % 16 // 4 * 16 + at // 16 * 4 + at % 4
+    pairs = cpu.pack_int4(codes, scale, zero)[0].view(rows // PANEL, PANEL, -1)
+    packed = pairs.index_select(1, columns).transpose(1, 2).contiguous()
+    return packed, scale.t().contiguous(), None if zero is None else zero.t().contiguous()
+
+
+def int4_weight_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    """As in reference; sums of a group are scaled as a whole."""
+    if weight.dim() != 3:
+        return cpu.int4_weight_matmul(x, weight, scale, zero, bias)
+    (rows, width), outputs = x.shape, weight.shape[0] * PANEL
+    if width != 2 * weight.shape[1] or scale.shape[1] != outputs or width % scale.shape[0]:
+        raise ValueError(f"a product of rows of {width} numbers with a weight that takes {2 * weight.shape[1]}")
+    out = empty(rows, outputs, dtype=x.dtype)
+    sizes = (rows, outputs, width, width // scale.shape[0])
+    call("ak_packed_linear_w4a16", DTYPES[x.dtype], x, x.stride(0), weight, scale, zero, bias, out, *sizes, _threads())
     return out
 
 

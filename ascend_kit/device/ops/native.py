@@ -63,6 +63,7 @@ PACKED_SIGNATURES = {  # only where the processor has the instructions
     "ak_gather_packed": [_P, _P, _P, _L, _L],
     "ak_packed_linear": [_I, _P, _L, _P, _P, _P, _L, _L, _L, _I],
     "ak_packed_linear_w8a16": [_I, _P, _L, _P, _P, _P, _P, _L, _L, _L, _I],
+    "ak_packed_linear_w4a16": [_I, _P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I],
     "ak_packed_linear_w8a8": [_I, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I],
     "ak_attend_prompts": [_P, _L, _P, _P, _P, _L, _P, _P, _P, _L, _L, _L, _L, _L, _F, _I],
 }

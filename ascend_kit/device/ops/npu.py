@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -285,11 +286,69 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return _npu().npu_weight_quant_batchmatmul(x, weight.t(), _cast_once(weight_scale, x.dtype), bias=bias)
 
 
-def _cast_once(constant: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight's constant in another dtype, kept with it: a cast at every call would be a kernel of its own."""
+def quantize_static(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """As in reference; the kernel takes scale and offset in x's dtype, and multiplies by the inverse. float32 in plain
+    torch."""
+    if x.dtype not in _FLOAT16:
+        return reference.quantize_static(x, scale, offset)
+    inverse = _cast_once(scale, x.dtype, lambda value: 1 / value)
+    return _npu().npu_quantize(x, inverse, _cast_once(offset, x.dtype), torch.qint8, -1, False)
+
+
+pack_int8_static = pack_int8
+
+
+def int8_static_matmul(
+    xq: Tensor, weight: Tensor, dequantization: Tensor, bias: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """As in reference, scaled inside the kernel, whose int32 bias is added before; float32 in plain torch."""
+    if out_dtype not in _FLOAT16:
+        plain = _npu().npu_format_cast(weight, FRACTAL_ND)
+        return ((torch.matmul(xq.float(), plain.float()) + bias) * dequantization).to(out_dtype)
+    return _npu().npu_quant_matmul(xq, weight, dequantization, bias=bias, output_dtype=out_dtype)
+
+
+def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """int32 [in, out / 8] of eight codes each, scale and zero [groups, out] ([out] where a row is one group); as in
+    reference where the kernel does not take the shape."""
+    rows, width = codes.shape
+    group = width // scale.shape[1]
+    fits = rows % 8 == 0 and max(rows, width) <= MAX_QUANT_WIDTH and (group == width or group % 32 == 0)
+    if not fits:
+        return reference.pack_int4(codes, scale, zero)
+    packed = _npu().npu_convert_weight_to_int4pack(codes.t().contiguous().int())
+    zero = None if zero is None else zero.t().squeeze(0).contiguous()
+    return packed, scale.t().squeeze(0).contiguous(), zero
+
+
+def int4_weight_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    """As in reference, dequantised inside the kernel, which adds an offset where we subtract a zero point; float32 in
+    plain torch."""
+    if weight.dtype != torch.int32:
+        return reference.int4_weight_matmul(x, weight, scale, zero, bias)
+    groups = 1 if scale.dim() == 1 else scale.shape[0]
+    if x.dtype not in _FLOAT16:
+        shifts = torch.arange(28, -1, -4, dtype=torch.int32, device=x.device)
+        codes = ((weight.unsqueeze(-1) << shifts) >> 28).flatten(1)  # the lowest four bits first
+        grouped = codes.reshape(groups, -1, codes.shape[1]).float()
+        grouped = grouped if zero is None else grouped - zero.reshape(groups, 1, -1)
+        result = x @ (grouped * scale.reshape(groups, 1, -1)).flatten(0, 1)
+        return result if bias is None else result + bias
+    if bias is not None and x.dtype == torch.bfloat16:
+        bias = _cast_once(bias, torch.float32)
+    offset = None if zero is None else _cast_once(zero, x.dtype, torch.neg)
+    return _npu().npu_weight_quant_batchmatmul(
+        x, weight, _cast_once(scale, x.dtype), offset, bias=bias,
+        antiquant_group_size=0 if groups == 1 else x.shape[1] // groups,
+    )  # fmt: skip
+
+
+def _cast_once(constant: Tensor, dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """A weight's constant, changed and in another dtype, kept with it: at every call that would be a kernel."""
     kept = getattr(constant, "_cast", None)
     if kept is None or kept.dtype != dtype or kept.device != constant.device:
-        kept = constant.detach().to(dtype)
+        kept = constant.detach()
+        kept = (change(kept) if change else kept).to(dtype)
         constant._cast = kept  # type: ignore[attr-defined]
     return kept
 

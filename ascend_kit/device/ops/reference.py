@@ -164,6 +164,41 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
+def quantize_static(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """int8 [T, in] of x by one scale and offset (float32 [1] each): round(x / scale + offset) within -128..127."""
+    return torch.round(x.float() / scale + offset).clamp_(-128, 127).to(torch.int8)
+
+
+def pack_int8_static(weight: Tensor) -> Tensor:
+    """The layout `int8_static_matmul` wants, from int8 [out, in]."""
+    return weight
+
+
+def int8_static_matmul(
+    xq: Tensor, weight: Tensor, dequantization: Tensor, bias: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """(int8 [T, in] times packed int8 weight + bias int32 [out]) * dequantization float32 [out], as out_dtype."""
+    total = xq.double() @ weight.double().t() + bias
+    return (total.float() * dequantization).to(out_dtype)
+
+
+def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(weight, scale, zero) as `int4_weight_matmul` wants them, from codes int8 [out, in] in -8..7, float32 scales and
+    zero points [out, groups]: here two codes a byte, the even one in the lower half, uint8 [out, in / 2]."""
+    low, high = codes[:, 0::2] & 15, codes[:, 1::2] & 15
+    return (low | high << 4).view(torch.uint8), scale, zero
+
+
+def int4_weight_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [T, in] times the dequantised weight [out, in] transposed, plus bias; x's dtype."""
+    codes = torch.stack([weight.view(torch.int8) << 4 >> 4, weight.view(torch.int8) >> 4], -1)
+    grouped = codes.reshape(*scale.shape, -1).float()
+    if zero is not None:
+        grouped = grouped - zero.unsqueeze(-1)
+    wide = (grouped * scale.unsqueeze(-1)).reshape(len(scale), -1)
+    return torch.nn.functional.linear(x, wide.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def split_columns(x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
     """x [T, sum(widths)] in parts [T, width], in the form in which the table's other operators take them."""
     return x.split(widths, dim=-1)

@@ -28,7 +28,8 @@ from torch import Tensor
 OPS = (
     "rms_norm", "add_rms_norm", "rotary", "swiglu", "store_kv", "paged_attention", "linear", "pack_linear",
     "quantize_per_token", "int8_matmul", "int8_weight_matmul", "gather_rows", "argmax", "pack_int8",
-    "pack_int8_weight", "make_mask", "validate", "split_columns",
+    "pack_int8_weight", "make_mask", "validate", "split_columns", "quantize_static", "int8_static_matmul",
+    "pack_int8_static", "int4_weight_matmul", "pack_int4",
 )  # fmt: skip
 FUSED = {
     "add_rms_norm_quantize": ("add_rms_norm", "quantize_per_token"),
@@ -40,6 +41,8 @@ _TOGETHER = {
     "gather_rows": ("linear", "pack_linear"),
     "int8_matmul": ("pack_int8",),
     "int8_weight_matmul": ("pack_int8_weight",),
+    "int8_static_matmul": ("pack_int8_static",),
+    "int4_weight_matmul": ("pack_int4",),
     "paged_attention": ("make_mask", "validate", "HOST_LENGTHS"),
 }
 PLAIN_OPS = tuple(name for name in (*OPS, *FUSED) if not name.startswith(("pack_", "make_", "validate")))

@@ -276,6 +276,11 @@ void ak_packed_linear_w8a16(int dtype, const void *x, i64 xs, const void *w, con
                             i64 M, i64 N, i64 K, int threads) {
     BOTH((packed_linear_w8a16<X>(AS(X, x), xs, w, AS(float, scale), AS(X, bias), (X *)out, M, N, K, threads)))
 }
+void ak_packed_linear_w4a16(int dtype, const void *x, i64 xs, const void *w, const void *scale, const void *zero,
+                            const void *bias, void *out, i64 M, i64 N, i64 K, i64 group, int threads) {
+    BOTH((packed_linear_w4a16<X>(AS(X, x), xs, w, AS(float, scale), AS(float, zero), AS(X, bias), (X *)out, M, N, K, group,
+                                 threads)))
+}
 void ak_packed_linear_w8a8(int dtype, const void *codes, const void *act, const void *w, const void *scale, const void *bias,
                            void *out, i64 M, i64 N, i64 K, int threads) {
     BOTH((packed_linear_w8a8<X>(AS(int8_t, codes), AS(float, act), w, AS(float, scale), AS(X, bias), (X *)out, M, N, K,

@@ -133,6 +133,85 @@ void packed_linear_w8a16(const X *x, i64 xs, const void *w, const float *scale, 
     });
 }
 
+// 4-bit codes of a panel as bf16 or floats, K of them a column. Stored as [K/2][64] bytes, the code of the even input below;
+// byte 16 l + b of a step is column 16 (b / 4) + 4 l + b % 4, which is where two interleavings put it.
+inline void expand4(const char *from, bf16 *to, i64 K) {
+    // The bytes of the bf16 of -8..7, by the code's four bits in two's complement.
+    const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, char(0x80), 0, 0x40, char(0x80), char(0xa0), char(0xc0),
+        char(0xe0), 0, char(0xe0), char(0xc0), char(0xa0), char(0x80), 0x40, 0, char(0x80)));
+    const __m512i high = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, char(0xc1),
+        char(0xc0), char(0xc0), char(0xc0), char(0xc0), char(0xc0), char(0xc0), char(0xbf)));
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (i64 k = 0; k < K; k += 2, from += PANEL, to += 2 * PANEL) {
+        _mm_prefetch(from + 2048, _MM_HINT_T0);
+        const __m512i codes = load(from), even = _mm512_and_si512(codes, mask);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
+        const __m512i el = _mm512_shuffle_epi8(low, even), eh = _mm512_shuffle_epi8(high, even);
+        const __m512i ol = _mm512_shuffle_epi8(low, odd), oh = _mm512_shuffle_epi8(high, odd);
+        const __m512i e0 = _mm512_unpacklo_epi8(el, eh), e1 = _mm512_unpackhi_epi8(el, eh);
+        const __m512i o0 = _mm512_unpacklo_epi8(ol, oh), o1 = _mm512_unpackhi_epi8(ol, oh);
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(e0, o0));
+        _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(e0, o0));
+        _mm512_storeu_si512(to + 64, _mm512_unpacklo_epi16(e1, o1));
+        _mm512_storeu_si512(to + 96, _mm512_unpackhi_epi16(e1, o1));
+    }
+}
+inline void expand4(const char *from, float *to, i64 K) {
+    for (i64 k = 0; k < K; k += 2, from += PANEL, to += 2 * PANEL)
+        for (i64 at = 0; at < PANEL; at++) {
+            const i64 column = at % 16 / 4 * 16 + at / 16 * 4 + at % 4;
+            to[column] = float(int8_t(from[at] << 4) >> 4);
+            to[PANEL + column] = float(int8_t(from[at]) >> 4);
+        }
+}
+
+// scale and zero [K/group, N]; zero may be null. The sum over a group is scaled as a whole; the zero point's share of it is
+// the zero point times the sum of x.
+template <class X>
+void packed_linear_w4a16(const X *x, i64 xs, const void *w, const float *scale, const float *zero, const X *bias, X *out,
+                         i64 M, i64 N, i64 K, i64 group, int threads) {
+    typedef typename StepOf<X>::type Step;
+    constexpr i64 DEPTH = 128;
+    const i64 groups = K / group;
+    static thread_local Scratch<float> of_x;
+    float *sum_of_x = zero ? of_x.room(M * groups) : nullptr;
+    for (i64 m = 0; zero && m < M; m++)
+        for (i64 g = 0; g < groups; g++) {
+            float sum = 0;
+            for (i64 k = g * group; k < (g + 1) * group; k++) sum += widen(x[m * xs + k]);
+            sum_of_x[m * groups + g] = sum;
+        }
+    parallel(threads, N / PANEL, [&](i64 number) {
+        const i64 n0 = number * PANEL;
+        alignas(64) X wide[DEPTH * PANEL];
+        alignas(64) float sums[ROWS * PANEL], part[ROWS * PANEL];
+        for (i64 m0 = 0; m0 < M; m0 += ROWS) {
+            const i64 rows = std::min(ROWS, M - m0);
+            std::fill(sums, sums + rows * PANEL, 0.0f);
+            for (i64 g = 0; g < groups; g++) {
+                for (i64 k = g * group, end = k + group; k < end; k += DEPTH) {
+                    const i64 depth = std::min(DEPTH, end - k);
+                    expand4((const char *)w + n0 * K / 2 + k * PANEL / 2, wide, depth);
+                    const char *from = (const char *)(x + m0 * xs + k);
+                    const i64 steps = depth * sizeof(X) / 4;
+                    if (k == g * group) panel_product<Step>(from, xs * sizeof(X), (const char *)wide, PANEL * 4, rows, steps, part, PANEL);
+                    else panel_product<Step, true>(from, xs * sizeof(X), (const char *)wide, PANEL * 4, rows, steps, part, PANEL);
+                }
+                const float *s = scale + g * N + n0, *z = zero ? zero + g * N + n0 : nullptr;
+                for (i64 m = 0; m < rows; m++) {
+                    float *to = sums + m * PANEL;
+                    const float *add = part + m * PANEL;
+                    const float share = zero ? sum_of_x[(m0 + m) * groups + g] : 0;
+                    if (z) for (i64 n = 0; n < PANEL; n++) to[n] += s[n] * (add[n] - z[n] * share);
+                    else for (i64 n = 0; n < PANEL; n++) to[n] += s[n] * add[n];
+                }
+            }
+            for (i64 m = 0; m < rows; m++)
+                finish<X>(sums + m * PANEL, nullptr, bias ? bias + n0 : nullptr, out + (m0 + m) * N + n0);
+        }
+    });
+}
+
 // The instruction multiplies unsigned by signed: x + 128 is unsigned, and 128 times the column's sum is taken off again.
 // The column's sum comes from a row of ones in front of x.
 template <class X>
