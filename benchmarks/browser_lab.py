@@ -119,6 +119,7 @@ def check_own_model(lab: Lab) -> None:
     for place, value in enumerate((str(lab.folder / "model"), "mine", "cpu", str(lab.folder / "cache"))):
         fields.nth(place).fill(value)
         page.keyboard.press("Tab")
+        time.sleep(1)  # the kernel names the model after its folder, in the field that is filled next
     page.click("button:has-text('Apply')")
     page.wait_for_selector("text=this notebook uses")
     run_all(page)
