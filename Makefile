@@ -44,6 +44,11 @@ test: types
 	    $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --device cuda; \
 	else echo "No CUDA device here: the suite's third run is left out."; fi
 
+# Half a minute or more each: several Ray nodes, layouts of cards, whole runs of the command line.
+test-long: .venv/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m long
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m long --device npu
+
 types: .venv/.dev
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 

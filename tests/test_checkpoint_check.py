@@ -195,7 +195,7 @@ def test_a_lora_adapter_is_refused_by_name(folder: Path):
         ({}, {"ignore": ["re:.*down_proj"]}, "`ignore` names model.layers.0.mlp.down_proj"),
         ({}, {"format": "marlin-24"}, "marlin-24"),
         ({"output_activations": {"num_bits": 8}}, {}, "output_activations"),
-        ({"input_activations": {"num_bits": 8, "dynamic": False, "strategy": "tensor"}}, {}, "input_activations"),
+        ({"input_activations": {"num_bits": 8, "dynamic": False, "strategy": "tensor"}}, {}, "input_scale is missing"),
         (
             {"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token", "symmetric": False}},
             {},

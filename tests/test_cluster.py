@@ -248,6 +248,7 @@ def test_int8_under_tensor_parallel_shards_codes_and_scales(local_ray, tiny_int8
     assert whole <= sharded < whole * 1.02
 
 
+@pytest.mark.long
 def test_two_replicas_of_two_cards_survive_the_death_of_a_rank(local_ray, tiny_qwen3_dir):
     prompts, sampling = prompts_of(10), SamplingParams(max_new_tokens=100, ignore_eos=True)
     expected = tokens(one_card(tiny_qwen3_dir, prompts, sampling))

@@ -96,7 +96,9 @@ def wait_for(condition, what, limit_s=LIMIT_S):
     return result
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL], ids=["interrupted", "killed"]
+)
 def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir, tmp_path):
     shared = shared_memory_without_owner()
     driver = subprocess.Popen(
@@ -216,6 +218,7 @@ def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, ti
     assert [result["own_tokens"] for result in leaders] == shares
 
 
+@pytest.mark.long
 def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, monkeypatch):
     """Two Ray nodes with a card each, and a head without any; one node dies while both replicas work."""
     import ray

@@ -49,6 +49,7 @@ def command(folder: Path, *words: str, module: str = "ascend_kit") -> subprocess
     )
 
 
+@pytest.mark.long
 @pytest.mark.multiproc
 def test_2_a_checkpoint_that_was_overwritten_is_not_done_before(tmp_path):
     """Stage reuse compared the parameters only, so that answers of the old weights were shown for the new ones."""
@@ -69,22 +70,6 @@ def test_2_a_checkpoint_that_was_overwritten_is_not_done_before(tmp_path):
 
     assert "done before" not in weights and "weights" in weights, weights
     assert "done before" not in template and "chat_template" in template, template
-
-
-@pytest.mark.multiproc
-def test_7_a_finished_sweep_can_be_extended(tmp_path):
-    """Another concurrency was refused although rows are keyed by their point."""
-    (tmp_path / "fake.yaml").write_text("experiment: fake\nsweep_concurrency: [1, 4]\n")
-    points = "for point in sweep_concurrency:\n    opened.append('rows', {'concurrency': point})"
-    write_stage(tmp_path / "notebooks", "04_throughput", "sweep_concurrency: list[int] = [1]", points)
-    words = ("run", "fake.yaml", "--notebooks", "notebooks")
-    assert command(tmp_path, *words).returncode == 0
-
-    done = command(tmp_path, *words, "--resume", "--set", "sweep_concurrency=[8]")
-
-    assert done.returncode == 0, done.stdout
-    rows = (tmp_path / "outputs" / "fake" / "default" / "rows.jsonl").read_text().splitlines()
-    assert [json.loads(row)["concurrency"] for row in rows] == [1, 4, 8]
 
 
 @pytest.mark.multiproc
@@ -177,7 +162,7 @@ def test_10_the_list_of_parameters_promises_no_parts_of_names(tmp_path):
     assert "quantize_keep" in text and "parts of names" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multiproc
 def test_3_answers_to_prompts_that_are_gone_are_not_shown(tmp_path):
     """A prompts file cut from 4 to 2 lines left 4 answers, of the old prompts, in generations.json."""
@@ -283,6 +268,14 @@ def test_2_rows_are_reused_only_for_what_they_belong_to(tmp_path, monkeypatch, c
     assert measured(tmp_path, **changes) == (1 if changed == "nothing" else 2)
 
 
+def test_7_a_finished_sweep_can_be_extended(tmp_path):
+    """Another concurrency was refused although rows are keyed by their point."""
+    make_tiny(tmp_path, "tiny", 1)
+
+    assert measured(tmp_path, sweep_concurrency=[1]) == 1
+    assert measured(tmp_path, sweep_concurrency=[1, 2]) == 2  # the old row and one more
+
+
 def test_2_another_precision_is_another_run(tmp_path):
     """Rows of two precisions in one run would be one name for two variants."""
     make_tiny(tmp_path, "tiny", 1)
@@ -329,7 +322,7 @@ def test_10_the_headline_is_the_mean_of_the_repeats_as_06_counts_it(tmp_path):
     assert any(abs(number - sum(rates) / 3) < 1 for number in numbers), (rates, text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multiproc
 def test_every_row_carries_the_identity_of_what_made_it(tmp_path):
     """Rows were told apart by names and conditions."""

@@ -31,6 +31,7 @@ def sweep(experiment, **options):
         return rows, load_cards(folder)
 
 
+@pytest.mark.long
 @pytest.mark.multiproc
 def test_layouts_are_measured_one_after_the_other_and_resume(tmp_path, tiny_qwen3_dir, monkeypatch):
     if importlib.util.find_spec("ray") is None:

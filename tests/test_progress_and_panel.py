@@ -138,6 +138,14 @@ def test_check_says_what_lies_behind_the_values(panel):
     assert form.experiment.model_name == "Qwen3-8B"
 
 
+def test_a_name_that_was_typed_stays_when_the_model_comes_in_later(panel):
+    form = panel(Experiment())
+    form.fields["model_name"].value = "mine"
+    form.fields["input_model"].value = "/models/Qwen3-8B"
+
+    assert form.check().startswith("fine") and form.experiment.model_name == "mine"
+
+
 def test_applied_fields_are_the_notebooks_parameters_until_they_are_changed_back(panel):
     form = panel(Experiment(experiment="mine", concurrency=4))
     form.fields["concurrency"].value = "6"

@@ -271,7 +271,48 @@ def _check_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
         yield comparer.check("quantize_per_token", case, CODE_STEP, quantised)
         yield comparer.check("int8_weight_matmul", case, bound(dtype, 3), weight_only)
         yield comparer.check("int8_matmul", case, bound(dtype, 2), multiplied)
+    yield from _check_static_and_int4(comparer, dtype)
     yield from _check_fused_int8(comparer, dtype)
+
+
+def _check_static_and_int4(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
+    """Activations with one scale for all tokens, and weights of 4 bits in groups of 128."""
+    for num_tokens, width, num_out in ((1, 3584, 512), (32, 4096, 1024)):
+        x, bias = comparer.values(num_tokens, width, dtype=dtype), comparer.values(num_out, dtype=dtype)
+        step, offset = torch.tensor([0.05]), torch.tensor([3.0])
+        codes = reference.quantize_static(x, step, offset)
+        weight = torch.randint(-127, 128, (num_out, width), dtype=torch.int8, generator=comparer.generator)
+        whole = torch.randint(-1000, 1000, (num_out,), dtype=torch.int32, generator=comparer.generator)
+        scale = torch.rand(num_out, generator=comparer.generator) * 1e-3 + 1e-4
+        small = torch.randint(-8, 8, (num_out, width), dtype=torch.int8, generator=comparer.generator)
+        group_scale = torch.rand(num_out, width // 128, generator=comparer.generator) * 1e-2 + 1e-3
+        zero = torch.randint(-8, 8, group_scale.shape, generator=comparer.generator).float()
+        case = f"{_name(dtype)} [{num_tokens}, {width}] x [{width}, {num_out}]"
+
+        def quantised(x=x, step=step, offset=offset, codes=codes) -> float:
+            place = comparer.device.torch_device
+            found = comparer.ops.quantize_static(*comparer.place(x, dtype=dtype), step.to(place), offset.to(place))
+            return (found.cpu().int() - codes.int()).abs().max().item() / 127
+
+        def multiplied(codes=codes, weight=weight, scale=scale, whole=whole) -> float:
+            wanted = reference.int8_static_matmul(codes, weight, scale, whole, torch.float32)
+            on_device = comparer.place(codes, weight, scale, whole, dtype=torch.float32)
+            packed = comparer.ops.pack_int8_static(on_device[1])
+            return relative_error(comparer.ops.int8_static_matmul(on_device[0], packed, *on_device[2:], dtype), wanted)
+
+        def grouped(x=x, small=small, group_scale=group_scale, zero=zero, bias=bias) -> float:
+            wanted = reference.int4_weight_matmul(x, *reference.pack_int4(small, group_scale, zero), bias)
+            packed = comparer.ops.pack_int4(*comparer.place(small, group_scale, zero, dtype=torch.float32))
+            return relative_error(
+                comparer.ops.int4_weight_matmul(
+                    *comparer.place(x, dtype=dtype), *packed, *comparer.place(bias, dtype=dtype)
+                ),
+                wanted,
+            )
+
+        yield comparer.check("quantize_static", case, CODE_STEP, quantised)
+        yield comparer.check("int8_static_matmul", case, bound(dtype, 2), multiplied)
+        yield comparer.check("int4_weight_matmul", case, bound(dtype, 4), grouped)
 
 
 def _check_fused_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:

@@ -54,6 +54,7 @@ class ParameterPanel:
         self._look_further = check
         self._browser = in_browser() if browser is None else browser
         self.fields: dict[str, Any] = {}
+        self._name_shown = self.experiment.model_name
 
     def table(self) -> pandas.DataFrame:
         """Value and meaning of every parameter that is not at its default."""
@@ -146,6 +147,7 @@ class ParameterPanel:
         import ipywidgets as w
 
         self.fields = {key: self._field(w, key) for key in Experiment.model_fields}
+        self.fields["input_model"].continuous_update = False  # half a path has no name, and would come in late
         self.fields["input_model"].observe(self._name_after_model, "value")
         pages = {title: [key for key in keys if key not in FIRST] for title, keys in grouped().items()}
         tabs = w.Tab(
@@ -181,11 +183,14 @@ class ParameterPanel:
         return w.Text(value=value, placeholder="none" if "None" in kind_of(key) else "", layout=layout)
 
     def _name_after_model(self, change: Mapping[str, Any]) -> None:
+        """Another model brings its name along, unless a name of the user's own stands there already."""
         try:
             named = build_experiment({"input_model": change["new"]}).model_name
         except ParameterError:
-            return  # half typed
-        self.fields["model_name"].value = named
+            return
+        field = self.fields["model_name"]
+        if field.value in (self._name_shown, self._shown.model_name):
+            field.value = self._name_shown = named
 
 
 def grouped() -> dict[str, list[str]]:
