@@ -38,7 +38,7 @@ test: types
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 	$(BIN)/python -m ascend_kit notebooks --check
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --device npu
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 	    $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --device cuda; \

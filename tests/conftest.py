@@ -78,7 +78,7 @@ def tiny_qwen2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny") / "qwen2", "qwen2")
 
 
-@pytest.fixture(scope="session", params=["w8a8", "w8a16"])
+@pytest.fixture(scope="session", params=["w8a8", pytest.param("w8a16", marks=pytest.mark.long)])
 def tiny_int8_dir(request: pytest.FixtureRequest, tiny_qwen3_dir: Path) -> Path:
     """The tiny Qwen3 converted to int8; the folder's name is the scheme."""
     from ascend_kit import convert

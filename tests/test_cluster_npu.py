@@ -59,7 +59,7 @@ def wide_model_dir(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("wide") / "qwen3", "qwen3", head_dim=128)
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("tensor_parallel", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_two_npus_give_the_tokens_of_one_with_fused_operators_and_graphs(
     simulated_workers, wide_model_dir, tensor_parallel
 ):
