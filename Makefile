@@ -11,6 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 help:
 	@echo "make demo   environment, then the whole pipeline on the built-in model; prints where the report is"
 	@echo "make test   environment, lint, all tests (CPU, then the NPU path on a simulated NPU)"
+	@echo "make test-long  the tests of half a minute and more that make test leaves out"
 	@echo "make browser  the notebooks and the report in a real Chromium (apt install chromium)"
 	@echo "make lab    JupyterLab on copies of the notebooks for PARAMS=params/demo.yaml, localhost only"
 	@echo "make clean  remove environment and demo results"
