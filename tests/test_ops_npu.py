@@ -234,8 +234,9 @@ def test_norm_and_swiglu_that_quantise_equal_two_operators_of_the_reference(dtyp
     expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6)
     for (codes, scale), wanted in ((normed, expected), (gated, reference.swiglu(gate_up))):
         assert codes.dtype == torch.int8 and scale.shape == (rows,)
-        step = wanted.float().abs().amax(-1, keepdim=True) / 127  # rounding once or twice differs by one code
-        assert ((codes.cpu() * scale.cpu().unsqueeze(-1) - wanted.float()).abs() <= 1.01 * step).all()
+        step = wanted.float().abs().amax(-1, keepdim=True) / 127
+        # Half a step for the code, and up to half a step for each of the reference's two roundings to bf16.
+        assert ((codes.cpu() * scale.cpu().unsqueeze(-1) - wanted.float()).abs() <= 1.51 * step).all()
     torch.testing.assert_close(total.cpu(), expected_total, **BF16)
 
 
