@@ -159,3 +159,12 @@ def test_every_shipped_file_is_valid(path):
 
     assert set(yaml.safe_load(path.read_text())) <= set(Experiment.model_fields)
     assert path.stem.startswith(experiment.experiment)  # variants of one experiment share its folder
+
+
+def test_old_names_read_what_took_their_place():
+    experiment = build_experiment({"sweep_concurrency": [3], "slo": {"ttft_ms": 5}, "sweep_baseline": False})
+
+    assert (experiment.sweep_concurrency, experiment.ttft_limit_ms, experiment.tpot_limit_ms) == ([3], 5, None)
+    assert experiment.sweep_baseline is False and build_experiment({}).sweep_baseline is True
+    with pytest.raises(AttributeError, match="sweep_nothing"):
+        _ = experiment.sweep_nothing

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -264,6 +264,12 @@ class Experiment(BaseModel):
     accuracy_margin_points: float = Field(
         1.0, gt=0, le=100, description="accuracy a faster run may lose and still be recommended, points"
     )
+
+    if not TYPE_CHECKING:  # a type checker should not take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Notebooks and scripts of one's own may read parameters by their old names."""
+            return sweep_rules.old_value(self, name) if name in sweep_rules.ALIASES else super().__getattr__(name)
 
     @model_validator(mode="before")
     @classmethod

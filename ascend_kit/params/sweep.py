@@ -32,6 +32,13 @@ ALIASES = {
 }
 
 
+def old_value(experiment: Experiment, name: str) -> Any:
+    """What a parameter of an old name reads: the value that took its place, None where there is none."""
+    parameter, key = ALIASES[name]
+    value = getattr(experiment, parameter)
+    return any(entry.get("kind") == key for entry in value) if parameter == "engines" else value.get(key)
+
+
 def layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` wins over `below`, also where one of them uses an old name."""
     kept = {key: value for key, value in below.items() if ALIASES.get(key, ("",))[0] not in above}
