@@ -10,7 +10,23 @@ from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, che
 from ascend_kit.model.config import ModelConfig
 
 
-class RowPieces:
+class _ByRows:
+    """A tensor of which any rows can be had alone; slices of other dimensions are cut out of the whole."""
+
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        return self._rows(0, self.shape[0])
+
+    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        check_slice("made of parts", self.shape, dim, start, stop)
+        return self._rows(start, stop) if dim == 0 else self.read().narrow(dim, start, stop - start).contiguous()
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class RowPieces(_ByRows):
     """Rows [start, stop) of several tensors, one below the other."""
 
     def __init__(self, pieces: Sequence[tuple[TensorSource, int, int]]) -> None:
@@ -19,13 +35,7 @@ class RowPieces:
         self.dtype, self.origin = first.dtype, first.origin
         self.shape = (sum(stop - start for _, start, stop in pieces), *first.shape[1:])
 
-    def read(self) -> torch.Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice("of several files", self.shape, dim, start, stop)
-        if dim != 0:
-            return self.read().narrow(dim, start, stop - start).contiguous()
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
         parts, position = [], 0
         for source, first, last in self.pieces:
             low, high = max(start, position), min(stop, position + last - first)
@@ -35,20 +45,14 @@ class RowPieces:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-class ColumnPieces:
+class ColumnPieces(_ByRows):
     """Tensors [out, in_r] side by side: [out, sum of in_r]."""
 
     def __init__(self, parts: Sequence[TensorSource]) -> None:
         self.parts, self.dtype, self.origin = parts, parts[0].dtype, parts[0].origin
         self.shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
 
-    def read(self) -> torch.Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice("of several files", self.shape, dim, start, stop)
-        if dim != 0:
-            return self.read().narrow(dim, start, stop - start).contiguous()
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
         return torch.cat([part.read_slice(0, start, stop) for part in self.parts], dim=1)
 
 
@@ -74,20 +78,14 @@ class SameOnAllRanks:
         return self.read().narrow(dim, start, stop - start).contiguous()
 
 
-class EveryOtherRow:
+class EveryOtherRow(_ByRows):
     """Rows 0, 2, 4, ... of a tensor, or 1, 3, 5, ...: one of two matrices whose rows alternate."""
 
     def __init__(self, inner: TensorSource, first: int) -> None:
         self.inner, self.first, self.dtype, self.origin = inner, first, inner.dtype, inner.origin
         self.shape = (inner.shape[0] // 2, *inner.shape[1:])
 
-    def read(self) -> torch.Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice("of alternating rows", self.shape, dim, start, stop)
-        if dim != 0:
-            return self.read().narrow(dim, start, stop - start).contiguous()
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
         return self.inner.read_slice(0, 2 * start, 2 * stop)[self.first :: 2].contiguous()
 
 
