@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ascend_kit.device import task_queue
 from ascend_kit.device.advice import advice
 from ascend_kit.device.peaks import HardwarePeak, find_peak
 
@@ -152,12 +153,12 @@ class Device:
     def task_queue_level(self) -> int | None:
         """TASK_QUEUE_ENABLE in force in this process: 1 launches from a thread of its own. None without an NPU.
 
-        torch_npu sets 0 in interactive kernels whatever was asked for.
+        See device/task_queue.py for who changes it.
         """
         if self.kind != "npu":
             return None
         ask = getattr(self.backend, "get_task_queue_enable", None)  # from 2.12.0.post3 on
-        return int(ask()) if ask else int(os.environ.get("TASK_QUEUE_ENABLE", "1"))
+        return int(ask()) if ask else int(task_queue.level_set())
 
     def _stack(self) -> dict[str, str]:
         return {name: value for name, value in self.facts().items() if name != "name"}

@@ -1,6 +1,6 @@
 """Functions and objects that hold a device, in a process of their own where the caller must not hold one.
 
-A notebook's kernel must not: torch_npu turns its launch queue off there, and what it takes of the card's memory the
+A notebook's kernel must not: the NPU's launch queue is turned off there, and what it takes of the card's memory the
 engine's process does not get. Everything given and returned is pickled.
 """
 

@@ -1,7 +1,7 @@
 """Workers in processes of this machine, called over pipes; without Ray.
 
 Started as programs and not forked: nothing that the caller has imported or holds is in them, neither a device nor the
-marks by which torch_npu knows an interactive session. A worker whose caller is gone finds its pipe closed and ends.
+marks by which an interactive session is known. A worker whose caller is gone finds its pipe closed and ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-TASK_QUEUE = "TASK_QUEUE_ENABLE"  # of torch_npu: 0 launches in the caller's thread, 2 refuses captures
+from ascend_kit.device import task_queue
+
 LAST_LINES = 12  # of what a worker wrote before it died
 SERVE = "import sys; from ascend_kit.engine.processes import serve; serve(int(sys.argv[1]))"
 
@@ -76,12 +77,10 @@ class WorkerProcess:
         self._lock = threading.Lock()
         self._death: WorkerDied | None = None
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed by the reader
-        # torch_npu turns its launch thread off in interactive sessions and leaves 0 to children: say what is wanted.
-        level = os.environ.get(TASK_QUEUE, "1")
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            TASK_QUEUE: level if level != "0" else "1",
+            task_queue.VARIABLE: task_queue.level_for_worker(),
         }
         self._process = subprocess.Popen(
             [sys.executable, "-c", SERVE, str(theirs.fileno())],
@@ -139,7 +138,7 @@ class WorkerProcess:
 def serve(descriptor: int) -> None:
     """What a worker process does: take calls from the pipe one after the other until it is closed."""
     global _pipe
-    wanted = os.environ[TASK_QUEUE]
+    wanted = task_queue.level_set()
     pipe = _pipe = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
         worker = pipe.recv()()
@@ -147,7 +146,7 @@ def serve(descriptor: int) -> None:
             method, arguments = pipe.recv()
             try:
                 answer = ("result", getattr(worker, method)(*arguments))
-                _check_task_queue(wanted)
+                task_queue.check_level(wanted)
             except Exception as error:
                 answer = ("error", _portable(error))
             pipe.send(answer)
@@ -160,13 +159,6 @@ def report(*values: Any) -> None:
     """In a worker's process: have the caller's `on_progress` called with these values."""
     assert _pipe is not None
     _pipe.send(("progress", values))
-
-
-def _check_task_queue(wanted: str) -> None:
-    """RuntimeError when torch_npu was imported and has changed the level of its launch queue."""
-    found = os.environ.get(TASK_QUEUE, "1")
-    if "torch_npu" in sys.modules and found != wanted:
-        raise RuntimeError(f"torch_npu runs with {TASK_QUEUE}={found} although {wanted} was set before its import")
 
 
 def _portable(error: Exception) -> Exception:
