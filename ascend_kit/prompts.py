@@ -109,7 +109,10 @@ def _prompt(entry: Any, where: str) -> Prompt:
         if "role" in entry:
             raise PromptsError(f"{where}: a message by itself; a conversation is a list of messages under `messages`")
         _refuse_unread(entry, where)
-        value = next((entry[name] for name in FIELDS if name in entry), None)
+        filled = [name for name in FIELDS if entry.get(name)]
+        if len(filled) > 1:
+            raise PromptsError(f"{where}: has {' and '.join(filled)}; which one is the prompt? Leave only that")
+        value = entry[filled[0]] if filled else None
     if isinstance(value, str) and value.strip():
         if len(value) > MAX_CHARACTERS:
             raise PromptsError(f"{where}: a prompt of {len(value)} characters; {MAX_CHARACTERS} are allowed")

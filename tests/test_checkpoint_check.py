@@ -342,3 +342,39 @@ def test_the_command_check_names_a_fault_without_loading_the_model(folder: Path,
         assert main(["check", str(given)]) != 0
         said = capsys.readouterr()
         assert words in said.out + said.err
+
+
+def flip(path: Path, part: bytes) -> None:
+    """Change one bit inside the only place where `part` stands."""
+    data = bytearray(path.read_bytes())
+    assert data.count(part) == 1
+    data[data.find(part) + len(part) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def test_the_command_check_finds_a_flipped_bit_where_a_checksum_tells(folder: Path, tmp_path: Path, capsys):
+    """Sizes, headers and shapes stay right: torch's zip has a checksum, a converted folder has hashes."""
+    converted, torch_file = tmp_path / "converted", folder / "pytorch_model.bin"
+    convert(folder, converted)
+    norm = load_file(folder / "model.safetensors")["model.norm.weight"]
+    torch.save({**load_file(folder / "model.safetensors"), "model.norm.weight": norm.mul_(1.25)}, torch_file)
+    (folder / "model.safetensors").unlink()
+    assert main(["check", str(folder)]) == main(["check", str(converted)]) == 0
+    head = load_file(converted / "model.safetensors")["lm_head.weight"]
+    flip(torch_file, norm.view(torch.uint8).numpy().tobytes())
+    flip(converted / "model.safetensors", head[3].view(torch.uint8).numpy().tobytes())
+
+    for given, words in ((folder, "pytorch_model.bin is damaged"), (converted, "does not have the hash")):
+        capsys.readouterr()
+        assert main(["check", str(given)]) != 0
+        assert words in capsys.readouterr().err
+
+
+def test_the_command_check_compares_every_row_of_a_tied_head(tmp_path: Path, capsys):
+    tied = make_model(tmp_path / "tied", "qwen3", tie_word_embeddings=True)
+    change_tensors(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert main(["check", str(tied)]) == 0
+    change_tensors(tied, lambda t: t["lm_head.weight"][-1, 5].add_(1))
+
+    assert main(["check", str(tied)]) != 0
+    assert "lm_head.weight differs from model.embed_tokens.weight" in capsys.readouterr().err

@@ -56,6 +56,12 @@ def test_text_that_only_looks_like_json_stays_text(tmp_path):
     assert read_prompts(tmp_path / "a.txt") == lines
 
 
+def test_an_empty_field_leaves_the_word_to_the_filled_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": None, "text": "", "messages": TURNS}))
+
+    assert read_prompts(tmp_path / "a.jsonl")[0].messages == TURNS
+
+
 @pytest.mark.parametrize("field", ["messages", "prompt"])
 def test_a_conversation_keeps_its_messages(tmp_path, field):
     (tmp_path / "a.jsonl").write_text(json.dumps({field: TURNS}) + '\n{"prompt": "alone"}\n')
@@ -77,6 +83,8 @@ def test_a_conversation_keeps_its_messages(tmp_path, field):
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "line 2: not JSON"),
         ("a.txt", '{"prompt": "x"}\nplain\n', "line 2: not JSON, but line 1 is"),
         ("a.jsonl", '{"prompt": ""}\n', "line 1"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "x", "text": "x and y"}\n', "line 2: has prompt and text; which one"),
+        ("a.json", json.dumps([{"prompt": "x", "messages": TURNS}]), "entry 1: has prompt and messages; which one"),
         ("a.jsonl", '{"prompt": null}\n', "line 1"),
         ("a.jsonl", '{"prompt": "x", "prompt": "y"}\n', "line 1: not JSON"),
         ("a.json", '["x", 3]', "entry 2: .*found 3"),

@@ -13,7 +13,7 @@ from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import EMBEDDING, HEAD, expected_shapes, linear_names
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-COMPARE_ROWS, SAMPLE_ROWS = 4096, 64  # at a time; of each of them that a quick look reads
+COMPARE_ROWS = 4096  # at a time
 QUANTIZED_PARTS = ("weight_scale", "weight_zero_point", "weight_g_idx", "input_scale", "input_offset")
 # A folded bias of a linear that has none is rounding error, at most this many steps of the weight's scale.
 FOLDED_BIAS_STEPS = 128
@@ -30,8 +30,8 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = T
     """CheckpointError unless the checkpoint holds exactly the tensors that config.json calls for.
 
     Returns what is there beyond that and is left out because it changes nothing, in words. The values that decide about
-    this are read: scales, biases that must be zero, a copy of the tied matrix. Without `data` no more than a second's
-    worth of them: samples of that copy, and no bias that follows from an int8 weight.
+    this are read: scales, biases that must be zero, a copy of the tied matrix. Without `data` no bias that follows from
+    an int8 weight, which takes that weight to compute.
     """
     expected, schemes = expected_shapes(config), checkpoint.quantization.schemes
     odd = next((name for name in schemes if name not in set(linear_names(config))), None)
@@ -94,7 +94,7 @@ def _check_extras(checkpoint: Checkpoint, config: ModelConfig, names: list[str],
             continue
         if name == HEAD and config.tie_embeddings:
             reason = "copies of the tied embedding"
-            _check_tied_copy(checkpoint, COMPARE_ROWS if data else SAMPLE_ROWS)
+            _check_tied_copy(checkpoint)
         elif name.endswith(".bias") and expected.get(f"{owner}.weight", ())[:1] == checkpoint.shape(name):
             reason = "biases of zero"
             if data or owner not in checkpoint.quantization.schemes:
@@ -112,11 +112,10 @@ def _check_extras(checkpoint: Checkpoint, config: ModelConfig, names: list[str],
     ]
 
 
-def _check_tied_copy(checkpoint: Checkpoint, rows: int) -> None:
-    """Compare the first `rows` of every COMPARE_ROWS rows."""
+def _check_tied_copy(checkpoint: Checkpoint) -> None:
     head, embedding = checkpoint.source(HEAD), checkpoint.source(EMBEDDING)
     same = head.shape == embedding.shape and all(
-        torch.equal(*(source.read_slice(0, row, min(row + rows, head.shape[0])) for source in (head, embedding)))
+        torch.equal(*(one.read_slice(0, row, min(row + COMPARE_ROWS, head.shape[0])) for one in (head, embedding)))
         for row in range(0, head.shape[0], COMPARE_ROWS)
     )
     if not same:

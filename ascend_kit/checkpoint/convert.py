@@ -20,6 +20,7 @@ from ascend_kit.checkpoint.source import FRAMEWORKS, open_source
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.writer import undo_exchange
 from ascend_kit.device.device import select_device
+from ascend_kit.files import GIB
 from ascend_kit.model.config import DTYPES, ModelConfig, end_ids_in
 from ascend_kit.model.tensors import kept_linears
 from ascend_kit.params import Experiment
@@ -27,6 +28,7 @@ from ascend_kit.params import Experiment
 QUANTIZE = ("none", "w8a8", "w8a16", "w4a16", "auto")
 IF_EXISTS = ("reuse", "refuse", "overwrite")
 MAX_SHARD_BYTES = 4 << 30
+CHECK_BYTES = 4 * GIB  # of weights that `check_model` reads whole: some seconds
 # Parameters of an Experiment that `convert` takes under the same name.
 SHARED_PARAMETERS = (
     "input_model",
@@ -144,9 +146,11 @@ def experiment_arguments(experiment: Experiment) -> dict[str, Any]:
 
 
 def check_model(experiment: Experiment) -> list[str]:
-    """What can be known of an experiment's model from headers and small files, in seconds; reads no weights.
+    """What can be known of an experiment's model in seconds, without loading it.
 
-    Returns the tensors that are left out, in words. CheckpointError or ValueError names what does not fit: config.json,
+    Headers and small files are read. Up to CHECK_BYTES of weights are read whole where something tells what they must
+    be: the checksums in .bin, Megatron and MindSpore files, the hashes of a converted folder.
+    Returns what was left out, in words. CheckpointError or ValueError names what does not fit: config.json,
     tokenizer, names, shapes and dtypes of the tensors, `quantize_keep`, a converted folder made from another model.
     """
     source = Path(experiment.input_model)
@@ -158,6 +162,12 @@ def check_model(experiment: Experiment) -> list[str]:
     check_companions(companion_files(checkpoint.config_folder, texts))
     end_ids_in(checkpoint.config_folder / "generation_config.json")
     left_out = [*checkpoint.notes, *check_tensors(checkpoint, model, data=False)]
+    num_bytes = sum(path.stat().st_size for path in checkpoint.files)
+    if num_bytes <= CHECK_BYTES:
+        checkpoint.check_data()
+    else:
+        left_out.append(f"{num_bytes / GIB:.1f} GiB of weights, not compared with checksums: 02_convert does that")
+    verify(source, full=num_bytes <= CHECK_BYTES)
     load_tokenizer(texts or checkpoint.config_folder)
     kept_linears(model, experiment.quantize_keep)
     runs_converted = experiment.use_model == "converted" and experiment.if_model_exists != "overwrite"
