@@ -56,18 +56,32 @@ def test_packed_int8_products(rows, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 6, 50])
-@pytest.mark.parametrize("group", [32, 128, 256])
-def test_packed_4_bit_products(group, rows, dtype):
-    codes = torch.randint(-8, 8, (128, 256), dtype=torch.int8)
-    scale, bias = torch.rand(128, 256 // group) / 10, torch.randn(128).to(dtype)
+@pytest.mark.parametrize("outputs,group", [(128, 32), (128, 128), (128, 256), (100, 64)])
+def test_4_bit_products_in_panels_and_row_by_row(outputs, group, rows, dtype):
+    codes = torch.randint(-8, 8, (outputs, 256), dtype=torch.int8)
+    scale, bias = torch.rand(outputs, 256 // group) / 10, torch.randn(outputs).to(dtype)
     x = torch.randn(rows, 256).to(dtype)
     for zero in (None, torch.randint(-8, 8, scale.shape).float()):
-        wide = codes.float().view(128, -1, group) - (0 if zero is None else zero[..., None])
-        expected = x.float() @ (wide * scale[..., None]).view(128, 256).t() + bias.float()
+        wide = codes.float().view(outputs, -1, group) - (0 if zero is None else zero[..., None])
+        meant = (wide * scale[..., None]).view(outputs, 256)
+        expected = x.float() @ meant.t()
 
         packed = cpu_native.pack_int4(codes, scale, zero)
         assert packed[0].shape == (2, 128, 64)
-        close(cpu_native.int4_weight_matmul(x, *packed, bias), expected, dtype)
+        close(cpu_native.int4_weight_matmul(x, *packed, bias), expected + bias.float(), dtype)
+        close(cpu_native.int4_weight_matmul(x, *packed, None), expected, dtype)
+        # What processors without the instructions take: weights in the model's dtype, a row at a time.
+        unpacked, rounded = reference.pack_int4(codes, scale, zero), meant.to(dtype).float()
+        close(cpu_native.int4_weight_matmul(x, *unpacked, bias), x.float() @ rounded.t() + bias.float(), dtype)
+
+
+def test_a_4_bit_product_of_unlike_sizes_is_refused():
+    packed = cpu_native.pack_int4(torch.zeros(100, 256, dtype=torch.int8), torch.ones(100, 2), None)
+
+    with pytest.raises(ValueError, match="rows of 128 numbers times 100 outputs of 256"):
+        cpu_native.int4_weight_matmul(torch.zeros(1, 128), *packed, None)
+    with pytest.raises(ValueError, match="do not fit"):
+        cpu_native.int4_weight_matmul(torch.zeros(1, 256), *packed, torch.zeros(99))
 
 
 def test_every_int8_code_is_exact_in_the_weight_only_product():

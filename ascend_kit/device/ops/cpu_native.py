@@ -260,28 +260,32 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
 
 
 def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """uint8 [out/64, in/2, 64] of two codes each, columns in the kernel's order, scale and zero [groups, out]; as in
-    reference where that form is not taken."""
+    """uint8 [ceil(out/64), in/2, 64] of two codes each, columns in the kernel's order, scale and zero [groups, out]; as
+    in reference where that form is not taken."""
     rows, width = codes.shape
-    if not packs() or rows % PANEL or width // scale.shape[1] % 2:
+    if not packs() or width // scale.shape[1] % 2:
         return cpu.pack_int4(codes, scale, zero)
     at = torch.arange(PANEL)
     columns = at % 16 // 4 * 16 + at // 16 * 4 + at % 4
-    pairs = cpu.pack_int4(codes, scale, zero)[0].view(rows // PANEL, PANEL, -1)
-    packed = pairs.index_select(1, columns).transpose(1, 2).contiguous()
+    pairs = cpu.pack_int4(torch.nn.functional.pad(codes, (0, 0, 0, -rows % PANEL)), scale, zero)[0]
+    packed = pairs.view(-1, PANEL, width // 2).index_select(1, columns).transpose(1, 2).contiguous()
     return packed, scale.t().contiguous(), None if zero is None else zero.t().contiguous()
 
 
 def int4_weight_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
-    """As in reference; sums of a group are scaled as a whole."""
-    if weight.dim() != 3:
+    """As in reference; sums of a group are scaled as a whole where the weight is packed."""
+    rows, width = x.shape
+    is_packed = weight.dim() == 3
+    groups, outputs = scale.shape if is_packed else scale.shape[::-1]
+    takes, panels = 2 * weight.shape[1], -(-outputs // PANEL) if is_packed else outputs
+    if width != takes or len(weight) != panels or width % groups or (bias is not None and bias.numel() != outputs):
+        raise ValueError(f"rows of {width} numbers times {outputs} outputs of {takes} in {groups} groups do not fit")
+    if not is_packed and (width // groups % 2 or (rows > MAX_UNPACKED_ROWS and Recording.active is None)):
         return cpu.int4_weight_matmul(x, weight, scale, zero, bias)
-    (rows, width), outputs = x.shape, weight.shape[0] * PANEL
-    if width != 2 * weight.shape[1] or scale.shape[1] != outputs or width % scale.shape[0]:
-        raise ValueError(f"a product of rows of {width} numbers with a weight that takes {2 * weight.shape[1]}")
     out = empty(rows, outputs, dtype=x.dtype)
-    sizes = (rows, outputs, width, width // scale.shape[0])
-    call("ak_packed_linear_w4a16", DTYPES[x.dtype], x, x.stride(0), weight, scale, zero, bias, out, *sizes, _threads())
+    name = "ak_packed_linear_w4a16" if is_packed else "ak_linear_w4a16"
+    sizes = (rows, outputs, width, width // groups)
+    call(name, DTYPES[x.dtype], x, x.stride(0), weight, scale, zero, bias, out, *sizes, _threads())
     return out
 
 

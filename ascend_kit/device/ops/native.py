@@ -46,6 +46,7 @@ _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
     "ak_linear": [_I, _P, _L, _P, _P, _P, _L, _L, _L, _I],
     "ak_linear_w8a16": [_I, _P, _L, _P, _P, _P, _P, _L, _L, _L, _I],
+    "ak_linear_w4a16": [_I, _P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I],
     "ak_quantize": [_I, _P, _P, _P, _L, _L, _I],
     "ak_linear_w8a8": [_I, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I],
     "ak_rms_norm": [_I, _P, _L, _P, _P, _P, _P, _L, _L, _L, _F, _I],

@@ -203,6 +203,11 @@ void ak_linear_w8a16(int dtype, const void *x, i64 xs, const void *w, const void
                      i64 N, i64 K, int threads) {
     BOTH((product<X, int8_t>(AS(X, x), xs, AS(int8_t, w), AS(float, scale), AS(X, bias), (X *)out, M, N, K, threads)))
 }
+void ak_linear_w4a16(int dtype, const void *x, i64 xs, const void *w, const void *scale, const void *zero, const void *bias,
+                     void *out, i64 M, i64 N, i64 K, i64 group, int threads) {
+    BOTH((product_w4a16<X>(AS(X, x), xs, AS(uint8_t, w), AS(float, scale), AS(float, zero), AS(X, bias), (X *)out, M, N, K,
+                           group, threads)))
+}
 void ak_quantize(int dtype, const void *x, void *codes, void *scales, i64 M, i64 K, int threads) {
     BOTH((quantize<X>(AS(X, x), (int8_t *)codes, (float *)scales, M, K, threads)))
 }

@@ -1,4 +1,4 @@
-// Products with packed weights; see tiles.h for the layout. N is a multiple of 64, K of 4 bytes.
+// Products with packed weights; see tiles.h for the layout. N is a multiple of 64 (in 4 bits any), K of 4 bytes.
 #pragma once
 #include <algorithm>
 #include "pool.h"
@@ -38,10 +38,11 @@ inline void store(const float *sums, bf16 *out) {
     for (i64 n = 0; n < PANEL; n += 32) store_bf16(out + n, _mm512_loadu_ps(sums + n), _mm512_loadu_ps(sums + n + 16));
 }
 
-// 64 columns of one row: sums times `scale`, plus bias, as bf16 or float.
-template <class X> inline void finish(const float *sums, const float *scale, const X *bias, X *out) {
-    if (!scale && !bias) return store(sums, out);
-    for (i64 n = 0; n < PANEL; n++) {
+// `count` columns of one row, at most 64: sums times `scale`, plus bias, as bf16 or float.
+template <class X>
+inline void finish(const float *sums, const float *scale, const X *bias, X *out, i64 count = PANEL) {
+    if (!scale && !bias && count == PANEL) return store(sums, out);
+    for (i64 n = 0; n < count; n++) {
         float value = sums[n];
         if (scale) value *= scale[n];
         if (bias) value += widen(bias[n]);
@@ -165,7 +166,7 @@ inline void expand4(const char *from, float *to, i64 K) {
         }
 }
 
-// scale and zero [K/group, N]; zero may be null. The sum over a group is scaled as a whole; the zero point's share of it is
+// scale and zero [K/group, N]; zero may be null; N need not be a multiple of 64, the last panel is padded. The sum over a group is scaled as a whole; the zero point's share of it is
 // the zero point times the sum of x.
 template <class X>
 void packed_linear_w4a16(const X *x, i64 xs, const void *w, const float *scale, const float *zero, const X *bias, X *out,
@@ -181,8 +182,8 @@ void packed_linear_w4a16(const X *x, i64 xs, const void *w, const float *scale, 
             for (i64 k = g * group; k < (g + 1) * group; k++) sum += widen(x[m * xs + k]);
             sum_of_x[m * groups + g] = sum;
         }
-    parallel(threads, N / PANEL, [&](i64 number) {
-        const i64 n0 = number * PANEL;
+    parallel(threads, (N + PANEL - 1) / PANEL, [&](i64 number) {
+        const i64 n0 = number * PANEL, columns = std::min(PANEL, N - n0);
         alignas(64) X wide[DEPTH * PANEL];
         alignas(64) float sums[ROWS * PANEL], part[ROWS * PANEL];
         for (i64 m0 = 0; m0 < M; m0 += ROWS) {
@@ -202,12 +203,12 @@ void packed_linear_w4a16(const X *x, i64 xs, const void *w, const float *scale, 
                     float *to = sums + m * PANEL;
                     const float *add = part + m * PANEL;
                     const float share = zero ? sum_of_x[(m0 + m) * groups + g] : 0;
-                    if (z) for (i64 n = 0; n < PANEL; n++) to[n] += s[n] * (add[n] - z[n] * share);
-                    else for (i64 n = 0; n < PANEL; n++) to[n] += s[n] * add[n];
+                    if (z) for (i64 n = 0; n < columns; n++) to[n] += s[n] * (add[n] - z[n] * share);
+                    else for (i64 n = 0; n < columns; n++) to[n] += s[n] * add[n];
                 }
             }
             for (i64 m = 0; m < rows; m++)
-                finish<X>(sums + m * PANEL, nullptr, bias ? bias + n0 : nullptr, out + (m0 + m) * N + n0);
+                finish<X>(sums + m * PANEL, nullptr, bias ? bias + n0 : nullptr, out + (m0 + m) * N + n0, columns);
         }
     });
 }
