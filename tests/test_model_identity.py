@@ -11,6 +11,8 @@ import torch
 from conftest import make_model
 from megatron_writer import save_megatron
 from safetensors.torch import load_file, save_file
+from test_adapter import make_adapter
+from transformers import AutoModelForCausalLM
 
 from ascend_kit import convert
 from ascend_kit.checkpoint.identity import check_converted, model_identity
@@ -89,6 +91,26 @@ def test_another_model_is_refused(experiment, tmp_path):
 
     with pytest.raises(CheckpointError, match="was made from"):
         check_converted(experiment.with_changes(input_model=str(other)))
+
+
+def test_a_folder_made_with_another_adapter_is_refused_and_both_adapters_named(experiment, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    for name in ("lora", "other"):
+        torch.manual_seed(len(name))
+        make_adapter(tmp_path / name, base, {"model.layers.0.self_attn.q_proj": 4})
+    adapted = experiment.with_changes(model_name="adapted", adapter_path=str(tmp_path / "lora"))
+    convert(adapted)
+    shutil.copytree(tmp_path / "lora", tmp_path / "moved")
+
+    check_converted(adapted)
+    check_converted(adapted.with_changes(adapter_path=str(tmp_path / "moved")))
+    for given, complaint in ((str(tmp_path / "other"), "other"), (None, "not set")):
+        with pytest.raises(
+            CheckpointError, match=rf"made with adapter {tmp_path}/lora, and adapter_path is .*{complaint}"
+        ):
+            check_converted(adapted.with_changes(adapter_path=given), content=False)
+    with pytest.raises(CheckpointError, match=f"made with adapter none, and adapter_path is {tmp_path}/lora"):
+        check_converted(experiment.with_changes(adapter_path=str(tmp_path / "lora")))
 
 
 def test_each_part_of_the_identity_changes_with_its_files_alone(tmp_path):

@@ -89,7 +89,9 @@ class AdaptedBias:
 def adapter_digest(folder: Path) -> str:
     """sha256 over the adapter's settings and weights."""
     state = hashlib.sha256()
-    for path in (folder / CONFIG_NAME, _weights(folder)):
+    weights = _weights(folder)
+    _check_config(folder)
+    for path in (folder / CONFIG_NAME, weights):
         state.update(path.read_bytes())
     return state.hexdigest()
 

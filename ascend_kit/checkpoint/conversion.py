@@ -77,6 +77,7 @@ class ConversionPlan:
     settings: dict[str, Any]
     mix: MixChoice | None = None
     left_out: tuple[str, ...] = ()  # what the source holds and the result does not, in words
+    adapter: Path | None = None  # the folder of the adapter that `checkpoint` has merged
 
 
 class Conversion:
@@ -212,6 +213,7 @@ class Conversion:
                 "files": sources,
                 "companions": companions,
                 "left_out": list(self.plan.left_out),
+                **({"adapter": str(self.plan.adapter)} if self.plan.adapter else {}),
             },
             settings=self.settings,
             files=files,

@@ -110,8 +110,9 @@ def convert(
     texts = Path(tokenizer_path) if tokenizer_path else None
     check_companions(companion_files(checkpoint.config_folder, texts))
     settings = {"precision": precision, "framework": checkpoint.framework, **options.settings()}
-    if adapter_path is not None:
-        settings["adapter_sha256"] = adapter_digest(Path(adapter_path))
+    adapter = None if adapter_path is None else Path(adapter_path).resolve()
+    if adapter is not None:
+        settings["adapter_sha256"] = adapter_digest(adapter)
     undone = undo_exchange(destination)
     if undone:
         logging.getLogger(__name__).warning(undone)
@@ -129,7 +130,7 @@ def convert(
         bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         on_progress=on_progress,
     )
-    plan = ConversionPlan(checkpoint, model, recipe, settings, mix, left_out)
+    plan = ConversionPlan(checkpoint, model, recipe, settings, mix, left_out, adapter)
     return Conversion(plan, destination, texts, max_shard_bytes, on_progress).run(before_publish)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.checkpoint.adapter import adapter_digest
 from ascend_kit.checkpoint.huggingface import TEMPLATE_FILES, TOKENIZER_FILES, companion_files
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_manifest, verify
 from ascend_kit.checkpoint.source import config_folder, weight_files
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Keys of config.json that say where a model comes from and not what it computes.
 ORIGIN_KEYS = frozenset({"_name_or_path", "transformers_version", "architectures", "auto_map", "use_cache"})
+
+AGAIN = "Run 02_convert again with if_model_exists: overwrite, choose another model_name, or set use_model: source"
 
 
 def model_identity(model_path: str | Path, tokenizer_path: str | Path | None = None) -> Identity:
@@ -101,10 +104,16 @@ def check_converted(experiment: Experiment, *, content: bool = True) -> None:
             f"input_model {source} does not exist; {converted} was made from {made_from}. To run the converted folder "
             f"by itself, set input_model: {converted} and use_model: source"
         )
+    adapter = Path(experiment.adapter_path) if experiment.adapter_path else None
+    if manifest["settings"].get("adapter_sha256") != (adapter_digest(adapter) if adapter else None):
+        raise CheckpointError(
+            f"{converted} was made with adapter {manifest['source'].get('adapter', 'none')}, and adapter_path is "
+            f"{adapter or 'not set'}. {AGAIN}"
+        )
     companions = companion_files(config_folder(source, texts), texts)
     different = next(changed_sources(source, weight_files(source), companions, manifest, content=content), None)
     if different is not None:
         raise CheckpointError(
-            f"{converted} was made from {made_from} and not from input_model {source} as it is now ({different}). Run "
-            "02_convert again with if_model_exists: overwrite, choose another model_name, or set use_model: source"
+            f"{converted} was made from {made_from} and not from input_model {source} as it is now ({different}). "
+            f"{AGAIN}"
         )

@@ -44,6 +44,7 @@ class _Source(TypedDict):
     files: list[_Entry]
     companions: NotRequired[list[_Entry]]
     left_out: NotRequired[list[str]]
+    adapter: NotRequired[str]  # the folder; what it held is in the settings
 
 
 class _Scheme(TypedDict):
