@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ascend_kit.checkpoint.int8_layouts import QuantizationInfo, present_quantized
 from ascend_kit.checkpoint.mindspore_file import check_mindspore_file
+from ascend_kit.checkpoint.quantized_layouts import QuantizationInfo, present_quantized
 from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, check_slice, read_json
 from ascend_kit.checkpoint.torch_file import TorchFile, check_torch_file
 from ascend_kit.model.int4 import dequantize_groups

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ascend_kit.checkpoint.compressed_tensors import FORMATS
 from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor
-from ascend_kit.checkpoint.int8_layouts import FORMATS
 from ascend_kit.checkpoint.tensor_jobs import CastJob, QuantizeJob, Quantizer, RepackJob, ScaleChange, TensorJob
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import LAYER_PATTERN, expected_shapes, linear_names

@@ -1,0 +1,179 @@
+"""Linears of compressed-tensors, int8 and 4-bit, in the common form of quantized_layouts (facts: version 0.20)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from ascend_kit.checkpoint.int4_layouts import present_packed
+from ascend_kit.checkpoint.int8_tensors import W4A8, PackedInt8, ScaleColumn, add_static, check_linear
+from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
+from ascend_kit.files import one_line
+
+FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized", "w4a16": "pack-quantized"}
+# What a compressed-tensors description may hold, and at which values.
+WEIGHTS = {
+    "num_bits": (8,),
+    "type": ("int",),
+    "symmetric": (True,),
+    "strategy": ("channel",),
+    "dynamic": (False,),
+    "actorder": (None, "static", "weight"),  # the order in which GPTQ went; `group` would permute what is stored
+}
+WEIGHTS_4 = WEIGHTS | {
+    "num_bits": (4,),
+    "symmetric": (True, False),
+    "strategy": ("group", "channel"),
+    "group_size": (None, -1, 32, 64, 128),
+    "actorder": (None, "static", "weight", "group", "dynamic"),
+}
+INPUTS = {"num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("token",), "dynamic": (True,)}
+STATIC_INPUTS = INPUTS | {"symmetric": (True, False), "strategy": ("tensor",), "dynamic": (False,)}
+ARGS_UNUSED = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
+GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "format"})
+CONFIG_KEYS = frozenset(
+    {"quant_method", "version", "config_groups", "format", "quantization_status", "global_compression_ratio", "ignore"}
+)
+
+
+class _Group(TypedDict, total=False):
+    targets: list[str] | None
+    weights: dict[str, Any] | None
+    input_activations: dict[str, Any] | None
+
+
+class _Description(TypedDict, total=False):
+    config_groups: dict[str, _Group] | None
+    ignore: list[str] | None
+    sparsity_config: dict[str, Any] | None
+
+
+_DESCRIPTION = TypeAdapter(_Description)
+
+
+def present_compressed_tensors(where: Path, stored: dict[str, Any], sources: dict[str, TensorSource]) -> dict[str, str]:
+    """Replace compressed-tensors' tensors by the common form; linear -> scheme."""
+    place = f"{where}, quantization_config"
+    try:
+        _DESCRIPTION.validate_python(stored, strict=True)
+    except ValueError as error:
+        raise CheckpointError(f"{place}: {one_line(error)}") from None
+    is_dense = (stored.get("sparsity_config") or {}).get("format") == "dense"
+    _refuse_others(place, stored, CONFIG_KEYS | ({"sparsity_config"} if is_dense else set()))
+    _check_format(place, stored, "mixed-precision")
+    groups: list[tuple[str, list[str]]] = []
+    sizes: list[int | None] = []
+    for name, group in (stored.get("config_groups") or {}).items():
+        place = f"{where}, quantization group {name}"
+        groups.append((_group_scheme(place, group), group.get("targets") or []))
+        sizes.append((group.get("weights") or {}).get("group_size"))
+    schemes = {}
+    for scale_name in [name for name in sources if name.endswith(".weight_scale")]:
+        linear = scale_name.removesuffix(".weight_scale")
+        if any(_names(target, linear) for target in stored.get("ignore") or []):
+            raise CheckpointError(f"{where}: `ignore` names {linear}, but {scale_name} is stored")
+        at = _group_of_linear(where, linear, groups)
+        schemes[linear] = groups[at][0]
+        _present_linear(where.parent, linear, groups[at][0], sizes[at], sources)
+    return schemes
+
+
+def _refuse_others(where: str, found: Mapping[str, Any], known: frozenset[str]) -> None:
+    """CheckpointError for a setting that is not understood; null, false and empty settings say nothing."""
+    for key, value in found.items():
+        if key not in known and value not in (None, False, {}, []):
+            raise CheckpointError(f"{where}: {key}={value!r} is not supported")
+
+
+def _check_format(where: str, found: Mapping[str, Any], *more: str) -> None:
+    allowed = (*FORMATS.values(), "naive-quantized", *more)
+    if found.get("format") not in (None, *allowed):
+        raise CheckpointError(f"{where}: format={found['format']!r} is not supported; read are {', '.join(allowed)}")
+
+
+def _group_scheme(where: str, group: dict[str, Any]) -> str:
+    _refuse_others(where, group, GROUP_KEYS)
+    _check_format(where, group)
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    has_four = weights.get("num_bits") == 4
+    _check_args(f"{where}, weights", weights, WEIGHTS_4 if has_four else WEIGHTS)
+    if inputs is None:
+        return "w4a16" if has_four else "w8a16"
+    if has_four:
+        raise CheckpointError(f"{where}: {W4A8}")
+    is_static = isinstance(inputs, dict) and not inputs.get("dynamic")
+    _check_args(f"{where}, input_activations", inputs, STATIC_INPUTS if is_static else INPUTS)
+    return "w8a8_static" if is_static else "w8a8"
+
+
+def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
+    defaults = {"type": "int", "symmetric": True, "dynamic": False, "strategy": allowed["strategy"][0]}
+    for key, values in allowed.items():
+        found = args.get(key) if args.get(key) is not None else defaults.get(key)
+        if found not in values:
+            raise CheckpointError(
+                f"{where}: {key}={found!r}; read are int8 weights, symmetric with one scale per channel, with "
+                "activations in float, dynamic per token or static per tensor, and 4-bit weights in groups with float "
+                "activations"
+            )
+    _refuse_others(where, args, ARGS_UNUSED | allowed.keys())
+
+
+def _names(target: str, linear: str) -> bool:
+    try:
+        return target == linear or (target.startswith("re:") and re.match(target[3:], linear) is not None)
+    except re.error as error:
+        raise CheckpointError(f"quantization_config: {target!r} is no regular expression: {error}") from None
+
+
+def _group_of_linear(where: Path, linear: str, groups: list[tuple[str, list[str]]]) -> int:
+    # A target naming the module wins over one naming the class, as in compressed-tensors itself.
+    kind = "Embedding" if "embed" in linear else "Linear"
+    for fits in (lambda target: _names(target, linear), lambda target: target == kind):
+        found = next((at for at, (_, targets) in enumerate(groups) if any(map(fits, targets))), None)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{where}: {linear}.weight_scale is stored, but no quantization group targets {linear}")
+
+
+def _present_linear(
+    folder: Path, linear: str, scheme: str, group_size: int | None, result: dict[str, TensorSource]
+) -> None:
+    extras = ["weight_zero_point", "weight_g_idx"] * (scheme != "w4a16")
+    for extra in extras + ["input_scale", "input_zero_point"] * (scheme != "w8a8_static"):
+        if f"{linear}.{extra}" in result:
+            raise CheckpointError(f"{folder}: {linear}.{extra} is stored, which a {scheme} linear does not have")
+    if f"{linear}.weight_packed" in result:
+        shape = _shape_of_packed(linear, result)
+        if scheme == "w4a16":
+            present_packed(linear, result, shape, None if group_size in (None, -1) else group_size)
+            return
+        packed = result.pop(f"{linear}.weight_packed")
+        if packed.dtype != torch.int32 or packed.shape != (shape[0], (shape[1] + 3) // 4):
+            raise CheckpointError(
+                f"{packed.origin}: {linear}.weight_packed is {packed.dtype} {list(packed.shape)}, expected int32 with "
+                f"four numbers an element for weight_shape {list(shape)}"
+            )
+        result[f"{linear}.weight"] = PackedInt8(packed, shape)
+    elif scheme == "w4a16":
+        raise CheckpointError(f"{folder}: {linear}.weight_packed is missing; 4 bits are read packed only")
+    check_linear(folder, linear, result)
+    result[f"{linear}.weight_scale"] = ScaleColumn(result[f"{linear}.weight_scale"])
+    if scheme == "w8a8_static":
+        offset = result.pop(f"{linear}.input_zero_point", None)
+        add_static(folder, linear, result.get(f"{linear}.input_scale"), offset, result)
+
+
+def _shape_of_packed(linear: str, result: dict[str, TensorSource]) -> tuple[int, int]:
+    named = result.pop(f"{linear}.weight_shape", None)
+    shape = [] if named is None else named.read().tolist()
+    if len(shape) != 2 or not all(0 < number < 1 << 31 for number in shape):
+        origin = result[f"{linear}.weight_packed"].origin
+        raise CheckpointError(f"{origin}: {linear}.weight_shape is {shape}, expected two numbers beside weight_packed")
+    return shape[0], shape[1]
