@@ -41,16 +41,19 @@ class ScriptedServer:
         else:
             length = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
             self.bodies.append(json.loads(await reader.readexactly(length)))
-            script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
             self.now += 1
             self.most_at_once = max(self.most_at_once, self.now)
-            start = self.loop.time()
-            for at_s, data in script:
-                await asyncio.sleep(max(0.0, start + at_s - self.loop.time()))
-                writer.write(data)
-                await writer.drain()
+            await self._answer(writer)
             self.now -= 1
         writer.close()
+
+    async def _answer(self, writer):
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        start = self.loop.time()
+        for at_s, data in script:
+            await asyncio.sleep(max(0.0, start + at_s - self.loop.time()))
+            writer.write(data)
+            await writer.drain()
 
 
 def event(value, end=b"\n\n"):

@@ -2,7 +2,10 @@
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -476,3 +479,12 @@ def test_sweep_of_overwritten_weights_is_measured_again(tmp_path):
     assert same == both  # resumed, and nothing was measured twice
     assert len(other) == 1 and other[0] not in both
     assert len(both_again) == 2 and not set(both_again) & set(both)
+
+
+@pytest.mark.long
+def test_24_points_survive_a_kill_a_dying_server_and_one_that_answers_500(tiny_qwen3_dir):
+    script = Path(__file__).parent.parent / "benchmarks" / "sweep_survives.py"
+
+    done = subprocess.run([sys.executable, script, "--model", tiny_qwen3_dir], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stdout + done.stderr
