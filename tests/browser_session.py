@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -96,6 +97,18 @@ def wait_idle(page, timeout_s: float = 300) -> None:
         time.sleep(0.4)
 
 
-def errors(page) -> list[str]:
-    """The error outputs of the notebook that are drawn."""
-    return page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+def errors(page, file: Path) -> list[str]:
+    """Save the notebook; its error outputs, and the cells that an error before them left without a run.
+
+    They are read from the file: JupyterLab draws only the cells in sight.
+    """
+    before = file.stat().st_mtime_ns
+    command(page, "File", "docmanager:save")
+    until = time.monotonic() + 20
+    while file.stat().st_mtime_ns == before:
+        assert time.monotonic() < until, f"{file} was not saved"
+        time.sleep(0.1)
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    raised = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+    left = [cell["id"] for cell in cells if cell["execution_count"] is None]
+    return [f"{out['ename']}: {out['evalue']}" for out in raised] + [f"{name} was not run" for name in left]

@@ -14,7 +14,7 @@ import pytest
 from test_run import run_folder, write_notebook
 
 from ascend_kit.__main__ import main
-from ascend_kit.params.notebook import literal_assignments
+from ascend_kit.params.notebook import experiment_from_notebook, literal_assignments
 from ascend_kit.run.checks import find_notebooks
 from ascend_kit.run.copies import without_widgets
 from ascend_kit.run.experiment import run_experiment
@@ -60,6 +60,20 @@ def test_working_copies_carry_the_file_and_leave_the_folder_unused(project, caps
     main(["run", "fake.yaml", "--notebooks", "notebooks", "--overwrite"])
     main(["work", "fake.yaml", "--notebooks", "notebooks"])
     assert copy.read_text() == changed and not (copy.parent / "01_first-Copy1.ipynb").exists()
+
+
+def test_values_that_the_parameters_cell_cannot_say_above_the_file_are_injected(project):
+    """A default written in the cell is no change of it, and an old name is none of its names."""
+    (project / "mine.yaml").write_text("experiment: mine\nseed: 9\n")
+    main(["work", "mine.yaml", "--set", "seed=0", "--set", "sweep_output_len=[5]", "--set", "sweep_concurrency=[2]"])
+    copy = project / "outputs/mine/default/work/04_throughput.ipynb"
+    cells = [cell.source for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]
+
+    experiment = experiment_from_notebook({"In": ["", *cells[:2]]})
+
+    assert cells[1].startswith("# Parameters\nseed = 0\n")
+    assert (experiment.seed, experiment.experiment) == (0, "mine")
+    assert (experiment.sweep["output_len"], experiment.sweep["concurrency"]) == ([5], [2])
 
 
 def test_a_stage_run_in_jupyterlab_is_a_run_with_a_report(project, monkeypatch):

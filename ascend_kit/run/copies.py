@@ -14,6 +14,7 @@ from typing import Any
 from ascend_kit.files import write_atomic
 from ascend_kit.messages import phrase, translate
 from ascend_kit.params import Experiment
+from ascend_kit.params.notebook import INJECTED_MARK
 from ascend_kit.run.checks import Notebook, tagged_cells
 from ascend_kit.stages import DONE, RunRecord, Stage, changing
 
@@ -32,24 +33,35 @@ def make_working_copies(
     """
     folder = experiment.run_folder / FOLDER
     names = {"experiment": experiment.experiment, "run": experiment.run}
-    values = {"params_file": str(Path(parameter_file).absolute()), **names, **overrides}
+    names["params_file"] = str(Path(parameter_file).absolute())
     for notebook in notebooks:
         target = folder / notebook.path.name
         if not target.exists():
             content = json.loads(notebook.path.read_text(encoding="utf-8"))
             translate_cells(content["cells"], experiment.language)
-            cell = tagged_cells(content)[0]
-            cell["source"] = _with_values("".join(cell["source"]), values).splitlines(keepends=True)
+            _set_values(content["cells"], tagged_cells(content)[0], names, overrides)
             write_atomic(target, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return folder
 
 
-def _with_values(source: str, values: dict[str, Any]) -> str:
-    """The parameters cell with other values; names that it does not declare are left out."""
-    for name, value in values.items():
+def _set_values(
+    cells: list[dict[str, Any]], cell: dict[str, Any], names: dict[str, str], overrides: dict[str, Any]
+) -> None:
+    """Write values into the parameters cell; into a cell below it, as papermill injects one, where that says nothing.
+
+    The parameters cell says nothing by a name that it lacks, nor by a default: params_file wins over both.
+    """
+    source, injected = "".join(cell["source"]), {}
+    for name, value in {**names, **overrides}.items():
         line = re.compile(rf"^({name}\b[^=\n]*=) .*?(  #[^\n\"']*)?$", re.MULTILINE)
-        source = line.sub(lambda found, value=value: f"{found[1]} {value!r}{found[2] or ''}", source)
-    return source
+        source, found = line.subn(lambda found, value=value: f"{found[1]} {value!r}{found[2] or ''}", source)
+        if name in overrides and (not found or value == Experiment.model_fields[name].default):
+            injected[name] = value
+    cell["source"] = source.splitlines(keepends=True)
+    if injected:
+        lines = [f"{INJECTED_MARK}\n", *(f"{name} = {value!r}\n" for name, value in injected.items())]
+        below = {"cell_type": "code", "id": "injected", "metadata": {"tags": ["injected-parameters"]}, "outputs": []}
+        cells.insert(cells.index(cell) + 1, {**below, "execution_count": None, "source": lines})
 
 
 def translate_cells(cells: list[dict[str, Any]], language: str) -> None:
