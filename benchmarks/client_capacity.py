@@ -13,7 +13,8 @@ import multiprocessing
 import time
 from multiprocessing.connection import Connection
 
-from ascend_kit.measure.endpoint import Client, Endpoint
+from ascend_kit.measure.endpoint import Client
+from ascend_kit.measure.http import Endpoint
 from ascend_kit.measure.metrics import percentile
 from ascend_kit.measure.workload import Request
 

@@ -11,7 +11,8 @@ import pytest
 from capacity_server import CapacityServer
 from scripted_server import DONE, HEAD, ScriptedServer, chat_chunk, event, failure, text_chunk
 
-from ascend_kit.measure.endpoint import Client, Endpoint
+from ascend_kit.measure.endpoint import Client
+from ascend_kit.measure.http import Endpoint
 from ascend_kit.measure.points import check_complete
 from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.server_process import ServerProcess

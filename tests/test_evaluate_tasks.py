@@ -20,13 +20,14 @@ from running_server import Running
 from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation.compare import pair_documents
 from ascend_kit.evaluation.drawing import allocate, detectable, draw
-from ascend_kit.evaluation.endpoint import EndpointEngine, EndpointError
+from ascend_kit.evaluation.endpoint import EndpointEngine
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.evaluation.other_tasks import check_data
 from ascend_kit.evaluation.runs import Run
 from ascend_kit.evaluation.scores import pass_at_k
 from ascend_kit.identity import Identity
+from ascend_kit.measure.http import Endpoint, EndpointError
 from ascend_kit.params import Experiment, ParameterError, build_experiment
 from ascend_kit.results import RunFolder
 
@@ -126,6 +127,8 @@ def test_what_cannot_be_asked_is_said_before_any_work(engine, gsm8k, tmp_path) -
     for names, words in faults.items():
         with pytest.raises(DataError, match=words):
             check_data(experiment_for(gsm8k, tmp_path, eval_datasets=list(names)))
+    with pytest.raises(ParameterError, match=r"eval_endpoint: .* entry of engines .*\(there is none\), got 'nobody'"):
+        experiment_for(gsm8k, tmp_path, eval_endpoint="nobody")
     with pytest.raises(ParameterError, match=r"eval_samples=4 .* set eval_temperature"):
         experiment_for(gsm8k, tmp_path, eval_samples=4)
     tight = experiment_for(gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_max_new_tokens=1024)
@@ -267,8 +270,10 @@ def test_documents_through_an_endpoint_are_those_of_the_engine_and_pair_with_the
     ours, one = run(engine, experiment_for(data, tmp_path, run="ours", **changes))
     with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=2048) as behind:
         server = Running(behind)
-        served = EndpointEngine(f"{server.base}/v1", str(tiny_qwen3_dir))
-        theirs, two = run(served, experiment_for(data, tmp_path, run="served", **changes))
+        entry = {"name": "ours", "base_url": f"{server.base}/v1", "model": "tiny", "leave_out": ["top_k"]}
+        changes |= {"engines": [entry], "eval_endpoint": "ours", "input_model": str(tiny_qwen3_dir)}
+        asked = experiment_for(data, tmp_path, run="served", **changes)
+        theirs, two = run(EndpointEngine.from_experiment(asked), asked)
         server.wait(server.runner.cleanup())
 
     key = ["task", "doc_id", "doc_hash", "prompt_hash"]
@@ -305,12 +310,12 @@ def test_what_a_server_cannot_do_is_said_before_work(tiny_qwen3_dir, tmp_path) -
     with ThreadingHTTPServer(("127.0.0.1", 0), Terse) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
-        served = EndpointEngine(url, str(tiny_qwen3_dir))
+        served = EndpointEngine(Endpoint(url, ""), str(tiny_qwen3_dir))
         data = write_sets(tmp_path / "data", documents=2)
         with pytest.raises(DataError, match=r"mmlu_abstract_algebra, .* cannot be asked: .* 0 log-probabilities of 6"):
             run(served, experiment_for(data, tmp_path, eval_datasets=["mmlu"], eval_fewshot=0))
         with pytest.raises(EndpointError, match="serves m, not 'other'"):
-            EndpointEngine(url, str(tiny_qwen3_dir), model="other")
+            EndpointEngine(Endpoint(url, "other"), str(tiny_qwen3_dir))
         server.shutdown()
 
 

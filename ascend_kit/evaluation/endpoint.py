@@ -7,14 +7,12 @@ a server cannot do is found out by one small request before work.
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -25,21 +23,20 @@ from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, Tim
 from ascend_kit.evaluation.interface import Ids
 from ascend_kit.files import Table
 from ascend_kit.identity import Identity
+from ascend_kit.measure import http
 from ascend_kit.measure.agreement import check_against, reference_answers
+from ascend_kit.measure.http import Endpoint, EndpointError
+from ascend_kit.measure.remote import endpoint_of
+from ascend_kit.measure.server_process import ServerProcess
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params import Experiment
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # where the server wants a key; it is never stored
-TIMEOUT_S = 600.0
-TRIES = 4  # of a request whose connection fails or that the server refuses as too many
-WAIT_S = 1.0
-BUSY = (408, 429, 500, 502, 503, 504)
+TIMEOUT_S = 600.0  # of an answer that comes as a whole
+RETRIES = 3  # of a request whose connection fails or that the server refuses as too many
 PROBE = 6  # tokens
+MODELS, COMPLETIONS = "/v1/models", "/v1/completions"
 TIE = 1e-6  # nats by which rounding may part the chosen token from the most probable one
-
-
-class EndpointError(RuntimeError):
-    """The server cannot be reached, has another model, or cannot do what is asked; the text says which."""
 
 
 class _Nowhere:
@@ -52,47 +49,79 @@ class _Nowhere:
 
 
 class EndpointEngine:
-    """A served model as the evaluation sees an engine. `url` ends in /v1; tokenizer and config are local files.
+    """A served model as the evaluation sees an engine; tokenizer and config are local files.
 
     At most `concurrency` requests are on their way at once; one that fails for the connection's sake is sent again.
+    An endpoint without a model is asked for its only one. `process` is the server where it is started here; it is ended
+    by `close`. Raises EndpointError where the server does not answer or has another model.
     """
 
     def __init__(
         self,
-        url: str,
+        endpoint: Endpoint,
         model_path: str,
         *,
         tokenizer_path: str | None = None,
         concurrency: int = 8,
-        model: str | None = None,
+        process: ServerProcess | None = None,
+        ready_timeout_s: float = 600.0,
     ) -> None:
-        self.url, self.concurrency = url.rstrip("/"), concurrency
+        self.url, self.concurrency, self._process = endpoint.base_url.rstrip("/"), concurrency, process
+        if endpoint.api == "chat":
+            raise EndpointError(
+                f"{self.url}: api is chat, but prompts are built and encoded here: completions is needed"
+            )
+        self.endpoint = replace(
+            endpoint, retries=max(RETRIES, endpoint.retries), idle_s=max(TIMEOUT_S, endpoint.idle_s)
+        )
         self.tokenizer: Any = load_tokenizer(tokenizer_path or model_path)
         self.config = ModelConfig.from_folder(tokenizer_path or model_path)
         self.device: Any = _Nowhere()
         self._paths = (model_path, tokenizer_path)
-        self.served = self._find(model)
+        if process is not None:
+            once = replace(self.endpoint, retries=0)
+            process.start(lambda: isinstance(http.ask(once, MODELS, [None])[0], dict), ready_timeout_s)
+        try:
+            self.served = self._find()
+        except EndpointError:
+            self.close()
+            raise
+        self.endpoint = replace(self.endpoint, model=str(self.served["id"]))
         self.max_seq_length = int(self.served.get("max_model_len") or self.config.max_position_embeddings)
 
     @classmethod
     def from_experiment(cls, experiment: Experiment) -> EndpointEngine:
-        """The server that `eval_endpoint` names, with the tokenizer of the model that is evaluated."""
+        """The server that `eval_endpoint` names, an address or an entry of `engines`, with the tokenizer of the model
+        that is evaluated.
+        """
         assert experiment.eval_endpoint is not None
+        spec, process, wait_s = experiment.endpoint_spec, None, 600.0
+        if spec is None:
+            key = os.environ.get(KEY_VARIABLE)
+            endpoint = Endpoint(experiment.eval_endpoint, experiment.eval_endpoint_model or "", api_key=key)
+        else:
+            endpoint, wait_s = endpoint_of(spec), spec.ready_timeout_s
+            if spec.engine_command:
+                process = ServerProcess(spec.engine_command, experiment.run_folder / f"{experiment.eval_endpoint}.log")
         return cls(
-            experiment.eval_endpoint,
+            endpoint,
             experiment.input_model,
             tokenizer_path=experiment.tokenizer_path,
             concurrency=experiment.batch_size,
-            model=experiment.eval_endpoint_model,
+            process=process,
+            ready_timeout_s=wait_s,
         )
 
     @property
     def identity(self) -> Identity:
-        """What can be known: tokenizer and template by content; weights and engine as the server names them."""
+        """What can be known: tokenizer and template by content; weights and engine as the server names them, and fields
+        that are sent to it in other ways than usual.
+        """
         local = model_identity(*self._paths)
         served = {key: self.served.get(key) for key in ("id", "owned_by", "max_model_len", "root")}
+        own = {key: value for key in ("extra_body", "leave_out") if (value := getattr(self.endpoint, key))}
         return local.with_parts(
-            weights={"served": served}, engine={"kind": "openai", **served}, declared=("weights", "engine")
+            weights={"served": served}, engine={"kind": "openai", **served, **own}, declared=("weights", "engine")
         )
 
     def stats(self) -> dict[str, Any]:
@@ -104,7 +133,21 @@ class EndpointEngine:
         return self
 
     def close(self) -> None:
-        """The server goes on."""
+        """End the server where it was started here; any other goes on."""
+        if self._process is not None:
+            self._process.stop()
+
+    def _find(self) -> dict[str, Any]:
+        (answer,) = http.ask(self.endpoint, MODELS, [None])
+        if isinstance(answer, EndpointError):
+            raise answer
+        served, model = answer.get("data") or [], self.endpoint.model
+        names = [str(item.get("id")) for item in served]
+        if not model and len(served) != 1:
+            raise EndpointError(f"{self.url} serves {', '.join(names) or 'no model'}: set eval_endpoint_model to one")
+        if model and model not in names:
+            raise EndpointError(f"eval_endpoint_model: {self.url} serves {', '.join(names)}, not {model!r}")
+        return next(item for item in served if not model or item.get("id") == model)
 
     # --- what it can do -----------------------------------------------------------------------------------------------
 
@@ -116,11 +159,13 @@ class EndpointEngine:
 
     @cached_property
     def _no_scores(self) -> str | None:
+        if self.endpoint.send_prompts_as == "text":
+            return f"{self.url} takes prompts as text and may cut other tokens: set send_prompts_as: ids"
         ids = list(range(3, 3 + PROBE))
-        try:
-            found = self._prompt_logprobs(ids)
-        except EndpointError as error:
-            return f"{self.url} gives no log-probabilities of prompts (echo with logprobs): {error}"
+        (answer,) = http.ask(self.endpoint, COMPLETIONS, [_scoring(ids)])
+        if isinstance(answer, EndpointError):
+            return f"{self.url} gives no log-probabilities of prompts (echo with logprobs): {answer}"
+        found = _prompt_logprobs(answer, len(ids))
         known = [row for row in found[1:] if row is not None and math.isfinite(row[0])]
         if len(found) < PROBE or len(known) < PROBE - 1:
             return f"{self.url} answers echo with logprobs, but gives {len(known)} log-probabilities of {PROBE} tokens"
@@ -136,14 +181,19 @@ class EndpointEngine:
         on_score: Callable[[int, Score], None] | None = None,
     ) -> list[Score]:
         """Log-probability of each continuation after its context; NaN and an error where the server refuses one."""
-        found: dict[int, Score] = {}
-        for done, (place, score) in enumerate(self._together(self._score_pair, pairs), 1):
-            found[place] = score
+        found: list[Any] = [None] * len(pairs)
+        done = itertools.count(1)
+
+        def keep(place: int, answer: http.Answer) -> None:
+            found[place] = score = self._score(*pairs[place], answer)
             if on_score is not None:
                 on_score(place, score)
             if on_progress is not None:
-                on_progress(done, len(pairs))
-        return [found[place] for place in range(len(pairs))]
+                on_progress(next(done), len(pairs))
+
+        bodies = [_scoring([*pair[0], *pair[1]]) for pair in pairs]
+        http.ask(self.endpoint, COMPLETIONS, bodies, self.concurrency, keep)
+        return found
 
     def generate(
         self,
@@ -154,48 +204,35 @@ class EndpointEngine:
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """The text after each prompt; one that the server refuses ends with an error, alone."""
-        found: dict[int, RequestOutput] = {}
-        jobs = list(zip(prompts, params, strict=True))
-        for done, (place, output) in enumerate(self._together(self._answer, jobs), 1):
-            output.index, found[place] = place, output
+        found: list[Any] = [None] * len(prompts)
+        done = itertools.count(1)
+
+        def keep(place: int, answer: http.Answer) -> None:
+            found[place] = output = self._output(prompts[place], params[place], answer)
+            output.index = place
             if on_output is not None:
                 on_output(output)
             if on_progress is not None:
-                on_progress(done, len(jobs))
-        return [found[place] for place in range(len(jobs))]
+                on_progress(next(done), len(prompts))
 
-    def _together(self, ask: Callable[..., Any], jobs: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, Any]]:
-        """(place, answer) as the answers come."""
-        pool = ThreadPoolExecutor(self.concurrency)
-        waiting: dict[Future[Any], int] = {pool.submit(ask, *job): place for place, job in enumerate(jobs)}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        bodies = [self._writing(prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
+        http.ask(self.endpoint, COMPLETIONS, bodies, self.concurrency, keep)
+        return found
 
-    def _score_pair(self, context: Ids, continuation: Ids) -> Score:
-        try:
-            rows = self._prompt_logprobs([*context, *continuation])[len(context) :]
-        except EndpointError as error:
-            return Score(math.nan, False, str(error))
+    def _score(self, context: Ids, continuation: Ids, answer: http.Answer) -> Score:
+        if isinstance(answer, EndpointError):
+            return Score(math.nan, False, str(answer))
+        rows = _prompt_logprobs(answer, len(context) + len(continuation))[len(context) :]
         if len(rows) != len(continuation) or any(row is None for row in rows):
             return Score(math.nan, False, f"{self.url} left out log-probabilities of the prompt")
         known = [row for row in rows if row is not None]
         return Score(math.fsum(own for own, _ in known), all(own >= best - TIE for own, best in known))
 
-    def _prompt_logprobs(self, ids: Ids) -> list[tuple[float, float] | None]:
-        """(log-probability, that of the most probable token) of each prompt token; None where there is none."""
-        body = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
-        logprobs = self._post("/completions", body)["choices"][0].get("logprobs") or {}
-        own, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
-        tops = [*tops, *[None] * (len(own) - len(tops))]
-        pairs = list(zip(own, tops, strict=False))[: len(ids)]
-        return [None if value is None else (value, max([value, *(top or {}).values()])) for value, top in pairs]
-
-    def _answer(self, prompt: Ids, sampling: SamplingParams) -> RequestOutput:
-        body = {
-            "prompt": prompt,
+    def _writing(self, prompt: Ids, sampling: SamplingParams) -> dict[str, Any]:
+        """The fields of a request for text."""
+        is_text = self.endpoint.send_prompts_as == "text"
+        return {
+            "prompt": self.tokenizer.decode(prompt) if is_text else prompt,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -205,10 +242,11 @@ class EndpointEngine:
             **{key: getattr(sampling, key) for key in ("top_k",) if getattr(sampling, key) is not None},
             **{key: getattr(sampling, key) for key in ("min_p", "presence_penalty") if getattr(sampling, key)},
         }
-        try:
-            choice = self._post("/completions", body)["choices"][0]
-        except EndpointError as error:
-            return RequestOutput(0, prompt, [], "", "error", str(error), None, Timeline(arrival_s=time.perf_counter()))
+
+    def _output(self, prompt: Ids, sampling: SamplingParams, answer: http.Answer) -> RequestOutput:
+        if isinstance(answer, EndpointError):
+            return RequestOutput(0, prompt, [], "", "error", str(answer), None, Timeline(arrival_s=time.perf_counter()))
+        choice = answer["choices"][0]
         written, reason = choice.get("text") or "", choice.get("finish_reason") or "stop"
         stop = choice.get("stop_reason")
         if isinstance(stop, str) and stop in sampling.stop and stop not in written:
@@ -216,41 +254,19 @@ class EndpointEngine:
         ids = choice.get("token_ids") or self.tokenizer.encode(written, add_special_tokens=False)
         return RequestOutput(0, prompt, ids, written, reason, None, None, Timeline(arrival_s=time.perf_counter()))
 
-    # --- the connection -----------------------------------------------------------------------------------------------
 
-    def _find(self, model: str | None) -> dict[str, Any]:
-        served = self._request("/models", None).get("data") or []
-        names = [str(item.get("id")) for item in served]
-        if model is None and len(served) != 1:
-            raise EndpointError(f"{self.url} serves {', '.join(names) or 'no model'}: set eval_endpoint_model to one")
-        if model is not None and model not in names:
-            raise EndpointError(f"eval_endpoint_model: {self.url} serves {', '.join(names)}, not {model!r}")
-        return next(item for item in served if model is None or item.get("id") == model)
+def _scoring(ids: Ids) -> dict[str, Any]:
+    """The fields of a request for the log-probabilities of a prompt."""
+    return {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._request(path, json.dumps({"model": self.served["id"], **body}).encode())
 
-    def _request(self, path: str, data: bytes | None) -> dict[str, Any]:
-        """The JSON answer; EndpointError after a refusal, or when the connection fails again and again."""
-        fault = ""
-        for wait in self._waits():
-            time.sleep(wait)
-            key = os.environ.get(KEY_VARIABLE)
-            headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-            request = urllib.request.Request(self.url + path, data, headers)
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                fault = f"{error.code}: {error.read(2000).decode(errors='replace')}"
-                if error.code not in BUSY:
-                    break
-            except (OSError, ValueError) as error:
-                fault = str(error)
-        raise EndpointError(f"{self.url}{path}: {fault}")
-
-    def _waits(self) -> Iterable[float]:
-        return [0.0, *(WAIT_S * 2**number for number in range(TRIES - 1))]
+def _prompt_logprobs(answer: dict[str, Any], count: int) -> list[tuple[float, float] | None]:
+    """(log-probability, that of the most probable token) of each of `count` prompt tokens; None where there is none."""
+    logprobs = answer["choices"][0].get("logprobs") or {}
+    own, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
+    tops = [*tops, *[None] * (len(own) - len(tops))]
+    pairs = list(zip(own, tops, strict=False))[:count]
+    return [None if value is None else (value, max([value, *(top or {}).values()])) for value, top in pairs]
 
 
 def check_evaluated(experiment: Experiment) -> None:
@@ -271,5 +287,5 @@ def evaluated_engine(experiment: Experiment) -> tuple[AscendInferEngine | Endpoi
         engine = AscendInferEngine.from_experiment(experiment).load_model()
         return engine, check_against(reference, engine)
     served = EndpointEngine.from_experiment(experiment)
-    row = {"server": served.url, "model": served.served["id"], "log-probabilities": served.cannot("") or "yes"}
+    row = {"server": served.url, "model": served.endpoint.model, "log-probabilities": served.cannot("") or "yes"}
     return served, pandas.DataFrame([row])

@@ -6,96 +6,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import aiohttp
 
 from ascend_kit.measure.dispatch import Dispatcher
+from ascend_kit.measure.http import Endpoint, TextCodec, get, open_session, run_in_loop
 from ascend_kit.measure.metrics import RequestRecord, percentile
 from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.streams import Answer, EventParser, token_times
 from ascend_kit.measure.workload import Request
 
-READ_BUFFER_BYTES = 1 << 22  # aiohttp's 64 KiB stalls long streams (vllm issue 39963)
 LAG_SAMPLE_S = 0.005
 METRICS_EVERY_S = 1.0
 LAG_LIMIT_MS = 5.0
-# Fields of a request that only some servers know; `leave_out` takes them away where they are refused.
-GREEDY: dict[str, Any] = {"temperature": 0, "stream": True, "ignore_eos": True}
-
-
-class TextCodec(Protocol):
-    """What a client needs of a tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str: ...
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a server is and how it wants to be asked.
-
-    `send_prompts_as` ids (exact lengths, /v1/completions only) or text; `retries` of a request that failed before its
-    first token, each counted in the record; `idle_s` is how long a stream may stay silent.
-    """
-
-    base_url: str
-    model: str
-    api: Literal["completions", "chat"] = "completions"
-    api_key: str | None = None
-    send_prompts_as: Literal["ids", "text"] = "ids"
-    leave_out: tuple[str, ...] = ()
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    retries: int = 0
-    idle_s: float = 120.0
-
-    @property
-    def root(self) -> str:
-        """The address without /v1, where /metrics is."""
-        return self.base_url.rstrip("/").removesuffix("/v1")
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Authorisation, where there is a key."""
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-
-    def body(self, request: Request, codec: TextCodec | None) -> dict[str, Any]:
-        """The JSON of one request: greedy, of exactly the asked length where the server can do that."""
-        ids, count = list(request.prompt_token_ids), request.num_output_tokens
-        limits = {"max_tokens": count, "min_tokens": count}
-        options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        prompt: Any = ids
-        if self.api == "chat" or self.send_prompts_as == "text" or request.text is not None:
-            prompt = request.text
-            if prompt is None:
-                if codec is None:
-                    raise ValueError("prompts as text need a tokenizer: set tokenizer_path")
-                prompt = codec.decode(ids)
-        said = {"messages": [{"role": "user", "content": prompt}]} if self.api == "chat" else {"prompt": prompt}
-        body = {"model": self.model, **said, **GREEDY, **limits, **options, **self.extra_body}
-        return {key: value for key, value in body.items() if key not in self.leave_out}
-
-
-def run_in_loop(work: Callable[[], Any]) -> Any:
-    """The result of a coroutine function in an event loop of its own thread: a notebook's thread has one running."""
-    loop = asyncio.new_event_loop()
-
-    def body() -> Any:
-        try:
-            return loop.run_until_complete(work())
-        finally:
-            loop.close()
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(body)
-        try:
-            return future.result()
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # closed already
-                loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
-            raise
 
 
 class Client:
@@ -118,7 +42,7 @@ class Client:
         async def read() -> Any:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
             async with aiohttp.ClientSession(timeout=timeout, headers=self.endpoint.headers) as session:
-                return await _get(session, self.endpoint.root + path)
+                return await get(session, self.endpoint.root + path)
 
         return run_in_loop(read)
 
@@ -132,12 +56,7 @@ class Client:
         records: list[RequestRecord] = []
         lags: list[float] = []
         samples: list[dict[str, float]] = []
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=self.endpoint.idle_s)
-        session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, read_bufsize=READ_BUFFER_BYTES, headers=self.endpoint.headers
-        )
-        async with session:
+        async with open_session(self.endpoint) as session:
             await self._sample(session, samples)
             watchers = [
                 asyncio.create_task(_measure_lag(lags)),
@@ -245,20 +164,10 @@ class Client:
             await self._sample(session, samples)
 
     async def _sample(self, session: aiohttp.ClientSession, samples: list[dict[str, float]]) -> None:
-        text = await _get(session, self.endpoint.root + "/metrics")
+        text = await get(session, self.endpoint.root + "/metrics")
         with contextlib.suppress(ValueError):
             if isinstance(text, str) and (found := read_metrics(text)):
                 samples.append(found)
-
-
-async def _get(session: aiohttp.ClientSession, url: str) -> Any:
-    try:
-        async with session.get(url) as response:
-            if response.status != 200:
-                return None
-            return await response.json() if response.content_type == "application/json" else await response.text()
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-        return None
 
 
 async def _measure_lag(lags: list[float]) -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.device.device import select_device
 from ascend_kit.device.peaks import HardwarePeak, find_peak
 from ascend_kit.identity import Identity
-from ascend_kit.measure.endpoint import Client, Endpoint, TextCodec
+from ascend_kit.measure.endpoint import Client
 from ascend_kit.measure.engines import SWITCHES, Machine, OnDone, reckon_weight_bytes
+from ascend_kit.measure.http import Endpoint, TextCodec
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.server_process import ServerProcess
 from ascend_kit.measure.workload import Request
@@ -106,13 +107,7 @@ class EndpointBackend:
         """Start the server where it is ours; RuntimeError when it does not answer or serves another model."""
         if self._client is not None:
             return
-        spec, key = self.spec, self.spec.api_key_env
-        client = Client(
-            Endpoint(
-                spec.base_url, spec.model, spec.api, os.environ.get(key) if key else None, spec.send_prompts_as,
-                tuple(spec.leave_out), spec.extra_body, spec.retries, spec.idle_s,
-            ), self._codec,
-        )  # fmt: skip
+        spec, client = self.spec, Client(endpoint_of(self.spec), self._codec)
         if self._process:
             self._process.start(lambda: client.get("/v1/models", READY_S) is not None, spec.ready_timeout_s)
         models = client.get("/v1/models", READY_S)
@@ -151,6 +146,15 @@ class EndpointBackend:
 
     def weight_bytes(self) -> int:
         return reckon_weight_bytes(self.config, self.precision, self.spec.quantize)
+
+
+def endpoint_of(spec: OpenAIEngine) -> Endpoint:
+    """How the server of an entry is asked; its key is read from the environment."""
+    key = os.environ.get(spec.api_key_env) if spec.api_key_env else None
+    return Endpoint(
+        spec.base_url, spec.model, spec.api, key, spec.send_prompts_as,
+        tuple(spec.leave_out), spec.extra_body, spec.retries, spec.idle_s,
+    )  # fmt: skip
 
 
 def _codec(spec: OpenAIEngine, folder: Path) -> TextCodec | None:

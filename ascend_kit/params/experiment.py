@@ -255,7 +255,7 @@ class Experiment(BaseModel):
         None, description="a finished run: stop as soon as the comparison with it is decided"
     )
     eval_endpoint: str | None = Field(
-        None, description="evaluate the OpenAI-compatible server at this URL (.../v1), not the engine"
+        None, description="evaluate a server, not the engine: its URL (.../v1), or an entry of engines"
     )
     eval_endpoint_model: str | None = Field(None, description="name of the model there; None = the only one")
     eval_chat_template: bool = Field(False, description="apply the chat template to evaluation prompts")
@@ -375,6 +375,8 @@ class Experiment(BaseModel):
             )
         self._check_int8_options()
         sweep_rules.check(self)
+        if self.endpoint_spec is not None and self.eval_endpoint_model is not None:
+            raise ParameterError(f"eval_endpoint_model: the entry {self.eval_endpoint} of engines names its model")
         if self.eval_max_seq_length > self.max_seq_length:
             raise ParameterError(
                 f"eval_max_seq_length={self.eval_max_seq_length} is above max_seq_length={self.max_seq_length}"
@@ -459,6 +461,19 @@ class Experiment(BaseModel):
         wanted = self.sweep.get("engine")
         entries = engine_rules.variant_entries(self.variants) or self.engines
         return [spec for spec in engine_rules.read_engines(entries) if wanted is None or spec.name in wanted]
+
+    @property
+    def endpoint_spec(self) -> engine_rules.OpenAIEngine | None:
+        """The entry of `engines` that `eval_endpoint` names; None where it is an address, or nothing."""
+        if self.eval_endpoint is None or self.eval_endpoint.startswith(("http://", "https://")):
+            return None
+        specs = {spec.name: spec.openai for spec in engine_rules.read_engines(self.engines) if spec.openai}
+        if self.eval_endpoint not in specs:
+            raise ParameterError(
+                f"eval_endpoint: allowed http://... or an entry of engines of kind openai "
+                f"({', '.join(specs) or 'there is none'}), got {self.eval_endpoint!r}"
+            )
+        return specs[self.eval_endpoint]
 
     @property
     def sweep_settings(self) -> list[dict[str, Any]]:
