@@ -23,7 +23,10 @@ ENOUGH_DOCUMENTS = 40  # below this, chance and skill overlap anyway
 CHANCE_Z = 2.0  # standard errors above guessing that a working model must reach
 SAME_CHOICE_SHARE = 0.9
 TIED_SHARE = 0.05
+CONSTANT_SHARE = 0.5  # of documents whose best choices tie: that many come from constant logits, not from rounding
 CUT_SHARE = 0.01
+FEW_DOCUMENTS = 10  # below this, written answers may be alike by chance
+BLIND_SHARE = 0.95  # of the loss of a model that holds every token of its vocabulary equally likely
 WHOLE_SETS = ("mmlu", "ceval-valid", "agieval")
 
 
@@ -36,8 +39,17 @@ def flags(
 ) -> list[Finding]:
     """What a reader of the scores must know; alarms are findings that make the scores worthless."""
     found = [*_failures(scores), *_settings(experiment, tasks), *_coverage(scores), *_thinking(experiment, engine)]
+    choices: dict[str, list[Row]] = {}
     for name in dict.fromkeys(task.set_name for task in tasks):
-        found += _of_set(name, [row for row in documents if row["set"] == name], experiment.eval_max_seq_length)
+        rows = [row for row in documents if row["set"] == name]
+        found += _of_set(name, rows, experiment.eval_max_seq_length)
+        found += _running_text(name, [row for row in rows if row.get("logprob") is not None], engine.config.vocab_size)
+        found += _never_right(name, {task.task for task in tasks if task.output_type == "generate_until"}, scores)
+        choices[name] = [row for row in rows if row.get("choice_logprobs")]
+    small = {name: rows for name, rows in choices.items() if 0 < len(rows) < ENOUGH_DOCUMENTS}
+    together = [row for rows in small.values() for row in rows]
+    if len(small) > 1 and len(together) >= ENOUGH_DOCUMENTS:  # each is too small to judge, all of them are not
+        found += _choices(", ".join(small), together)
     return found
 
 
@@ -52,6 +64,8 @@ def _failures(scores: Iterable[Row]) -> Iterator[Finding]:
         yield say("evaluation.failed", "caution", task=row["task"], error=str(row["error"]))
         if str(row["error"]).startswith("NotFiniteError"):
             yield say("evaluation.not_finite", "alarm", set=row["task"], what="a log-probability")
+        if str(row["error"]).startswith("OverflowError"):  # lm-eval's exp() of a loss no model should have
+            yield say("evaluation.not_finite", "alarm", set=row["task"], what="the perplexity")
 
 
 def _settings(experiment: Experiment, tasks: Iterable[LocalTask]) -> Iterator[Finding]:
@@ -83,13 +97,14 @@ def _of_set(name: str, documents: Sequence[Row], max_length: int) -> Iterator[Fi
     choice = [row for row in documents if row.get("choice_logprobs")]
     if len(choice) >= ENOUGH_DOCUMENTS:
         yield from _choices(name, choice)
+    tied = sum(_is_tied(row["choice_logprobs"]) for row in choice) / max(1, len(choice))
+    if tied >= (TIED_SHARE if len(choice) >= ENOUGH_DOCUMENTS else CONSTANT_SHARE):
+        yield say("evaluation.tied", "alarm" if tied >= CONSTANT_SHARE else "caution", set=name, share=tied)
     cut = sum(bool(row.get("cut_tokens")) for row in documents)
     if cut:
         level = "alarm" if cut > CUT_SHARE * len(documents) else "caution"
         yield say("evaluation.cut_prompts", level, set=name, cut=cut, total=len(documents), max_length=max_length)
-    empty = sum(row.get("answer") is not None and not row["answer"].strip() for row in documents)
-    if empty:
-        yield say("evaluation.empty_answers", "alarm", set=name, empty=empty)
+    yield from _texts(name, [row for row in documents if row.get("answer") is not None])
     ends: dict[str, list[str]] = {}
     for row in documents:
         if row.get("finish_reason"):
@@ -110,9 +125,43 @@ def _choices(name: str, choice: Sequence[Row]) -> Iterator[Finding]:
     favourite, count = Counter(row["prediction"] for row in choice).most_common(1)[0]
     if count >= SAME_CHOICE_SHARE * total:
         yield say("evaluation.one_choice", "alarm", set=name, choice="ABCDEFG"[favourite], share=count / total)
-    tied = sum(_is_tied(row["choice_logprobs"]) for row in choice) / total
-    if tied >= TIED_SHARE:
-        yield say("evaluation.tied", "caution", set=name, share=tied)
+
+
+def _texts(name: str, documents: Sequence[Row]) -> Iterator[Finding]:
+    """Signs that written answers say nothing: empty, or the same whatever was asked."""
+    answers = [answer for row in documents for answer in row.get("answers") or [row["answer"]]]
+    empty, total = sum(not answer.strip() for answer in answers), len(answers)
+    if empty:
+        level = "alarm" if empty > CUT_SHARE * total else "caution"
+        yield say("evaluation.empty_answers", level, set=name, empty=empty, total=total)
+    if total < FEW_DOCUMENTS or empty == total:
+        return
+    answer, count = Counter(answers).most_common(1)[0]
+    expected = Counter(str(row.get("target")) for row in documents).most_common(1)[0][1] / len(documents)
+    if count >= SAME_CHOICE_SHARE * total and expected < SAME_CHOICE_SHARE:
+        yield say("evaluation.same_answer", "alarm", set=name, share=count / total, total=total, answer=answer[:40])
+
+
+def _never_right(name: str, tasks: set[str], scores: Iterable[Row]) -> Iterator[Finding]:
+    """Written answers none of which counts under any metric: what a broken model writes, and a wrong template gives."""
+    rows = [row for row in scores if row["kind"] == "task" and row["set"] == name and row["task"] in tasks]
+    values = [row["value"] for row in rows if row["status"] == "ok" and row["unit"] == "fraction"]
+    total = sum({row["task"]: row["n"] for row in rows}.values())
+    if values and total >= ENOUGH_DOCUMENTS and not any(values):
+        yield say("evaluation.never_right", "alarm", set=name, total=total)
+
+
+def _running_text(name: str, documents: Sequence[Row], vocab_size: int) -> Iterator[Finding]:
+    """Signs that running text is predicted blindly, or that its log-probabilities were made up."""
+    counts = [(row["logprob"], row["num_prompt_tokens"]) for row in documents if row.get("num_prompt_tokens")]
+    means = [logprob / count for logprob, count in counts]
+    if not means:
+        return
+    if max(means) >= 0 or (len(means) > 1 and max(means) - min(means) < 1e-6):
+        yield say("evaluation.constant", "alarm", set=name, value=means[0], total=len(means))
+    loss = -math.fsum(logprob for logprob, _ in counts) / sum(count for _, count in counts)
+    if loss >= BLIND_SHARE * math.log(vocab_size):
+        yield say("evaluation.blind", "alarm", set=name, loss=loss, blind=math.log(vocab_size))
 
 
 def _is_tied(logprobs: list[float]) -> bool:
