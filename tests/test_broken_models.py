@@ -107,7 +107,8 @@ def zero_head(model) -> None:
 
 def ends_at_once(model) -> None:
     """Whatever was asked, the next token is the end of the text."""
-    model.lm_head.weight[256, 4] = 10.0
+    model.lm_head.weight[256, 4] = 4.0
+    model.lm_head.weight[256, 8:12] = 5.0
 
 
 ALL = {"mmlu", "gsm8k", "wikitext"}

@@ -18,6 +18,7 @@ from ascend_kit.evaluation.paired import (
     bootstrap_ratio_difference,
     holm,
     paired_counts,
+    score_interval,
 )
 from ascend_kit.evaluation.runs import CompareError, Run, differences, load_runs, pick_baseline
 from ascend_kit.evaluation.tradeoff import Comparison, answer_length_ratio
@@ -29,7 +30,7 @@ from ascend_kit.results import RunFolder
 
 
 def test_counts_of_a_small_example() -> None:
-    counts = paired_counts([1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 1, 1])
+    counts = paired_counts([1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 1, 1], [None] * 6)
 
     assert counts == PairedCounts(both_right=2, only_baseline=1, only_candidate=2, both_wrong=1)
     assert (counts.n, counts.discordant) == (6, 3)
@@ -45,23 +46,38 @@ def test_mcnemar_by_hand() -> None:
     assert PairedCounts(80, 0, 0, 20).p_value == 1.0
 
 
-def test_the_interval_by_hand() -> None:
-    # n = 98, so n + 2 = 100: gain (9 + 1) / 100, loss (4 + 1) / 100.
-    low, high = PairedCounts(45, 4, 9, 40).interval()
+@pytest.mark.parametrize(("gains", "losses", "n"), [(9, 4, 98), (0, 3, 40), (1, 0, 30), (20, 60, 500)])
+def test_the_interval_ends_where_the_likelihood_puts_it(gains: int, losses: int, n: int) -> None:
+    """At each end what was seen is 1.96 standard errors away, with the share of losses that is likeliest there."""
+    from scipy.optimize import minimize_scalar
 
-    half = 1.959964 * math.sqrt((0.10 + 0.05 - 0.05**2) / 100)
-    assert (low, high) == (pytest.approx(0.05 - half, abs=1e-6), pytest.approx(0.05 + half, abs=1e-6))
+    ends = PairedCounts(n - gains - losses, losses, gains, 0).interval()
+
+    for end, distance in zip(ends, (1.959964, -1.959964), strict=True):
+
+        def unlikely(lost: float, end=end) -> float:
+            won, same = lost + end, 1 - 2 * lost - end
+            parts = ((gains, won), (losses, lost), (n - gains - losses, same))
+            return -sum(count * math.log(share) for count, share in parts if count)
+
+        bounds = (max(0.0, -end) + 1e-12, (1 - end) / 2 - 1e-12)
+        lost = minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+        error = math.sqrt((2 * lost + end - end**2) / n)
+        assert ((gains - losses) / n - end) / error == pytest.approx(distance, abs=2e-3)
 
 
-def test_the_interval_covers_the_true_difference_about_as_often_as_it_says() -> None:
-    rnd = random.Random(0)
-    hits = 0
-    for _ in range(2000):
-        draws = rnd.choices(range(4), weights=[55, 10, 6, 29], k=120)  # true difference -0.04
-        low, high = PairedCounts(*(draws.count(cell) for cell in range(4))).interval()
-        hits += low <= -0.04 <= high
+def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
+    from scipy.stats import multinomial
 
-    assert 0.935 < hits / 2000 < 0.975  # 95 % with about half a percent of simulation error
+    for n, lost, won in ((60, 0.06, 0.06), (120, 0.10, 0.06), (400, 0.02, 0.0), (1000, 0.01, 0.01)):
+        cells = [(b, c) for b in range(min(n, 60)) for c in range(min(n, 60)) if b + c <= n]
+        covered = 0.0
+        for b, c in cells:
+            chance = multinomial.pmf([b, c, n - b - c], n, [lost, won, 1 - lost - won])
+            if chance > 1e-6:
+                low, high = PairedCounts(n - b - c, b, c, 0).interval()
+                covered += chance * (low <= won - lost <= high)
+        assert 0.93 < covered < 0.97
 
 
 def test_no_discordant_document_still_leaves_doubt() -> None:
@@ -104,13 +120,14 @@ def test_the_accuracy_interval_by_hand() -> None:
 
 
 def test_the_interval_over_passages_by_hand() -> None:
-    # Two passages of two questions, differences (1, 1) and (0, 0), and the two documents +1 and -1 that are added:
-    # mean 2 / 6; squares (2 - 2/3)^2 + (0 - 2/3)^2 + (1 - 1/3)^2 + (-1 - 1/3)^2 = 40/9; four clusters; t with 1 degree.
-    counts = paired_counts([0, 0, 1, 1], [1, 1, 1, 1], ["a", "a", "b", "b"])
-    half = 12.7062047 * math.sqrt(40 / 9 * 4 / 3) / 6
+    # Ten passages of two questions, two won whole, eight unchanged. Mean 0.2; sums 2 and 0, so squares
+    # (2 - 0.4)^2 * 2 + 0.4^2 * 8 = 6.4; variance 6.4 * 10 / 9 / 400 over that of 20 single questions,
+    # (0.2 - 0.04) / 20: an effect of 20 / 9.
+    passages = [n // 2 for n in range(20)]
+    counts = paired_counts([0] * 20, [1] * 4 + [0] * 16, passages)
 
-    assert counts.interval() == (pytest.approx(max(-1, 1 / 3 - half)), pytest.approx(min(1, 1 / 3 + half)))
-    assert counts.p_value == 1.0  # one passage changed: heads or tails of a single coin
+    assert counts.interval() == pytest.approx(score_interval(4 * 9 / 20, 0, 9, 1.959964), abs=1e-6)
+    assert counts.p_value == 0.5  # two passages changed: both heads or both tails
 
 
 def test_the_exact_test_over_passages_by_hand() -> None:
@@ -136,8 +153,7 @@ def _cells(ours: list[int], theirs: list[int]) -> list[int]:
     return [pairs.count(cell) for cell in ((1, 1), (1, 0), (0, 1), (0, 0))]
 
 
-@pytest.mark.parametrize("are_known", [True, False], ids=["passages known", "passages in order"])
-def test_intervals_cover_where_questions_share_passages(are_known: bool) -> None:
+def test_intervals_cover_where_questions_share_passages() -> None:
     numpy = pytest.importorskip("numpy")
     rng = numpy.random.default_rng(0)
     passages = [passage for passage in range(45) for _ in range(6)]
@@ -147,12 +163,12 @@ def test_intervals_cover_where_questions_share_passages(are_known: bool) -> None
         shift = numpy.repeat(rng.choice([0, 1, -1], 45, p=[0.9, 0.05, 0.05]), 6)
         theirs = numpy.where(shift == 0, ours, shift > 0)
         ours, theirs = ours.astype(int).tolist(), theirs.astype(int).tolist()
-        low, high = paired_counts(ours, theirs, passages if are_known else None).interval()
+        low, high = paired_counts(ours, theirs, passages).interval()
         hits["difference"] += low <= 0.05 * (0.4 - 0.6) <= high
         low, high = accuracy_interval(ours, passages)
         hits["accuracy"] += low <= 0.6 <= high
 
-    assert 0.93 <= hits["difference"] / 600 <= 0.99 and 0.93 <= hits["accuracy"] / 600 <= 0.97
+    assert 0.93 <= hits["difference"] / 600 <= 0.985 and 0.93 <= hits["accuracy"] / 600 <= 0.97
 
 
 def test_holm_by_hand() -> None:
@@ -182,9 +198,9 @@ def test_bootstrap_of_a_ratio_agrees_with_the_normal_interval() -> None:
 
 def test_other_values_than_right_and_wrong_are_refused() -> None:
     with pytest.raises(ValueError, match=r"0 .wrong. or 1 .right."):
-        paired_counts([0.5], [1])
+        paired_counts([0.5], [1], [None])
     with pytest.raises(ValueError, match="same documents"):
-        paired_counts([1, 0], [1])
+        paired_counts([1, 0], [1], [None] * 2)
 
 
 # --- run folders --------------------------------------------------------------------------------------------

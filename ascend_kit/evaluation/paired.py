@@ -12,9 +12,9 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import cast
 
 POWER = 0.8
-NEIGHBOURS = 11  # how far apart two questions of one passage may stand where nobody says which belong together
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,6 @@ class Passages:
         squares = sum((total - size * mean) ** 2 for size, total in zip(self.sizes, self.sums, strict=True))
         return mean, math.sqrt(squares * count / max(1, count - 1)) / n
 
-    def interval(self, added: Sequence[float], confidence: float) -> tuple[float, float]:
-        """Student's interval of the mean with K - 1 degrees of freedom, after adding some documents of one's own."""
-        from scipy.stats import t
-
-        wider = Passages((*self.sizes, *[1] * len(added)), (*self.sums, *added))
-        mean, stderr = wider.mean_and_stderr()
-        half = float(t.ppf(0.5 + confidence / 2, max(1, len(self.sizes) - 1))) * stderr
-        return mean - half, mean + half
-
     def sign_test(self) -> float:
         """Two-sided exact probability of a sum so far from 0 if every passage's sign fell like a coin.
 
@@ -74,8 +65,7 @@ class Passages:
 class PairedCounts:
     """How two runs answered the same documents. Differences are candidate minus baseline, as fractions.
 
-    `passages` holds the differences where documents share passages; `design_effect` is the factor of the variance that
-    neighbouring documents cause where passages are not known.
+    `passages` holds the differences where documents share passages.
     """
 
     both_right: int
@@ -83,7 +73,6 @@ class PairedCounts:
     only_candidate: int
     both_wrong: int
     passages: Passages | None = field(default=None, compare=False)
-    design_effect: float = field(default=1.0, compare=False)
 
     @property
     def n(self) -> int:
@@ -118,22 +107,16 @@ class PairedCounts:
         return float(binomtest(self.only_candidate, self.discordant).pvalue) if self.discordant else 1.0
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Confidence interval of the difference.
+        """Confidence interval of the difference: Tango's score interval (1998), which covers as often as it says from
+        some five differing documents on, and more often below, where whole documents are too coarse for less.
 
-        Bonett and Price (2012): one document more that only the one run answers and one that only the other does, which
-        keeps the coverage where the plain interval collapses to a point. With passages the same two documents are added
-        and the standard error is cluster-robust.
+        With passages it counts as many documents as would be as certain on their own: each by the design effect, the
+        cluster-robust variance over that of independent documents, where that is above 1.
         """
-        if self.passages is not None:
-            low, high = self.passages.interval((1, -1), confidence)
-        else:
-            total = self.n + 2
-            gain, loss = (self.only_candidate + 1) / total, (self.only_baseline + 1) / total
-            half = self._quantile(confidence) * math.sqrt(
-                self.design_effect * (gain + loss - (gain - loss) ** 2) / total
-            )
-            low, high = gain - loss - half, gain - loss + half
-        return max(-1.0, low), min(1.0, high)
+        effect = self._design_effect()
+        return score_interval(
+            self.only_candidate / effect, self.only_baseline / effect, self.n / effect, _z(confidence)
+        )
 
     def min_detectable(self, confidence: float = 0.95, power: float = POWER) -> float:
         """The smallest true difference that this many documents, disagreeing this often, reveal with `power`."""
@@ -146,26 +129,42 @@ class PairedCounts:
 
     def _disagreement(self) -> float:
         """The variance of one document's difference as it counts in the mean."""
-        alone = (self.discordant + 2) / (self.n + 2)
-        if self.passages is None:
-            return alone * self.design_effect
-        return max(alone, self.passages.mean_and_stderr()[1] ** 2 * self.n)
+        return (self.discordant + 2) / (self.n + 2) * self._design_effect()
 
-    def _quantile(self, confidence: float) -> float:
-        from scipy.stats import t
+    def _design_effect(self) -> float:
+        alone = (self.discordant / self.n - self.difference**2) / self.n
+        if self.passages is None or not alone:
+            return 1.0
+        return max(1.0, self.passages.mean_and_stderr()[1] ** 2 / alone)
 
-        if self.design_effect == 1.0:
-            return _z(confidence)
-        return float(t.ppf(0.5 + confidence / 2, max(1, self.n / (NEIGHBOURS + 1))))
+
+def score_interval(gains: float, losses: float, n: float, z: float) -> tuple[float, float]:
+    """Interval of (gains - losses) / n of paired answers: every difference within z standard errors of what was seen,
+    the error being that under this difference (Tango, Statistics in Medicine 17:891, 1998).
+    """
+    from scipy.optimize import brentq
+
+    def distance(difference: float) -> float:
+        linear = (2 * n - gains + losses) * difference - gains - losses
+        root = math.sqrt(max(0.0, linear**2 + 8 * n * losses * difference * (1 - difference)))
+        variance = n * ((root - linear) / (2 * n) + difference * (1 - difference))
+        return (gains - losses - n * difference) / math.sqrt(max(variance, 1e-12))
+
+    def crossing(level: float, low: float, high: float) -> float:
+        return cast(float, brentq(lambda value: distance(value) - level, low, high))
+
+    seen, end = (gains - losses) / n, 1 - 1e-9
+    low = crossing(z, -end, seen) if distance(-end) > z else -1.0
+    high = crossing(-z, seen, end) if distance(end) < -z else 1.0
+    return low, high
 
 
 def paired_counts(
-    baseline: Sequence[float], candidate: Sequence[float], passages: Sequence[Hashable | None] | None = None
+    baseline: Sequence[float], candidate: Sequence[float], passages: Sequence[Hashable | None]
 ) -> PairedCounts:
     """Counts from two equally long lists of 0 or 1 per document; ValueError for other values or no document.
 
-    `passages` names the passage of each document, None for a document of its own. Left out, the documents are taken to
-    stand in the benchmark's order and the correlation of neighbours is measured.
+    `passages` names the passage of each document, None for a document of its own.
     """
     if len(baseline) != len(candidate) or not len(baseline):
         raise ValueError(f"need the same documents in both runs, got {len(baseline)} and {len(candidate)}")
@@ -174,8 +173,6 @@ def paired_counts(
         raise ValueError("a paired test of accuracy takes 0 (wrong) or 1 (right) per document")
     both, lost, won, neither = (pairs.count(cell) for cell in ((1, 1), (1, 0), (0, 1), (0, 0)))
     differences = [theirs - ours for ours, theirs in pairs]
-    if passages is None:
-        return PairedCounts(both, lost, won, neither, design_effect=_neighbour_effect(differences))
     return PairedCounts(both, lost, won, neither, passages=Passages.of(differences, passages))
 
 
@@ -184,16 +181,19 @@ def accuracy_interval(
 ) -> tuple[float, float]:
     """Confidence interval of an accuracy from 0 or 1 per document: Wilson's, cluster-robust where passages are shared.
 
-    One right and one wrong answer are added to the latter, which keeps its coverage near the ends.
+    The latter is Student's with a degree of freedom less than passages; one right and one wrong answer are added, which
+    keeps its coverage near the ends.
     """
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest, t
 
     clusters = Passages.of(right, passages)
     if clusters is None:
         found = binomtest(round(sum(right)), len(right)).proportion_ci(confidence, method="wilson")
         return float(found.low), float(found.high)
-    low, high = clusters.interval((1, 0), confidence)
-    return max(0.0, low), min(1.0, high)
+    wider = Passages((*clusters.sizes, 1, 1), (*clusters.sums, 1, 0))
+    mean, stderr = wider.mean_and_stderr()
+    half = float(t.ppf(0.5 + confidence / 2, max(1, len(clusters.sizes) - 1))) * stderr
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -232,20 +232,6 @@ def bootstrap_ratio_difference(
     values = [change[drawn].sum() / weights[drawn].sum() for drawn in draws]
     low, high = numpy.percentile(values, [tail, 100 - tail])
     return mean, float(low), float(high)
-
-
-def _neighbour_effect(differences: Sequence[float]) -> float:
-    """The factor that correlation between neighbours puts on the variance of the mean (Newey and West); at least 1."""
-    import numpy
-
-    values = numpy.asarray(differences, dtype=float)
-    values = values - values.mean()
-    alone = float(values @ values)
-    if not alone:
-        return 1.0
-    lags = range(1, min(NEIGHBOURS, len(values) - 1) + 1)
-    together = sum(2 * (1 - lag / (NEIGHBOURS + 1)) * float(values[lag:] @ values[:-lag]) for lag in lags)
-    return max(1.0, 1 + together / alone)
 
 
 def _z(confidence: float) -> float:
