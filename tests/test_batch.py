@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ascend_kit.engine.engine import AscendInferEngine
-from ascend_kit.measure.batch import load_answers, load_metrics, run_batch
+from ascend_kit.measure.answers import load_answers, load_metrics
+from ascend_kit.measure.batch import run_batch
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
 

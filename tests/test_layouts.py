@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from ascend_kit import AscendInferEngine, RunFolder, run_sweep
-from ascend_kit.measure.sweep import load_cards
+from ascend_kit.measure.rows import load_cards
 from ascend_kit.params import ParameterError, build_experiment
 
 CEILINGS = {"device": "stand-in", "fp32_flops_per_s": 1e9, "int8_ops_per_s": None, "read_bytes_per_s": 1e9,

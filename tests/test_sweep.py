@@ -18,7 +18,7 @@ from ascend_kit.measure.baseline import TransformersBackend
 from ascend_kit.measure.engines import EngineBackend, quantize_scheme
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.points import PointForecast, check_complete
-from ascend_kit.measure.sweep import SweepError
+from ascend_kit.measure.rows import SweepError, failed_points
 from ascend_kit.measure.workload import make_requests
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params import build_experiment
@@ -193,7 +193,7 @@ def test_failing_point_becomes_a_row_and_the_sweep_goes_on(tmp_path):
     assert bad["output_tokens_per_s"].isna().all()
     assert list(good["status"]) == ["ok", "ok"]
     assert engine.cancelled and not engine.has_unfinished
-    assert len(sweep.failed_points(rows)) == 2
+    assert len(failed_points(rows)) == 2
 
 
 def test_wrong_number_of_tokens_is_a_failure_and_not_a_fast_result(tmp_path):
@@ -215,7 +215,7 @@ def test_resume_measures_only_what_is_missing_or_failed(tmp_path):
 
     assert {len(prompt) for prompt in engine.prompts} == {8}
     assert (rows["status"] == "ok").sum() == 4
-    assert sweep.failed_points(rows).empty
+    assert failed_points(rows).empty
     assert [done for done, _, _ in seen] == [1, 2, 3, 4]
     assert sorted(text.endswith("already done") for *_, text in seen) == [False, False, True, True]
 

@@ -12,7 +12,7 @@ from typing import Any
 from ascend_kit.evaluation.scores import document_rows, load_scores
 from ascend_kit.files import Table
 from ascend_kit.identity import Identity
-from ascend_kit.measure.sweep import asked_rows
+from ascend_kit.measure.rows import asked_rows
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder, list_runs, run_parameters
 from ascend_kit.stages import RunRecord

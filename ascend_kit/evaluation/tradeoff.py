@@ -26,7 +26,7 @@ from ascend_kit.evaluation.compare import (
 from ascend_kit.evaluation.paired import accuracy_interval
 from ascend_kit.evaluation.runs import LAYOUT, POINT, RATE, Point, Run, pick_baseline, pick_point
 from ascend_kit.files import Table
-from ascend_kit.measure.batch import asked_answers
+from ascend_kit.measure.answers import asked_answers
 from ascend_kit.params import ENGINE_SWITCHES
 
 SHORTEST_ANSWERS = 0.9  # MLPerf: at least 90 % of the reference's generated tokens

@@ -135,7 +135,7 @@ def export(folder: RunFolder, target: Path) -> list[Path]:
     """A sweep as `sweep.csv` and one vLLM benchmark JSON a point below `target`; the files written."""
     import pandas
 
-    from ascend_kit.measure.sweep import asked_rows
+    from ascend_kit.measure.rows import asked_rows
 
     rows = asked_rows(folder)
     target.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.identity import file_hash
 from ascend_kit.measure.loads import TIMED
-from ascend_kit.measure.points import Point, PointForecast
+from ascend_kit.measure.points import PointForecast
+from ascend_kit.measure.rows import Point
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment

@@ -6,7 +6,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.checkpoint.huggingface import load_tokenizer
@@ -15,8 +15,9 @@ from ascend_kit.measure.cards import CardMeter
 from ascend_kit.measure.engines import Backend, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card, Deployment, request_flops
 from ascend_kit.measure.loads import Encoder, Load, build
-from ascend_kit.measure.metrics import Limits, RequestRecord
+from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.planner import forecast
+from ascend_kit.measure.rows import DEFAULTS, KEY, Point, key_of
 from ascend_kit.measure.workload import Request, make_requests
 from ascend_kit.results import newest_rows
 
@@ -26,58 +27,6 @@ if TYPE_CHECKING:
 
 _WARM_UP_TOKENS = 4
 _WARM_UP_SEED = 2**31
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measurement: so many requests of these lengths, at most so many of them in flight, arriving in this way.
-
-    Its fields are a row's key. Those of the load are None where they have no meaning; `data` stands for the content of
-    a trace or of a user's prompts.
-    """
-
-    concurrency: int
-    prompt_len: int
-    output_len: int
-    num_requests: int
-    seed: int = 0
-    ttft_limit_ms: float | None = None  # of goodput
-    tpot_limit_ms: float | None = None
-    itl_limit_ms: float | None = None
-    e2e_limit_ms: float | None = None
-    load: str = "closed"
-    rate: float | None = None
-    burstiness: float | None = None
-    rate_end: float | None = None
-    turns: int = 1
-    think_s: float = 0.0
-    shared_prefix: float = 0.0
-    length_spread: str = "fixed"
-    data: str | None = None
-    repeat: int = 0
-
-    def __str__(self) -> str:
-        place = f"concurrency {self.concurrency}" if self.rate is None else f"{self.load} {self.rate:g} requests/s"
-        return f"{place}, prompt {self.prompt_len}, output {self.output_len}, repeat {self.repeat}"
-
-    @property
-    def longest_len(self) -> int:
-        """Tokens of its longest request, the lengths as given."""
-        return self.turns * (self.prompt_len + self.output_len)
-
-    @property
-    def limits(self) -> Limits:
-        """Of goodput."""
-        return Limits(self.ttft_limit_ms, self.tpot_limit_ms, self.itl_limit_ms, self.e2e_limit_ms)
-
-
-KEY = tuple(item.name for item in fields(Point))
-DEFAULTS = {item.name: item.default for item in fields(Point)}
-
-
-def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """A row's key; a field that rows did not have once is at its default."""
-    return tuple(row.get(name, DEFAULTS[name]) for name in KEY)
 
 
 class PointForecast:

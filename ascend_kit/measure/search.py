@@ -11,9 +11,10 @@ from ascend_kit.identity import Identity
 from ascend_kit.measure import metrics
 from ascend_kit.measure.intervals import percentile_interval
 from ascend_kit.measure.metrics import RequestRecord
-from ascend_kit.measure.points import Point, PointRunner
+from ascend_kit.measure.rows import Point
 
 if TYPE_CHECKING:
+    from ascend_kit.measure.points import PointRunner
     from ascend_kit.params import Experiment
 
 MAX_RUNS = 16

@@ -23,10 +23,10 @@ from ascend_kit.measure.engines import Backend, EngineBackend, Machine, as_backe
 from ascend_kit.measure.forecast import Card
 from ascend_kit.measure.grid import estimate_s, shuffled, sweep_points, why_impossible
 from ascend_kit.measure.intervals import mean_interval
-from ascend_kit.measure.points import DEFAULTS, KEY, Point, PointForecast, PointRunner, key_of
+from ascend_kit.measure.points import PointForecast, PointRunner
 from ascend_kit.measure.remote import EndpointBackend
+from ascend_kit.measure.rows import Point, SweepError, error_of, load_rows
 from ascend_kit.measure.search import search_points
-from ascend_kit.results import newest_rows
 
 if TYPE_CHECKING:
     import pandas
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 TABLES = ("rows", "requests", "cards", "ceilings", "sweep", "search")
 _CACHE_BYTES = 2**28  # weights below this may live in a CPU's cache and are read at its speed
 Progress = Callable[[float, int, str], None]  # points done, points in all, text
-
-
-class SweepError(ValueError):
-    """The sweep asks for something that no engine could do, or some of its points could not be measured."""
 
 
 def expectations(engine: AscendInferEngine, experiment: Experiment, folder: RunFolder) -> pandas.DataFrame:
@@ -212,60 +208,6 @@ def _repeats_wanted(runner: PointRunner, points: Sequence[Point], experiment: Ex
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
-
-
-def load_rows(folder: RunFolder) -> pandas.DataFrame:
-    """`asked_rows` as a table."""
-    import pandas
-
-    return pandas.DataFrame(asked_rows(folder))
-
-
-def asked_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The newest row of every point that was asked for last, engine by engine, pruned points among them.
-
-    Reads files only. A good row goes before a failed one. All rows of a folder that says nothing of what was asked.
-    """
-    asked = folder.read_json("sweep")
-    if asked is None:
-        return list(folder.rows("rows"))
-    rows: list[dict[str, Any]] = []
-    for entry in asked.values():
-        for parts, points in zip(entry["identities"], entry["points"], strict=True):
-            own = ({**DEFAULTS, **row} for row in folder.rows_of("rows", Identity.from_row(parts)))
-            found = newest_rows(own, KEY)
-            rows += [found[key] for key in map(key_of, points) if key in found]
-    return rows
-
-
-def load_cards(folder: RunFolder) -> pandas.DataFrame:
-    """What each card did during the points that `load_rows` gives."""
-    cards, rows = folder.load("cards"), load_rows(folder)
-    return cards if cards.empty or rows.empty else cards.loc[cards["point_id"].isin(rows["point_id"])]
-
-
-def failed_points(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows of `load_rows` whose point could not be measured; those that nobody could measure are not among them."""
-    return rows if rows.empty else rows.loc[~rows["status"].isin(["ok", "pruned"])]
-
-
-def error_of(rows: pandas.DataFrame) -> SweepError | None:
-    """What ends the stage as failed: an error naming points that could not be measured, None where there are none."""
-    failed = failed_points(rows)
-    if failed.empty:
-        return None
-    first = failed.iloc[0]
-    point = f"concurrency {first['concurrency']}, prompt {first['prompt_len']}, output {first['output_len']}"
-    return SweepError(
-        f"{len(failed)} of {len(rows)} points failed; the first: {first['backend']}, {point}: {first['error']}"
-    )
-
-
-def raise_if_failed(rows: pandas.DataFrame) -> None:
-    """The SweepError of `error_of`: what ends a notebook with a failure."""
-    error = error_of(rows)
-    if error is not None:
-        raise error
 
 
 def load_ceilings(backend: Backend, folder: RunFolder) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ascend_kit.files import write_atomic
 from ascend_kit.measure.intervals import mean_interval, ratio_interval
-from ascend_kit.measure.points import KEY
+from ascend_kit.measure.rows import KEY
 from ascend_kit.measure.search import breaches
 from ascend_kit.params import Experiment
 from ascend_kit.params.engines import OWN_SETTINGS

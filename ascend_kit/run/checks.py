@@ -98,13 +98,13 @@ def select_notebooks(available: list[Notebook], only: list[str] | None) -> list[
 
 def check_conversion(experiment: Experiment, notebooks: list[Notebook]) -> None:
     """RunError when a notebook runs the converted model, none converts it, and it is not there or of another model."""
+    uses = any("use_model" in notebook.defaults for notebook in notebooks)
+    if not uses or any("if_model_exists" in notebook.defaults for notebook in notebooks):
+        return
     from ascend_kit.checkpoint.identity import check_converted
     from ascend_kit.checkpoint.tensor_file import CheckpointError
     from ascend_kit.demo.assets import cached_model
 
-    uses = any("use_model" in notebook.defaults for notebook in notebooks)
-    if not uses or any("if_model_exists" in notebook.defaults for notebook in notebooks):
-        return
     if experiment.input_model == DEMO and (model := cached_model()):
         experiment = experiment.standing_for({"input_model": str(model)})
     try:

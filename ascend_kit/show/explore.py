@@ -14,7 +14,7 @@ from ascend_kit.evaluation.scores import load_scores
 from ascend_kit.files import GIB, Table
 from ascend_kit.identity import MUST_AGREE, Identity, hash_value
 from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
-from ascend_kit.measure.sweep import load_rows
+from ascend_kit.measure.rows import load_rows
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder

@@ -66,7 +66,7 @@ def conversion_findings(manifest: dict[str, Any], conversion: dict[str, Any]) ->
 
 def sweep_findings(rows: Table) -> list[Finding]:
     """Best point of each engine and layout, distance from the ceiling, gain over the baseline, and what failed."""
-    from ascend_kit.measure.sweep import failed_points
+    from ascend_kit.measure.rows import failed_points
 
     if rows.empty:
         return [say("sweep.nothing", "caution")]

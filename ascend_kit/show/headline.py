@@ -75,7 +75,7 @@ def _verdict(run: RunRecord, compared: Finding | None, numbers: list[tuple[str, 
 
 def _speed(folder: RunFolder) -> list[tuple[str, str]]:
     """(text, note) of output tokens/s, TTFT and TPOT at the engine's best point, by the mean of its repeats."""
-    from ascend_kit.measure.sweep import load_rows
+    from ascend_kit.measure.rows import load_rows
 
     points: dict[tuple, list[dict[str, Any]]] = {}
     for row in load_rows(folder).to_dict("records"):
