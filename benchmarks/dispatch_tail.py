@@ -5,7 +5,7 @@
 Each card is a continuous-batching engine with `slots` running requests; a step takes a fixed time plus a little per
 running request and per prompt token, so speed depends on the load. Output lengths are log-normal up to
 `max_new_tokens`: the median answer is short, the mean more than twice as long. Fixed slices give card i the i-th part
-of the list; least loaded is `engine.replicas.Dispatcher`, the code the engine runs. Three cases: requests in random
+of the list; least loaded is `engine.dispatcher.Dispatcher`, the code the engine runs. Three cases: requests in random
 order, grouped by kind with the talkative kinds last (as files usually are), and random order with one card a fifth
 slower. Reported: makespan, and the share of card time after a card's last request while another still works.
 """
@@ -20,7 +20,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascend_kit.engine.replicas import Dispatcher
+from ascend_kit.engine.dispatcher import Dispatcher
 
 # Qwen2.5-7B in bf16 on one card of 1.6 TB/s at 60 %: 15.2 GB of weights a step, and KV of about 1000 tokens a request.
 STEP_S, PER_REQUEST_S, PER_PROMPT_TOKEN_S = 0.0159, 0.00006, 0.00009

@@ -16,7 +16,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ascen
 from int8_halves import halve  # noqa: E402
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
-from ascend_kit.engine import replicas  # noqa: E402
+from ascend_kit.engine import replica, replicas  # noqa: E402
 from ascend_kit.engine.config import EngineConfig  # noqa: E402
 from ascend_kit.engine.core import ReplicasLost  # noqa: E402
 from ascend_kit.engine.processes import LocalProcesses  # noqa: E402
@@ -317,10 +317,10 @@ def test_a_missing_ray_names_the_extra(tiny_qwen3_dir, monkeypatch):
 def test_a_hanging_replica_is_noticed(tiny_qwen3_dir):
     """The clock alone: a replica that has been silent for longer than the limit counts as lost."""
     config = ModelConfig.from_folder(tiny_qwen3_dir)
-    silent = replicas.Replica(0, EngineConfig(tiny_qwen3_dir), config, LocalProcesses(Worker))
+    silent = replica.Replica(0, EngineConfig(tiny_qwen3_dir), config, LocalProcesses(Worker))
     silent.calls.append(object())
-    silent.heard_s = time.perf_counter() - replicas.HANG_S - 1
+    silent.heard_s = time.perf_counter() - replica.HANG_S - 1
 
-    assert silent.is_hanging(replicas.HANG_S)
+    assert silent.is_hanging(replica.HANG_S)
     silent.calls.clear()
-    assert not silent.is_hanging(replicas.HANG_S)
+    assert not silent.is_hanging(replica.HANG_S)

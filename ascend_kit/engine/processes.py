@@ -60,6 +60,12 @@ class LocalProcesses:
     def total_cards(self) -> int:
         return sys.maxsize
 
+    def is_lost(self) -> bool:
+        return False  # nothing lies between this process and its workers
+
+    def restart(self) -> None:
+        """There is nothing to start."""
+
     def close(self) -> None:
         self.kill(list(self._running))
 

@@ -1,26 +1,26 @@
 """Workers on Ray: one started here, quiet and on the loopback address alone, or a cluster that is joined.
 
-Ray is imported by `import_ray` and nowhere else, so that one card needs no Ray. Run as a script,
-`python ray_cluster.py FOLDER PID`, this file ends a local Ray when the process it was started for is gone: when a
-driver is killed with signal 9, Ray's main processes end with it, but its agents stay for a minute and its files for
-good (seen in Ray 2.60). For that it needs nothing but Python's own library.
+Ray is imported by `import_ray` and nowhere else, so that one card needs no Ray. What is started here is watched and
+ended by a process of its own, see ray_watch.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ascend_kit.engine import ray_watch
+from ascend_kit.engine.ray_watch import Family, core_of, end_processes, is_alive
 
 START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 80 << 20  # only requests and tokens travel; Ray's smallest is 75 MiB
@@ -29,9 +29,6 @@ MEETING_FOLDER = "ascend-meeting-"  # of the ranks of a replica; as in worker.py
 SHORT_ROOT = "/tmp"
 LOOPBACK = "127.0.0.1"
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
-EVERY_S = 0.5
-LOOK_EVERY = 10  # times that; a look goes through all processes of the machine
-TRIES = 20  # workers whose Ray has ended may write their last lines for a while
 RESOURCE = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -45,9 +42,8 @@ LOCAL = {
     # variable is named after the systems where that is the default (seen in Ray 2.60), and read at import.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a full host is for the user to see, not for Ray to kill replicas
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",  # Ray ends a driver without gcs_server; ours starts it again
 }
-
-Family = dict[int, str]  # process id -> start time, which tells a process from a later one with the same id
 
 
 def import_ray(local: bool = False) -> Any:
@@ -76,7 +72,10 @@ class RaySession:
         self.ray = import_ray(local=address is None)
         self.kind, self.resource, self._worker = kind, RESOURCE[kind], worker
         self._is_ours = not self.ray.is_initialized()
+        self._local_cards = cards, first_card
         self._folder: Path | None = None
+        self._core: Family = {}  # the processes without which our local Ray is of no use
+        self._is_ending = False  # its raylet has left, but its process has not ended yet
         self._groups: dict[Any, Any] = {}  # the first worker -> what reserves the places of all of its replica
         if self._is_ours and address is None:
             self._start(cards, first_card)
@@ -89,15 +88,36 @@ class RaySession:
         if self._is_ours and self.ray.is_initialized():
             self.ray.shutdown()
         self._is_ours = False
+        self._end_local()
+
+    def is_lost(self) -> bool:
+        """Whether a local Ray of ours has ended by itself: it does as soon as one of its agents does."""
+        return self._is_ending or not all(is_alive(*process) for process in self._core.items())
+
+    def restart(self) -> None:
+        """Start a lost local Ray anew; all workers are gone."""
+        self.ray.shutdown()
+        self._end_local()
+        self._groups.clear()
+        self._start(*self._local_cards)
+
+    def _end_local(self) -> None:
+        self._core, self._is_ending = {}, False
         if self._folder is not None:
-            end_processes(self._folder)
+            assert self._watch.stdin is not None
+            with contextlib.suppress(OSError):  # it was ended from outside
+                self._watch.stdin.write(b"\n")
+                self._watch.stdin.close()
             self._watch.wait()
+            end_processes(self._folder)
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
     def total_cards(self) -> int:
         """Cards of all machines that are alive."""
-        return sum(count for _, count in self.machines())
+        total = sum(count for _, count in self.machines())
+        self._is_ending = self._folder is not None and total < self._local_cards[0]
+        return total
 
     def machines(self) -> list[tuple[str, int]]:
         """(address, cards) of each machine that is alive."""
@@ -129,6 +149,8 @@ class RaySession:
 
     def wait(self, calls: list[Any], timeout_s: float) -> list[Any]:
         """The calls that have ended, as soon as there is one or the time is over."""
+        if self.is_lost():
+            return []
         ready, _ = self.ray.wait(calls, timeout=timeout_s)
         if ready and len(calls) > 1:
             ready, _ = self.ray.wait(calls, num_returns=len(calls), timeout=0)
@@ -144,6 +166,8 @@ class RaySession:
 
     def kill(self, workers: list[Any]) -> None:
         """End workers at once and free their places."""
+        if self.is_lost():
+            return
         with contextlib.suppress(Exception):  # whatever is gone already
             for worker in workers:
                 self.ray.kill(worker, no_restart=True)
@@ -163,9 +187,10 @@ class RaySession:
         folder = self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=root))
         # With the folder in its command line it ends with the rest. A group of its own: Ctrl-C is not meant for it.
         self._watch = subprocess.Popen(
-            [sys.executable, "-I", __file__, str(self._folder), str(os.getpid())],
+            [sys.executable, "-I", ray_watch.__file__, str(folder), str(os.getpid())],
             start_new_session=True,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            bufsize=0,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -175,6 +200,9 @@ class RaySession:
         try:
             with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}):
                 self._init_local(amounts, folder)
+            self._core = core_of(folder)
+            assert self._watch.stdin is not None
+            self._watch.stdin.write(json.dumps(self._core).encode() + b"\n")
         except BaseException:
             self.close()
             raise
@@ -266,53 +294,3 @@ def _remove_leftovers() -> None:
             if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
                 end_processes(folder)
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def family_of(folder: Path) -> Family:
-    """The processes with this session's folder in their command line, the name occurs nowhere else, and all that they
-    have started: Ray's agents and workers overwrite their command lines."""
-    parents: dict[int, int] = {}
-    starts: Family = {}
-    front: set[int] = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
-            pid = int(entry.name)
-            parents[pid], starts[pid] = int(fields[1]), fields[19].decode()
-            if str(folder).encode() in (entry / "cmdline").read_bytes():
-                front.add(pid)
-    found = set(front)
-    while front:
-        front = {pid for pid, parent in parents.items() if parent in front} - found
-        found |= front
-    return {pid: starts[pid] for pid in found}
-
-
-def end_processes(folder: Path, keep: int | None = None, known: Family | None = None) -> None:
-    """Kill the session's processes, those `known` from before among them; not this one and not the process `keep`."""
-    doomed = {**(known or {}), **family_of(folder)}
-    for pid in doomed.keys() - {os.getpid(), keep}:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode() == doomed[pid]:
-                os.kill(pid, signal.SIGKILL)
-
-
-def watch(folder: Path, parent: int) -> None:
-    """Return once the parent has gone and nothing of its Ray is left."""
-    known: Family = {}
-    number = 0
-    while os.getppid() == parent:
-        if number % LOOK_EVERY == 0 or number < LOOK_EVERY:  # at first often: Ray is starting
-            known.update(family_of(folder))
-        number += 1
-        time.sleep(EVERY_S)
-    for _ in range(TRIES):
-        end_processes(folder, known=known)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(EVERY_S)
-
-
-if __name__ == "__main__":
-    watch(Path(sys.argv[1]), int(sys.argv[2]))
