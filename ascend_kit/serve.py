@@ -136,7 +136,8 @@ class Server:
         """Counters since the start, and the share of KV blocks in use, under the names vLLM gave them."""
         stats = self.engine.stats()
         values = {
-            "num_requests_running": len(self.thread.open),
+            "num_requests_running": stats["running"],
+            "num_requests_waiting": max(0, len(self.thread.open) - stats["running"]),
             "num_preemptions_total": stats.get("preemptions", 0),
             "prefix_cache_queries_total": stats.get("prompt_tokens", 0),
             "prefix_cache_hits_total": stats.get("cached_prompt_tokens", 0),

@@ -16,7 +16,7 @@ from test_explore import document, point, write_run
 from ascend_kit.messages import say
 from ascend_kit.results import RunFolder
 from ascend_kit.run.checks import find_notebooks
-from ascend_kit.show import charts, tables
+from ascend_kit.show import charts, sweep_charts, tables
 from ascend_kit.show.report import write_report
 
 MISSING = [
@@ -56,7 +56,7 @@ def project(tmp_path_factory):
     verdict = {"text": f"Use e/fast. {HOSTILE}", "best": "e/fast", "baseline": "e/plain", "runs": []}
     folder.write_json("04_throughput", {"findings": [say("compare.verdict", **verdict).to_row()]})
     wide = pandas.DataFrame([{f"a_long_column_name_{n}": f"value {n} {HOSTILE[:30]}" for n in range(14)}] * 3)
-    picture = charts.keep(folder, "throughput", charts.throughput(pandas.DataFrame(rows)), HOSTILE)
+    picture = charts.keep(folder, "throughput", sweep_charts.throughput(pandas.DataFrame(rows)), HOSTILE)
     data, about = picture._repr_mimebundle_()
     shown = [new_output("display_data", data={"text/html": tables.readable(wide).data}),
              new_output("display_data", data=data, metadata=about),

@@ -11,7 +11,7 @@ import pytest
 
 from ascend_kit.measure.planner import server_plans
 from ascend_kit.results import RunFolder
-from ascend_kit.show import charts
+from ascend_kit.show import charts, sweep_charts
 from ascend_kit.show.drawing import BASELINES, TIP, config_labels, config_looks
 
 
@@ -130,6 +130,24 @@ def request_table():
     return pandas.DataFrame([*rows, {"arrival_s": 5.3, "scheduled_s": None, "token_times_s": []}])
 
 
+def held_samples(point_id):
+    """16 requests at a time of 24, whose KV fills slowly."""
+    rows = [
+        {"point_id": point_id, "time_s": 7 + 0.1 * i, "running": min(16, 24 - i // 4), "waiting": max(0, 8 - i // 4),
+         "kv_use": min(0.9, 0.01 * i), "memory_bytes": (1.5 + 0.001 * i) * 2**30}
+        for i in range(96)
+    ]  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def held_rows():
+    return sweep_rows().assign(point_id=lambda rows: [f"p{i}" for i in range(len(rows))])
+
+
+def fastest(rows):
+    return rows.loc[rows["output_tokens_per_s"].idxmax(), "point_id"]
+
+
 def plan_table():
     rows = [
         {
@@ -149,26 +167,27 @@ def plan_table():
 
 TWO_VARIANTS = ({"quantize": "none"}, {"quantize": "w8a8"})
 EXAMPLES = {
-    "throughput": lambda: charts.throughput(sweep_rows()),
-    "throughput_lengths": lambda: charts.throughput(
+    "throughput": lambda: sweep_charts.throughput(sweep_rows()),
+    "throughput_lengths": lambda: sweep_charts.throughput(
         sweep_rows(((64, 32), (256, 32), (256, 128), (1024, 128)), 1, TWO_VARIANTS)
     ),
-    "latency": lambda: charts.latency(sweep_rows(variants=TWO_VARIANTS)),
-    "tradeoff": lambda: charts.tradeoff(sweep_rows(variants=TWO_VARIANTS)),
-    "memory": lambda: charts.memory(sweep_rows()),
-    "speedup": lambda: charts.speedup(sweep_rows(variants=TWO_VARIANTS)),
-    "request_timeline": lambda: charts.request_timeline(request_table()),
+    "latency": lambda: sweep_charts.latency(sweep_rows(variants=TWO_VARIANTS)),
+    "tradeoff": lambda: sweep_charts.tradeoff(sweep_rows(variants=TWO_VARIANTS)),
+    "memory": lambda: sweep_charts.memory(sweep_rows()),
+    "speedup": lambda: sweep_charts.speedup(sweep_rows(variants=TWO_VARIANTS)),
+    "request_timeline": lambda: sweep_charts.request_timeline(request_table()),
+    "over_time": lambda: sweep_charts.over_time(held_samples(fastest(held_rows())), held_rows()),
     "accuracy": lambda: charts.accuracy(score_table(), choice_documents()),
     "accuracy_130_tasks": lambda: charts.accuracy(many_scores(), choice_documents()),
-    "throughput_8_lengths": lambda: charts.throughput(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
-    "latency_8_lengths": lambda: charts.latency(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
-    "speedup_8_lengths": lambda: charts.speedup(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
+    "throughput_8_lengths": lambda: sweep_charts.throughput(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
+    "latency_8_lengths": lambda: sweep_charts.latency(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
+    "speedup_8_lengths": lambda: sweep_charts.speedup(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
     "accuracy_vs_throughput": lambda: charts.accuracy_vs_throughput(tradeoff_table()),
     "sensitivity": lambda: charts.sensitivity(sensitivity_table(), chosen_schemes()),
     "sensitivity_plain": lambda: charts.sensitivity(sensitivity_table()),
     "mixes": lambda: charts.mixes(mix_table(), "w8a8, 7 of 72 units float", max_kl=2e-3),
-    "planner": lambda: charts.planner(plan_table()),
-    "layouts_by_load": lambda: charts.layouts_by_load(server_plans),
+    "planner": lambda: sweep_charts.planner(plan_table()),
+    "layouts_by_load": lambda: sweep_charts.layouts_by_load(server_plans),
 }
 
 
@@ -184,7 +203,7 @@ def test_figure_is_saved_with_labelled_axes_and_a_title(name, tmp_path):
 
 
 def test_concurrency_axis_is_log2_with_plain_numbers_and_ceiling_is_dashed():
-    figure = charts.throughput(sweep_rows())
+    figure = sweep_charts.throughput(sweep_rows())
     figure.canvas.draw()
 
     (axes,) = figure.axes
@@ -197,7 +216,7 @@ def test_concurrency_axis_is_log2_with_plain_numbers_and_ceiling_is_dashed():
 
 def test_every_repeat_is_a_point_and_the_line_is_their_median():
     rows = sweep_rows(repeats=3)
-    figure = charts.throughput(rows)
+    figure = sweep_charts.throughput(rows)
 
     own = rows[rows["backend"] == "ascend_kit"]
     (axes,) = figure.axes
@@ -217,28 +236,41 @@ def test_failed_rows_are_not_drawn_and_an_empty_table_gives_no_figure():
     rows = sweep_rows()
     rows.loc[rows["concurrency"] == 16, "status"] = "failed"
 
-    (axes,) = charts.throughput(rows).axes
+    (axes,) = sweep_charts.throughput(rows).axes
     assert max(line.get_xdata().max() for line in axes.lines if len(line.get_xdata())) == 4
     for draw in (
-        charts.throughput,
-        charts.latency,
-        charts.tradeoff,
-        charts.memory,
-        charts.speedup,
+        sweep_charts.throughput,
+        sweep_charts.latency,
+        sweep_charts.tradeoff,
+        sweep_charts.memory,
+        sweep_charts.speedup,
         charts.accuracy,
-        charts.request_timeline,
+        sweep_charts.request_timeline,
         charts.sensitivity,
         charts.mixes,
-        charts.planner,
+        sweep_charts.planner,
         charts.accuracy_vs_throughput,
     ):
         assert draw(pandas.DataFrame()) is None
 
 
+def test_what_was_held_over_time_is_that_of_the_fastest_point():
+    rows, other = held_rows(), held_samples("p0").assign(running=99)
+    samples = pandas.concat([other, held_samples(fastest(rows))])
+
+    requests, kv, memory = sweep_charts.over_time(samples, rows).axes
+
+    running, waiting = requests.lines
+    assert list(running.get_ydata()[[0, -1]]) == [16, 1] and list(waiting.get_ydata()[[0, -1]]) == [8, 0]
+    assert running.get_xdata()[[0, -1]] == pytest.approx([0, 9.5])
+    assert kv.lines[0].get_ydata().max() == pytest.approx(90) and memory.lines[0].get_ydata()[0] == 1.5
+    assert sweep_charts.over_time(other, rows) is None
+
+
 def test_configuration_has_one_colour_in_every_figure():
     rows = sweep_rows(variants=TWO_VARIANTS)
     seen = {}
-    for draw in (charts.throughput, charts.latency, charts.tradeoff):
+    for draw in (sweep_charts.throughput, sweep_charts.latency, sweep_charts.tradeoff):
         for axes in draw(rows).axes:
             for line in axes.lines:
                 if line.get_label() in set(config_labels(rows)):
@@ -258,7 +290,7 @@ def test_label_names_only_the_switches_that_differ():
 
 def test_speedup_divides_by_the_baseline_of_the_same_point():
     rows = sweep_rows(repeats=1, concurrency=(1, 4))
-    figure = charts.speedup(rows)
+    figure = sweep_charts.speedup(rows)
 
     rate = rows.set_index(["backend", "concurrency"])["output_tokens_per_s"]
     heights = [patch.get_height() for patch in figure.axes[0].patches]
@@ -285,7 +317,7 @@ def test_linears_kept_in_float_are_hollow_and_weight_only_ones_square():
 
 
 def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():
-    figure = charts.planner(plan_table())
+    figure = sweep_charts.planner(plan_table())
 
     left, right = figure.axes
     assert [axes.get_title() for axes in (left, right)] == ["Qwen2.5-7B", "Qwen3-8B"]
@@ -295,7 +327,7 @@ def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():
 
 
 def test_loads_have_a_line_per_split_that_divides_the_model():
-    figure = charts.layouts_by_load(server_plans)
+    figure = sweep_charts.layouts_by_load(server_plans)
 
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == [f"{model} on {cards} cards" for cards in (4, 8) for model in ("Qwen2.5-7B", "Qwen3-8B")]
@@ -318,7 +350,7 @@ def test_layouts_are_told_apart_and_memory_counts_the_weights_of_every_replica()
         "ascend_kit, 4 cards",
         "ascend_kit, 4 cards, tensor parallel 4",
     ]
-    dashed = [line for line in charts.memory(rows).axes[0].lines if line.get_label().startswith("weights")]
+    dashed = [line for line in sweep_charts.memory(rows).axes[0].lines if line.get_label().startswith("weights")]
     assert sorted(float(max(line.get_ydata())) for line in dashed)[-1] == 4
 
 
@@ -337,9 +369,9 @@ def test_plotting_leaves_no_global_state():
 def test_one_bar_is_no_figure_and_simulated_layouts_are_drawn_for_several_cards_only():
     one_plan = plan_table().query("model == 'Qwen3-8B' and cards == 1 and tensor_parallel == 1")
 
-    assert charts.planner(one_plan) is None
+    assert sweep_charts.planner(one_plan) is None
     assert charts.accuracy(score_table()[:1]) is None
-    assert charts.layouts_by_load(server_plans, cards=1) is None
+    assert sweep_charts.layouts_by_load(server_plans, cards=1) is None
 
 
 def test_figures_keep_the_size_of_a_page_when_there_are_130_tasks_or_8_lengths():
@@ -359,7 +391,7 @@ def test_guessing_is_a_line_at_one_over_the_number_of_choices():
 
 
 def test_lines_differ_in_mark_and_dash_besides_colour_and_their_names_stand_at_their_ends():
-    figure = charts.throughput(sweep_rows(variants=TWO_VARIANTS))
+    figure = sweep_charts.throughput(sweep_rows(variants=TWO_VARIANTS))
 
     (axes,) = figure.axes
     names = set(config_labels(sweep_rows(variants=TWO_VARIANTS)))
@@ -373,7 +405,7 @@ def test_lines_differ_in_mark_and_dash_besides_colour_and_their_names_stand_at_t
 def test_a_kept_figure_is_png_and_svg_whose_points_tell_their_values(tmp_path):
     folder = RunFolder(tmp_path)
 
-    image = charts.keep(folder, "throughput", charts.throughput(sweep_rows()), "Output tokens per second")
+    image = charts.keep(folder, "throughput", sweep_charts.throughput(sweep_rows()), "Output tokens per second")
 
     vector = (tmp_path / "figures/throughput.svg").read_text()
     assert f'id="{TIP}ascend_kit: ' in vector and len(vector) < 60_000

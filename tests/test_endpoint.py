@@ -192,13 +192,15 @@ def test_metrics_of_three_servers_have_one_set_of_names():
     vllm = 'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:num_preemptions_total{engine="0"} 3\n'
     sglang = "sglang:token_usage 0.5\nsglang:num_queue_reqs 4\n"
     mindie = "num_requests_waiting 2\nnum_preemptions_total 1\n"
-    before, after = ({"server_prefix_hits": h, "server_prefix_queries": q} for h, q in ((5, 10), (8, 14)))
+    first, last = ({"hits": h, "queries": q, "drafts": d, "accepted": a, "preemptions": p}
+                   for h, q, d, a, p in ((5, 10, 2, 1, 1), (8, 14, 6, 7, 4)))  # fmt: skip
 
-    assert read_metrics(vllm) == {"server_kv_use": 0.25, "server_preemptions": 3}
-    assert read_metrics(sglang) == {"server_kv_use": 0.5, "server_queue": 4}
-    assert read_metrics(mindie) == {"server_queue": 2, "server_preemptions": 1}
-    assert observed([before, after]) == {"server_prefix_hit_rate": 0.75}
-    assert observed([{"server_queue": 1}, {"server_queue": 7}, {"server_queue": 0}]) == {"server_queue_max": 7}
+    assert read_metrics(vllm) == {"kv_use": 0.25, "preemptions": 3}
+    assert read_metrics(sglang) == {"kv_use": 0.5, "waiting": 4}
+    assert read_metrics(mindie) == {"waiting": 2, "preemptions": 1}
+    assert observed([first, last]) == {"prefix_hit_rate": 0.75, "tokens_per_step": 2.5, "num_preemptions": 3}
+    assert read_metrics("<html>\n") == {}
+    assert observed([{"waiting": 1}, {"waiting": 8}, {"waiting": 0}]) == {"waiting_max": 8, "waiting_mean": 3}
 
 
 def test_a_started_server_ends_with_its_children_and_a_dead_one_is_explained(tmp_path):
@@ -229,7 +231,8 @@ def test_a_started_server_ends_with_its_children_and_a_dead_one_is_explained(tmp
         process.start(flag.exists, 20)
 
 
-def test_our_own_server_gives_every_token_its_time(served):
+def test_our_own_server_gives_every_token_its_time(served, monkeypatch):
+    monkeypatch.setattr("ascend_kit.measure.endpoint.METRICS_EVERY_S", 0.01)
     requests = make_requests(12, 16, 10, vocab_size=250)
     client = Client(Endpoint(served.base + "/v1", "tiny"))
 
@@ -239,7 +242,8 @@ def test_our_own_server_gives_every_token_its_time(served):
     assert {record.tokens_counted_by for record in records} == {"usage"}
     assert all(record.num_prompt_tokens == 16 for record in records)
     assert all(sum(chunk[1] == "text" for chunk in r.chunks) == 10 for r in records)
-    assert client.facts["num_retries"] == 0 and "server_preemptions" in client.facts
+    assert client.facts["num_retries"] == 0 and client.facts["num_preemptions"] == 0
+    assert 0 < client.facts["kv_use_max"] < 1 and 1 <= client.facts["running_max"] <= 4
 
 
 def test_two_engines_one_a_server_that_fails_for_a_while_end_complete_with_nothing_measured_twice(

@@ -91,7 +91,7 @@ def test_the_chart_of_jupyterlab_holds_the_same_values_and_nothing_to_load(root)
 def test_histograms_show_the_raw_gaps_of_a_point(root):
     run = explore.find_runs(root)["e/old"]
 
-    figure = explore.histograms(explore.requests_of(run, "p40"))
+    figure = explore.histograms(explore.lines_of(run, "requests", "p40"))
 
     ttft, itl = (axes.get_title() for axes in figure.axes)
     assert ttft == "median 20, most 20" and itl == "median 15, most 20"

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from ascend_kit.messages import say, use_language
 from ascend_kit.results import RunFolder
-from ascend_kit.show import charts, tables
+from ascend_kit.show import charts, sweep_charts, tables
 from ascend_kit.show.render import inline_svg, markdown, output, sanitize
 from ascend_kit.show.report import write_report
 from ascend_kit.show.tables import cell_text, facts, readable, shorten
@@ -394,7 +394,7 @@ def test_empty_cells_leave_nothing_behind_and_findings_stand_once(tmp_path):
 def test_a_saved_chart_is_drawn_inside_the_page_and_its_points_tell_their_values(tmp_path):
     folder = write_run(tmp_path / "e/r", {"04_throughput": STAGE})
     rows = pandas.DataFrame([point(900), point(400, 1), point(300, backend=HOSTILE), point(100, 1, backend=HOSTILE)])
-    image = charts.keep(RunFolder(folder), "throughput", charts.throughput(rows), "Output tokens per second")
+    image = charts.keep(RunFolder(folder), "throughput", sweep_charts.throughput(rows), "Output tokens per second")
     _, metadata = image._repr_mimebundle_()
     shown = new_output(
         "display_data", data={"image/png": PNG}, metadata={"image/png": metadata.get("image/png", metadata)}

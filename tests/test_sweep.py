@@ -51,6 +51,9 @@ class StandInDevice(SimpleNamespace):
     def peak_memory_bytes(self):
         return 12345
 
+    def memory_in_use_bytes(self):
+        return 1234
+
 
 class StandInEngine:
     """One token per running request and step. `break_on` names prompt lengths whose step raises."""
@@ -320,6 +323,23 @@ def test_interrupt_stops_the_sweep_and_keeps_what_was_measured(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS, on_progress=stop_after_two)
         assert list(folder.load("rows")["status"]) == ["ok", "ok"]
+
+
+def test_what_the_engine_held_over_time_is_kept_and_summed_up(tmp_path):
+    experiment, engine = experiment_for(tmp_path, sweep_concurrency=[8], sweep_prompt_len=[8]), StandInEngine(slots=2)
+    engine.step_s = 0.03
+    total = 10
+    engine.stats = lambda: {"weight_bytes": 4000, "running": min(2, len(engine.sequences)), "kv_blocks_total": total,
+                            "kv_blocks_free": total - len(engine.sequences)}  # fmt: skip
+    with opened(experiment) as folder:
+        (row,) = sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS).to_dict("records")
+        samples = folder.load("samples")
+
+    assert set(samples["point_id"]) == {row["point_id"]} and (samples["memory_bytes"] == 1234).all()
+    assert (row["running_max"], row["waiting_max"], row["kv_use_max"]) == (2, 6, pytest.approx(0.8))  # 8 came at once
+    assert 0 < row["waiting_mean"] < 6
+    gaps = samples["time_s"].diff().dropna()
+    assert len(gaps) >= 4 and gaps.min() > 0.1  # 16 requests, 4 tokens, 2 a step of 30 ms
 
 
 def test_goodput_carries_its_limits(tmp_path):

@@ -228,6 +228,7 @@ class EngineCore:
         return {
             **self.counts,
             "preemptions": self.scheduler.num_preemptions,
+            "running": len(self.scheduler.running),
             "kv_blocks_total": self.blocks.total,
             "kv_blocks_free": self.blocks.num_free,
             "kv_block_bytes": self.block_bytes,

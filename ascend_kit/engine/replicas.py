@@ -175,9 +175,11 @@ class ReplicatedCore:
             counts.update(one.lost_counts)
             counts.update(one.report.counts if one.report else {})
         ranks = [facts.stats for facts in self.replicas[0].facts]
+        reports = [one.report for one in self.replicas if one.report]
         free = [one.report.counts["kv_blocks_free"] if one.report else self.blocks.total for one in self.replicas]
         return {
             **{name: counts[name] for name in COUNTED},
+            "running": sum(report.counts["running"] for report in reports),
             "kv_blocks_total": self.blocks.total * len(self.replicas),
             "kv_blocks_free": sum(free),
             "kv_block_bytes": sum(stats["kv_block_bytes"] for stats in ranks),

@@ -218,6 +218,7 @@ class Worker:
         counts = {
             **core.counts,
             "preemptions": core.scheduler.num_preemptions,
+            "running": len(core.scheduler.running),
             "kv_blocks_free": core.blocks.num_free,
             "busy_s": self._busy_s,
         }

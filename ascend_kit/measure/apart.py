@@ -11,6 +11,7 @@ from ascend_kit.engine.elsewhere import Elsewhere
 from ascend_kit.identity import Identity
 from ascend_kit.measure.engines import Backend, OnDone
 from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.workload import Request
 from ascend_kit.model.config import ModelConfig
 
@@ -79,7 +80,7 @@ class BackendElsewhere:
     def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
         return self._start().call("run", requests, concurrency, on_progress=on_done)
 
-    def observed(self) -> dict[str, Any]:
+    def observed(self) -> Observed:
         return self._start().call("observed")
 
     def stats(self) -> dict[str, Any]:

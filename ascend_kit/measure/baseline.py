@@ -16,6 +16,7 @@ from ascend_kit.measure.apart import BackendElsewhere
 from ascend_kit.measure.dispatch import Dispatcher
 from ascend_kit.measure.engines import SWITCHES, OnDone
 from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.workload import Request
 from ascend_kit.model.config import DTYPES, ModelConfig
 
@@ -103,8 +104,8 @@ class TransformersBackend:
                 on_done(len(records))
         return records
 
-    def observed(self) -> dict[str, Any]:
-        return {}
+    def observed(self) -> Observed:
+        return Observed({})
 
     def stats(self) -> dict[str, Any]:
         return {}

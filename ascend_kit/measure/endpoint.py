@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,21 +12,24 @@ import aiohttp
 from ascend_kit.measure.dispatch import Dispatcher
 from ascend_kit.measure.http import Endpoint, TextCodec, get, open_session, run_in_loop
 from ascend_kit.measure.metrics import RequestRecord, percentile
+from ascend_kit.measure.over_time import Recorder, Sample
 from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.streams import Answer, EventParser, token_times
 from ascend_kit.measure.workload import Request
 
 LAG_SAMPLE_S = 0.005
-METRICS_EVERY_S = 1.0
+METRICS_EVERY_S = 0.5
 LAG_LIMIT_MS = 5.0
 
 
 class Client:
-    """Drives one endpoint through workloads; after `run`, `facts` holds the client's lag and what the server told."""
+    """Drives one endpoint through workloads; after `run`, `facts` holds the client's lag and what the server
+    told, `samples` its metrics over time."""
 
     def __init__(self, endpoint: Endpoint, codec: TextCodec | None = None) -> None:
         self.endpoint, self.codec = endpoint, codec
         self.facts: dict[str, Any] = {}
+        self.samples: list[Sample] = []  # of the server's metrics
 
     def run(
         self, requests: Sequence[Request], concurrency: int, on_done: Callable[[int], None] | None = None
@@ -55,12 +57,12 @@ class Client:
     ) -> list[RequestRecord]:
         records: list[RequestRecord] = []
         lags: list[float] = []
-        samples: list[dict[str, float]] = []
+        recorder = Recorder[str](METRICS_EVERY_S)
         async with open_session(self.endpoint) as session:
-            await self._sample(session, samples)
+            await self._sample(session, recorder)
             watchers = [
                 asyncio.create_task(_measure_lag(lags)),
-                asyncio.create_task(self._keep_sampling(session, samples)),
+                asyncio.create_task(self._keep_sampling(session, recorder)),
             ]
             dispatcher = Dispatcher(requests, concurrency, time.perf_counter())
             running: set[asyncio.Task[RequestRecord]] = set()
@@ -83,8 +85,10 @@ class Client:
                 for task in [*watchers, *running]:
                     task.cancel()
                 await asyncio.gather(*watchers, *running, return_exceptions=True)
-            await self._sample(session, samples)
-        self.facts = {**client_facts(lags, records), **observed(samples)}
+            await self._sample(session, recorder)
+        # Read only now: a text of vLLM takes some 20 ms, which no stream should wait.
+        self.samples = [{"time_s": time_s, **found} for time_s, text in recorder.taken if (found := read_metrics(text))]
+        self.facts = {**client_facts(lags, records), **observed(self.samples)}
         return records
 
     async def _one(
@@ -158,16 +162,16 @@ class Client:
             return len(self.codec.encode(answer.text, add_special_tokens=False)), "tokenizer"
         return len(told), "chunks"
 
-    async def _keep_sampling(self, session: aiohttp.ClientSession, samples: list[dict[str, float]]) -> None:
-        while samples:  # a server without metrics is not asked again
+    async def _keep_sampling(self, session: aiohttp.ClientSession, recorder: Recorder[str]) -> None:
+        while recorder.taken:  # a server without metrics is not asked again
             await asyncio.sleep(METRICS_EVERY_S)
-            await self._sample(session, samples)
+            if recorder.is_due:
+                await self._sample(session, recorder)
 
-    async def _sample(self, session: aiohttp.ClientSession, samples: list[dict[str, float]]) -> None:
+    async def _sample(self, session: aiohttp.ClientSession, recorder: Recorder[str]) -> None:
         text = await get(session, self.endpoint.root + "/metrics")
-        with contextlib.suppress(ValueError):
-            if isinstance(text, str) and (found := read_metrics(text)):
-                samples.append(found)
+        if isinstance(text, str):
+            recorder.add(text)
 
 
 async def _measure_lag(lags: list[float]) -> None:

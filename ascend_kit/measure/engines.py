@@ -21,6 +21,7 @@ from ascend_kit.engine.sequence import RequestOutput, SamplingParams
 from ascend_kit.identity import Identity
 from ascend_kit.measure.dispatch import Dispatcher
 from ascend_kit.measure.metrics import RequestRecord, record_from_output
+from ascend_kit.measure.over_time import Observed, Recorder, Sample, columns_of
 from ascend_kit.measure.workload import Request
 from ascend_kit.model.config import DTYPES, ModelConfig
 from ascend_kit.model.tensors import uniform_schemes, weight_bytes
@@ -86,8 +87,8 @@ class Backend(Protocol):
         leaves no request behind."""
         ...
 
-    def observed(self) -> dict[str, Any]:
-        """What the engine, or who asked it, noticed during the last `run`, as columns of a row."""
+    def observed(self) -> Observed:
+        """What the engine, or who asked it, noticed during the last `run`."""
         ...
 
     def stats(self) -> dict[str, Any]:
@@ -116,6 +117,7 @@ class EngineBackend:
         self.slots: int | None = experiment.batch_size * self.replicas
         self.num_devices = 1 if self.device.kind == "cpu" else self.cards
         self._scheme = quantize_scheme(engine.model_path)
+        self._seen: list[tuple[float, Sample]] = []
 
     @property
     def device(self) -> Device:
@@ -135,6 +137,8 @@ class EngineBackend:
         dispatcher = Dispatcher(requests, concurrency, time.perf_counter())
         in_flight: dict[int, Request] = {}
         records: list[RequestRecord] = []
+        recorder = Recorder[Sample]()
+        self._seen = recorder.taken
         try:
             while dispatcher.left:
                 for request, arrival_s in dispatcher.due(time.perf_counter()):
@@ -145,6 +149,8 @@ class EngineBackend:
                 for output in self.engine.step():
                     records.append(_renumber(output, in_flight.pop(output.index)))
                     dispatcher.ended(records[-1].index, time.perf_counter())
+                if recorder.is_due:
+                    recorder.add(self._look(len(in_flight)))
                 if on_done:
                     on_done(len(records))
                 if in_flight and not self.engine.has_unfinished:
@@ -158,8 +164,9 @@ class EngineBackend:
             raise
         return records
 
-    def observed(self) -> dict[str, Any]:
-        return {}
+    def observed(self) -> Observed:
+        samples = [{"time_s": time_s, **seen} for time_s, seen in self._seen]
+        return Observed(columns_of(samples), samples)
 
     def variant(self) -> dict[str, Any]:
         switches = {switch: getattr(self._experiment, switch) for switch in (*SWITCHES, *OPTIONS)}
@@ -170,6 +177,15 @@ class EngineBackend:
 
     def weight_bytes(self) -> int:
         return int(self.engine.stats()["weight_bytes"])
+
+    def _look(self, in_flight: int) -> Sample:
+        stats = self.engine.stats()
+        running, replicas = stats.get("running", in_flight), stats.get("replicas")
+        memory = sum(row["memory_bytes"] for row in replicas) if replicas else self.device.memory_in_use_bytes()
+        sample = {"running": running, "waiting": max(0, in_flight - running), "memory_bytes": memory}
+        if stats.get("kv_blocks_total"):
+            sample["kv_use"] = 1 - stats["kv_blocks_free"] / stats["kv_blocks_total"]
+        return sample
 
     def _add(self, request: Request, arrival_s: float) -> int:
         sampling = SamplingParams(max_new_tokens=request.num_output_tokens, ignore_eos=True)

@@ -203,17 +203,18 @@ class PointRunner:
         device.synchronize()
         before, meter = self.backend.stats(), CardMeter(self.backend)
         records = self.backend.run(requests, point.concurrency, on_done=_Seconds(len(requests), on_share))
-        cards = meter.rows()
+        cards, observed = meter.rows(), self.backend.observed()
         # Before the row: a row without its raw samples would be worse than the reverse.
         self._append("requests", [{**ids, **record.to_row()} for record in records])
         self._append("cards", [{**ids, **row} for row in cards])
+        self._append("samples", [{**ids, **sample} for sample in observed.samples])
         check_complete(requests, records, is_exact=self.backend.is_exact)
         summary = metrics.summarize(records, limits=point.limits)
         return {
             **summary,
-            **self.backend.observed(),
-            **known.utilisation(point, records, summary),
             "tokens_per_step": tokens_per_step(before, self.backend.stats()),
+            **observed.columns,
+            **known.utilisation(point, records, summary),
             "weight_bytes": self.backend.weight_bytes(),
             "peak_memory_bytes": device.peak_memory_bytes(),
         }

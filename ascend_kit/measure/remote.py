@@ -19,6 +19,7 @@ from ascend_kit.measure.endpoint import Client
 from ascend_kit.measure.engines import SWITCHES, Machine, OnDone, reckon_weight_bytes
 from ascend_kit.measure.http import Endpoint, TextCodec
 from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.server_process import ServerProcess
 from ascend_kit.measure.workload import Request
 from ascend_kit.model.config import ModelConfig
@@ -134,9 +135,10 @@ class EndpointBackend:
         assert self._client is not None
         return self._client.run(requests, concurrency, on_done)
 
-    def observed(self) -> dict[str, Any]:
+    def observed(self) -> Observed:
         """The client's lag, and what the server says of itself."""
-        return {**self._facts, **(self._client.facts if self._client else {})}
+        client = self._client
+        return Observed({**self._facts, **client.facts}, client.samples) if client else Observed(self._facts)
 
     def stats(self) -> dict[str, Any]:
         return {}

@@ -1,50 +1,51 @@
-"""What a server says of itself: its models, and its Prometheus metrics under the names of vLLM, SGLang and MindIE."""
+"""What a server says of itself: its Prometheus metrics under the names of vLLM, SGLang and MindIE."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-# Column -> names without their prefix (vllm:, sglang:, ascend_kit:, none in MindIE); sources in the servers' docs.
-GAUGES = {
-    "server_kv_use": ("kv_cache_usage_perc", "gpu_cache_usage_perc", "token_usage"),
-    "server_running": ("num_requests_running", "num_running_reqs"),
-    "server_queue": ("num_requests_waiting", "num_queue_reqs"),
+from ascend_kit.measure.over_time import Sample, columns_of
+
+# Ours -> names without their prefix (vllm:, sglang:, ascend_kit:, none in MindIE); sources in the servers' docs.
+NAMES = {
+    "kv_use": ("kv_cache_usage_perc", "gpu_cache_usage_perc", "token_usage"),
+    "running": ("num_requests_running", "num_running_reqs"),
+    "waiting": ("num_requests_waiting", "num_queue_reqs"),
+    "preemptions": ("num_preemptions_total", "num_preemptions", "num_retracted_reqs"),
+    "hits": ("prefix_cache_hits_total", "prefix_cache_hits", "gpu_prefix_cache_hits_total"),
+    "queries": ("prefix_cache_queries_total", "prefix_cache_queries", "gpu_prefix_cache_queries_total"),
+    "drafts": ("spec_decode_num_drafts_total", "spec_decode_num_drafts"),
+    "accepted": ("spec_decode_num_accepted_tokens_total", "spec_decode_num_accepted_tokens"),
 }
-COUNTERS = {
-    "server_preemptions": ("num_preemptions_total", "num_preemptions", "num_retracted_reqs"),
-    "server_prefix_hits": ("prefix_cache_hits_total", "prefix_cache_hits", "gpu_prefix_cache_hits_total"),
-    "server_prefix_queries": ("prefix_cache_queries_total", "prefix_cache_queries", "gpu_prefix_cache_queries_total"),
-}
+WANTED = {name: ours for ours, names in NAMES.items() for name in names}
 
 
-def read_metrics(text: str) -> dict[str, float]:
-    """Column -> value, summed over labels; columns the server does not have are missing."""
-    found: dict[str, float] = {}
-    wanted = {name: column for names in (GAUGES, COUNTERS) for column, alike in names.items() for name in alike}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            column = wanted.get(sample.name.rpartition(":")[2])
-            if column is not None:
-                found[column] = found.get(column, 0.0) + sample.value
+def read_metrics(text: str) -> Sample:
+    """Name -> value, summed over labels; what the server does not have is missing; {} for another text."""
+    found: Sample = {}
+    with contextlib.suppress(ValueError):
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                name = WANTED.get(sample.name.rpartition(":")[2])
+                if name is not None:
+                    found[name] = found.get(name, 0.0) + sample.value
     return found
 
 
-def observed(samples: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Columns of a row from the metrics read before, during and after a run: highest gauges, growth of counters."""
+def observed(samples: Sequence[Sample]) -> dict[str, object]:
+    """Columns of a row from what was read before, during and after a run, under the names that our engine has."""
     if not samples:
         return {}
-    columns: dict[str, Any] = {}
-    for name in GAUGES:
-        values = [sample[name] for sample in samples if name in sample]
-        if values:
-            columns[f"{name}_max"] = max(values)
-    for name in COUNTERS:
-        if name in samples[0] and name in samples[-1]:
-            columns[name] = samples[-1][name] - samples[0][name]
-    hits, queries = columns.pop("server_prefix_hits", None), columns.pop("server_prefix_queries", None)
-    if hits is not None and queries:
-        columns["server_prefix_hit_rate"] = hits / queries
-    return columns
+    first, last = samples[0], samples[-1]
+    grown = {name: last[name] - first[name] for name in NAMES if name in first and name in last}
+    found = columns_of(samples)
+    if "preemptions" in grown:
+        found["num_preemptions"] = grown["preemptions"]
+    if grown.get("queries"):
+        found["prefix_hit_rate"] = grown["hits"] / grown["queries"]
+    if grown.get("drafts"):
+        found["tokens_per_step"] = 1 + grown["accepted"] / grown["drafts"]
+    return found

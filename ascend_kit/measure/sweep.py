@@ -1,9 +1,9 @@
 """The throughput sweep: every combination of load and engine parameters on every engine, a row per point, resumable.
 
-Rows go to `rows`, raw request timelines to `requests`, the load of each card to `cards`, measured ceilings to
-`ceilings`; `sweep` holds what was asked for last. A row is written when its point ends. A row counts as done only for
-the same point on an engine of the same identity, so a sweep can grow: rows that are not asked for any more stay in
-their file and take part in nothing.
+Rows go to `rows`, raw request timelines to `requests`, the load of each card to `cards`, what an engine held over time
+to `samples`, measured ceilings to `ceilings`; `sweep` holds what was asked for last. A row is written when its point
+ends. A row counts as done only for the same point on an engine of the same identity, so a sweep can grow: rows that are
+not asked for any more stay in their file and take part in nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ascend_kit.params.engines import EngineSpec
     from ascend_kit.results import RunFolder
 
-TABLES = ("rows", "requests", "cards", "ceilings", "sweep", "search")
+TABLES = ("rows", "requests", "cards", "samples", "ceilings", "sweep", "search")
 _CACHE_BYTES = 2**28  # weights below this may live in a CPU's cache and are read at its speed
 Progress = Callable[[float, int, str], None]  # points done, points in all, text
 

@@ -49,7 +49,7 @@ def cause(point: dict[str, Any]) -> tuple[str, str]:
     """(client, capacity, memory, arithmetic, host or unknown; the evidence): what keeps a point from being faster."""
     if point.get("is_client_limited"):
         return "client", f"the client's own lag is {max(point['client_lag_p99_ms'], point['send_lag_p99_ms']):.1f} ms"
-    preempted = (point.get("num_preemptions") or 0) + (point.get("server_preemptions") or 0)
+    preempted = point.get("num_preemptions")
     if preempted:
         return "capacity", f"{preempted:g} requests gave their KV blocks back"
     mbu, mfu = point.get("mbu"), point.get("mfu")

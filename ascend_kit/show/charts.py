@@ -1,58 +1,42 @@
 """Charts of measured tables: a DataFrame in, a matplotlib Figure out, or None where there is nothing to compare.
 
-Every axis carries its unit, concurrency axes are log2, ceilings are dashed, repeats are points and the line goes
-through their median. A configuration has one colour, mark and line style wherever the same set of configurations is
-drawn. Rows whose status is not ok are left out.
+Those of sweeps are in sweep_charts.py.
 """
 
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.files import GIB, Table, write_atomic
+from ascend_kit.evaluation.runs import RATE
+from ascend_kit.files import Table, write_atomic
 from ascend_kit.messages import phrase
 from ascend_kit.show import tables
 from ascend_kit.show.drawing import (
-    BASELINES,
     DASHES,
     FONT,
     GREY,
-    LENGTHS,
     PALETTE,
     RED,
-    config_labels,
     config_looks,
     finish,
     finished_rows,
-    heat_map,
-    is_many,
     known,
-    lengths_text,
-    limit_line,
-    log2_axis,
     make_grid,
-    make_panels,
-    reference_line,
-    series,
     tip,
     value_axis,
-    with_labels,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ascend_kit.results import RunFolder
 
-CEILING_LINES = (("ceiling_tokens_per_s", "--", "ceiling"), ("predicted_tokens_per_s", ":", "prediction"))
 # Figures are saved with 150 dots per inch; on a page an inch has 96 pixels, and a little less reads better.
 PAGE_SCALE = 0.58
 BEST_AND_WORST = 10
-RATE = "output_tokens_per_s"
 
 
 def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str) -> Any:
@@ -74,173 +58,6 @@ def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str) -> A
     alt = ": ".join(filter(None, (caption, str(figure.get_label()))))
     about = {"figure": name, "caption": caption}
     return Image(data=data, format="png", width=round(pixels * PAGE_SCALE), alt=alt, metadata=about)
-
-
-# --- sweep --------------------------------------------------------------------------------------------------
-
-
-def throughput(rows: Table) -> Figure | None:
-    """Output tokens/s against concurrency, one panel per pair of lengths, ceilings dashed, prediction dotted."""
-    rows = finished_rows(rows)
-    if len(rows) < 2:
-        return None
-    if is_many(rows):
-        return heat_map(rows, RATE, "Throughput", "output tokens/s")
-    figure, looks = _panels(rows, RATE, "output tokens/s", CEILING_LINES)
-    return finish(figure, "Throughput", _best_each(rows, looks))
-
-
-def _panels(
-    rows: Table, column: str, unit: str, references: tuple = (), log: bool | None = None
-) -> tuple[Figure, dict]:
-    figure, panels = make_panels(rows)
-    looks = config_looks(config_labels(rows))
-    for axes, part in panels:
-        series(axes, part, looks, column, unit)
-        for name, style, text in references:
-            reference_line(axes, part, looks, name, style, text)
-        log2_axis(axes, part["concurrency"])
-        value_axis(axes, unit, log=log)
-    return figure, looks
-
-
-def _best_each(rows: Table, looks: dict[str, Any]) -> str:
-    labels, parts = config_labels(rows), []
-    for name in looks:
-        best = rows.loc[rows[labels == name][RATE].idxmax()]
-        parts.append(f"{name} {best[RATE]:,.0f} at {best['concurrency']} in flight")
-    return "best " + ", ".join(parts)
-
-
-def latency(rows: Table) -> Figure | None:
-    """TTFT, TPOT and ITL against concurrency: median solid, p90 dashed, p99 dotted; stated limits in red."""
-    rows = finished_rows(rows)
-    if len(rows) < 2:
-        return None
-    if is_many(rows):
-        return heat_map(rows, "tpot_p50_ms", "Median TPOT", "ms", good="low")
-    looks, groups = config_looks(config_labels(rows)), list(with_labels(rows).groupby(LENGTHS, sort=True))
-    figure, grid = make_grid(len(groups), 3, height=3.1)
-    for line, (lengths, part) in zip(grid, groups, strict=True):
-        for axes, metric in zip(line, ("ttft", "tpot", "itl"), strict=True):
-            for q, style in (("p50", "-"), ("p90", "--"), ("p99", ":")):
-                series(axes, part, looks, f"{metric}_{q}_ms", f"ms ({q})", linestyle=style)
-                axes.plot([], [], linestyle=style, color=GREY, label={"p50": "median"}.get(q, q))
-            limit_line(axes, part, f"{metric}_limit_ms")
-            log2_axis(axes, part["concurrency"])
-            value_axis(axes, f"{metric.upper()}, ms")
-            axes.set_title(f"{metric.upper()}: {lengths_text(lengths)}", fontsize=FONT)
-    fastest = rows.loc[rows[RATE].idxmax()]
-    alt = f"at the fastest point TTFT {fastest['ttft_p50_ms']:.3g} ms, TPOT {fastest['tpot_p50_ms']:.3g} ms (medians)"
-    return finish(figure, "Latency", alt)
-
-
-def tradeoff(rows: Table) -> Figure | None:
-    """Throughput against median TPOT; each point carries its concurrency. Up and to the left is better."""
-    rows = finished_rows(rows).dropna(subset=["tpot_p50_ms"]) if not rows.empty else rows
-    if len(rows) < 2 or is_many(rows):
-        return None
-    figure, panels = make_panels(rows)
-    looks = config_looks(config_labels(rows))
-    for axes, part in panels:
-        for label, rest in part.groupby("_label", sort=True):
-            one = rest.groupby("concurrency")[["tpot_p50_ms", RATE]].median()
-            (line,) = axes.plot(*one.T.to_numpy(), label=label, linewidth=1.8, **looks[label])
-            tip(line, [f"{label}, {c} in flight: {y:,.4g} tokens/s, {x:,.4g} ms" for c, (x, y) in one.iterrows()])
-            for concurrency, (x, y) in one.iterrows():
-                axes.annotate(
-                    f"{concurrency}", (x, y), (8, -13), textcoords="offset points", color=looks[label]["color"]
-                )
-        axes.margins(x=0.12, y=0.15)
-        value_axis(axes, "output tokens/s")
-        value_axis(axes, "median TPOT, ms", which="x")
-    return finish(figure, "Throughput against latency (numbers: requests in flight)", _best_each(rows, looks))
-
-
-def memory(rows: Table) -> Figure | None:
-    """Peak memory of all cards against concurrency in GiB; the weights alone, of every replica, are the dashed line."""
-    rows = finished_rows(rows)
-    if len(rows) < 2:
-        return None
-    copies = rows["cards"] / rows["tensor_parallel"] if "cards" in rows else 1
-    rows = rows.assign(peak_gib=rows["peak_memory_bytes"] / GIB, weights_gib=rows["weight_bytes"] * copies / GIB)
-    if is_many(rows):
-        return heat_map(rows, "peak_gib", "Peak memory", "GiB", good="low")
-    figure, _ = _panels(rows, "peak_gib", "peak memory, GiB", (("weights_gib", "--", "weights"),), log=False)
-    return finish(
-        figure, "Memory", f"at most {rows['peak_gib'].max():.3g} GiB, weights {rows['weights_gib'].max():.3g}"
-    )
-
-
-def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
-    """Throughput over the baseline's at the same point, as bars; range over repeats as a line."""
-    rows = finished_rows(rows)
-    if rows.empty or not (rows["backend"] == baseline).any() or not (rows["backend"] != baseline).any():
-        return None
-    points = ["concurrency", *LENGTHS]
-    base = rows[rows["backend"] == baseline].groupby(points)[RATE].median()
-    own = rows[rows["backend"] != baseline]
-    own = own.assign(ratio=own[RATE] / base.reindex(own[points].apply(tuple, axis=1)).to_numpy()).dropna(
-        subset=["ratio"]
-    )
-    if len(own) < 2:
-        return None
-    title = f"Speed-up over {baseline}"
-    if is_many(own):
-        return heat_map(own, "ratio", title, "times as fast")
-    looks = config_looks(config_labels(rows))
-    figure, panels = make_panels(own.assign(_label=config_labels(rows).loc[own.index]))
-    labels = config_labels(rows).loc[own.index]
-    names = sorted(set(labels))
-    for axes, part in panels:
-        loads = sorted(part["concurrency"].unique())
-        for place, name in enumerate(names):
-            _ratio_bars(
-                axes, part[labels.loc[part.index] == name], loads, name, looks[name]["color"], place, len(names)
-            )
-        axes.axhline(1, color=BASELINES.get(baseline, GREY), linestyle="--", label=baseline)
-        axes.set_xticks(range(len(loads)), [str(c) for c in loads])
-        axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
-        axes.margins(y=0.15)
-        value_axis(axes, f"output tokens/s, multiple of {baseline}", log=False)
-    return finish(figure, title, f"{own['ratio'].min():.1f} to {own['ratio'].max():.1f} times {baseline}")
-
-
-def _ratio_bars(axes: Axes, part: Table, loads: list, name: str, colour: str, place: int, count: int) -> None:
-    width = 0.8 / count
-    for x, concurrency in enumerate(loads):
-        ratios = part[part["concurrency"] == concurrency]["ratio"]
-        if ratios.empty:
-            continue
-        left, middle = x + (place - (count - 1) / 2) * width, ratios.median()
-        (bar,) = axes.bar(left, middle, width * 0.92, color=colour, label=name)
-        tip(bar, [f"{name}: {middle:.2f} times at {concurrency}"])
-        axes.plot([left, left], [ratios.min(), ratios.max()], color="#222222", linewidth=1.5)
-        axes.annotate(f"{middle:.1f}x", (left, ratios.max()), (0, 3), textcoords="offset points", ha="center")
-
-
-def request_timeline(requests: Table, max_requests: int = 64) -> Figure | None:
-    """When each request waited, was prefilled and decoded: time on the x axis, one line per request."""
-    if len(requests) < 2:
-        return None
-    table = requests.sort_values("arrival_s").head(max_requests)
-    start = table["arrival_s"].min()
-    figure, ((axes,),) = make_grid(1, 1, height=max(3.0, 1.6 + 0.11 * len(table)), width=9)
-    for line, row in enumerate(table.itertuples()):
-        times = [t - start for t in row.token_times_s]
-        arrival = row.arrival_s - start
-        begin = row.scheduled_s - start if known(row.scheduled_s) else arrival
-        axes.barh(line, begin - arrival, left=arrival, color="#D9D9D9", label="waiting")
-        if times:
-            axes.barh(line, times[0] - begin, left=begin, color=PALETTE[4], label="prefill", hatch="//")
-            axes.barh(line, times[-1] - times[0], left=times[0], color=PALETTE[0], label="decode")
-        else:
-            axes.plot(arrival, line, "x", color=RED, label="failed")
-    axes.invert_yaxis()
-    axes.set_xlabel("time since the first arrival, s", fontsize=FONT)
-    axes.set_ylabel("request, by arrival", fontsize=FONT)
-    more = f" (the first {max_requests} of {len(requests)})" if len(requests) > max_requests else ""
-    return finish(figure, f"Requests over time{more}", f"{len(table)} requests")
 
 
 # --- accuracy -----------------------------------------------------------------------------------------------
@@ -432,65 +249,3 @@ def mixes(candidates: Table, chosen: str | None = None, max_kl: float | None = N
 
 def _mix_kind(candidate: str) -> str:
     return next((kind for kind in ("w8a16", "float", "w4a16") if candidate.endswith(kind)), "w8a8")
-
-
-def planner(plans: Table) -> Figure | None:
-    """Predicted output tokens/s by cards, a bar per tensor-parallel size; a panel per `model` where given.
-
-    Hatched bars break a limit. A split that does not fit or does not divide has no bar.
-    """
-    drawable = plans.dropna(subset=[RATE]) if not plans.empty else plans
-    if len(drawable) < 2:
-        return None
-    models = list(dict.fromkeys(plans["model"])) if "model" in plans else [None]
-    sizes, cards = sorted(drawable["tensor_parallel"].unique()), sorted(plans["cards"].unique())
-    figure, (line,) = make_grid(1, len(models), height=4.2, width=6.5)
-    for axes, model in zip(line, models, strict=True):
-        part = drawable if model is None else drawable[drawable["model"] == model]
-        for row in part.itertuples():
-            place = sizes.index(row.tensor_parallel)
-            x = cards.index(row.cards) + (place - (len(sizes) - 1) / 2) * 0.8 / len(sizes)
-            (bar,) = axes.bar(x, row.output_tokens_per_s, 0.74 / len(sizes), color=PALETTE[place % len(PALETTE)],
-                              label=f"tensor parallel {row.tensor_parallel}", edgecolor="white",
-                              hatch="///" if known(row.reason) else None)  # fmt: skip
-            tip(
-                bar,
-                [f"{row.cards} cards, tensor parallel {row.tensor_parallel}: {row.output_tokens_per_s:,.0f} tokens/s"],
-            )
-        for place, size in enumerate(sizes):
-            axes.bar(0, 0, color=PALETTE[place % len(PALETTE)], label=f"tensor parallel {size}")
-        if part["reason"].notna().any():
-            axes.bar(0, 0, color="#BBBBBB", edgecolor="white", hatch="///", label="breaks a limit")
-        axes.set_xticks(range(len(cards)), [str(c) for c in cards])
-        axes.set_xlabel("cards (replicas = cards / tensor parallel)", fontsize=FONT)
-        axes.set_title(model or "", fontsize=FONT)
-        value_axis(axes, "predicted output tokens/s", log=False)
-    return finish(figure, "Cards as replicas or tensor parallel", f"at most {drawable[RATE].max():,.0f} tokens/s")
-
-
-def layouts_by_load(simulate: Callable[[], Table], cards: int = 2) -> Figure | None:
-    """Predicted output tokens/s of `simulate()` against requests in flight, a line per tensor-parallel size.
-
-    A panel per `model` and number of `cards`; None for a run on one card. A split that does not divide the model, or a
-    load that does not fit, has no point.
-    """
-    plans = simulate() if cards > 1 else None
-    if plans is None or plans.empty or plans[RATE].isna().all():
-        return None
-    drawable = plans.dropna(subset=[RATE])
-    models, counts = list(dict.fromkeys(drawable["model"])), sorted(drawable["cards"].unique())
-    names = {size: "replicas of one card" if size == 1 else f"tensor parallel {size}"
-             for size in sorted(drawable["tensor_parallel"].unique())}  # fmt: skip
-    looks = config_looks(names.values())
-    figure, grid = make_grid(len(counts), len(models), height=3.4, width=5.4)
-    for line, count in zip(grid, counts, strict=True):
-        for axes, model in zip(line, models, strict=True):
-            part = drawable[(drawable["model"] == model) & (drawable["cards"] == count)]
-            for size, name in names.items():
-                one = part[part["tensor_parallel"] == size].sort_values("concurrency")
-                (drawn,) = axes.plot(one["concurrency"], one[RATE], markersize=5, label=name, **looks[name])
-                tip(drawn, [f"{name}: {row.output_tokens_per_s:,.0f} at {row.concurrency}" for row in one.itertuples()])
-            log2_axis(axes, part["concurrency"])
-            value_axis(axes, "predicted output tokens/s", log=True)
-            axes.set_title(f"{model} on {count} cards", fontsize=FONT)
-    return finish(figure, "The same cards as replicas or tensor parallel: simulated, not measured")

@@ -212,11 +212,11 @@ def point_names(table: Table) -> dict[str, int]:
     }
 
 
-def requests_of(run: Run, point_id: str) -> Table:
-    """The raw requests of one point."""
+def lines_of(run: Run, table: str, point_id: str) -> Table:
+    """The lines of `requests` or `samples` that belong to one point."""
     import pandas
 
-    return pandas.DataFrame([row for row in run.folder.rows("requests") if row.get("point_id") == point_id])
+    return pandas.DataFrame([row for row in run.folder.rows(table) if row.get("point_id") == point_id])
 
 
 def histograms(requests: Table) -> Figure | None:

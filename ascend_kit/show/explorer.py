@@ -16,7 +16,7 @@ from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.files import Table
 from ascend_kit.messages import phrase, translate
 from ascend_kit.results import RunFolder
-from ascend_kit.show import charts, explore, tables
+from ascend_kit.show import charts, explore, sweep_charts, tables
 from ascend_kit.show.progress import in_browser
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Explorer:
         ]
 
     def point(self) -> None:
-        """One point: its row, how its TTFT and ITL are spread, and when each of its requests waited and ran."""
+        """One point: its row, the spread of TTFT and ITL, when each request waited and ran, what was held meanwhile."""
         self._show({"point": lambda: list(explore.point_names(self._points()))}, self._point)
 
     def _points(self) -> Table:
@@ -115,15 +115,19 @@ class Explorer:
         table = self._points()
         place = explore.point_names(table).get(point)
         if place is None:
-            return [None] * 3
+            return [None] * 4
         row = table.loc[place].dropna().to_dict()
         first = {name: row[name] for name in (*tables.SWEEP, *row) if name in row}
-        requests = explore.requests_of(self.every[row["run"]], row["point_id"])
-        spread, timeline = explore.histograms(requests), charts.request_timeline(requests)
+        requests, samples = (
+            explore.lines_of(self.every[row["run"]], table, row["point_id"]) for table in ("requests", "samples")
+        )
+        spread, timeline = explore.histograms(requests), sweep_charts.request_timeline(requests)
+        over_time = sweep_charts.over_time(samples, pandas.DataFrame([row]))
         return [
             tables.readable(pandas.DataFrame([first]), keys=1),
             self._keep("histograms", spread, "TTFT and ITL of one point"),
             self._keep("timeline", timeline, "Requests of one point over time"),
+            self._keep("over_time", over_time, "Requests, KV cache and memory over time"),
         ]
 
     def documents(self) -> None:

@@ -30,7 +30,8 @@ BEST_AND_WORST = 10
 SWEEP = [
     *("backend", "concurrency", "prompt_len", "output_len", "output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"),
     *("ceiling_share", "repeat", "cards", "tensor_parallel", "itl_p99_ms", "e2e_p99_ms", "requests_per_s"),
-    *("goodput_requests_per_s", "mbu", "mfu", "status", "error"),
+    *("goodput_requests_per_s", "mbu", "mfu", "kv_use_max", "running_mean", "waiting_mean", "prefix_hit_rate"),
+    *("num_preemptions", "tokens_per_step", "status", "error"),
 ]
 EXPECTED = [
     *("cards", "tensor_parallel", "concurrency", "prompt_len", "output_len", "decode_floor_ms", "prefill_floor_ms"),
