@@ -1,16 +1,19 @@
 """A run's folder: its record, append-only rows and figures, written so that a kill loses at most one row.
 
-Layout: outputs/<experiment>/<run>/ with run.json, <name>.jsonl tables, <name>.json, figures/.
+Layout: outputs/<experiment>/<run>/ with run.json, <name>.jsonl tables (<name>.jsonl.gz once they are packed),
+<name>.json, figures/.
 Nothing here imports torch; versions and device facts are handed in by the caller.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,20 +77,39 @@ class RunFolder:
         append_lines(self.table_path(name), lines.encode())
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
-        """The readable rows of <name>.jsonl, oldest first; a torn line is skipped."""
-        path = self.table_path(name)
-        if not path.exists():
-            return
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if "\\ud" in line.lower():  # half a character, which no table takes: as `to_json` has it
-                    row = json.loads(to_json(row))
-                if isinstance(row, dict):
-                    yield row
+        """The readable rows of <name>.jsonl, oldest first, those that are packed before the others; a torn line is
+        skipped. RunFolderError for a packed file that is damaged.
+        """
+        for line in self._lines(name):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if "\\ud" in line.lower():  # half a character, which no table takes: as `to_json` has it
+                row = json.loads(to_json(row))
+            if isinstance(row, dict):
+                yield row
+
+    def _lines(self, name: str) -> Iterator[str]:
+        packed, plain = self._packed_path(name), self.table_path(name)
+        if packed.exists():
+            try:
+                with gzip.open(packed, "rt", encoding="utf-8", errors="replace") as file:
+                    yield from file
+            except (EOFError, OSError, zlib.error) as error:
+                raise RunFolderError(f"{packed} is damaged ({one_line(error)}); overwrite its stage") from None
+        if plain.exists():
+            with open(plain, encoding="utf-8", errors="replace") as file:
+                yield from file
+
+    def pack(self, name: str) -> None:
+        """Compress <name>.jsonl to <name>.jsonl.gz, for a stage that is done: a tenth of the bytes. Rows that are
+        appended later stand in plain lines again. Killed in between, it loses no row but may keep some twice.
+        """
+        if self.table_path(name).exists():
+            text = "".join(to_json(row) + "\n" for row in self.rows(name))
+            write_atomic(self._packed_path(name), gzip.compress(text.encode()))
+            self.table_path(name).unlink()
 
     def rows_of(self, name: str, identity: Identity, use: Use = "resume") -> Iterator[dict[str, Any]]:
         """The rows of <name>.jsonl whose identity agrees with `identity` for this use; others take part in nothing."""
@@ -118,13 +140,20 @@ class RunFolder:
     def clear(self, *names: str) -> None:
         """Remove tables and JSON files of these names: a stage that starts again."""
         for name in names:
-            for path in (self.table_path(name), self.path / f"{name}.json"):
+            for path in (self.table_path(name), self._packed_path(name), self.path / f"{name}.json"):
                 path.unlink(missing_ok=True)
 
     # --- single files -------------------------------------------------------------------------------------------
 
     def table_path(self, name: str) -> Path:
         return self.path / f"{name}.jsonl"
+
+    def written_path(self, name: str) -> Path:
+        """Where the rows of a table are: packed, or in plain lines."""
+        return self._packed_path(name) if self._packed_path(name).exists() else self.table_path(name)
+
+    def _packed_path(self, name: str) -> Path:
+        return self.path / f"{name}.jsonl.gz"
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write <name>.json in one step; returns its path."""

@@ -10,7 +10,6 @@ of an undisturbed run.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -79,13 +78,14 @@ def main() -> int:
             kept.append(lines_of(table))
             print(f"kill {number + 1}: {kept[-1]} of {total} documents on disk, exit {ended}", flush=True)
             assert ended == -9, "the evaluation ended before it could be killed: give it more questions"
-        before = table.read_text()[: table.read_text().rfind("\n") + 1]
+        folder = RunFolder(table.parent)
+        before = list(folder.rows("documents"))
         ended, calm = load_scores(run(root, "killed")), load_scores(run(root, "calm"))
-        rows = [json.loads(line) for line in table.read_text().splitlines() if line.endswith("}")]
+        rows = list(folder.rows("documents"))
         keys = [(row["task"], row["doc_id"]) for row in rows]
         checks = {
             "every document once": len(keys) == len(set(keys)) == total,
-            "what was on disk is untouched": table.read_text().startswith(before),
+            "what was on disk is untouched": rows[: len(before)] == before,
             "the same table": ended[COLUMNS].equals(calm[COLUMNS]),
         }
     for name, holds in checks.items():

@@ -244,3 +244,20 @@ def test_half_a_character_is_written_out_so_that_tables_can_be_loaded(tmp_path):
 
         assert folder.load("rows")[["text", "whole"]].values.tolist() == [["half \\ud83d", "\U0001f600"]]
         assert folder.read_json("x") == {"text": "half \\ud83d"}
+
+
+def test_a_packed_table_is_read_with_what_is_added_later_and_packed_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append_all("rows", [{"n": n} for n in range(3)])
+    folder.pack("rows")
+    folder.append("rows", {"n": 3})
+
+    assert [row["n"] for row in folder.rows("rows")] == [0, 1, 2, 3] == list(folder.load("rows")["n"])
+    folder.pack("rows")
+    assert not folder.table_path("rows").exists() and [row["n"] for row in folder.rows("rows")] == [0, 1, 2, 3]
+    packed = folder.written_path("rows")
+    packed.write_bytes(packed.read_bytes()[:-12])
+    with pytest.raises(RunFolderError, match=r"rows.jsonl.gz is damaged"):
+        list(folder.rows("rows"))
+    folder.clear("rows")
+    assert list(folder.rows("rows")) == [] and not packed.exists()

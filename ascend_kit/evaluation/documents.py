@@ -50,8 +50,20 @@ def document_row(task: ConfigurableTask, document: Answered) -> Row:
         row["prediction"] = max(range(len(choices)), key=row["choice_logprobs"].__getitem__)
     else:
         row |= {"answer": answers[0], "answers": answers if len(answers) > 1 else None}
-    row |= {name: value for name, value in _metrics(task, document, answers).items() if _is_number(value)}
+    values = {name: value for name, value in _metrics(task, document, answers).items() if _is_number(value)}
+    row |= values
+    if kind == "generate_until":
+        row |= _right(values)
     return row | (_samples(task, document, answers) if len(answers) > 1 and kind == "generate_until" else {})
+
+
+def _right(values: Row) -> Row:
+    """Whether a written answer counts as right when runs are paired, and by which metric: the most lenient filter of
+    shares, else the first; a share counts where it is whole.
+    """
+    shares = [name for name, value in values.items() if 0 <= value <= 1]
+    name = next((name for name in shares if "flexible" in name), next(iter(shares), None))
+    return {} if name is None else {"right": float(values[name] == 1), "right_by": name}
 
 
 def answers_of(row: Row, document: Answered) -> list[Any] | None:

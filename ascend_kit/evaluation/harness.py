@@ -1,10 +1,11 @@
 """Run lm-eval's tasks on the engine and keep every answer: all tasks together, each document on disk at once.
 
 Tables of the run folder: `documents` (a row per document as it is answered, with question, answer and the
-log-probability of each choice), `perplexity_windows` (a row per window of running text), `scores` (a row per task and
-metric) and `evaluation_cards` (a row per card), every row with the identity of what produced it; `evaluation.json` says
-which identity was asked for, and holds the documents drawn, groups, cautions and published figures. A document is not
-asked again where its identity is the one asked for; a task that fails becomes a failed row and the others go on.
+log-probability of each choice; packed at the end), `perplexity_windows` (a row per window of running text), `scores`
+(a row per task and metric) and `evaluation_cards` (a row per card), every row with the identity of what produced it;
+`evaluation.json` says which identity was asked for, and holds the documents drawn, groups, cautions and published
+figures. A document is not asked again where its identity is the one asked for; a task that fails becomes a failed row
+and the others go on.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def evaluate(
         result = load_evaluation(folder)
         if result.error is not None:
             folder.fail(str(result.error))
+        folder.pack("documents")
     return result
 
 

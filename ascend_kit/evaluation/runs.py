@@ -57,9 +57,11 @@ class Run:
 
     @cached_property
     def tasks(self) -> dict[str, list[dict[str, Any]]]:
-        """Task -> its answered documents."""
+        """Task -> its answered documents; `acc` of a written answer is whether it was right."""
         found: dict[str, list[dict[str, Any]]] = {}
         for row in document_rows(self.folder):
+            if row.get("right") is not None:
+                row.setdefault("acc", row["right"])
             found.setdefault(row["task"], []).append(row)
         return found
 

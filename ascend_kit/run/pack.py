@@ -23,7 +23,7 @@ def pack(folder: Path, target: Path, *, with_rows: bool = True) -> int:
     if folder in target.resolve().parents:
         raise RunError(f"{target} lies inside {folder}, which is to be packed; name a file elsewhere")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_wanted(path.relative_to(folder))]
-    files = [path for path in files if with_rows or path.suffix != ".jsonl"]
+    files = [path for path in files if with_rows or ".jsonl" not in path.suffixes]
     if not any(path.name == "report.html" for path in files):
         raise RunError(f"{folder} holds no report.html; write one with: python -m ascend_kit report <run folder>")
     part = target.with_name(f".{target.name}.{os.getpid()}")
