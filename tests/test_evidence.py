@@ -12,8 +12,9 @@ import pytest
 from test_compare import answers, make_run, sweep_row
 
 from ascend_kit.evaluation import evidence
-from ascend_kit.evaluation.gate import break_even, gate
+from ascend_kit.evaluation.gate import break_even, gate, speed_ratios
 from ascend_kit.evaluation.sequential import Decision, SequentialTest
+from ascend_kit.show import calibration
 
 SURE = [math.log(0.9), math.log(0.1)]
 UNSURE = [math.log(0.4), math.log(0.6)]
@@ -40,6 +41,14 @@ def test_calibration_by_hand() -> None:
     assert row["mean_confidence"] == pytest.approx(0.75) and row["accuracy"] == 0.75
     bins = evidence.reliability(documents())
     assert list(bins["confidence"]) == pytest.approx([0.6, 0.9]) and list(bins["accuracy"]) == [1.0, 0.5]
+
+
+def test_the_calibration_figure_joins_only_bins_of_enough_documents() -> None:
+    bins = {"set": "s", "bin": [4, 6, 9], "documents": [12, 1, 30], "confidence": [0.45, 0.62, 0.95]}
+    figure = calibration.reliability(pandas.DataFrame({**bins, "accuracy": [0.5, 0.0, 0.9]}))
+
+    lines = {line.get_linestyle(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert lines["None"] == [62.0] and [45.0, 95.0] in lines.values()
 
 
 def test_letters_are_counted_as_given_and_as_right() -> None:
@@ -137,23 +146,39 @@ def test_documents_count_in_a_drawn_order_and_passages_together_whatever_order_t
 @pytest.mark.parametrize(
     ("wrong", "rates", "word", "words"),
     [
-        (0, {1: 200.0, 4: 300.0}, "use it", "2.00 to 3.00 times as fast"),
-        (0, {1: 90.0, 4: 150.0}, "use it from a load on", "faster from 4 requests in flight on"),
-        (0, {1: 90.0, 4: 90.0}, "not", "not faster at the highest loads"),
-        (200, {1: 200.0, 4: 300.0}, "not", "less accurate"),
+        (0, {1: [200.0], 4: [300.0]}, "use it", "2.00 to 3.00 times (measured once) as fast"),
+        (0, {1: [90.0], 4: [150.0]}, "use it from a load on", "faster from 4 requests in flight on"),
+        (0, {1: [90.0], 4: [90.0]}, "not", "not faster at the highest loads"),
+        (0, {1: [149.0, 151.0], 4: [90.0, 130.0]}, "undecided", "not surely faster at the highest loads"),
+        (200, {1: [200.0], 4: [300.0]}, "not", "less accurate"),
     ],
 )
 def test_the_gate_says_use_it_from_a_load_on_or_not(tmp_path: Path, wrong, rates, word, words) -> None:
     base = make_run(tmp_path, "base", {"mmlu": answers(2000)})
-    other = make_run(tmp_path, "w8a8", {"mmlu": answers(2000, wrong=wrong)})
-    for load, rate in rates.items():
-        base.folder.append("rows", sweep_row(100.0, concurrency=load))
-        other.folder.append("rows", sweep_row(rate, concurrency=load))
+    other = make_run(tmp_path, "w4a16", {"mmlu": answers(2000, wrong=wrong)})
+    for load, repeats in rates.items():
+        for repeat, rate in enumerate(repeats):
+            base.folder.append("rows", sweep_row(100.0 + repeat, concurrency=load, repeat=repeat))
+            other.folder.append("rows", sweep_row(rate, concurrency=load, repeat=repeat))
 
     found = gate(base, other, 0.01)
 
     assert found.word == word and words in found.text
     json.dumps(found.to_row())
+
+
+def test_the_quotient_of_speeds_has_an_interval_by_hand(tmp_path: Path) -> None:
+    # Means 150 and 100, standard errors 1 and 1 of two repeats each; t with one degree of freedom is 12.7062.
+    base, other = (make_run(tmp_path, name, {"mmlu": answers(20)}) for name in ("base", "w4a16"))
+    for repeat, shift in enumerate((-1.0, 1.0)):
+        base.folder.append("rows", sweep_row(100 + shift, concurrency=4, repeat=repeat))
+        other.folder.append("rows", sweep_row(150 + shift, concurrency=4, repeat=repeat))
+
+    (row,) = speed_ratios(base, other)
+
+    factor = math.exp(12.7062047 * math.hypot(1 / 150, 1 / 100))
+    assert (row["speedup"], row["low"], row["high"]) == pytest.approx((1.5, 1.5 / factor, 1.5 * factor))
+    assert break_even([row]) == 4
 
 
 def test_break_even_is_where_it_stays_faster() -> None:

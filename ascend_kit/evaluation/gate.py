@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, Literal
 
 from ascend_kit.evaluation.compare import ALL_SETS, CONFIDENCE, compare_accuracy, compare_perplexity
 from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.evaluation.tradeoff import SHORTEST_ANSWERS, answer_length_ratio
 from ascend_kit.files import Table
+from ascend_kit.measure.intervals import ratio_interval
 
 Word = Literal["use it", "use it from a load on", "not", "undecided"]
 
@@ -29,7 +29,7 @@ class Gate:
     def to_row(self) -> dict[str, Any]:
         """One line of a table."""
         total = next((row for row in self.sets if row["set"] == ALL_SETS), {})
-        bits, ratios = self.bits_per_byte or {}, [row["speedup"] for row in self.speeds]
+        bits = self.bits_per_byte or {}
         names = ("difference_points", "low_points", "high_points", "only_baseline", "only_candidate", "n")
         return {
             "run": self.run,
@@ -37,7 +37,7 @@ class Gate:
             **{name: total.get(name) for name in names},
             "bits_per_byte_change": bits.get("difference_bits_per_byte"),
             "length_ratio": self.length_ratio,
-            "speedup": f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else None,
+            "speedup": _times(self.speeds) if self.speeds else None,
             "reason": self.text,
         }
 
@@ -64,7 +64,9 @@ def gates(baseline: Run, candidates: list[Run], margin: float) -> Table:
 
 
 def speed_ratios(baseline: Run, candidate: Run) -> list[dict[str, Any]]:
-    """Output tokens/s of the candidate over the baseline's at each load and length that both measured."""
+    """Output tokens/s of the candidate over the baseline's at each load and length that both measured, with the 95 %
+    interval of the quotient (None where one of them was measured once).
+    """
     rates: list[dict[tuple, list[float]]] = []
     for run in (baseline, candidate):
         found: dict[tuple, list[float]] = {}
@@ -73,18 +75,33 @@ def speed_ratios(baseline: Run, candidate: Run) -> list[dict[str, Any]]:
         rates.append(found)
     return [
         {"concurrency": point[0], "prompt_len": point[1], "output_len": point[2],
-         "speedup": fmean(rates[1][point]) / fmean(rates[0][point])}
+         "speedup": ratio.mean, "low": ratio.low, "high": ratio.high}
         for point in sorted(rates[0].keys() & rates[1].keys())
+        for ratio in [ratio_interval(rates[1][point], rates[0][point])]
     ]  # fmt: skip
 
 
 def break_even(speeds: list[dict[str, Any]]) -> int | None:
-    """The smallest measured load from which on the candidate is faster at every load and length; None where there is
-    none.
+    """The smallest measured load from which on the candidate is surely faster at every load and length: the interval
+    lies above 1, or the quotient itself where there is none. None where there is no such load.
     """
-    slower = [row["concurrency"] for row in speeds if row["speedup"] <= 1]
-    faster = sorted({row["concurrency"] for row in speeds if row["concurrency"] > max(slower, default=0)})
+    unsure = [row["concurrency"] for row in speeds if _bound(row, "low") <= 1]
+    faster = sorted({row["concurrency"] for row in speeds if row["concurrency"] > max(unsure, default=0)})
     return faster[0] if faster else None
+
+
+def _bound(row: dict[str, Any], side: str) -> float:
+    return row["speedup"] if row.get(side) is None else row[side]
+
+
+def _times(speeds: list[dict[str, Any]]) -> str:
+    """Quotients from the least to the greatest, with how sure they are."""
+    ratios = [row["speedup"] for row in speeds]
+    text = f"{min(ratios):.2f} to {max(ratios):.2f} times"
+    if any(row.get("low") is None for row in speeds):
+        return f"{text} (measured once)"
+    bounds = [_bound(row, side) for row in speeds for side in ("low", "high")]
+    return f"{text} (95 % intervals within {min(bounds):.2f} to {max(bounds):.2f})"
 
 
 def _decide(
@@ -113,12 +130,12 @@ def _decide(
             "undecided",
             f"{total['verdict']}; its speed was not measured at a load of the baseline's: run 04_throughput",
         )
-    load, best = break_even(speeds), max(row["speedup"] for row in speeds)
-    if load is None:
-        return "not", f"{total['verdict']}, but it is not faster at the highest loads ({best:.2f} times at best)"
-    if load == min(row["concurrency"] for row in speeds):
-        return "use it", f"{total['verdict']}; {min(r['speedup'] for r in speeds):.2f} to {best:.2f} times as fast"
-    return (
-        "use it from a load on",
-        f"{total['verdict']}; faster from {load} requests in flight on, up to {best:.2f} times",
-    )
+    load, text = break_even(speeds), f"{total['verdict']}; {_times(speeds)} as fast"
+    if load is not None:
+        if load == min(row["concurrency"] for row in speeds):
+            return "use it", text
+        return "use it from a load on", f"{text}, faster from {load} requests in flight on"
+    highest = max(row["concurrency"] for row in speeds)
+    if any(row["concurrency"] == highest and _bound(row, "high") <= 1 for row in speeds):
+        return "not", f"{text}, but not faster at the highest loads"
+    return "undecided", f"{text}, which is not surely faster at the highest loads: raise sweep_repeats"
