@@ -8,8 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from running_server import Running
 
 from ascend_kit import AscendInferEngine
+from ascend_kit.evaluation.endpoint import EndpointEngine
+from ascend_kit.measure.http import Endpoint
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -159,6 +162,50 @@ def test_generation_cuts_the_prompt_to_leave_room_for_the_answer(engine, hflm, m
     ours = adapter(engine, max_length=20).generate_until(requests("generate_until", arguments))
 
     assert ours == hflm.generate_until(requests("generate_until", arguments), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("through", ["engine", "endpoint"])
+def test_the_other_family_equals_hflm_with_chat_shots_stops_and_cut_prompts(tiny_qwen2_dir, through) -> None:
+    """Several-token choices after a conversation of two shots, the same cut on the left, and text up to a stop."""
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(pretrained=str(tiny_qwen2_dir), device="cpu", dtype="float32", batch_size=4, max_length=96)
+    theirs.tokenizer.chat_template = CHAT
+    shots = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+    with AscendInferEngine(tiny_qwen2_dir, precision="fp32", device="cpu", max_seq_length=512) as engine:
+        server = Running(engine) if through == "endpoint" else None
+        url = f"{server.base}/v1" if server else ""
+        model = EndpointEngine(Endpoint(url, ""), str(tiny_qwen2_dir)) if server else engine
+        model.tokenizer.chat_template = CHAT
+        ours = adapter(model, max_length=96)
+        prompt = ours.apply_chat_template([*shots, {"role": "user", "content": "Which?"}])
+        choices = [(text, tail) for text in (prompt, prompt * 3) for tail in ("a river", "stones", " 天")]
+        written = [(text, {"until": ["e", "\n"], "max_gen_toks": 10}) for text in (prompt, prompt * 3)]
+
+        assert prompt == theirs.apply_chat_template([*shots, {"role": "user", "content": "Which?"}])
+        assert_same_scores(
+            ours.loglikelihood(requests("loglikelihood", choices)),
+            theirs.loglikelihood(requests("loglikelihood", choices), disable_tqdm=True),
+        )
+        assert ours.generate_until(requests("generate_until", written)) == theirs.generate_until(
+            requests("generate_until", written), disable_tqdm=True
+        )
+        if server:
+            server.wait(server.runner.cleanup())
+
+
+def test_thoughts_are_stripped_and_stops_cut_as_in_lm_eval() -> None:
+    from lm_eval.models.utils import postprocess_generated_text
+
+    from ascend_kit.evaluation.adapter import THINK_END, Job
+
+    texts = ["<think>Q: a</think>\n\n42 Q: next", "a</think>b</think> c\nd", "</think>", "plain Q: rest", "</think> \n"]
+    for text in texts:
+        for stops in ([], ["Q:"], ["\n", "c"]):
+            job = Job([], None, stops, 0, is_thinking=True)
+            assert job.answer(text) == postprocess_generated_text(text, stops, THINK_END)
+    # lm-eval grades a thought without an end as the answer; here it is none.
+    assert Job([], None, [], 0, is_thinking=True).answer("<think>endless") == ""
 
 
 def test_unknown_generation_settings_and_no_room_are_refused(engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import threading
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pandas
 import pytest
-from evaluation_data import write_sets
+from evaluation_data import write_sets, write_table
 from running_server import Running
 
 from ascend_kit import AscendInferEngine
@@ -59,6 +60,11 @@ def experiment_for(data: Path | None, out: Path, **changes) -> Experiment:
         "dataset_path": None if data is None else str(data), "eval_max_seq_length": 1024, **changes,
     }  # fmt: skip
     return build_experiment(values)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows).to_csv(path, index=False)
 
 
 def run(engine, experiment: Experiment):
@@ -115,6 +121,55 @@ def test_gsm8k_from_a_local_copy_equals_hflm_with_shots_and_filters(engine, gsm8
     assert set(result.tasks["metric"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
     for row in result.tasks.itertuples():
         assert row.value == theirs["results"]["gsm8k"][row.metric] and row.n == 6
+
+
+def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path) -> None:
+    """CMMLU has a csv file a subject in a folder a split, GPQA a file that names no split, HumanEval numbered parts."""
+    root, choices = tmp_path / "data", {"A": "甲", "B": "乙", "C": "丙", "D": "丁"}
+    exam = [{"": n, "Question": f"题{n}", **choices, "Answer": "ABCD"[n % 4]} for n in range(6)]
+    for path in ("cmmlu/dev/agronomy.csv", "cmmlu/test/agronomy.csv"):
+        write_csv(root / path, exam)
+    hard = {"Question": "Why?", "Correct Answer": "so", **{f"Incorrect Answer {n}": f"no {n}" for n in (1, 2, 3)}}
+    write_csv(root / "gpqa" / "gpqa_diamond.csv", [{**hard, "Question": f"Why {n}?"} for n in range(3)])
+    code = {"prompt": "def double(n):\n", "test": "def check(f):\n    assert f(2) == 4\n", "entry_point": "double"}
+    write_table(root / "openai_humaneval/openai_humaneval/test-00000-of-00001.parquet", [
+        {"task_id": f"HumanEval/{n}", "canonical_solution": "", **code, "prompt": f"# {n}\n{code['prompt']}"}
+        for n in range(4)
+    ])  # fmt: skip
+    written = {"# 0": "    return 2 * n\n", "# 1": "    return n\n", "# 2": "    while True: pass\n", "# 3": "x ="}
+
+    def answer(prompt, sampling):
+        return written[prompt[:3]], "stop"
+
+    names = ["cmmlu_agronomy", "gpqa_diamond_zeroshot", "humaneval"]
+    experiment = experiment_for(
+        root, tmp_path, eval_datasets=names, eval_fewshot=2, allow_code_execution=True, eval_max_new_tokens=64
+    )
+    result, _ = run(stand_in(engine, answer=answer, score=engine.score), experiment)
+
+    assert result.ok, result.failed
+    values = result.tasks.set_index(["task", "metric"])
+    assert values.loc[("humaneval", "pass@1,create_test"), "value"] == 0.25
+    assert list(values["num_fewshot"].groupby("task").first()) == [2, 0, 0]
+    exam_rows = result.documents[result.documents["task"] == "cmmlu_agronomy"]
+    assert list(exam_rows["target"]) == [n % 4 for n in range(6)] and len(exam_rows["choice_logprobs"].iloc[0]) == 4
+    gold = result.documents[result.documents["task"] == "gpqa_diamond_zeroshot"]
+    assert all("so" in row.choices[0] or row.question.count("so") for row in gold.itertuples()) and len(gold) == 3
+
+
+def test_what_a_task_needs_beside_lm_eval_is_named_with_its_command(tmp_path) -> None:
+    rows = [{"key": 1, "prompt": "Write.", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}]
+    path = tmp_path / "data" / "ifeval" / "ifeval_input_data.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(rows[0]) + "\n")
+    asked = experiment_for(tmp_path / "data", tmp_path, eval_datasets=["ifeval"])
+    if importlib.util.find_spec("langdetect"):
+        assert [task.num_documents for task in check_data(asked)] == [1]
+    else:
+        with pytest.raises(DataError, match=r"needs packages that are not here: pip install 'lm-eval\[ifeval\]'"):
+            check_data(asked)
+    with pytest.raises(DataError, match=r"ruler: 7 of 13 tasks .* allow_download: true; .* alone \(niah_single_1, "):
+        check_data(asked.with_changes(eval_datasets=["ruler"]))
 
 
 def test_what_cannot_be_asked_is_said_before_any_work(engine, gsm8k, tmp_path) -> None:
@@ -287,7 +342,8 @@ def test_documents_through_an_endpoint_are_those_of_the_engine_and_pair_with_the
             assert row["choice_is_greedy_served"] == row["choice_is_greedy"]
     assert two.identities()[theirs.tasks["identity"][0]].declared == ("weights", "engine")
     pairs = pair_documents(Run(one), Run(two), "acc")
-    assert len(pairs.rows) == 8 and not pairs.refused
+    assert len(pairs.rows) == 8 + len(SUMS) and not pairs.refused
+    assert {row["right_by"] for row, _ in pairs.rows if row["set"] == "gsm8k"} == {"exact_match,flexible-extract"}
 
 
 def test_what_a_server_cannot_do_is_said_before_work(tiny_qwen3_dir, tmp_path) -> None:
@@ -352,6 +408,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped_and_answers_nothing_twice(
     undisturbed, _ = run(slow, experiment.with_changes(run="undisturbed"))
 
     assert process.exitcode == -9 and 9 <= len(before) < 48
+    assert not table.exists() and folder.written_path("documents").suffix == ".gz"
     rows = list(folder.rows("documents"))
     assert rows[: len(before)] == before and len(rows) == len({(row["task"], row["doc_id"]) for row in rows}) == 48
     columns = ["task", "metric", "value", "stderr", "n"]

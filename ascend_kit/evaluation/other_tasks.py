@@ -14,9 +14,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ascend_kit.evaluation import code_execution
 from ascend_kit.evaluation.datasets import (
     SETS,
     LocalTask,
@@ -28,7 +30,7 @@ from ascend_kit.evaluation.datasets import (
     write_yaml,
 )
 from ascend_kit.evaluation.files import SPLITS, DataError, plain_name, set_files, set_folders, subject_key
-from ascend_kit.files import require_regular
+from ascend_kit.files import one_line, require_regular
 from ascend_kit.identity import hash_value
 from ascend_kit.params import Experiment
 from ascend_kit.params.experiment import DEMO
@@ -44,6 +46,11 @@ BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "
 SPLIT_KEYS = ("test_split", "validation_split", "training_split", "fewshot_split")
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 RULER_ROOM = 256  # tokens beside the text: the longest answer, and the template
+RULER_FROM_WEB = frozenset((
+    "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery", "ruler_qa_squad",
+    "ruler_qa_hotpot",
+))  # fmt: skip
+SHOWN = 8  # tasks named in an error
 SHUFFLE_SEED = 0  # lm-eval's default: some tasks shuffle their choices with the global generators
 
 
@@ -166,7 +173,20 @@ def other_tasks(name: str, experiment: Experiment) -> list[OtherTask]:
         raise DataError(
             f"eval_datasets: lm-eval has no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    return [_other_task(name, leaf, index[leaf].yaml_path, experiment) for leaf in leaves]
+    found: dict[str, OtherTask] = {}
+    faults: dict[str, DataError] = {}
+    for leaf in leaves:
+        try:
+            found[leaf] = _other_task(name, leaf, index[leaf].yaml_path, experiment)
+        except DataError as error:
+            faults[leaf] = error
+    if faults:
+        first, able = next(iter(faults.values())), ", ".join(list(found)[:SHOWN])
+        if len(leaves) == 1:
+            raise first
+        rest = f"; of the others any may be named alone ({able}{', ...' if len(found) > SHOWN else ''})" if able else ""
+        raise DataError(f"{name}: {len(faults)} of {len(leaves)} tasks cannot be asked; {first}{rest}")
+    return [_loaded(task, experiment) for task in found.values()]
 
 
 @cache
@@ -209,7 +229,11 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
             f"{name} runs the code that the model writes, on this machine: set allow_code_execution: true where that "
             "may do no harm"
         )
+    if raw.get("unsafe_code"):
+        code_execution.replace_code_eval()
     is_generated = bool(raw.get("custom_dataset")) and not raw.get("dataset_path")
+    if name in RULER_FROM_WEB and not experiment.allow_download:
+        raise DataError(f"{name} is made from texts that lm-eval fetches from the web: set allow_download: true")
     settings = {} if is_generated else _local_settings(name, raw, experiment)
     if settings is None and not experiment.allow_download:
         wanted = plain_name(str(raw.get("dataset_path", name)).rpartition("/")[2])
@@ -217,7 +241,7 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
             f"{name}: no folder {wanted}/ (a copy of {raw.get('dataset_path')}) in dataset_path "
             f"{experiment.dataset_path!r}; put one there, or set allow_download: true"
         )
-    task = OtherTask(
+    return OtherTask(
         task=name,
         set_name=group,
         packaged_yaml=path,
@@ -230,7 +254,6 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
         version=0.0,
         settings=settings or {},
     )
-    return _loaded(task, experiment)
 
 
 def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
@@ -244,7 +267,7 @@ def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
             documents = list(built.eval_docs)
             built.doc_to_text(documents[0])
         except Exception as error:  # whatever a task file does: a package that is missing, data of another shape
-            raise DataError(f"{task.task} cannot be prepared: {type(error).__name__}: {error}") from None
+            raise DataError(f"{task.task} cannot be prepared: {_reason(task, error)}") from None
         config = built.config
         shots = config.num_fewshot or 0
         if experiment.eval_fewshot is not None and config.num_fewshot != 0 and config.fewshot_split:
@@ -258,6 +281,17 @@ def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
             count=len(documents),
             content=hash_value([json.dumps(doc, default=str, ensure_ascii=False) for doc in documents]),
         )
+
+
+def _reason(task: OtherTask, error: Exception) -> str:
+    """Why a task cannot be prepared, with the command that helps where a package or its data is missing."""
+    extras = metadata("lm-eval").get_all("Provides-Extra") or []
+    extra = next((part.name for part in task.packaged_yaml.parents if part.name in extras), None)
+    if isinstance(error, ImportError) and extra:
+        return f"it needs packages that are not here: pip install 'lm-eval[{extra}]'"
+    if isinstance(error, LookupError) and "punkt_tab" in str(error):
+        return "nltk has no sentence splitter here: python -m nltk.downloader punkt_tab, or a copy in ~/nltk_data"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def task_manager(folder: str | Path, experiment: Experiment) -> TaskManager:
@@ -294,23 +328,26 @@ def _local_settings(name: str, raw: dict[str, Any], experiment: Experiment) -> d
     if not folders:
         return None
     subject = subject_key(str(raw.get("dataset_name") or wanted))
-    files = set_files(folders, [subject])
     splits: dict[str, str] = {key: raw[key] for key in SPLIT_KEYS if isinstance(raw.get(key), str)}
+    asked = splits.get("test_split") or splits.get("validation_split") or splits.get("training_split")
+    # A file that names no split (gpqa_diamond.csv) is that of the questions.
+    files = set_files(folders, [subject], SPLITS.get(asked or "", asked))
     found: dict[str, tuple[Path, ...]] = {}
     for split in set(splits.values()):
         plain = SPLITS.get(split, split)
         paths = files.family(subject, plain) or files.family(None, plain)
         if paths:
             found[split] = paths
-    asked = splits.get("test_split") or splits.get("validation_split") or splits.get("training_split")
     if asked is None or asked not in found:
         where = ", ".join(map(str, folders))
-        raise DataError(f"{name}: no {asked} split in {where} (expected {asked}.parquet, .arrow, .csv or .jsonl)")
-    kinds = {path.suffix for paths in found.values() for path in paths}
-    if len(kinds) > 1:
-        raise DataError(f"{name}: files of several kinds ({', '.join(sorted(kinds))}) in {folders[0]}; keep one")
+        raise DataError(
+            f"{name}: no {asked} split of {subject} in {where} (expected {asked}.parquet, .arrow, .csv or .jsonl)"
+        )
+    suffixes = {path.suffix for paths in found.values() for path in paths}
+    if len(suffixes) > 1:
+        raise DataError(f"{name}: files of several kinds ({', '.join(sorted(suffixes))}) in {folders[0]}; keep one")
     return {
-        "dataset_path": BUILDERS[kinds.pop()],
+        "dataset_path": BUILDERS[suffixes.pop()],
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: [str(path) for path in paths] for split, paths in found.items()}},
         **{key: None for key, split in splits.items() if split not in found},
