@@ -163,6 +163,17 @@ def rank_states(tensors: State, tp: int, pp: int, dp: int, num_layers: int) -> l
     return states
 
 
+def save_strategy_json(path: Path, tensors: State, tp: int, dp: int, spread: int = -1) -> None:
+    """As nlohmann's JSON of StrategyCheckpointInfo, with a stage before each name as in merged files."""
+    items = {}
+    for name, tensor in tensors.items():
+        axes = [0 if at == split_dim(name) else -1 for at in range(tensor.dim())]
+        layout = {"dev_matrix": [dp, tp], "tensor_map": axes, "tensor_shape": list(tensor.shape), "field": 0}
+        items[f"1-{name}"] = layout | {"opt_weight_shard_step": 0, "opt_weight_shard_size": spread}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"current_stage": 0, "parallel_layout_item": items, "parallel_strategy_item": {}}))
+
+
 def save_strategy(path: Path, tensors: State, tp: int, dp: int, spread: int = -1) -> None:
     items = b""
     for name, tensor in tensors.items():

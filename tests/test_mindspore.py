@@ -93,18 +93,38 @@ def test_rank_folders_of_tensor_and_pipeline_parallelism_are_merged(
     assert_reads_back(tmp_path, source)
 
 
-def test_data_parallel_ranks_are_merged_by_the_strategy_file_and_refused_without(source: Path, tmp_path: Path):
+@pytest.mark.parametrize("save,kind", [(ms.save_strategy, "ckpt"), (ms.save_strategy_json, "json")])
+def test_data_parallel_ranks_are_merged_by_the_strategy_file_and_refused_without(
+    source: Path, tmp_path: Path, save, kind: str
+):
+    path = tmp_path / "strategy" / f"ckpt_strategy_rank_0.{kind}"
     tensors = ms.merged(weights_of(source), 4)
     for rank, state in enumerate(ms.rank_states(tensors, 2, 2, 2, 4)):
         ms.save_safetensors(tmp_path / "checkpoint" / f"rank_{rank}" / "q.safetensors", state)
 
     with pytest.raises(CheckpointError, match=r"strategy file.*unified_safetensors"):
         open_mindspore(tmp_path / "checkpoint", source)
-    ms.save_strategy(tmp_path / "strategy" / "ckpt_strategy_rank_0.ckpt", tensors, tp=2, dp=2)
+    save(path, tensors, tp=2, dp=2)
     assert_reads_back(tmp_path / "checkpoint", source)
-    ms.save_strategy(tmp_path / "strategy" / "ckpt_strategy_rank_0.ckpt", tensors, tp=2, dp=2, spread=2)
+    save(path, tensors, tp=2, dp=2, spread=2)
     with pytest.raises(CheckpointError, match=r"spread over data parallel ranks.*unified_safetensors"):
         open_mindspore(tmp_path / "checkpoint", source)
+    save(path, tensors, tp=0, dp=2)
+    with pytest.raises(CheckpointError, match=r"strategy file is damaged: it puts .* on devices \[2, 0\]"):
+        open_mindspore(tmp_path / "checkpoint", source)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(CheckpointError, match=f"strategy_rank_0.{kind}"):
+        open_mindspore(tmp_path / "checkpoint", source)
+
+
+@pytest.mark.parametrize("stored", [[], {}, {"w": {"dev_matrix": 3}}, {"w": {"dev_matrix": [1.5], "tensor_map": []}}])
+def test_json_that_is_no_strategy_is_refused_by_name(source: Path, tmp_path: Path, stored):
+    for rank in (0, 1):
+        ms.save_ckpt(tmp_path / f"rank_{rank}" / "q.ckpt", ms.merged(weights_of(source), 4))
+    (tmp_path / "strategy.json").write_text(json.dumps({"parallel_layout_item": stored} if stored else {}))
+
+    with pytest.raises(CheckpointError, match=r"strategy\.json is no strategy file"):
+        open_mindspore(tmp_path, source)
 
 
 def test_iteration_folder_is_merged_by_its_metadata(source: Path, tmp_path: Path):

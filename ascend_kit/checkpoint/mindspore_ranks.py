@@ -1,21 +1,28 @@
 """Which parts of a MindSpore tensor follow each other: read from a strategy file or from metadata.json.
 
-A strategy file (mindspore/ccsrc/utils/node_strategy.proto) holds per parameter a device matrix and a tensor map: the
-ranks of a stage, counted through the matrix row by row, hold along dimension d of the tensor the part that their
-coordinate in column tensor_map[d] of the matrix, counted from its end, says; -1 is a dimension that is not split.
+A strategy file (mindspore/ccsrc/utils/node_strategy.proto, or the same as JSON: strategy_checkpoint_info.cc) holds per
+parameter a device matrix and a tensor map: the ranks of a stage, counted through the matrix row by row, hold along
+dimension d of the tensor the part that their coordinate in column tensor_map[d] of the matrix, counted from its end,
+says; -1 is a dimension that is not split. Files of several stages merged into one put the stage before each name
+(`0-model.layers...`).
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from ascend_kit.checkpoint.mindspore_file import Messages
 from ascend_kit.checkpoint.tensor_file import CheckpointError, ReadFile, TensorSource, read_json
+from ascend_kit.files import one_line
 
-STRATEGY_PATTERNS = ("*strategy*.ckpt", "strategy/*.ckpt", "strategy/*/*.ckpt", "../strategy/*.ckpt")
+STRATEGY_PLACES = ("*strategy*", "strategy/*", "strategy/*/*", "../strategy/*")
 LAYOUT_ITEM, DEVICES, TENSOR_MAP, SPREAD_STEP, SPREAD = 3, 1, 2, 6, 7
 MERGE_FIRST = (
     "merge it in MindSpore (mindspore.parallel.unified_safetensors, or for .ckpt "
@@ -24,6 +31,15 @@ MERGE_FIRST = (
 
 Held = Sequence[Mapping[str, TensorSource]]  # the tensors of every rank or file
 Parts = dict[str, list[TensorSource]]
+
+
+class _JsonLayout(TypedDict):
+    dev_matrix: list[int]
+    tensor_map: list[int]
+    opt_weight_shard_size: int
+
+
+_JSON_LAYOUTS = TypeAdapter(dict[str, _JsonLayout])
 
 
 class Layout(NamedTuple):
@@ -36,20 +52,33 @@ class Layout(NamedTuple):
 
 def strategy_files(folder: Path) -> list[Path]:
     """The strategy files of a run, in its folder or beside it."""
-    return sorted({path for pattern in STRATEGY_PATTERNS for path in folder.glob(pattern)})
+    return sorted(
+        {path for place in STRATEGY_PLACES for kind in ("ckpt", "json") for path in folder.glob(f"{place}.{kind}")}
+    )
 
 
 def parts_by_strategy(folder: Path, held: Held) -> tuple[Parts, bool]:
     """(name -> its parts in order, whether a strategy file gave the order)."""
     layouts: dict[str, Layout] = {}
     for path in strategy_files(folder) if len(held) > 1 else ():
-        layouts.update(_layouts(path))
+        found = _json_layouts(path) if path.suffix == ".json" else _layouts(path)
+        layouts.update((re.sub(r"^\d+-", "", name), layout) for name, layout in found)
     parts: Parts = {}
     for name in dict.fromkeys(name for rank in held for name in rank):
         owners = {rank: tensors[name] for rank, tensors in enumerate(held) if name in tensors}
         layout = layouts.get(name)
         parts[name] = list(owners.values()) if layout is None else _in_order(folder, name, layout, owners)
     return parts, bool(layouts)
+
+
+def _json_layouts(path: Path) -> Iterator[tuple[str, Layout]]:
+    stored = read_json(path, "MindSpore's strategy file").get("parallel_layout_item")
+    try:
+        layouts = _JSON_LAYOUTS.validate_python(stored, strict=True)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no strategy file of MindSpore: {one_line(error)}") from None
+    for name, item in layouts.items():
+        yield name, Layout(item["dev_matrix"], item["tensor_map"], item["opt_weight_shard_size"] > 1)
 
 
 def _layouts(path: Path) -> Iterator[tuple[str, Layout]]:
@@ -75,7 +104,11 @@ def _layouts(path: Path) -> Iterator[tuple[str, Layout]]:
 
 def _in_order(folder: Path, name: str, layout: Layout, owners: Mapping[int, TensorSource]) -> list[TensorSource]:
     size, axes = math.prod(layout.devices), len(layout.devices)
-    if layout.is_spread or not layout.devices or any(not -1 <= axis < axes for axis in layout.tensor_map):
+    if any(count < 1 for count in layout.devices) or any(not -1 <= axis < axes for axis in layout.tensor_map):
+        raise CheckpointError(
+            f"{folder}: the strategy file is damaged: it puts {name} on devices {layout.devices} by {layout.tensor_map}"
+        )
+    if layout.is_spread or not layout.devices:
         raise CheckpointError(f"{folder}: {name} is spread over data parallel ranks by the optimizer; {MERGE_FIRST}")
     found: dict[tuple[int, ...], TensorSource] = {}
     for rank, source in owners.items():
