@@ -44,35 +44,42 @@ void product(const X *x, i64 xs, const W *w, const float *scale, const X *bias, 
     });
 }
 
-// The same with 4-bit weights, two codes a byte [N, K/2], and scale and zero (may be null) [N, K/group]: rows are widened into
-// the type of x as they are needed.
+// The same with 4-bit weights, two codes a byte [N, K/2], and scale and zero (may be null) [N, K/group]. The sum over a group
+// is scaled as a whole; the zero point's share of it is the zero point times the sum of x. x is split into the inputs of lower
+// and of upper halves first, so that bytes meet neighbours.
 template <class X>
 void product_w4a16(const X *x, i64 xs, const uint8_t *w, const float *scale, const float *zero, const X *bias, X *out, i64 M,
                    i64 N, i64 K, i64 group, int threads) {
-    const int NB = 6;
-    parallel(threads, (N + NB - 1) / NB, [&](i64 block) {
-        const i64 n0 = block * NB, count = std::min<i64>(NB, N - n0), groups = K / group;
-        static thread_local Scratch<X> of_rows;
-        X *wide = of_rows.room(NB * K);
-        float sums[256 * NB];
-        for (i64 n = 0; n < count; n++)
-            for (i64 g = 0; g < groups; g++) {
-                const i64 at = (n0 + n) * groups + g;
-                const float s = scale[at], z = zero ? zero[at] : 0;
-                const uint8_t *from = w + ((n0 + n) * K + g * group) / 2;
-                X *to = wide + n * K + g * group;
-                for (i64 k = 0; k < group / 2; k++) {
-                    narrow((float(int8_t(from[k] << 4) >> 4) - z) * s, to + 2 * k);
-                    narrow((float(int8_t(from[k]) >> 4) - z) * s, to + 2 * k + 1);
-                }
-            }
-        for (i64 m0 = 0; m0 < M; m0 += 256) {
-            const i64 rows = std::min<i64>(256, M - m0);
-            rows_of_x<X, X, NB>(x + m0 * xs, xs, wide, rows, K, sums);  // beyond `count` lies what an earlier block left
-            for (i64 m = 0; m < rows; m++)
-                for (i64 n = 0; n < count; n++)
-                    narrow(sums[m * NB + n] + (bias ? float(widen(bias[n0 + n])) : 0), out + (m0 + m) * N + n0 + n);
+    const i64 groups = K / group, half = K / 2, depth = group / 2;
+    static thread_local Scratch<float> of_x;
+    float *even = of_x.room(M * (K + groups)), *odd = even + M * half, *sum_of_x = odd + M * half;
+    for (i64 m = 0; m < M; m++) {
+        for (i64 k = 0; k < half; k++) {
+            even[m * half + k] = widen(x[m * xs + 2 * k]);
+            odd[m * half + k] = widen(x[m * xs + 2 * k + 1]);
         }
+        for (i64 g = 0; g < groups; g++) {
+            float sum = 0;
+            for (i64 k = m * half + g * depth; k < m * half + (g + 1) * depth; k++) sum += even[k] + odd[k];
+            sum_of_x[m * groups + g] = sum;
+        }
+    }
+    const i64 rows = 8;
+    parallel(threads, (N + rows - 1) / rows, [&](i64 block) {
+        for (i64 n = block * rows; n < std::min(N, (block + 1) * rows); n++)
+            for (i64 m = 0; m < M; m++) {
+                float total = bias ? widen(bias[n]) : 0;
+                for (i64 g = 0; g < groups; g++) {
+                    const uint8_t *from = w + n * half + g * depth;
+                    const float *lower = even + m * half + g * depth, *upper = odd + m * half + g * depth;
+                    float part = 0;
+                    for (i64 k = 0; k < depth; k++)
+                        part += lower[k] * float(int8_t(from[k] << 4) >> 4) + upper[k] * float(int8_t(from[k]) >> 4);
+                    if (zero) part -= zero[n * groups + g] * sum_of_x[m * groups + g];
+                    total += scale[n * groups + g] * part;
+                }
+                narrow(total, out + m * N + n);
+            }
     });
 }
 
