@@ -97,6 +97,10 @@ def modelslim_w4a16(name: str, weight: torch.Tensor, group: int | None):
     }, meant
 
 
+def as_it_is(name: str, weight: torch.Tensor, bias: torch.Tensor | None):
+    return {f"{name}.weight": weight}, weight
+
+
 def int8(weight: torch.Tensor):
     scale = weight.abs().amax(1) / 127
     codes = torch.round(weight / scale[:, None]).to(torch.int8)

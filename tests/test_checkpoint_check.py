@@ -190,7 +190,7 @@ def test_a_lora_adapter_is_refused_by_name(folder: Path):
     ("group", "changes", "words"),
     [
         ({}, {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
-        ({}, {"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "kv_cache_scheme"),
+        ({}, {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme: type='float'"),
         ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ({}, {"ignore": ["re:.*down_proj"]}, "`ignore` names model.layers.0.mlp.down_proj"),
         ({}, {"format": "marlin-24"}, "marlin-24"),

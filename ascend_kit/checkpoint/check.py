@@ -17,11 +17,13 @@ COMPARE_ROWS = 4096  # at a time
 QUANTIZED_PARTS = ("weight_scale", "weight_zero_point", "weight_g_idx", "input_scale", "input_offset")
 # A folded bias of a linear that has none is rounding error, at most this many steps of the weight's scale.
 FOLDED_BIAS_STEPS = 128
+KV_SCALES = "scales of an int8 KV cache (conversions leave them out, and so does kv_cache_dtype: auto)"
 # Tensors that a float KV cache and computed angles do without.
 HARMLESS = {
     "scales of an int8 or fp8 KV cache": re.compile(
         r".*\.self_attn\.((attn\.)?([qkv]|kv)_(scale|zero_point)|[kv]_proj\.(kv_cache_(scale|offset)|output_scale|[kv]_scale))"
     ),
+    KV_SCALES: re.compile(r".*\.self_attn\.[kv]_cache_(scale|offset)"),
     "buffers that are computed": re.compile(r".*(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\._extra_state)"),
 }
 

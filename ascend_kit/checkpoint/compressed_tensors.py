@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from ascend_kit.checkpoint.int4_layouts import present_packed
 from ascend_kit.checkpoint.int8_tensors import W4A8, PackedInt8, ScaleColumn, add_static, check_linear
+from ascend_kit.checkpoint.kv_scales import COMPRESSED_TENSORS, present_kv_scales
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.files import one_line
 
@@ -34,11 +35,21 @@ WEIGHTS_4 = WEIGHTS | {
     "actorder": (None, "static", "weight", "group", "dynamic"),
 }
 INPUTS = {"num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("token",), "dynamic": (True,)}
+KV_CACHE = WEIGHTS | {"symmetric": (True, False), "strategy": ("tensor", "attn_head"), "actorder": (None,)}
 STATIC_INPUTS = INPUTS | {"symmetric": (True, False), "strategy": ("tensor",), "dynamic": (False,)}
 ARGS_UNUSED = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
 GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "format"})
 CONFIG_KEYS = frozenset(
-    {"quant_method", "version", "config_groups", "format", "quantization_status", "global_compression_ratio", "ignore"}
+    {
+        "quant_method",
+        "version",
+        "config_groups",
+        "format",
+        "quantization_status",
+        "global_compression_ratio",
+        "ignore",
+        "kv_cache_scheme",
+    }
 )
 
 
@@ -52,6 +63,7 @@ class _Description(TypedDict, total=False):
     config_groups: dict[str, _Group] | None
     ignore: list[str] | None
     sparsity_config: dict[str, Any] | None
+    kv_cache_scheme: dict[str, Any] | None
 
 
 _DESCRIPTION = TypeAdapter(_Description)
@@ -73,6 +85,9 @@ def present_compressed_tensors(where: Path, stored: dict[str, Any], sources: dic
         place = f"{where}, quantization group {name}"
         groups.append((_group_scheme(place, group), group.get("targets") or []))
         sizes.append((group.get("weights") or {}).get("group_size"))
+    if stored.get("kv_cache_scheme"):
+        _check_args(f"{where}, kv_cache_scheme", stored["kv_cache_scheme"], KV_CACHE)
+        present_kv_scales(COMPRESSED_TENSORS, sources)
     schemes = {}
     for scale_name in [name for name in sources if name.endswith(".weight_scale")]:
         linear = scale_name.removesuffix(".weight_scale")
@@ -119,8 +134,8 @@ def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, 
         if found not in values:
             raise CheckpointError(
                 f"{where}: {key}={found!r}; read are int8 weights, symmetric with one scale per channel, with "
-                "activations in float, dynamic per token or static per tensor, and 4-bit weights in groups with float "
-                "activations"
+                "activations in float, dynamic per token or static per tensor, 4-bit weights in groups with float "
+                "activations, and an int8 KV cache with a static scale a tensor or head"
             )
     _refuse_others(where, args, ARGS_UNUSED | allowed.keys())
 

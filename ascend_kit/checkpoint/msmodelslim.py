@@ -14,6 +14,7 @@ import torch
 
 from ascend_kit.checkpoint.int4_layouts import present_bytes
 from ascend_kit.checkpoint.int8_tensors import W4A8, ScaleColumn, add_static, check_linear
+from ascend_kit.checkpoint.kv_scales import MSMODELSLIM, present_kv_scales
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import expected_shapes
@@ -72,6 +73,7 @@ def present_msmodelslim(
 ) -> dict[str, str]:
     """Replace msModelSlim's tensors by the common form; linear -> scheme."""
     schemes: dict[str, str] = {}
+    present_kv_scales(MSMODELSLIM, sources)
     for name, kind in described.items():
         if not name.endswith(".weight") or name not in sources or kind == "FLOAT":
             continue

@@ -49,6 +49,7 @@ class EngineConfig:
     max_tokens_per_step: int = _default("max_tokens_per_step")
     kv_cache_gib: float | None = _default("kv_cache_gib")
     kv_cache_dtype: str = _default("kv_cache_dtype")
+    head_dtype: str = _default("head_dtype")
     speculate: int = _default("speculate")
     seed: int = _default("seed")
     cards: int = _default("cards")

@@ -72,6 +72,9 @@ class EngineCore:
         dtype = DTYPES[settings.precision]
         ops = select_ops(device.kind, settings.operator_fusion, settings.plain_ops)
         self.block_size = settings.block_size or device.default_block_size
+        kv_dtype = torch.int8 if settings.kv_cache_dtype == "int8" else dtype
+        if kv_dtype == torch.int8 and device.kind == "npu":
+            raise ValueError("kv_cache_dtype: int8 is not available on an NPU yet; allowed there: auto")
         self.decoder = load_decoder(
             settings.model_path,
             config,
@@ -80,11 +83,10 @@ class EngineCore:
             ops=ops,
             max_positions=settings.max_seq_length,
             parallel=parallel,
+            with_kv_scales=kv_dtype == torch.int8,
+            int8_head=settings.head_dtype == "int8",
         )
         device.assert_on_device(self.decoder)
-        kv_dtype = torch.int8 if settings.kv_cache_dtype == "int8" else dtype
-        if kv_dtype == torch.int8 and device.kind == "npu":
-            raise ValueError("kv_cache_dtype: int8 is not available on an NPU yet; allowed there: auto")
         head_bytes = config.head_dim + SCALE_BYTES if kv_dtype == torch.int8 else config.head_dim * dtype.itemsize
         self.block_bytes = 2 * config.num_layers * self.decoder.num_kv_heads * self.block_size * head_bytes
         self.reserve_bytes = memory_reserve(

@@ -10,23 +10,27 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ascend_kit.checkpoint.check import check_tensors
+from ascend_kit.checkpoint.check import KV_SCALES, check_tensors
 from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor, open_checkpoint
+from ascend_kit.checkpoint.kv_scales import kv_scales
 from ascend_kit.device.device import Device
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.decoder import Decoder, Embedding
+from ascend_kit.model.int8 import quantize_weight
 from ascend_kit.model.layers import (
     Int4WeightLinear,
     Int8Linear,
     Int8StaticLinear,
     Int8WeightLinear,
+    KVScales,
     Linear,
     RMSNorm,
     Rotary,
     SideBySide,
     StackedLinear,
     build_layer,
+    frozen,
 )
 from ascend_kit.model.tensors import (
     EMBEDDING,
@@ -49,8 +53,13 @@ def load_decoder(
     ops: ModuleType,
     max_positions: int,
     parallel: TensorParallel | None = None,
+    with_kv_scales: bool = False,
+    int8_head: bool = False,
 ) -> Decoder:
     """Read this rank's part of a Hugging Face checkpoint into a decoder.
+
+    `with_kv_scales` is for an int8 KV cache: it keeps codes by the checkpoint's scales, where there are any.
+    `int8_head` keeps the matrix of embedding and tied head as int8 with a scale per row; the head is W8A8.
 
     ValueError names the limit when a head count, group count or width does not divide over the ranks, or when the
     op table cannot run the model's shapes.
@@ -64,6 +73,11 @@ def load_decoder(
             f"some layers see {config.sliding_window} tokens only (sliding_window), which is not supported beyond that "
             f"length; set max_seq_length to at most {config.sliding_window}"
         )
+    if int8_head and not (config.tie_embeddings and device.kind == "cpu"):
+        problems.append(
+            "head_dtype: int8 is for a head that is tied to the embedding, on a CPU; a head of its own is quantised by "
+            "converting with quantize_keep: []"
+        )
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
     checkpoint = open_checkpoint(folder)
@@ -71,8 +85,10 @@ def load_decoder(
     if parallel.rank == 0:
         checkpoint.check_data()
         for text in left_out:
+            if with_kv_scales and KV_SCALES in text:
+                continue
             warnings.warn(f"{folder}: {text}", stacklevel=2)
-    return _Loader(checkpoint, config, dtype, device, ops, parallel).decoder(max_positions)
+    return _Loader(checkpoint, config, dtype, device, ops, parallel).decoder(max_positions, with_kv_scales, int8_head)
 
 
 class _Loader:
@@ -92,7 +108,7 @@ class _Loader:
         for spec in (*outer_tensors(config).values(), *layer_tensors(config).values()):
             self._share(spec)
 
-    def decoder(self, max_positions: int) -> Decoder:
+    def decoder(self, max_positions: int, with_kv_scales: bool, int8_head: bool) -> Decoder:
         config = self.config
         embedding = Embedding(self._float(EMBEDDING), self.ops, self.parallel)
         layers = [
@@ -104,12 +120,22 @@ class _Loader:
                 norm=self._norm,
                 ops=self.ops,
                 parallel=self.parallel,
+                kv_scales=self._kv_scales(number) if with_kv_scales else None,
             )
             for number in range(config.num_layers)
         ]
         rotary = Rotary(config, max_positions, self.dtype, self.target, self.ops)
         norm = self._norm(FINAL_NORM.removesuffix(".weight"))
-        return Decoder(config, embedding, layers, norm, self._head(embedding), rotary, self.parallel).eval()
+        return Decoder(config, embedding, layers, norm, self._head(embedding, int8_head), rotary, self.parallel).eval()
+
+    def _kv_scales(self, number: int) -> KVScales | None:
+        """This rank's heads of a layer's scales; None where the checkpoint has none."""
+        config, (first, last) = self.config, self.parallel.span(self.config.num_kv_heads, "num_key_value_heads")
+        found = kv_scales(self.checkpoint, config, number)
+        if found is None:
+            return None
+        scales, offsets = (numbers[:, first:last].to(self.target) for numbers in found)
+        return KVScales(scales, offsets, config.num_heads // config.num_kv_heads)
 
     def _qkv(self, names: list[str]) -> list[nn.Module]:
         """One product; or q beside k and v stacked, for kernels that want contiguous results; or three."""
@@ -123,15 +149,24 @@ class _Loader:
             return [self._linear(names[:1]), StackedLinear(list(weights), list(biases))]
         return [self._linear([name]) for name in names]
 
-    def _head(self, embedding: Embedding) -> nn.Module:
+    def _head(self, embedding: Embedding, in_int8: bool) -> nn.Module:
         if not self.config.tie_embeddings:
             return self._linear([HEAD.removesuffix(".weight")])
-        if self.parallel.size == 1:
-            head = Linear(embedding.weight.data, None, self.ops)
-            embedding.weight = head.weight  # tied: one matrix for both, in the form that products want
+        weight = embedding.weight.data
+        if self.parallel.size > 1:
+            rows = self.parallel.span(self.config.vocab_size, "vocab_size")
+            weight = self.checkpoint.read_slice(EMBEDDING, 0, *rows).to(self.target, self.dtype)
+        if not in_int8:
+            head = Linear(weight, None, self.ops)
+            if self.parallel.size == 1:
+                embedding.weight = head.weight  # tied: one matrix for both, in the form that products want
             return head
-        rows = self.parallel.span(self.config.vocab_size, "vocab_size")
-        return Linear(self.checkpoint.read_slice(EMBEDDING, 0, *rows).to(self.target, self.dtype), None, self.ops)
+        codes, scale = quantize_weight(weight)
+        int8_head = Int8Linear(codes, scale, None, self.ops)
+        if self.parallel.size == 1:
+            is_view = int8_head.weight.dim() == 2  # of the codes, turned perhaps
+            embedding.weight, embedding.scale = frozen(codes) if is_view else int8_head.weight, int8_head.weight_scale
+        return int8_head
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self._float(f"{name}.weight"), self.config.rms_norm_eps, self.ops)

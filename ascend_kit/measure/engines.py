@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 OnDone = Callable[[int], None]
 SWITCHES = ("graph_mode", "operator_fusion", "memory_optimize")  # of every engine; further ones of ours:
-OPTIONS = ("kv_cache_dtype", "speculate")
+OPTIONS = ("kv_cache_dtype", "head_dtype", "speculate")
 
 
 class Machine(Protocol):

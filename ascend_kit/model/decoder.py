@@ -15,14 +15,23 @@ from ascend_kit.model.layers import DecoderLayer, KVCache, RMSNorm, Rotary, froz
 
 
 class Embedding(nn.Module):
-    """Token ids [T] -> [T, D]; a rank holds some of the columns, so that no row lookup has to be summed."""
+    """Token ids [T] -> [T, D]; a rank holds some of the columns, so that no row lookup has to be summed.
+
+    With a scale, float32 [V], the weight holds int8 codes.
+    """
+
+    scale: Tensor | None
 
     def __init__(self, weight: Tensor, ops: ModuleType, parallel: TensorParallel):
         super().__init__()
-        self.weight, self.ops, self.parallel = frozen(weight), ops, parallel
+        self.weight, self.ops, self.parallel, self.dtype = frozen(weight), ops, parallel, weight.dtype
+        self.register_parameter("scale", None)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return self.parallel.all_gather(self.ops.gather_rows(self.weight, token_ids))
+        rows = self.ops.gather_rows(self.weight, token_ids)
+        if self.scale is not None:
+            rows = (rows.float() * self.scale.index_select(0, token_ids).unsqueeze(1)).to(self.dtype)
+        return self.parallel.all_gather(rows)
 
 
 class Decoder(nn.Module):

@@ -197,6 +197,30 @@ class Rotary(nn.Module):
         return self.ops.gather_rows(self.cos, positions), self.ops.gather_rows(self.sin, positions)
 
 
+class KVScales(nn.Module):
+    """An int8 cache's scales as a checkpoint brings them: code = round(x / scale + offset), in -128..127, per channel.
+
+    scales and offsets float32 [2, K, H], of keys and of values. The scale of a key's channel goes to the query; a key's
+    offset adds the same to all scores of a query, which the softmax does not see.
+    """
+
+    def __init__(self, scales: Tensor, offsets: Tensor, queries_per_key: int):
+        super().__init__()
+        self.scales, self.offsets = frozen(scales), frozen(offsets)
+        self.of_query = frozen(scales[0].repeat_interleave(queries_per_key, 0))
+        self.of_output, self.taken_off = (frozen(t[1].repeat_interleave(queries_per_key, 0)) for t in (scales, offsets))
+
+    def encode(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries over codes, and codes of keys and values in their dtype, which holds them exactly."""
+        k, v = ((x.float() / self.scales[at] + self.offsets[at]).round().clamp(-128, 127).to(x.dtype) for at, x in
+                enumerate((k, v)))  # fmt: skip
+        return (q.float() * self.of_query).to(q.dtype), k, v
+
+    def decode(self, mixed: Tensor) -> Tensor:
+        """What attention over codes of values stands for, [T, N, H]."""
+        return ((mixed.float() - self.taken_off) * self.of_output).to(mixed.dtype)
+
+
 class Attention(nn.Module):
     """Self-attention over the paged KV cache, with this rank's heads."""
 
@@ -209,8 +233,10 @@ class Attention(nn.Module):
         k_norm: RMSNorm | None,
         ops: ModuleType,
         parallel: TensorParallel,
+        kv_scales: KVScales | None = None,
     ):
         super().__init__()
+        self.kv_scales = kv_scales
         self.qkv, self.out, self.q_norm, self.k_norm = qkv, out, q_norm, k_norm
         self.ops, self.parallel = ops, parallel
         self.num_heads = config.num_heads // parallel.size
@@ -230,8 +256,12 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.ops.rotary(q, k, cos, sin)
-        self.ops.store_kv(k, v, cache[0], cache[1], meta.slot_mapping)
+        if self.kv_scales is not None:
+            q, k, v = self.kv_scales.encode(q, k, v)
+        self.ops.store_kv(k, v, cache[0], cache[1], meta.slot_mapping, self.kv_scales is not None)
         mixed = self.ops.paged_attention(q, cache[0], cache[1], meta, self.scale)
+        if self.kv_scales is not None:
+            mixed = self.kv_scales.decode(mixed)
         if rows is not None:
             mixed = mixed.index_select(0, rows)
         return self.parallel.all_reduce(self.out(mixed.flatten(1)))
@@ -304,6 +334,7 @@ def build_layer(
     norm: Callable[[str], RMSNorm],
     ops: ModuleType,
     parallel: TensorParallel,
+    kv_scales: KVScales | None = None,
 ) -> DecoderLayer:
     """A layer out of parts made from the full names of their tensors, without `.weight`.
 
@@ -316,6 +347,6 @@ def build_layer(
 
     q_norm, k_norm = (norm(f"{prefix}self_attn.{letter}_norm") if config.qk_norm else None for letter in "qk")
     projections = nn.ModuleList(qkv(unit("qkv")))
-    attention = Attention(config, projections, linear(unit("o_proj")), q_norm, k_norm, ops, parallel)
+    attention = Attention(config, projections, linear(unit("o_proj")), q_norm, k_norm, ops, parallel, kv_scales)
     mlp = MLP(linear(unit("gate_up")), linear(unit("down_proj")), ops, parallel)
     return DecoderLayer(norm(f"{prefix}input_layernorm"), attention, norm(f"{prefix}post_attention_layernorm"), mlp)

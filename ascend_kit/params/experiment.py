@@ -57,6 +57,7 @@ ENGINE_SWITCHES = (
     "operator_fusion",
     "memory_optimize",
     "kv_cache_dtype",
+    "head_dtype",
     "speculate",
     "cards",
     "tensor_parallel",
@@ -163,6 +164,9 @@ class Experiment(BaseModel):
     )
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="keys and values in `precision`, or in half of bf16's memory (not on npu)"
+    )
+    head_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="a head tied to the embedding: in `precision`, or with it in W8A8 (cpu only)"
     )
     speculate: int = Field(0, ge=0, le=15, description="tokens guessed per step by prompt lookup; 0 = off, 4 is usual")
     graph_mode: bool = Field(True, description="captured or compiled decode step")

@@ -55,8 +55,8 @@ def _switch_text(switch: str, value: Any) -> str:
         return "" if value == "none" else f", {value}"
     if switch == "cards":
         return f", {value} card{'' if value == 1 else 's'}"
-    if switch == "kv_cache_dtype":
-        return "" if value == "auto" else f", {value} KV cache"
+    if switch in ("kv_cache_dtype", "head_dtype"):
+        return "" if value == "auto" else f", {value} {'KV cache' if switch == 'kv_cache_dtype' else 'head'}"
     if switch == "speculate":
         return f", speculate {value}" if value else ""
     if switch == "tensor_parallel":

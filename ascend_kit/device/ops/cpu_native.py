@@ -104,14 +104,16 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
     return out
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, are_codes: bool = False
+) -> None:
     """As in reference; rows of k and v may be strided."""
     if k_cache.dtype == torch.int8:
         tokens, heads, size = k_TKH.shape
         block = k_cache.shape[1] // (heads * (size + SCALE_BYTES))
         for x, cache in ((k_TKH, k_cache), (v_TKH, v_cache)):
             call("ak_store_int8", DTYPES[x.dtype], x, x.stride(0), cache, slot_mapping, tokens, heads, size, block,
-                 _threads())  # fmt: skip
+                 int(are_codes), _threads())  # fmt: skip
         return
     row_bytes = k_TKH[0].numel() * k_TKH.element_size()
     call(

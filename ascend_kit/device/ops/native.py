@@ -54,7 +54,7 @@ SIGNATURES = {
     "ak_swiglu": [_I, _P, _P, _L, _L, _I],
     "ak_argmax": [_I, _P, _L, _P, _L, _L, _I],
     "ak_store": [_P, _L, _P, _L, _P, _P, _P, _L, _L, _L, _I],
-    "ak_store_int8": [_I, _P, _L, _P, _P, _L, _L, _L, _L, _I],
+    "ak_store_int8": [_I, _P, _L, _P, _P, _L, _L, _L, _L, _I, _I],
     "ak_attend_int8": [_I, _P, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _F, _I],
     "ak_gather": [_P, _P, _P, _L, _L],
     "ak_attend": [_I, _P, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _F, _I],

@@ -157,8 +157,10 @@ def _fits_rope(q_TNH: Tensor, k_TKH: Tensor) -> bool:
     return size == 128 or (size == 64 and not re.match(r"[1-8]\.", cann_version()))
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """As in reference. Slots must be unique and within the cache: the kernels check neither."""
+def store_kv(
+    k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, are_codes: bool = False
+) -> None:
+    """As in reference, but no int8 cache. Slots must be unique and within the cache: the kernels check neither."""
     if switch("ASCEND_KIT_NPU_KV_WRITE") == "scatter_pa" and hasattr(_npu(), "npu_scatter_pa_kv_cache"):
         # "Norm" is the plain layout; the default means FRACTAL_NZ caches.
         _npu().npu_scatter_pa_kv_cache(

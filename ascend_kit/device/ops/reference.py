@@ -50,16 +50,22 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write this step's keys and values to their slots; caches are [blocks, S, K, H], or int8 (see `new_cache`)."""
+def store_kv(
+    k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, are_codes: bool = False
+) -> None:
+    """Write this step's keys and values to their slots; caches are [blocks, S, K, H], or int8 (see `new_cache`).
+
+    `are_codes`: the numbers are integers of -128..127 already, for an int8 cache that keeps them with the scale 1.
+    """
     slots = slot_mapping.long()
     if k_cache.dtype == torch.int8:
         for x, cache in ((k_TKH, k_cache), (v_TKH, v_cache)):
             codes, scales = _int8_parts(cache, x.shape[1], x.shape[2])
-            new_codes, new_scales = quantize_per_token(x.reshape(-1, x.shape[2]))
+            rows = x.reshape(-1, x.shape[2])
+            new_codes, new_scales = (rows, rows.new_ones(len(rows))) if are_codes else quantize_per_token(rows)
             block, place = slots // codes.shape[1], slots % codes.shape[1]
-            codes[block, place] = new_codes.view(x.shape)
-            scales[block, place] = new_scales.view(x.shape[:2])
+            codes[block, place] = new_codes.view(x.shape).to(torch.int8)
+            scales[block, place] = new_scales.view(x.shape[:2]).float()
         return
     k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k_TKH)
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v_TKH)

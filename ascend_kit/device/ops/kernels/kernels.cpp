@@ -105,12 +105,17 @@ void rms_norm(const X *x, i64 stride, const X *residual, const X *weight, X *y, 
 }
 
 template <class X>
-void store_int8(const X *x, i64 stride, int8_t *cache, const int32_t *slots, i64 T, i64 K, i64 H, i64 S, int threads) {
+void store_int8(const X *x, i64 stride, int8_t *cache, const int32_t *slots, i64 T, i64 K, i64 H, i64 S, bool are_codes,
+                int threads) {
     parallel_rows(threads, T, K * H, [&](i64 t) {
         int8_t *block = cache + i64(slots[t] / S) * S * K * (H + 4);
         for (i64 kv = 0; kv < K; kv++) {
             const i64 row = slots[t] % S * K + kv;
-            quantize_row(x + t * stride + kv * H, block + row * H, (float *)(block + S * K * H) + row, H);
+            const X *from = x + t * stride + kv * H;
+            float *scale = (float *)(block + S * K * H) + row;
+            if (!are_codes) quantize_row(from, block + row * H, scale, H);
+            for (i64 h = 0; are_codes && h < H; h++) block[row * H + h] = int8_t(widen(from[h]));
+            if (are_codes) *scale = 1.0f;
         }
     });
 }
@@ -238,10 +243,11 @@ void ak_store(const void *k, i64 ks, const void *v, i64 vs, void *k_cache, void 
         std::memcpy((char *)v_cache + i64(slots[t]) * row_bytes, (const char *)v + t * vs * item_bytes, row_bytes);
     });
 }
-// Keys or values [T, K, H] as int8 codes with a scale for every token and head, into a cache of such blocks.
+// Keys or values [T, K, H] as int8 codes with a scale for every token and head, into a cache of such blocks; numbers that are
+// codes already have the scale 1.
 void ak_store_int8(int dtype, const void *x, i64 xs, void *cache, const int32_t *slots, i64 T, i64 K, i64 H, i64 S,
-                   int threads) {
-    BOTH((store_int8<X>(AS(X, x), xs, (int8_t *)cache, slots, T, K, H, S, threads)))
+                   int are_codes, int threads) {
+    BOTH((store_int8<X>(AS(X, x), xs, (int8_t *)cache, slots, T, K, H, S, are_codes, threads)))
 }
 void ak_attend_int8(int dtype, const void *q, i64 qs, const void *keys, const void *values, const int32_t *table, i64 width,
                     const int32_t *lens, void *out, i64 B, i64 N, i64 K, i64 H, i64 S, float scale, int threads) {
