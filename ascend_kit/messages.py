@@ -1,7 +1,8 @@
 """What is said to people: a finding is a key and values, its text stands in one gettext catalogue per language.
 
 Texts of findings, report and panel have keys (locale/<language>.po). What is written in English where it is used, the
-notebooks' prose, charts and the meaning of parameters, is its own key (locale/phrases.<language>.po).
+notebooks' prose, charts, names of columns, the meaning of parameters and what the doctor says, is its own key
+(locale/phrases.<language>.po).
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import io
 import re
 import sys
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, Literal
 
 Level = Literal["note", "caution", "alarm", "failed"]
 LANGUAGES = ("en", "zh")  # a language is a file locale/<language>.po with the same keys
-NUMBER = re.compile(r"\d[\d,.]*(?<![,.])")
+GAP, FILLED = "{}", re.compile(r"\{(\d?)\}")
+# Values of findings that are words of ours; what comes from data, as names and answers do, is never looked up.
+SPOKEN = frozenset(("text", "check", "evidence", "remedy", "outcome", "changed"))
 _in_use = "en"
 
 
@@ -31,7 +34,8 @@ class Finding:
 
     def text(self, language: str | None = None) -> str:
         """The sentence in `language`, by default the one in use; `count` chooses between singular and plural."""
-        return translate(self.key, language, **self.values)
+        spoken = {name: phrase(text, language) for name, text in self.values.items() if name in SPOKEN and text}
+        return translate(self.key, language, **{**self.values, **spoken})
 
     def __str__(self) -> str:
         return self.text()
@@ -73,17 +77,40 @@ def language_in_use() -> str:
 def phrase(text: str, language: str | None = None) -> str:
     """An English text in `language`, by default the one in use; as it is where the catalogue lacks it.
 
-    A text with numbers may stand in the catalogue with {} in place of each.
+    The catalogue has {} where a text varies; what stands there, and each part between semicolons, is looked up itself.
     """
     language = language or _in_use
-    if language == "en" or not text:
-        return text
-    found = _translations(f"phrases.{language}")
-    if (whole := found.gettext(text)) != text:
-        return whole
-    template = NUMBER.sub("{}", text)  # numbers keep their order in every language
-    known = found.gettext(template)
-    return text if known == template else known.format(*NUMBER.findall(text))
+    return text if language == "en" else _phrase(text, language)
+
+
+@lru_cache(maxsize=4096)
+def _phrase(text: str, language: str) -> str:
+    if not text or (found := _translations(f"phrases.{language}").gettext(text)) != text:
+        return found if text else ""
+    for pattern, template in _patterns(language):
+        if match := pattern.fullmatch(text):
+            return _filled(template, [_phrase(part, language) for part in match.groups()])
+    return "; ".join(_phrase(part, language) for part in text.split("; ")) if "; " in text else text
+
+
+def _filled(template: str, parts: list[str]) -> str:
+    """{} is the next part; {0} is the first, where a language has another order."""
+    following = iter(parts)
+    return FILLED.sub(lambda gap: parts[int(gap[1])] if gap[1] else next(following), template)
+
+
+@cache
+def _patterns(language: str) -> list[tuple[re.Pattern[str], str]]:
+    """The catalogue's texts with gaps, as patterns, those with most words of their own first."""
+    texts = [m for m in _catalogue(f"phrases.{language}") if isinstance(m.id, str) and GAP in m.id and m.string]
+    texts.sort(key=lambda message: len(message.id.replace(GAP, "")), reverse=True)
+    return [(_pattern(message.id), message.string) for message in texts]
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """What varies may hold a semicolon only inside a text that has one, or that has words of its own at both ends."""
+    is_closed = ";" in text or not (text.startswith(GAP) or text.endswith(GAP))
+    return re.compile(("(.+?)" if is_closed else "([^;]+?)").join(map(re.escape, text.split(GAP))))
 
 
 def translate(key: str, language: str | None = None, /, **values: Any) -> str:

@@ -40,18 +40,22 @@ class RunFolder:
         self._lock: StageLock | None = None
         self._opened_s = time.monotonic()
         self._is_idle = False  # opened over a stage that is done: it stays so until its work begins
+        self._is_made_anew = False  # its work writes every file again, so that other parameters mix with nothing
         self._part: str | None = None  # of the work, whose alarms and failures go when it is done anew
         self._recorded_ids: set[str] = set()
 
     @classmethod
-    def open(cls, experiment: Experiment, stage: str, *, facts: dict[str, Any] | None = None) -> RunFolder:
+    def open(
+        cls, experiment: Experiment, stage: str, *, facts: dict[str, Any] | None = None, anew: bool = False
+    ) -> RunFolder:
         """The folder of `experiment`, created or checked against its if_exists rule, locked for `stage`.
 
         `facts` (device, versions, peaks) go into the record. Raises RunFolderError when another process holds the
-        stage, or when earlier rows were made with other parameters and resuming would mix them. A stage that is done
-        stays done until its work begins again.
+        stage, or when earlier rows were made with other parameters and resuming would mix them, which a stage whose
+        work makes everything `anew` cannot. A stage that is done stays done until its work begins again.
         """
         folder = cls(experiment.run_folder, stage)
+        folder._is_made_anew = anew and experiment.if_exists == "resume"
         folder.path.mkdir(parents=True, exist_ok=True)
         folder._lock = StageLock(folder.path, stage)
         try:
@@ -189,7 +193,7 @@ class RunFolder:
         pass of it left are gone, those of other parts are not. Raises RunFolderError as `open` does.
         """
         assert self.stage is not None, "open the folder for a stage with RunFolder.open"
-        if self._lock is None or self._is_idle:
+        if (self._lock is None or self._is_idle) and not self._is_made_anew:
             admit(RunRecord.read(self.path).stages.get(self.stage), experiment, "resume", self._parameters)
         if self._lock is None:
             self._lock, self._opened_s = StageLock(self.path, self.stage), time.monotonic()
@@ -260,7 +264,7 @@ class RunFolder:
         assert self._lock is not None and self.stage is not None
         by_hand = not self._lock.is_parents  # else the command line has admitted and started the stage
         with changing_stage(self.path, self.stage, experiment) as stage:
-            if by_hand:
+            if by_hand and not self._is_made_anew:
                 admit(stage, experiment, experiment.if_exists, self._parameters)
             if experiment.if_exists == "overwrite":
                 self.clear(*stage.tables)

@@ -137,7 +137,7 @@ def check_own_model(lab: Lab) -> None:
     page.click("button:has-text('Apply')")
     page.wait_for_selector("text=this notebook uses")
     lab.run_all(page, path)
-    plans = json.loads((lab.folder / "outputs/tiny/own/plans.json").read_text())
+    plans = json.loads((lab.folder / "outputs/mine/own/plans.json").read_text())
     assert plans["model"] == "mine", plans["model"]
     lab.close(page, "own-model")
     print("  01_environment: plans of the model named in the form")

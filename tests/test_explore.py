@@ -88,6 +88,21 @@ def test_the_chart_of_jupyterlab_holds_the_same_values_and_nothing_to_load(root)
     assert any(layer.get("params", [{}])[0].get("bind") == "scales" for layer in spec["layer"])
 
 
+def test_many_lengths_become_a_heat_map_over_the_load_and_small_panels_else(tmp_path):
+    lengths = [(prompt, output) for prompt in (128, 1024, 4096, 16384) for output in (128, 1024)]
+    rows = [point(100 * load, concurrency=load, prompt_len=p, output_len=o, tpot_p50_ms=load)
+            for p, o in lengths for load in (1, 4)]  # fmt: skip
+    write_run(tmp_path, "e/big", "2026-01-01", rows)
+    table = explore.points(explore.find_runs(tmp_path).values())
+
+    heat = explore.chart(table, "requests in flight", "output tokens/s")
+    panels = explore.chart(table, "median TPOT, ms", "output tokens/s")
+
+    (axes,) = heat.axes
+    assert sorted({text.get_text() for text in axes.texts}) == ["100", "400"] and len(axes.get_yticks()) == 8
+    assert len(panels.axes) == 8 and panels.get_figwidth() < 16 and panels.get_figheight() < 8
+
+
 def test_histograms_show_the_raw_gaps_of_a_point(root):
     run = explore.find_runs(root)["e/old"]
 

@@ -12,10 +12,12 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from ascend_kit.messages import LANGUAGES, Finding, keys, phrase, say, show_errors_in_one_line, translate, use_language
 from ascend_kit.params import Experiment
+from ascend_kit.show import steps, tables
 from ascend_kit.show.explore import AXES
 from ascend_kit.show.panel import GROUPS
 
 PACKAGE = Path(__file__).parents[1] / "ascend_kit"
+NAMES = ("mbu", "mfu")  # words that no language translates
 
 
 def asked_for():
@@ -73,7 +75,43 @@ def chart_texts():
             yield from (text.value for text in texts if isinstance(text, ast.Constant) and text.value)
 
 
+def parts_of(text):
+    """An f-string with {} in place of what varies, a plain string as it is; None for anything else."""
+    if isinstance(text, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in text.values)
+    return text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else None
+
+
+def doctor_texts():
+    """What the doctor's checks say in words: evidence, remedies and tips."""
+    for path in (PACKAGE / "doctor").glob("*.py"):
+        if path.stem in ("command", "first_run", "comparison"):  # for a terminal, which stays English
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_check = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
+                "ok",
+                "warn",
+                "fail",
+                "na",
+                "add",
+            )
+            found = node.args[1:] if is_check else []
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("remedy", "evidence", "reason"):
+                found = [node.value]
+            for text in (
+                text for one in found for text in ([one.body, one.orelse] if isinstance(one, ast.IfExp) else [one])
+            ):
+                if (said := parts_of(text)) and re.search("[a-z]{3,} [a-z]{2,}", said.replace("{}", "")):
+                    yield said
+
+
+def columns():
+    yield from (*tables.SWEEP, *tables.EXPECTED, *tables.SCORES, *tables.PAIRED, *tables.VERDICT, *tables.ANSWERS)
+    yield from (*tables.CHECKS, *steps.VERDICT)
+
+
 def phrases_asked_for():
+    yield from doctor_texts()
     notebooks = [json.loads(path.read_text()) for path in (PACKAGE.parent / "notebooks").glob("*.ipynb")]
     for cell in (cell for notebook in notebooks for cell in notebook["cells"]):
         source = "".join(cell["source"])
@@ -90,11 +128,24 @@ def test_every_language_has_the_prose_of_the_notebooks_the_charts_and_the_meanin
     known = catalogue(f"phrases.{language}")
 
     assert [text for text in phrases_asked_for() if not known.get(text) and re.search("[a-z]{3}", text)] == []
+    assert [name for name in columns() if phrase(name, language) == name and name not in NAMES] == []
 
 
 def test_a_text_with_numbers_is_found_by_its_pattern_and_an_unknown_one_stays():
     assert phrase("prompt 1,024, output 32 tokens", "zh") == "提示 1,024、输出 32 个 token"
     assert phrase("prompt 1 of 2", "zh") == "prompt 1 of 2" and phrase("", "zh") == ""
+
+
+def test_parts_of_a_sentence_are_looked_up_themselves():
+    said = "CANN 9.1, driver 25.5, newer than row TorchNPU 26; alarm: no document in common"
+
+    assert phrase(said, "zh") == "CANN 9.1，驱动 25.5，比表中一行 TorchNPU 26 新; 警报：没有共同的题"
+    assert phrase("3 of 32 answers are empty (prompts 1, 2, 5)", "zh") == "32 个回答中有 3 个为空（提示 1, 2, 5）"
+    lacking = "No verdict: the baseline a lacks something (no evaluation: run 05_evaluate; failed tasks: b)."
+    assert phrase(lacking, "zh") == "没有裁决：基线 a 有所缺（无评测：请运行 05_evaluate; 失败的任务：b）。"
+    found = say("doctor.check", "failed", check="numpy", evidence="not installed", remedy="name every card once")
+    assert "未安装" in found.text("zh") and "每张卡只写一次" in found.text("zh")
+    assert "not installed" in found.text("en")
 
 
 def test_the_language_in_use_is_that_of_findings_but_their_file_keeps_english():

@@ -146,6 +146,19 @@ def test_a_name_that_was_typed_stays_when_the_model_comes_in_later(panel):
     assert form.check().startswith("fine") and form.experiment.model_name == "mine"
 
 
+def test_another_model_brings_its_name_and_its_experiment_along_until_one_is_typed(panel):
+    form = panel(Experiment())
+    form.fields["input_model"].value = "/models/Qwen3-8B"
+    followed = [form.fields[name].value for name in ("model_name", "experiment")]
+    form.fields["model_name"].value = "mine"
+    named = form.fields["experiment"].value
+    form.fields["experiment"].value = "trial"
+    form.fields["model_name"].value = "other"
+
+    assert followed == ["Qwen3-8B", "Qwen3-8B"] and named == "mine"
+    assert form.fields["experiment"].value == "trial"
+
+
 def test_applied_fields_are_the_notebooks_parameters_until_they_are_changed_back(panel):
     form = panel(Experiment(experiment="mine", concurrency=4))
     form.fields["concurrency"].value = "6"

@@ -262,9 +262,22 @@ def test_parity_figures_say_what_they_mean():
 
 
 def test_facts_unfold_inner_mappings():
-    markup = facts({"versions": {"torch": "2.13"}, "steps": 3}).data
+    markup = facts({"versions": {"torch": "2.13"}, "steps": 3, "left out": None}).data
 
-    assert "versions.torch" in markup and "2.13" in markup
+    assert "versions.<wbr>torch" in markup and "2.13" in markup and "left out" not in markup
+
+
+def test_in_chinese_names_of_columns_and_our_own_words_are_chinese_and_data_stays():
+    use_language("zh")
+    try:
+        markup = tables.paired(
+            pandas.DataFrame([{"candidate": "undecided", "set": "mmlu", "outcome": "undecided"}])
+        ).data
+    finally:
+        use_language("en")
+
+    assert '<th scope="col" title="candidate">候选</th>' in markup
+    assert markup.count("undecided") == 1 and "未定" in markup  # a run may be called so
 
 
 def write_run(folder, stages, **files):

@@ -108,10 +108,13 @@ def make_grid(lines: int, columns: int, *, height: float, width: float = 4.4) ->
 
 
 def make_panels(rows: Table) -> tuple[Figure, list[tuple[Axes, Table]]]:
-    """One panel per (prompt, output) length, at most three in a line; every panel knows all configurations."""
+    """One panel per (prompt, output) length, three or four in a line; every panel knows all configurations."""
     groups = list(with_labels(rows).groupby(LENGTHS, sort=True))
-    columns = min(3, len(groups))
-    figure, grid = make_grid(math.ceil(len(groups) / columns), columns, height=3.6, width=4.8 if columns > 1 else 7)
+    columns = min(3 if len(groups) <= MOST_PANELS else 4, len(groups))
+    width = {1: 7, 4: 3.6}.get(columns, 4.8)
+    figure, grid = make_grid(
+        math.ceil(len(groups) / columns), columns, height=0.75 * width if width < 4 else 3.6, width=width
+    )
     for axes in list(grid.flat)[len(groups) :]:
         axes.remove()
     for axes, (lengths, _) in zip(grid.flat, groups, strict=False):

@@ -27,6 +27,7 @@ from ascend_kit.show.drawing import (
     config_looks,
     finish,
     finished_rows,
+    heat_map,
     is_many,
     lengths_text,
     log2_axis,
@@ -54,6 +55,9 @@ AXES = {
     "MFU": "mfu",
     "peak memory, GiB": "peak_memory_gib",
 }
+GOOD = dict.fromkeys(
+    ("output tokens/s", "requests/s", "goodput, requests/s", "share of the ceiling", "MBU", "MFU"), "high"
+)
 CEILING = "ceiling_tokens_per_s"
 EXPLORING = "07_explore"
 LEAST_CHANGE = 0.03  # a rate that fell by less is no regression, whatever its repeats say
@@ -136,8 +140,10 @@ def means(table: Table, x: str, y: str) -> Table:
 def chart(table: Table, x: str, y: str) -> Figure | None:
     """Any column against any other, a line per run through the means of its repeats; their range is a bar."""
     found = means(table, AXES[x], AXES[y]) if len(table) else table
-    if len(found) < 2 or is_many(found):
+    if len(found) < 2:
         return None
+    if is_many(found) and AXES[x] == "concurrency":
+        return heat_map(found.assign(backend=found["label"]), "y", f"{y} / {x}", y, good=GOOD.get(y, "low"))
     figure, panels = make_panels(found.assign(backend=found["label"]))
     looks = config_looks(found["label"])
     for axes, part in panels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from ascend_kit.messages import Finding, translate
+from ascend_kit.messages import Finding, phrase, translate
 from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
 from ascend_kit.show.tables import cell_text
@@ -42,7 +42,7 @@ def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> 
     compared = next((finding for finding in findings if finding.key in VERDICTS), None)
     numbers = [*_speed(folder), _accuracy(folder, compared, findings)]
     warnings = {str(f): f.level for f in findings if f.level != "note"}
-    warnings |= {alarm["text"]: "alarm" for stage in run.stages.values() for alarm in stage.alarms}
+    warnings |= {phrase(alarm["text"]): "alarm" for stage in run.stages.values() for alarm in stage.alarms}
     warnings |= {f"{stage.name}: {stage.error}": "failed" for stage in run.stages.values() if stage.error}
     ordered = sorted(warnings.items(), key=lambda item: SERIOUS_FIRST.index(item[1]))
     level, verdict = _verdict(run, compared, numbers)
@@ -59,13 +59,13 @@ def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> 
 def _verdict(run: RunRecord, compared: Finding | None, numbers: list[tuple[str, str]]) -> tuple[str, str]:
     """(level, sentence): what failed, else what is not to be trusted, else the comparison, else what was measured."""
     failed = [stage for stage in run.stages.values() if stage.state == "failed"]
-    alarms = [alarm["text"] for stage in run.stages.values() for alarm in stage.alarms]
+    alarms = [phrase(alarm["text"]) for stage in run.stages.values() for alarm in stage.alarms]
     if failed:
         return "failed", translate("verdict.failed", stage=failed[0].name, error=failed[0].error or "")
     if alarms:
         return "alarm", translate("verdict.alarm", text=alarms[0])
     if compared is not None:
-        return compared.level, str(compared)
+        return "caution" if compared.values["best"] == "none" else compared.level, str(compared)
     (rate, _), *_, (accuracy, _) = numbers
     key = {(True, True): "both", (True, False): "rate", (False, True): "accuracy"}.get(
         (bool(rate), bool(accuracy)), "none"

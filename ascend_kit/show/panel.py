@@ -33,6 +33,7 @@ GROUPS = {
 }
 # What another model needs; the rest stands folded below.
 FIRST = ("input_model", "model_name", "device", "dataset_path")
+NAMES = ("model_name", "experiment")  # follow the model until a person writes one
 PARAMETER_FOLDER = Path("params")
 
 
@@ -54,7 +55,7 @@ class ParameterPanel:
         self._look_further = check
         self._browser = in_browser() if browser is None else browser
         self.fields: dict[str, Any] = {}
-        self._name_shown = self.experiment.model_name
+        self._names_shown = {name: getattr(self.experiment, name) for name in NAMES}
 
     def table(self) -> pandas.DataFrame:
         """Value and meaning of every parameter that is not at its default."""
@@ -96,7 +97,8 @@ class ParameterPanel:
             loaded = load_experiment(path)
         except ParameterError as error:
             return translate("panel.invalid", error=error)
-        for key in sorted(self.fields, key="model_name".__eq__):  # last: another model changes the name beside it
+        # Names last: another model changes its name, and that the experiment's.
+        for key in sorted(self.fields, key=lambda key: NAMES.index(key) if key in NAMES else -1):
             self.fields[key].value = _field_value(key, getattr(loaded, key))
         return translate("panel.loaded", path=path)
 
@@ -149,6 +151,9 @@ class ParameterPanel:
         self.fields = {key: self._field(w, key) for key in Experiment.model_fields}
         self.fields["input_model"].continuous_update = False  # half a path has no name, and would come in late
         self.fields["input_model"].observe(self._name_after_model, "value")
+        self.fields["model_name"].continuous_update = False
+        # Results of another model go to a folder of their own, beside which nothing has to agree.
+        self.fields["model_name"].observe(lambda change: self._follow("experiment", change["new"]), "value")
         pages = {title: [key for key in keys if key not in FIRST] for title, keys in grouped().items()}
         tabs = w.Tab(
             children=[_rows(w, keys, self.fields) for keys in pages.values()], titles=[phrase(title) for title in pages]
@@ -183,14 +188,17 @@ class ParameterPanel:
         return w.Text(value=value, placeholder="none" if "None" in kind_of(key) else "", layout=layout)
 
     def _name_after_model(self, change: Mapping[str, Any]) -> None:
-        """Another model brings its name along, unless a name of the user's own stands there already."""
+        """Another model brings its name along."""
         try:
-            named = build_experiment({"input_model": change["new"]}).model_name
+            self._follow("model_name", build_experiment({"input_model": change["new"]}).model_name)
         except ParameterError:
             return
-        field = self.fields["model_name"]
-        if field.value in (self._name_shown, self._shown.model_name):
-            field.value = self._name_shown = named
+
+    def _follow(self, name: str, value: str) -> None:
+        """Change a name that is still as the form wrote it; a name of the user's own stays."""
+        field = self.fields[name]
+        if field.value in (self._names_shown[name], getattr(self._shown, name)):
+            field.value = self._names_shown[name] = value
 
 
 def grouped() -> dict[str, list[str]]:

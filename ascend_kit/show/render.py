@@ -38,7 +38,8 @@ SVG_ATTRIBUTES = frozenset(
 )
 # What a dark page shows in its own colours; matplotlib writes these for text, grid and background.
 THEME = {"#000000": "--ink", "#222222": "--ink", "#ffffff": "--paper", "#e5e5e5": "--line", "#444444": "--soft",
-         "#555555": "--soft"}  # fmt: skip
+         "#555555": "--soft", "#7f7f7f": "--grey", "#0072b2": "--blue", "#d55e00": "--orange", "#009e73": "--teal",
+         "#6a3d9a": "--violet", "#b15928": "--brown", "#c00000": "--red"}  # fmt: skip
 THEME_COLOUR = re.compile("|".join(THEME), re.IGNORECASE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 

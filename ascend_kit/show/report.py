@@ -22,7 +22,7 @@ import yaml
 from markupsafe import Markup
 
 from ascend_kit.files import Table, to_json, write_atomic
-from ascend_kit.messages import Finding, language_in_use, translate, use_language
+from ascend_kit.messages import Finding, language_in_use, phrase, translate, use_language
 from ascend_kit.results import RunFolder, RunFolderError, run_parameters
 from ascend_kit.show import headline, render, tables
 from ascend_kit.stages import RunRecord, Stage
@@ -203,7 +203,7 @@ def _versions(stage: Stage) -> dict[str, str]:
 
 
 def _section(figures: Figures, name: str, stage: Stage) -> Section:
-    error = stage.error or "; ".join(alarm["text"] for alarm in stage.alarms)
+    error = stage.error or "; ".join(phrase(alarm["text"]) for alarm in stage.alarms)
     duration = "" if stage.duration_s is None else f"{stage.duration_s:.1f}"
     section = Section(name, stage.state, error, duration, title=name)
     cells = [

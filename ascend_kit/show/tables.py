@@ -7,6 +7,7 @@ used: it needs a style element, which JupyterLab, nbconvert and the report take 
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from html import escape
 from numbers import Number
@@ -49,17 +50,20 @@ VERDICT = [
 ANSWERS = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
 CHECKS = ["section", "check", "status", "evidence", "remedy"]
 SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
+# Columns that hold words of ours and no data: they are shown in the reader's language.
+SPOKEN = frozenset((*CHECKS, "outcome", "verdict", "decision", "direction", "reason", "cause", "best_for", "note",
+                    "what differs", "what changed", "rate_interval", "int8", "lacks"))  # fmt: skip
 JOINERS = "\u200c\u200d"  # a part of ordinary words and emoji
 
 
 def readable(table: Table, *, keys: int = 1) -> HTML | None:
     """The table as HTML for a notebook, None where it is empty; the index only where it means something.
 
-    Columns without any value are left out. The first `keys` columns stand again before those in the fold.
+    Columns and lines without any value are left out. The first `keys` columns stand again before those in the fold.
     """
     from IPython.display import HTML
 
-    table = table.mask(table == "").dropna(axis="columns", how="all")
+    table = table.mask(table == "").dropna(axis="columns", how="all").dropna(how="all")
     if table.empty:
         return None
     names = list(table.columns)
@@ -88,15 +92,21 @@ def _html(table: Table) -> str:
     head = ([table.index.name or ""] if has_names else []) + list(table.columns)
     lines = [f"<tr>{''.join(_head(name) for name in head)}</tr></thead><tbody>"]
     for name, row in zip(table.index, table.itertuples(index=False, name=None), strict=True):
-        first = f'<th scope="row">{markup(str(name))}</th>' if has_names else ""
-        lines.append(f"<tr>{first}{''.join(_cell(value) for value in row)}</tr>")
+        first = f'<th scope="row">{_label(name)}</th>' if has_names else ""
+        cells = "".join(_cell(value, column in SPOKEN) for column, value in zip(table.columns, row, strict=True))
+        lines.append(f"<tr>{first}{cells}</tr>")
     return f"<table><thead>{''.join(lines)}</tbody></table>"
 
 
 def _head(name: Any) -> str:
-    return (
-        f'<th scope="col">{markup(phrase(str(name))).replace("_", "_<wbr>")}</th>'  # long names break where words end
-    )
+    """A column's head in the reader's language; the mouse shows the name that the files have."""
+    title = "" if phrase(str(name)) == str(name) else f' title="{markup(str(name))}"'
+    return f'<th scope="col"{title}>{_label(name)}</th>'
+
+
+def _label(name: Any) -> str:
+    """A name in the reader's language; a long one breaks where its words end."""
+    return re.sub(r"([_.])(?=\w)", r"\1<wbr>", markup(phrase(str(name))))
 
 
 def _is_counter(index: Any) -> bool:
@@ -105,9 +115,9 @@ def _is_counter(index: Any) -> bool:
     return index.name is None and pandas.api.types.is_integer_dtype(index)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, is_spoken: bool) -> str:
     """Numbers to the right, so that digits stand below each other; short text in one line."""
-    text = cell_text(value)
+    text = phrase(cell_text(value)) if is_spoken or isinstance(value, bool) else cell_text(value)
     if isinstance(value, Number) and not isinstance(value, bool):
         style = "text-align: right"
     else:
@@ -148,7 +158,7 @@ def note(text: str) -> HTML:
 
 
 def facts(values: dict[str, Any], *, title: str = "value") -> HTML | None:
-    """A mapping as a table of two columns; inner mappings become `outer.inner` rows."""
+    """A mapping as a table of two columns, without what is None; inner mappings become `outer.inner` rows."""
     import pandas
 
     return readable(pandas.DataFrame({title: _flat(values)}, dtype=object))
@@ -182,6 +192,8 @@ def _number(value: float) -> str:
 def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for key, value in values.items():
+        if value is None:
+            continue
         if isinstance(value, dict) and depth > 1:
             rows |= _flat(value, f"{prefix}{key}.", depth - 1)
         elif isinstance(value, dict) and len(str(value)) > LONGEST_TEXT:
