@@ -85,8 +85,9 @@ def phrase(text: str, language: str | None = None) -> str:
 
 @lru_cache(maxsize=4096)
 def _phrase(text: str, language: str) -> str:
-    if not text or (found := _translations(f"phrases.{language}").gettext(text)) != text:
-        return found if text else ""
+    found = _translations(f"phrases.{language}").gettext(text) if text else ""
+    if found != text or not text:
+        return found
     for pattern, template in _patterns(language):
         if match := pattern.fullmatch(text):
             return _filled(template, [_phrase(part, language) for part in match.groups()])

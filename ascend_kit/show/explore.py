@@ -55,9 +55,7 @@ AXES = {
     "MFU": "mfu",
     "peak memory, GiB": "peak_memory_gib",
 }
-GOOD = dict.fromkeys(
-    ("output tokens/s", "requests/s", "goodput, requests/s", "share of the ceiling", "MBU", "MFU"), "high"
-)
+MORE_IS_BETTER = ("output tokens/s", "requests/s", "goodput, requests/s", "share of the ceiling", "MBU", "MFU")
 CEILING = "ceiling_tokens_per_s"
 EXPLORING = "07_explore"
 LEAST_CHANGE = 0.03  # a rate that fell by less is no regression, whatever its repeats say
@@ -143,7 +141,9 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
     if len(found) < 2:
         return None
     if is_many(found) and AXES[x] == "concurrency":
-        return heat_map(found.assign(backend=found["label"]), "y", f"{y} / {x}", y, good=GOOD.get(y, "low"))
+        return heat_map(
+            found.assign(backend=found["label"]), "y", f"{y} / {x}", y, good="high" if y in MORE_IS_BETTER else "low"
+        )
     figure, panels = make_panels(found.assign(backend=found["label"]))
     looks = config_looks(found["label"])
     for axes, part in panels:
