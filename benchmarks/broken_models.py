@@ -3,7 +3,8 @@
     python benchmarks/broken_models.py
 
 The demo model as it is (status 0), then with the rows of its embedding shuffled, with one scale wrong by a factor of
-thirty, and with logits that are all the same, which also answers nothing where it should write.
+thirty, with logits that are all the same, and ending every text at its first token. The short form, on a model built by
+hand and through endpoints, is tests/test_broken_models.py.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def constant(tensors: Tensors) -> None:
 
 CHANGES: dict[str, Callable[[Tensors], None] | None] = {
     "as it is": None, "shuffled rows": shuffled, "wrong scale": scaled, "constant logits": constant,
+    "ends at once": None,
 }  # fmt: skip
 
 
@@ -57,6 +59,11 @@ def break_model(folder: Path, name: str) -> None:
             tensors = load_file(path)
             change(tensors)
             save_file(tensors, path, metadata={"format": "pt"})
+    if name == "ends at once":  # whatever token comes, it ends the text
+        every = list(range(json.loads((folder / "config.json").read_text())["vocab_size"]))
+        for path in (folder / "config.json", folder / "generation_config.json"):
+            if path.exists():
+                path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": every}))
 
 
 def main() -> int:

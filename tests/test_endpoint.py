@@ -11,6 +11,7 @@ import pytest
 from capacity_server import CapacityServer
 from scripted_server import DONE, HEAD, ScriptedServer, chat_chunk, event, failure, text_chunk
 
+from ascend_kit.measure import http
 from ascend_kit.measure.endpoint import Client
 from ascend_kit.measure.http import Endpoint
 from ascend_kit.measure.points import check_complete
@@ -55,6 +56,24 @@ def test_tokens_of_one_chunk_came_at_one_time_and_nothing_is_invented():
     assert token_times(told, 4) == [1.0, 2.0, 2.0, 2.0]
     assert token_times(chunks, 1) == [2.0]  # one token whose text came in two pieces
     assert token_times([], 3) == []
+
+
+def test_a_whole_answer_is_asked_again_where_the_server_is_busy_and_not_where_it_refuses(monkeypatch):
+    monkeypatch.setattr(http, "WAIT_S", 0.0)
+    good = failure("200 OK", '{"choices": []}')
+    heard = []
+    for scripts, times, expected in (
+        ([failure("503 Service Unavailable"), good], 2, {"choices": []}),
+        ([failure("400 Bad Request", "no such field")], 1, "400: no such field"),
+        ([failure("200 OK", "no JSON")], 3, "JSONDecodeError"),
+    ):
+        server = ScriptedServer(*scripts)
+        endpoint = Endpoint(server.url, "m", retries=2, leave_out=("top_k",), extra_body={"own": 1})
+        (answer,) = http.ask(endpoint, "/v1/x", [{"top_k": 3}], on_answer=lambda place, value: heard.append(place))
+        server.close()
+        assert server.bodies == [{"model": "m", "own": 1}] * times
+        assert answer == expected if isinstance(expected, dict) else expected in str(answer)
+    assert heard == [0, 0, 0]
 
 
 def test_usage_role_reasoning_and_empty_chunks_are_told_apart():

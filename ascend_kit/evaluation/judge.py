@@ -44,7 +44,8 @@ def flags(
         rows = [row for row in documents if row["set"] == name]
         found += _of_set(name, rows, experiment.eval_max_seq_length)
         found += _running_text(name, [row for row in rows if row.get("logprob") is not None], engine.config.vocab_size)
-        found += _never_right(name, {task.task for task in tasks if task.output_type == "generate_until"}, scores)
+        written = {task.task for task in tasks if task.output_type == "generate_until" and task.set_name == name}
+        found += _never_right(name, scores, [row for row in rows if row["task"] in written])
         choices[name] = [row for row in rows if row.get("choice_logprobs")]
     small = {name: rows for name, rows in choices.items() if 0 < len(rows) < ENOUGH_DOCUMENTS}
     together = [row for rows in small.values() for row in rows]
@@ -142,12 +143,16 @@ def _texts(name: str, documents: Sequence[Row]) -> Iterator[Finding]:
         yield say("evaluation.same_answer", "alarm", set=name, share=count / total, total=total, answer=answer[:40])
 
 
-def _never_right(name: str, tasks: set[str], scores: Iterable[Row]) -> Iterator[Finding]:
+def _never_right(name: str, scores: Iterable[Row], documents: Sequence[Row]) -> Iterator[Finding]:
     """Written answers none of which counts under any metric: what a broken model writes, and a wrong template gives."""
-    rows = [row for row in scores if row["kind"] == "task" and row["set"] == name and row["task"] in tasks]
-    values = [row["value"] for row in rows if row["status"] == "ok" and row["unit"] == "fraction"]
-    total = sum({row["task"]: row["n"] for row in rows}.values())
-    if values and total >= ENOUGH_DOCUMENTS and not any(values):
+    tasks, total = {row["task"] for row in documents}, len(documents)
+    values = [
+        row["value"]
+        for row in scores
+        if row["kind"] == "task" and row["task"] in tasks and row["status"] == "ok" and row["unit"] == "fraction"
+    ]
+    at_once = all(row["finish_reason"] == "stop" and row["num_output_tokens"] in (0, 1) for row in documents)
+    if values and total >= (FEW_DOCUMENTS if at_once else ENOUGH_DOCUMENTS) and not any(values):
         yield say("evaluation.never_right", "alarm", set=name, total=total)
 
 
