@@ -167,6 +167,46 @@ def test_retries_are_counted_and_their_time_is_part_of_the_latency():
     assert refused.error == "HTTP 429: slow down"
 
 
+def test_an_error_of_our_own_ends_the_run_and_does_not_hang():
+    class Broken:
+        def encode(self, text, *, add_special_tokens):
+            raise KeyError("no such token")
+
+        def decode(self, token_ids, *, skip_special_tokens=False):
+            return "text"
+
+    with pytest.raises(KeyError, match="no such token"):
+        asked([(0, HEAD), (0.01, event(text_chunk("a"))), (0.02, DONE)], count=3, codec=Broken())
+
+
+@pytest.mark.parametrize("cut", [1, 7, 64, 100_000])
+def test_a_chunked_stream_over_a_kept_connection_ends_with_its_last_chunk_however_it_is_cut(cut):
+    """No [DONE], and the server closes two seconds later."""
+    parts = [event(text_chunk(letter, usage=usage(8, n))) for n, letter in enumerate("ab一", 1)]
+    final = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}], "usage": usage(8, 3)}
+    head = HEAD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+    body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in [*parts, event(final)]) + b"0\r\n\r\n"
+    pieces = [body[at : at + cut] for at in range(0, len(body), cut)]
+    script = [(0, head), *((0.01 + 0.0001 * n, piece) for n, piece in enumerate(pieces)), (2.0, b"")]
+
+    start = time.perf_counter()
+    (record,), *_ = asked(script)
+
+    assert time.perf_counter() - start < 1.5  # it does not wait for the connection to close
+    assert (record.num_output_tokens, record.error, record.finish_reason) == (3, None, "length")
+    assert [chunk[1] for chunk in record.chunks] == ["text"] * 3 + ["finish"]
+    assert list(record.token_times_s) == sorted(record.token_times_s)
+
+
+def test_a_stream_that_is_cut_off_keeps_what_came():
+    head = HEAD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+    part = event(text_chunk("a"))
+
+    (record,), *_ = asked([(0, head), (0.02, b"%x\r\n%b\r\n" % (len(part), part)), (0.04, b"5\r\nda")])
+
+    assert "Payload" in record.error and [chunk[1] for chunk in record.chunks] == ["text"]
+
+
 def test_a_silent_stream_ends_by_the_idle_limit():
     (record,), *_ = asked([(0, HEAD), (0.01, event(text_chunk("a"))), (5, DONE)], idle_s=0.2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ascend_kit.measure.metrics import RequestRecord, percentile
 from ascend_kit.measure.over_time import Recorder, Sample
 from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.streams import Answer, EventParser, token_times
+from ascend_kit.measure.tap import read_stream
 from ascend_kit.measure.workload import Request
 
 LAG_SAMPLE_S = 0.005
@@ -64,27 +66,36 @@ class Client:
                 asyncio.create_task(_measure_lag(lags)),
                 asyncio.create_task(self._keep_sampling(session, recorder)),
             ]
-            dispatcher = Dispatcher(requests, concurrency, time.perf_counter())
-            running: set[asyncio.Task[RequestRecord]] = set()
-            try:
-                while dispatcher.left:
-                    for request, arrival_s in dispatcher.due(time.perf_counter()):
-                        work = self._one(session, request, arrival_s, bodies[request.index])
-                        running.add(asyncio.create_task(work))
-                    wait_s = dispatcher.wait_s(time.perf_counter())
-                    if not running:
-                        await asyncio.sleep(wait_s or 0)
-                        continue
-                    done, running = await asyncio.wait(running, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        records.append(task.result())
-                        dispatcher.ended(records[-1].index, time.perf_counter())
-                    if on_done and done:
+            dispatcher, changed = Dispatcher(requests, concurrency, time.perf_counter()), asyncio.Event()
+            tasks: list[asyncio.Task[None]] = []
+            faults: list[BaseException] = []  # of this program: those of a server are records
+
+            async def serve(request: Request, arrival_s: float) -> None:
+                def on_end() -> None:  # its place is free before its answer is read
+                    dispatcher.ended(request.index, time.perf_counter())
+                    changed.set()
+
+                try:
+                    records.append(await self._one(session, request, arrival_s, bodies[request.index], on_end))
+                    if on_done:
                         on_done(len(records))
+                except BaseException as error:
+                    faults.append(error)
+                    changed.set()
+                    raise
+
+            try:
+                while dispatcher.left and not faults:
+                    for request, arrival_s in dispatcher.due(time.perf_counter()):
+                        tasks.append(asyncio.create_task(serve(request, arrival_s)))
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(changed.wait(), dispatcher.wait_s(time.perf_counter()))
+                    changed.clear()
+                await asyncio.gather(*tasks)
             finally:
-                for task in [*watchers, *running]:
+                for task in [*watchers, *tasks]:
                     task.cancel()
-                await asyncio.gather(*watchers, *running, return_exceptions=True)
+                await asyncio.gather(*watchers, *tasks, return_exceptions=True)
             await self._sample(session, recorder)
         # Read only now: a text of vLLM takes some 20 ms, which no stream should wait.
         self.samples = [{"time_s": time_s, **found} for time_s, text in recorder.taken if (found := read_metrics(text))]
@@ -92,30 +103,39 @@ class Client:
         return records
 
     async def _one(
-        self, session: aiohttp.ClientSession, request: Request, arrival_s: float, body: dict[str, Any]
+        self,
+        session: aiohttp.ClientSession,
+        request: Request,
+        arrival_s: float,
+        body: dict[str, Any],
+        on_end: Callable[[], None],
     ) -> RequestRecord:
-        sent_s, num_retries = time.perf_counter(), 0
-        answer = await self._ask(session, body)
+        """One request and its retries; `on_end` is called once, when its last byte has come or all has failed."""
+        sent_s, num_retries, tell = time.perf_counter(), 0, _Once(on_end)
+        may_retry = self.endpoint.retries > 0
+        answer = await self._ask(session, body, (lambda: None) if may_retry else tell)
         # What was streamed is not asked for again.
         while answer.error is not None and not answer.text_chunks and num_retries < self.endpoint.retries:
             num_retries += 1
-            answer = await self._ask(session, body)
+            answer = await self._ask(session, body, lambda: None)
+        tell()
         return self._record(request, answer, arrival_s, sent_s, num_retries)
 
-    async def _ask(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
+    async def _ask(self, session: aiohttp.ClientSession, body: dict[str, Any], on_end: Callable[[], None]) -> Answer:
         answer, parser = Answer(), EventParser()
         path = "/v1/chat/completions" if self.endpoint.api == "chat" else "/v1/completions"
+
+        def take(time_s: float, data: bytes) -> bool:
+            for event in parser.feed(data):
+                answer.take(event, time_s)
+            return answer.is_done  # some servers keep the connection open
+
         try:
             async with session.post(self.endpoint.root + path, json=body) as response:
                 if response.status != 200:
                     answer.error = f"HTTP {response.status}: {(await response.text())[:300]}"
                     return answer
-                async for data in response.content.iter_any():
-                    now_s = time.perf_counter()
-                    for event in parser.feed(data):
-                        answer.take(event, now_s)
-                    if answer.is_done:  # some servers keep the connection open
-                        return answer
+                await read_stream(response, self.endpoint.idle_s, on_end, take)
                 for event in parser.end():
                     answer.take(event, time.perf_counter())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -172,6 +192,18 @@ class Client:
         text = await get(session, self.endpoint.root + "/metrics")
         if isinstance(text, str):
             recorder.add(text)
+
+
+class _Once:
+    """Calls a function the first time it is called."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+
+    def __call__(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()
 
 
 async def _measure_lag(lags: list[float]) -> None:
