@@ -251,6 +251,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from ascend_kit.measure.agreement import ParityCheck
     from ascend_kit.params.cells import parameters_of
     from ascend_kit.params.paths import check_paths
+    from ascend_kit.params.yaml_file import naming_lines
     from ascend_kit.show.progress import Progress
     from ascend_kit.show.tables import cell_text
 
@@ -259,7 +260,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) is not None:
             overrides[option] = getattr(arguments, option)
     experiment = load_experiment(_parameter_file(arguments), overrides)
-    check_paths(experiment, parameters_of("02_convert"))
+    with naming_lines(_parameter_file(arguments), overrides):
+        check_paths(experiment, parameters_of("02_convert"))
     experiment = resolve(experiment)
     parity = ParityCheck(experiment)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ascend_kit.__main__ import main
 from ascend_kit.params import ParameterError, build_experiment, load_experiment, parse_overrides
 from ascend_kit.params.cells import cell_source, write_cells
 from ascend_kit.params.paths import check_paths
@@ -61,6 +62,21 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
         ("cards: 4\ntensor_parallel: 3", ["line 2", "tensor_parallel=3", "[1, 2, 4]"]),
         ("sweep_at_once: false", ["line 1", "sweep_at_once", "leave it out"]),
         ("graph_mode: false\noptimization: {tensorrt: true}", ["line 1", "graph_mode=False", "graph_mode=True"]),
+        ("seed: !!bool x", ["line 1", "'x' cannot be read as bool"]),
+        ("seed: !!timestamp x", ["line 1", "'x' cannot be read as timestamp"]),
+        ("seed: !!set {a}", ["line 1: seed", "integer"]),
+        ("a: 1\n---\nb: 2", ["line 2", "another document"]),
+        ("seed: 1\n\tbatch_size: 3", ["line 2", "'\\t'"]),
+        ("seed: 1\r\nbatch_size: many\r\n", ["line 2: batch_size", "'many'"]),
+        (b"\xef\xbb\xbfseed: 1\nbatch_size: many", ["line 2: batch_size"]),
+        ("seed: 1".encode("utf-16"), ["no UTF-8"]),
+        ("s\u0435ed: 1", ["line 1", "s\u0435ed", "'seed'"]),  # a Cyrillic letter
+        ("batch_size: \uff11\uff16", ["line 1: batch_size", "integer"]),
+        ("batch_size: true", ["line 1: batch_size", "integer", "True"]),
+        ("graph_mode: 1", ["line 1: graph_mode", "boolean"]),
+        ("sweep_concurrency: [[1, 2]]", ["line 1: sweep", "concurrency", "[1, 2]"]),
+        ("eval_datasets: [[mmlu]]", ["line 1: eval_datasets.0", "['mmlu']"]),
+        ('run: "a\\0b"', ["line 1: run", "control character"]),
         ("run: off", ["run:", "False", "quotes"]),
         ("run: 007.5", ["run:", "quotes"]),
     ],
@@ -181,6 +197,28 @@ def test_home_is_expanded_in_every_path(monkeypatch):
     found = build_experiment({name: "~/x" for name in names})
 
     assert {getattr(found, name) for name in names} == {"/home/someone/x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("output_path: {tmp}", "is a folder, it must be a file"),
+        ("output_path: /dev/null", "is a pipe or a device"),  # replacing it by a file would harm the machine
+        ("tokenizer_path: {tmp}/x.yaml", "is a file, it must be a folder"),
+        ("prompts_file: {tmp}/absent", "nothing at"),
+        ("quantize: w8a8\nquantize_keep: [nothing]", "'nothing' names no linear"),
+        ("output_root: {tmp}/x.yaml/below", "is a file, so nothing can be written below"),
+    ],
+)
+def test_what_shows_only_when_files_are_looked_at_names_the_line_too(tmp_path, text, words, capsys):
+    (tmp_path / "x.yaml").write_text("seed: 1\n" + text.format(tmp=tmp_path))
+
+    assert main(["check", str(tmp_path / "x.yaml")]) == 2
+
+    line = 2 + text.count("\n")
+    error = capsys.readouterr().err
+    assert error.startswith(f"ascend_kit: error: {tmp_path}/x.yaml, line {line}: ") and words in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["input_model", "tokenizer_path", "dataset_path"])

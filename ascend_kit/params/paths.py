@@ -56,6 +56,8 @@ def _fault_of_input(path: Path, *, folder: bool) -> str | None:
 def _fault_of_output(path: Path, *, folder: bool) -> str | None:
     if path.exists() and path.is_dir() != folder:
         return f"{path} is a {'file' if folder else 'folder'}, it must be a {'folder' if folder else 'file'}"
+    if path.exists() and not folder and not path.is_file():
+        return f"{path} is a pipe or a device, it must be a file"
     above = path.absolute() if folder else path.absolute().parent
     existing = next(parent for parent in (above, *above.parents) if parent.exists())
     if not existing.is_dir():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,19 @@ def build_over_params_file(
     return build_experiment(merged, source=source, places={**places_below, **(places or {})})
 
 
+@contextlib.contextmanager
+def naming_lines(path: str | Path, overrides: Collection[str]) -> Iterator[None]:
+    """Faults that show only when files are looked at say in which line of `path` their parameter stands."""
+    try:
+        yield
+    except ValueError as error:
+        places = read_with_places(path)[1]
+        named = re.findall(r"\w+_\w+|\w+(?=[:=])", str(error))
+        place = next((places[key] for key in named if key in places and key not in overrides), str(path))
+        error.args = (f"{place}: {error}",)
+        raise
+
+
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
     """`key=value` strings of the command line, each value read as YAML."""
     result: dict[str, Any] = {}
@@ -184,8 +198,8 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
         yaml.constructor.SafeConstructor().construct_object(node)
     except yaml.MarkedYAMLError:
         raise YamlFault(f"a value of the kind {node.tag} is not allowed", node) from None
-    except (ValueError, OverflowError, AttributeError) as error:  # the last of `!!timestamp` before what is none
-        raise YamlFault(f"{shown(text)} cannot be read: {_one_line(error)}", node) from None
+    except (ValueError, OverflowError, AttributeError, KeyError):  # the last two of `!!timestamp` and `!!bool`
+        raise YamlFault(f"{shown(text)} cannot be read as {kind}", node) from None
 
 
 def _written(key: yaml.Node) -> str:

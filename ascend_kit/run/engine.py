@@ -6,6 +6,8 @@ kernel; it also takes whatever kernel is called python3.
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,13 @@ class ExecutedCopy(NotebookExecutionManager):
     """The executed notebook on disk, whole after every cell; `before_cell` may raise to stop there."""
 
     def __init__(self, nb: NotebookNode, target: Path, before_cell: Callable[[], None]):
+        self._began, self._began_s = datetime.datetime.now(datetime.UTC), time.monotonic()
         super().__init__(nb, progress_bar=False)
         self.target, self.before_cell = target, before_cell
+
+    def now(self) -> datetime.datetime:
+        """The time of day at the beginning and what has passed since: papermill subtracts, and clocks are set back."""
+        return self._began + datetime.timedelta(seconds=time.monotonic() - self._began_s)
 
     def save(self, **kwargs: Any) -> None:
         """Replace the file in one step."""

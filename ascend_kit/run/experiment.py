@@ -17,6 +17,7 @@ from typing import Any
 from ascend_kit.files import os_error_text
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, load_experiment
+from ascend_kit.params.yaml_file import naming_lines
 from ascend_kit.run import copies
 from ascend_kit.run.checks import Notebook, RunError, check_conversion, check_paths, find_notebooks, select_notebooks
 from ascend_kit.run.contents import check_contents
@@ -68,7 +69,8 @@ def run_experiment(
     chosen = select_notebooks(available, only)
     if undone := _undo_exchange(experiment, chosen):
         echo(undone)
-    check_parameters(experiment, chosen)
+    with naming_lines(path, overrides or {}):
+        check_parameters(experiment, chosen)
     mode = _mode(experiment, resume, overwrite)
     folder = experiment.run_folder
     with contextlib.ExitStack() as stack:
@@ -326,7 +328,9 @@ def check_experiment(
 ) -> Experiment:
     """Everything that `run_experiment` checks beforehand, without running anything."""
     experiment = load_experiment(path, overrides)
-    check_parameters(experiment, find_notebooks(notebooks))
+    available = find_notebooks(notebooks)
+    with naming_lines(path, overrides or {}):
+        check_parameters(experiment, available)
     return experiment
 
 
