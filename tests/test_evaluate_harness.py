@@ -137,10 +137,12 @@ def test_every_documents_log_probabilities_equal_hflm(finished, theirs) -> None:
 
 
 def test_with_a_chat_template_they_equal_hflm_too(engine, tiny_qwen3_dir, data, tmp_path) -> None:
-    theirs = hflm_results(tiny_qwen3_dir, data, tmp_path / "yaml", chat=True)
-    result, _ = run(engine, experiment_for(data, tmp_path / "out", eval_chat_template=True))
+    experiment = experiment_for(data, tmp_path / "out", eval_chat_template=True, eval_limit=4)
+    drawn = drawn_documents(find_tasks(data, SETS), experiment)
+    theirs = hflm_results(tiny_qwen3_dir, data, tmp_path / "yaml", chat=True, samples=drawn)
+    result, _ = run(engine, experiment)
 
-    assert_same_documents(result.documents, theirs["samples"])
+    assert_same_documents(result.documents, theirs["samples"], 16)
     assert "chat template" in result.tasks["conditions"].iloc[0]
 
 
@@ -148,19 +150,19 @@ def test_on_the_demo_data_they_equal_hflm_too(engine, tiny_qwen3_dir, tmp_path) 
     from ascend_kit.demo.datasets import write_datasets
 
     write_datasets(tmp_path / "demo")
-    experiment = experiment_for(tmp_path / "demo", tmp_path / "out", eval_limit=12)
+    experiment = experiment_for(tmp_path / "demo", tmp_path / "out", eval_limit=6)
     drawn = drawn_documents(find_tasks(tmp_path / "demo", SETS), experiment)
     theirs = hflm_results(tiny_qwen3_dir, tmp_path / "demo", tmp_path / "yaml", samples=drawn)
     result, _ = run(engine, experiment)
 
-    assert_same_documents(result.documents, theirs["samples"])
+    assert_same_documents(result.documents, theirs["samples"], 20)
     accuracy = result.groups[result.groups["metric"] == "acc"].set_index("task")["value"]
     for group in ("mmlu", "ceval-valid", "agieval"):
         assert accuracy[group] == pytest.approx(theirs["results"][group]["acc,none"])
 
 
-def assert_same_documents(documents: pandas.DataFrame, theirs: dict) -> None:
-    assert len(documents) == sum(len(samples) for samples in theirs.values()) >= 8 * 5
+def assert_same_documents(documents: pandas.DataFrame, theirs: dict, at_least: int = 40) -> None:
+    assert len(documents) == sum(len(samples) for samples in theirs.values()) >= at_least
     for row in documents.itertuples():
         (sample,) = [sample for sample in theirs[row.task] if sample["doc_id"] == row.doc_id]
         assert (row.doc_hash, row.prompt_hash) == (sample["doc_hash"], sample["prompt_hash"])

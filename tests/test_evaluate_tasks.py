@@ -19,6 +19,7 @@ from evaluation_data import write_sets, write_table
 from running_server import Running
 
 from ascend_kit import AscendInferEngine
+from ascend_kit.evaluation import code_execution
 from ascend_kit.evaluation.compare import pair_documents
 from ascend_kit.evaluation.drawing import allocate, detectable, draw
 from ascend_kit.evaluation.endpoint import EndpointEngine
@@ -123,7 +124,7 @@ def test_gsm8k_from_a_local_copy_equals_hflm_with_shots_and_filters(engine, gsm8
         assert row.value == theirs["results"]["gsm8k"][row.metric] and row.n == 6
 
 
-def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path) -> None:
+def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path, monkeypatch) -> None:
     """CMMLU has a csv file a subject in a folder a split, GPQA a file that names no split, HumanEval numbered parts."""
     root, choices = tmp_path / "data", {"A": "甲", "B": "乙", "C": "丙", "D": "丁"}
     exam = [{"": n, "Question": f"题{n}", **choices, "Answer": "ABCD"[n % 4]} for n in range(6)]
@@ -141,6 +142,7 @@ def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path)
     def answer(prompt, sampling):
         return written[prompt[:3]], "stop"
 
+    monkeypatch.setattr(code_execution, "TIMEOUT_S", 1.0)
     names = ["cmmlu_agronomy", "gpqa_diamond_zeroshot", "humaneval"]
     experiment = experiment_for(
         root, tmp_path, eval_datasets=names, eval_fewshot=2, allow_code_execution=True, eval_max_new_tokens=64
