@@ -157,6 +157,13 @@ def write(source: Path, folder: Path, make, settings: dict, *, description: str 
     return meant
 
 
+def damage(folder: Path, change) -> None:
+    """Let `change` alter the tensors of a checkpoint of one file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
 def group_settings(weights: dict, inputs: dict | None, kind: str) -> dict:
     weights = {"type": "int", **weights}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": kind}
