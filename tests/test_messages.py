@@ -47,7 +47,7 @@ def fields(language):
 
 # The last words of these keys come from data or stand in the report's template.
 FAMILIES = ("parity.", "sweep.shared_", "scores.", "state.", "number.", "about.", "index.", "report.", "verdict.only_",
-            "evaluation.", "explore.", "facts.", "panel.", "level.")  # fmt: skip
+            "evaluation.", "explore.", "facts.", "panel.", "level.", "profile.")  # fmt: skip
 
 
 def test_no_key_is_missing_and_no_text_is_asked_for_by_nobody():

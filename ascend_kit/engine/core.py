@@ -18,6 +18,7 @@ from ascend_kit.engine import scoring
 from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.loader import load_decoder
+from ascend_kit.engine.profile import Phase, profile_core
 from ascend_kit.engine.runner import ModelRunner
 from ascend_kit.engine.sampler import NOT_FINITE
 from ascend_kit.engine.scheduler import Scheduler, StepPace
@@ -53,6 +54,7 @@ class Core(Protocol):
     def step(self, should_stop: StopCheck) -> list[Sequence]: ...
     def finish(self, sequence: Sequence, reason: str) -> None: ...
     def stats(self) -> dict[str, Any]: ...
+    def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]: ...
     def close(self) -> None: ...
 
 
@@ -239,6 +241,10 @@ class EngineCore:
             "reserve_bytes": self.reserve_bytes,
             "graphs": self.runner.graphs.info() if self.runner.graphs is not None else None,
         }
+
+    def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]:
+        """A prefill and decode steps under the profiler, while no request runs; see `profile_core`."""
+        return profile_core(self, prompts, steps, folder)
 
     def close(self) -> None:
         """Give the graphs' memory back and let other ranks of this model return from `serve_steps`."""

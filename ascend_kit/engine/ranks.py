@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ascend_kit.device.parallel import TensorParallel
     from ascend_kit.engine.config import EngineConfig
     from ascend_kit.engine.core import StopCheck
+    from ascend_kit.engine.profile import Phase
     from ascend_kit.model.config import ModelConfig
 
 JOIN_S = 300.0  # until all ranks have arrived
@@ -163,6 +164,10 @@ class RankCore:
     def stats(self) -> dict[str, Any]:
         """This rank's numbers; see EngineCore.stats."""
         return {**self.core.stats(), "rank": self.ranks.rank, "ranks": self.ranks.size}
+
+    def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]:
+        """Not here: every rank would have to take part."""
+        raise ValueError(f"profile: true does not go with {self.ranks.launcher}; set cards instead")
 
     def close(self) -> None:
         """Leave the group once all ranks are here, or are late."""

@@ -18,9 +18,10 @@ from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.core import ReplicasLost, StopCheck, why_refused
 from ascend_kit.engine.dispatcher import MAX_FAILURES, Dispatcher
+from ascend_kit.engine.profile import Phase
 from ascend_kit.engine.replica import ABANDONED, FAILED, HANG_S, READY, STARTING, Processes, Replica
 from ascend_kit.engine.sequence import Progress, Sequence
-from ascend_kit.engine.worker import Facts, Worker
+from ascend_kit.engine.worker import Facts, Worker, host_name
 from ascend_kit.model.config import ModelConfig
 
 WAIT_S = 0.1  # a step returns after this time even if nothing happened
@@ -202,6 +203,16 @@ class ReplicatedCore:
             if call in answered:
                 with contextlib.suppress(Exception):  # a lost replica is noticed by the next step
                     one.report = self.processes.result(call)
+
+    def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]:
+        """Steps of the first replica under the profiler, while no request runs; rank 0 of several is shown."""
+        one = self.replicas[0]
+        if one.addresses[0].host != host_name():
+            raise ValueError("profile: true writes its trace where the model runs; leave ray_address out")
+        call = one._call("profile", prompts, steps, folder)
+        if not self.processes.wait([call, *one.other_ranks], HANG_S):
+            raise TimeoutError(f"the profile did not end within {HANG_S:.0f} s")
+        return self.processes.result(call)
 
     # --- replicas ---------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from ascend_kit.engine.sequence import Progress, Sequence
 if TYPE_CHECKING:
     from ascend_kit.device.device import Device
     from ascend_kit.engine.core import EngineCore
+    from ascend_kit.engine.profile import Phase
     from ascend_kit.engine.text import StopRules
     from ascend_kit.model.config import ModelConfig
 
@@ -192,6 +193,10 @@ class Worker:
         """Start a new high-water mark of memory; the state after it. Called on rank 0."""
         self._loaded().device.reset_peak_memory()
         return self._report([])
+
+    def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]:
+        """See EngineCore.profile; called on rank 0."""
+        return self._loaded().profile(prompts, steps, folder)
 
     def close(self) -> None:
         """Let the other ranks go; called on rank 0."""

@@ -230,6 +230,7 @@ class Experiment(BaseModel):
         "none", description="find the highest rate or concurrency that meets slo"
     )
     search_precision: float = Field(0.1, gt=0, lt=1, description="width of the search's bracket, share")
+    profile: bool = Field(False, description="one prefill and some decode steps under the profiler, traces kept")
     # evaluation
     eval_datasets: list[str] = Field(
         ["mmlu", "ceval", "agieval", "wikitext"], min_length=1, description="these, any task of lm-eval, text:<file>"
