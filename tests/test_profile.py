@@ -11,6 +11,7 @@ from ascend_kit.device.profiler import ProfileError, kind_of, read_kernel_detail
 from ascend_kit.measure.profile import bound_of, load_profile, profile_engine
 from ascend_kit.params import Experiment
 from ascend_kit.show.profiles import operator_table, profile_figure, profile_findings
+from ascend_kit.show.tables import memory
 from ascend_kit.stages import RunRecord
 
 # The columns that torch_npu writes (CsvHeaders of its wheel), times with the tab that CANN puts behind them.
@@ -102,6 +103,7 @@ def test_a_profile_is_written_once_with_its_traces_and_read_back(tiny_qwen3_dir,
         folder.write_json("ceilings", {"device": engine.device.name, **CEILINGS})
         profile_engine(engine, experiment, folder)
         profile_engine(engine, experiment, folder)
+        assert "KV cache" in memory(engine).data and "kept for" not in memory(engine).data
         assert engine.stats()["kv_blocks_free"] == engine.stats()["kv_blocks_total"]
 
     steps, operators = load_profile(folder)
@@ -130,6 +132,7 @@ def test_an_npu_without_its_profiler_says_what_is_missing_and_the_sweep_goes_on(
     with AscendInferEngine.from_experiment(experiment) as engine, RunFolder.open(experiment, "04_throughput") as folder:
         folder.write_json("ceilings", {"device": engine.device.name, **CEILINGS})
         profile_engine(engine, experiment, folder)
+        assert "kept for activations" in memory(engine).data
         assert not engine.core.sequences and len(engine.generate("ab", SamplingParams(max_new_tokens=2))) == 1
 
     stage = RunRecord.read(folder.path).stages["04_throughput"]

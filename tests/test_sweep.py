@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ascend_kit.device import power
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
 from ascend_kit.identity import Identity
 from ascend_kit.measure import engines, sweep
@@ -149,6 +150,27 @@ def test_sweep_writes_one_row_per_point_with_units_and_raw_requests(tmp_path):
     joined = rows.merge(requests, on="point_id")
     assert len(joined) == 8 * 4
     assert all(len(times) == 4 for times in requests["token_times_s"])
+
+
+def test_rows_of_a_card_have_its_power_and_the_energy_of_a_token_others_have_none(tmp_path, monkeypatch):
+    tool = tmp_path / "npu-smi"
+    tool.write_text(f"#!/bin/sh\ncat {Path(__file__).parent}/data/npu_smi_info_910b.txt\n")
+    tool.chmod(0o755)
+    experiment = experiment_for(tmp_path, sweep_concurrency=[4], sweep_prompt_len=[8])
+    with opened(experiment) as folder:
+        (row,) = sweep.run_sweep(StandInEngine(), experiment, folder, ceilings=CEILINGS).to_dict("records")
+    assert "energy_j_per_output_token" in row and row["power_source"] in (None, "rapl")
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(StandInDevice, "kind", "npu")
+    monkeypatch.setattr(power, "INTERVAL_S", 0.02)
+    with opened(experiment_for(tmp_path, run="npu", sweep_concurrency=[4], sweep_prompt_len=[8])) as folder:
+        engine = StandInEngine(step_s=0.1)
+        (row,) = sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS).to_dict("records")
+
+    assert row["power_w"] == pytest.approx(92.7) and row["power_source"] == "npu-smi"  # of the third card
+    assert row["energy_j_per_output_token"] * row["output_tokens"] == pytest.approx(92.7 * row["wall_s"], rel=0.1)
 
 
 def test_closed_loop_keeps_exactly_the_stated_number_in_flight(tmp_path):

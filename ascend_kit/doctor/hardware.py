@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ascend_kit.device.npu_smi import IDLE_HBM_MB, SmiInfo, parse_info, parse_topo
 from ascend_kit.doctor.findings import Section
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.npu_smi import IDLE_HBM_MB, SmiInfo, parse_info, parse_topo
 from ascend_kit.doctor.versions import numbers, stack
 
 DRIVER_INFO = "/usr/local/Ascend/driver/version.info"

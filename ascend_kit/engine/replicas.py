@@ -186,6 +186,7 @@ class ReplicatedCore:
             "kv_block_bytes": sum(stats["kv_block_bytes"] for stats in ranks),
             "block_size": self.block_size,
             "weight_bytes": sum(stats["weight_bytes"] for stats in ranks),
+            "reserve_bytes": ranks[0]["reserve_bytes"],
             "graphs": next((one.report.graphs for one in self.replicas if one.report), ranks[0]["graphs"]),
             "restarts": sum(one.restarts for one in self.replicas),
             "replicas": [{**one.row(), **self._load_of(one)} for one in self.replicas],

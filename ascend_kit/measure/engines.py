@@ -170,7 +170,8 @@ class EngineBackend:
 
     def variant(self) -> dict[str, Any]:
         switches = {switch: getattr(self._experiment, switch) for switch in (*SWITCHES, *OPTIONS)}
-        return {"precision": self._experiment.precision, "quantize": self._scheme, **switches}
+        plain = ", ".join(sorted(self._experiment.plain_ops)) or None
+        return {"precision": self._experiment.precision, "quantize": self._scheme, **switches, "plain_ops": plain}
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()

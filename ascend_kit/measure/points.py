@@ -10,8 +10,9 @@ from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.checkpoint.huggingface import load_tokenizer
+from ascend_kit.device.power import PowerMeter
 from ascend_kit.measure import metrics
-from ascend_kit.measure.cards import CardMeter
+from ascend_kit.measure.cards import CardMeter, watched_cards
 from ascend_kit.measure.engines import Backend, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card, Deployment, request_flops
 from ascend_kit.measure.loads import Encoder, Load, build
@@ -202,7 +203,8 @@ class PointRunner:
         device = self.backend.device
         device.synchronize()
         before, meter = self.backend.stats(), CardMeter(self.backend)
-        records = self.backend.run(requests, point.concurrency, on_done=_Seconds(len(requests), on_share))
+        with PowerMeter(device.kind, watched_cards(self.backend, self.experiment)) as power:
+            records = self.backend.run(requests, point.concurrency, on_done=_Seconds(len(requests), on_share))
         cards, observed = meter.rows(), self.backend.observed()
         # Before the row: a row without its raw samples would be worse than the reverse.
         self._append("requests", [{**ids, **record.to_row()} for record in records])
@@ -217,6 +219,7 @@ class PointRunner:
             **known.utilisation(point, records, summary),
             "weight_bytes": self.backend.weight_bytes(),
             "peak_memory_bytes": device.peak_memory_bytes(),
+            **power.columns(sum(record.num_output_tokens for record in records)),
         }
 
     def _append(self, table: str, rows: list[dict[str, Any]]) -> None:

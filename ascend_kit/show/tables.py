@@ -13,7 +13,7 @@ from html import escape
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.files import Table
+from ascend_kit.files import GIB, Table
 from ascend_kit.measure.cards import total_load
 from ascend_kit.messages import keys as known_keys
 from ascend_kit.messages import phrase, translate
@@ -32,7 +32,7 @@ SWEEP = [
     *("backend", "concurrency", "prompt_len", "output_len", "output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"),
     *("ceiling_share", "repeat", "cards", "tensor_parallel", "itl_p99_ms", "e2e_p99_ms", "requests_per_s"),
     *("goodput_requests_per_s", "mbu", "mfu", "kv_use_max", "running_mean", "waiting_mean", "prefix_hit_rate"),
-    *("num_preemptions", "tokens_per_step", "status", "error"),
+    *("num_preemptions", "tokens_per_step", "energy_j_per_output_token", "power_w", "status", "error"),
 ]
 EXPECTED = [
     *("cards", "tensor_parallel", "concurrency", "prompt_len", "output_len", "decode_floor_ms", "prefill_floor_ms"),
@@ -162,6 +162,17 @@ def facts(values: dict[str, Any], *, title: str = "value") -> HTML | None:
     import pandas
 
     return readable(pandas.DataFrame({title: _flat(values)}, dtype=object))
+
+
+def memory(engine: Any) -> HTML | None:
+    """What a loaded engine holds of a card's memory and what it keeps free for later, GiB of each rank; None of a
+    server."""
+    stats = getattr(engine, "stats", dict)()
+    if "kv_block_bytes" not in stats:
+        return None
+    kept = {f"kept for {name}": size / GIB for name, size in stats.get("reserve_bytes", {}).items()}
+    pool = stats["kv_blocks_total"] * stats["kv_block_bytes"] / GIB
+    return facts({"weights": stats["weight_bytes"] / GIB, "KV cache": pool, **kept}, title="GiB")
 
 
 def cell_text(value: Any) -> str:

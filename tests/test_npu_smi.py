@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from doctor_hosts import sample
 
-from ascend_kit.doctor.npu_smi import Chip, SmiProcess, parse_info, parse_key_values, parse_topo, parse_usages
+from ascend_kit.device.npu_smi import Chip, SmiProcess, parse_info, parse_key_values, parse_topo, parse_usages
 
 
 def test_table_of_a_910b_machine_gives_every_card_with_its_memory():
