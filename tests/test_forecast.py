@@ -105,6 +105,45 @@ def test_replicas_that_share_a_processor_have_their_part_of_its_ceilings_but_a_l
     assert half.prefill_floor_s(16) == alone.prefill_floor_s(16)
 
 
+def test_a_graph_on_an_ascend_is_no_faster_than_the_host_gives_its_layers_their_lengths():
+    tiny = replace(TINY, num_layers=40)
+
+    assert Deployment(tiny, CARD).decode_s(1, 10) == pytest.approx(40 * 115e-6)
+    assert Deployment(tiny, CARD, graph_mode=False, launches_per_layer=1).decode_s(1, 10) < 40 * 115e-6
+    assert Deployment(tiny, Card(PEAKS["H200"])).decode_s(1, 10) < 40 * 115e-6
+    assert [name for name, peak in PEAKS.items() if not peak.is_ascend] == [
+        "H200", "H100-SXM", "H100-PCIe", "A100-80GB", "A100-40GB"
+    ]  # fmt: skip
+    assert HardwarePeak("Ascend910B3 (measured)", 1, 1, 1, 1, "").is_ascend
+
+
+def test_all_reduces_of_one_server_start_on_the_vector_cores():
+    card = replace(CARD, launch_s=0.0, graph_update_s=0.0, peak=replace(CARD.peak, link_bytes_per_s=None))
+    split, more = (Deployment(QWEN3_8B, card, tp_size=size)._communication_s(1) for size in (8, 16))
+
+    assert split == pytest.approx(72 * 10e-6) and more == pytest.approx(72 * 20e-6)
+
+
+def test_guesses_cost_rows_and_give_tokens_up_to_the_first_wrong_one():
+    plain = Deployment(TINY, small_card(1e6, 1e12))
+    guessing = replace(plain, speculate=3, acceptance=0.5)
+
+    assert guessing.tokens_per_step == 1 + 0.5 + 0.25 + 0.125
+    assert guessing.decode_s(2, 10) == pytest.approx(plain.decode_s(8, 10))
+    assert guessing.tpot_s(16, 5, 1) == pytest.approx(plain.decode_s(4, 18.5) / 1.875)
+    # Every guess right: four tokens a step, of which the weights are read once; the ceiling stays above.
+    perfect = replace(plain, card=small_card(1e12, 1e3), speculate=3, acceptance=1.0)
+    assert perfect.output_tokens_per_s(1, 9, 1) <= perfect.ceiling_tokens_per_s(1, 9, 1)
+    assert perfect.ceiling_tokens_per_s(1, 9, 1) > 2 * replace(perfect, speculate=0).ceiling_tokens_per_s(1, 9, 1)
+
+
+def test_what_the_engine_refuses_is_refused():
+    assert "int8" in str(Deployment(QWEN3_8B, CARD, kv_cache_dtype="int8").check())
+    assert Deployment(QWEN3_8B, small_card(1, 1), kv_cache_dtype="int8").check() is None
+    assert "vocab_size" in str(Deployment(replace(QWEN3_8B, vocab_size=151_937), CARD, tp_size=2).check())
+    assert "hidden_size" in str(Deployment(replace(QWEN3_8B, hidden_size=4097), CARD, tp_size=2).check())
+
+
 def test_unknown_precision_is_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match="bf16"):
         Deployment(TINY, CARD, "int4").decode_floor_s(1, 1)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,24 @@ def test_heads_of_64_go_through_one_packed_call_when_asked(step, monkeypatch, de
     got = npu.paged_attention(q, k_cache, v_cache, meta, 64**-0.5)
 
     torch.testing.assert_close(got.cpu(), expected, **BF16)
+
+
+@pytest.mark.parametrize("size", [128, 16])
+def test_decode_without_a_mask_is_a_switch_and_a_prompt_keeps_its_mask(size, monkeypatch, device):
+    calls = []
+    real = npu._npu().npu_fused_infer_attention_score
+    recorder = SimpleNamespace(npu_fused_infer_attention_score=lambda *a, **k: calls.append(k) or real(*a, **k))
+    monkeypatch.setattr(npu, "_npu", lambda: recorder)
+    monkeypatch.setenv("ASCEND_KIT_NPU_DECODE_MASK", "none")
+    for step, is_masked in (("decode", False), ("mixed", True)):
+        q, k_cache, v_cache, meta, expected = attention_case(step, 8, 2, size, device=device)
+
+        got = npu.paged_attention(q, k_cache, v_cache, meta, size**-0.5)
+
+        torch.testing.assert_close(got.cpu(), expected, **BF16)
+        assert {call["sparse_mode"] for call in calls} == {3 if is_masked else 0}
+        assert all((call["atten_mask"] is not None) == is_masked for call in calls)
+        calls.clear()
 
 
 def test_rotary_leaves_the_in_place_kernel_above_76_heads_and_for_64_before_cann_9(monkeypatch, device):

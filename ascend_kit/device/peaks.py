@@ -26,6 +26,11 @@ class HardwarePeak:
     link_bytes_per_s: float | None = None
     certain: bool = True
 
+    @property
+    def is_ascend(self) -> bool:
+        """Whether it is one of Huawei's, by its name here or at run time."""
+        return re.match(r"(ASCEND)?910|A3DIE", _squeeze(self.name)) is not None
+
 
 # Ascend: Huawei's own performance model, Ascend/msmodeling tensor_cast/device.py. Its bf16 figures equal cube
 # cores x 8192 FLOP x clock (24 x 1.8 GHz, 20 x 1.8, 20 x 1.5); the advertised fp16 numbers are boost-clock

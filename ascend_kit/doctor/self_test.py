@@ -72,6 +72,7 @@ def _check_alternatives(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCh
         ("ASCEND_KIT_NPU_ROPE", "tnd", lambda: _check_rotary(comparer, dtype)),
         ("ASCEND_KIT_NPU_ROPE", "rotary_mul", lambda: _check_rotary(comparer, dtype)),
         ("ASCEND_KIT_NPU_KV_WRITE", "nd_update", lambda: _check_case(comparer, decode, HEADS[1], dtype)),
+        ("ASCEND_KIT_NPU_DECODE_MASK", "none", lambda: _check_case(comparer, decode, HEADS[1], dtype)),
         ("ASCEND_KIT_NPU_HEAD_64", "tnd", lambda: _check_attention(comparer, HEADS[2], dtype)),
     )
     for name, value, checks in forms:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ascend_kit.device.parallel import check_division
+from ascend_kit.device.parallel import AIV_RANKS, check_division
 from ascend_kit.device.peaks import HardwarePeak
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import LINEAR_PARTS, WeightBytes, layer_prefix, num_weights, uniform_schemes, weight_bytes
@@ -47,7 +47,9 @@ class Card:
     (Ascend/msmodeling, tensor_cast/device.py, there marked uncalibrated). `launch_s` is the gap between two
     kernels of a replayed graph, `eager_launch_s` the host's cost of queueing one kernel from Python, and
     `allreduce_s` the start-up of one small all-reduce: assumptions of the usual order for accelerators, not
-    measurements. Replace them by measured values where there are any.
+    measurements. `allreduce_aiv_s` is that on an Ascend's vector cores, from what they are said to save with four cards
+    and one request (10 to 15 % of a step), `graph_update_s` the host's cost of giving one layer of a replayed NPU graph
+    its lengths (estimated at 80 to 150 us). Replace them by measured values where there are any.
     """
 
     peak: HardwarePeak
@@ -56,6 +58,8 @@ class Card:
     launch_s: float = 2e-6
     eager_launch_s: float = 15e-6
     allreduce_s: float = 20e-6
+    allreduce_aiv_s: float = 10e-6
+    graph_update_s: float = 115e-6
     memory_share: float = 0.9  # of the card: the rest is context, workspace, graphs and communication buffers
 
     @classmethod
@@ -156,15 +160,24 @@ class Deployment:
     max_tokens_per_step: int = 2048
     kv_cache_dtype: str = "auto"
     stored_bytes: int | None = None  # weights of a loaded model, whole; None: arithmetic
+    speculate: int = 0  # tokens guessed per step, each of which takes a row of its own
+    acceptance: float = 0.0  # probability that a guess behind right ones is right
 
     def check(self) -> str | None:
-        """Why the model cannot be split over `tp_size` cards; None when it can."""
+        """Why the engine refuses the model on `tp_size` of these cards; None when it runs there."""
+        if self.kv_cache_dtype == "int8" and self.card.peak.is_ascend:
+            return "kv_cache_dtype: int8 is not available on an NPU"
         names = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size", "hidden_size")
         try:
             check_division(self.tp_size, {name: getattr(self.config, name) for name in names})
         except ValueError as error:
             return str(error)
         return None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Expected new tokens of a request in a decode step: guesses count up to the first wrong one."""
+        return sum(self.acceptance**n for n in range(self.speculate + 1))
 
     @property
     def scheme(self) -> str:
@@ -214,21 +227,25 @@ class Deployment:
     def ceiling_tokens_per_s(self, prompt_len: int, output_len: int, concurrency: int) -> float:
         """Output tokens per second that no schedule can exceed with `concurrency` requests in flight.
 
-        A step yields at most one token per request in flight and reads the weights once, so the weights are read at
-        least 1/concurrency times per token. A prompt's FLOPs and its share of reading overlap with other work at best,
-        so the bound is the larger of total FLOPs and total bytes over their ceilings.
+        A step yields at most one token per request in flight, and one for each guess, and reads the weights once, so
+        they are read at least 1/concurrency times per token without guesses. A prompt's FLOPs and its share of reading
+        overlap with other work at best, so the bound is the larger of total FLOPs and total bytes over their ceilings.
         """
         steps, context = output_len - 1, prompt_len + output_len / 2  # the prompt pass yields the first token
         flops = prefill_flops(self.config, prompt_len) + steps * decode_flops(self.config, 1, context)
-        num_bytes = self.weights.per_step * output_len / concurrency + self.kv_token_bytes * steps * context
+        most = concurrency * (1 + self.speculate)
+        num_bytes = self.weights.per_step * output_len / most + self.kv_token_bytes * steps * context
         return output_len / self.limit(self.card_share).floor_s(flops, num_bytes)
 
     # --- predictions
 
     def decode_s(self, batch: int, context_len: float) -> float:
-        """Predicted time of one decode step."""
-        work = decode_flops(self.config, batch, context_len), self.decode_bytes(batch, context_len)
-        return self._sustained(self.scheme).floor_s(*work) + self._launch_s() + self._communication_s(batch)
+        """Predicted time of one decode step. An NPU's graph waits in every layer for the lengths the host gives it."""
+        rows = batch * (1 + self.speculate)
+        work = decode_flops(self.config, rows, context_len), self.decode_bytes(rows, context_len)
+        device_s = self._sustained(self.scheme).floor_s(*work) + self._launch_s() + self._communication_s(rows)
+        has_updates = self.graph_mode and self.card.peak.is_ascend
+        return max(device_s, self.config.num_layers * self.card.graph_update_s if has_updates else 0.0)
 
     def prefill_s(self, prompt_len: int, num_prompts: int = 1) -> float:
         """Predicted time of prompts packed into one pass. Attention stays in the model's dtype under int8."""
@@ -247,12 +264,13 @@ class Deployment:
     def output_tokens_per_s(self, prompt_len: int, output_len: int, concurrency: int) -> float:
         """Predicted steady state: each request's prompt pass, and decode steps shared by all in flight."""
         prefill = concurrency * self.loaded_prefill_s(prompt_len, concurrency)
-        decode = (output_len - 1) * self.decode_s(concurrency, prompt_len + output_len / 2)
+        steps = (output_len - 1) / self.tokens_per_step
+        decode = steps * self.decode_s(concurrency, prompt_len + output_len / 2)
         return concurrency * output_len / (prefill + decode)
 
     def tpot_s(self, prompt_len: int, output_len: int, concurrency: int) -> float:
         """Predicted time per output token: a decode step, and the prompt passes of others in between."""
-        step = self.decode_s(concurrency, prompt_len + output_len / 2)
+        step = self.decode_s(concurrency, prompt_len + output_len / 2) / self.tokens_per_step
         others = (concurrency - 1) * self.loaded_prefill_s(prompt_len, concurrency)
         return step + others / max(output_len - 1, 1)
 
@@ -274,5 +292,6 @@ class Deployment:
             return 0.0
         size = tokens * self.config.hidden_size * element_bytes(self.precision)
         moved = 2 * (self.tp_size - 1) / self.tp_size * size
-        link = self.card.peak.link_bytes_per_s
-        return 2 * self.config.num_layers * (self.card.allreduce_s + (moved / link if link else 0.0))
+        link, has_aiv = self.card.peak.link_bytes_per_s, self.card.peak.is_ascend and self.tp_size <= AIV_RANKS
+        start_s = self.card.allreduce_aiv_s if has_aiv else self.card.allreduce_s
+        return 2 * self.config.num_layers * (start_s + (moved / link if link else 0.0))

@@ -52,6 +52,7 @@ class PointForecast:
             "launches_per_layer": backend.launches_per_layer,
             "graph_mode": variant["graph_mode"],
             "kv_cache_dtype": variant.get("kv_cache_dtype", "auto"),
+            "speculate": variant.get("speculate", 0),
             "stored_bytes": stored_bytes,
         }
         self.measured = Deployment(backend.config, card, precision, variant["quantize"], **settings)

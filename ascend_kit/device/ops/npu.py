@@ -8,6 +8,7 @@ form is the default and the other one a switch:
     ASCEND_KIT_NPU_KV_WRITE   scatter_pa (default) | nd_update
     ASCEND_KIT_NPU_WEIGHT_NZ  int8 (default) | off        FRACTAL_NZ layout of int8 weights
     ASCEND_KIT_NPU_HEAD_64    bsh (default) | tnd         attention with heads of 64; the self-test tries tnd
+    ASCEND_KIT_NPU_DECODE_MASK  causal (default) | none   none reaches a kernel made for decode; the self-test times it
 
 Attention is `npu_fused_infer_attention_score` over the paged cache for prefill, chunked prefill and decode
 alike. Two layouts cover the head sizes: TND (packed tokens, one call a step) for 128, BSH for other
@@ -38,7 +39,7 @@ HOST_LENGTHS = True  # attention takes lengths as host lists: a captured step ne
 
 MAX_ROPE_HEADS = 76  # (Nq + Nkv) x 2560 + 2048 bytes must fit 192 KiB
 MASK_SIZE = 2048
-CAUSAL_BOTTOM_RIGHT = 3  # sparse_mode: a chunk sees its whole prefix
+CAUSAL_BOTTOM_RIGHT, NO_MASK = 3, 0  # sparse_mode; under 3 a chunk sees its whole prefix
 FRACTAL_ND, FRACTAL_NZ = 2, 29
 MAX_QUANT_WIDTH = 65535
 _FLOAT16 = (torch.float16, torch.bfloat16)
@@ -48,6 +49,7 @@ _SWITCHES = {
     "ASCEND_KIT_NPU_KV_WRITE": ("scatter_pa", "nd_update"),
     "ASCEND_KIT_NPU_WEIGHT_NZ": ("int8", "off"),
     "ASCEND_KIT_NPU_HEAD_64": ("bsh", "tnd"),
+    "ASCEND_KIT_NPU_DECODE_MASK": ("causal", "none"),
 }
 
 
@@ -215,16 +217,19 @@ def _attend(
     """
     blocks, size, kv_heads, head = k_cache.shape
     keys, values = (cache.view(blocks, size, kv_heads * head) for cache in (k_cache, v_cache))
+    # A single query token sees every key of its sequence, so nothing is hidden from it.
+    is_masked = not meta.is_decode or switch("ASCEND_KIT_NPU_DECODE_MASK") == "causal"
+    mask = meta.mask if meta.mask is not None else make_mask(query.device)
     return _npu().npu_fused_infer_attention_score(
         query.contiguous(),
         keys,
         values,
-        atten_mask=meta.mask if meta.mask is not None else make_mask(query.device),
+        atten_mask=mask if is_masked else None,
         actual_seq_lengths_kv=kv_lens,
         block_table=block_table,
         num_key_value_heads=kv_heads,
         scale=scale,  # its default of 1.0 would ruin the output without a word
-        sparse_mode=CAUSAL_BOTTOM_RIGHT,
+        sparse_mode=CAUSAL_BOTTOM_RIGHT if is_masked else NO_MASK,
         block_size=size,
         **options,
     )[0]
