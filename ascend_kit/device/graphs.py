@@ -18,21 +18,19 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ascend_kit.device.advice import advice
+from ascend_kit.device.cpu_graphs import CompiledLayers, Eager, RecordedCalls, StepFn
 from ascend_kit.device.device import Device
+from ascend_kit.device.graph_inputs import GraphError, StaticInputs
 from ascend_kit.device.ops import AttentionMeta
-from ascend_kit.device.ops.native import Arena, NotRecordable, Recording, TorchCalls, compiler
-
-StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
+from ascend_kit.device.ops.native import NotRecordable, compiler
 
 # Few sizes: every graph takes device memory, streams and start-up time. Waste is at most half a batch below
 # 16.
@@ -48,10 +46,6 @@ _HANG_ADVICE = (
     f"{UPDATE_FIRST_VARIABLE}=1 to update before replaying; graph_mode: false; a newer driver and CANN. "
     "With several cards, look at the rank that stopped first."
 )
-
-
-class GraphError(RuntimeError):
-    """A decode graph could not be captured or replayed; the message says what to try."""
 
 
 class GraphHang(GraphError):
@@ -114,86 +108,6 @@ def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None
             time.sleep(0.0005)
 
 
-class _Unreadable(list):
-    """Host lengths where a graph would freeze them: reading raises instead of replaying old lengths."""
-
-    def _refuse(self, *_: Any) -> Any:
-        raise GraphError(
-            "the attention of this op table reads its lengths on the host, which a recorded step cannot do; "
-            "set operator_fusion: true or graph_mode: false"
-        )
-
-    __iter__ = __getitem__ = __len__ = _refuse
-
-
-class StaticInputs:
-    """The inputs of one captured size, at fixed addresses, filled by a single host-to-device copy.
-
-    One int32 buffer holds ids, positions, slots, context lengths (`size` each) and the block table. int32
-    throughout: every consumer takes it, and it is what the attention kernel wants.
-    """
-
-    def __init__(self, device: Device, size: int, max_blocks: int, block_size: int, mask: Tensor | None) -> None:
-        count = size * (4 + max_blocks)
-        pin = device.kind != "cpu"
-        self.size, self.block_size = size, block_size
-        self.host = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
-        self.buffer = torch.zeros(count, dtype=torch.int32, device=device.torch_device)
-        self.host_rows = self.host[: 4 * size].view(4, size)
-        self.host_table = self.host[4 * size :].view(size, max_blocks)
-        rows = self.buffer[: 4 * size].view(4, size)
-        self.token_ids, self.positions, self.slots, self.lens = rows.unbind(0)
-        self.table = self.buffer[4 * size :].view(size, max_blocks)
-        self.mask = mask
-        self.clear()
-        self.buffer.copy_(self.host)
-
-    def clear(self) -> None:
-        """Make every row dead: token 0 at position 0, one key, in its own slot of the scratch block."""
-        self.host.zero_()
-        self.host_rows[2] = torch.arange(self.size, dtype=torch.int32) % self.block_size
-        self.host_rows[3] = 1
-
-    def spread(self) -> None:
-        """Give every dead row a slot of its own, beyond the scratch block too: only while no block is in use."""
-        self.host_rows[2] = torch.arange(self.size, dtype=torch.int32)
-        self.buffer.copy_(self.host)
-
-    def meta(self, host_lengths: Sequence[int] | None) -> AttentionMeta:
-        """The step's meta over the static tensors; None puts a guard where the host lengths would be."""
-        ends, lens = (_Unreadable(), _Unreadable())
-        if host_lengths is not None:
-            ends, lens = list(range(1, self.size + 1)), list(host_lengths)
-        return AttentionMeta(
-            self.slots, self.table, ends, lens, self.lens, self.block_size, is_decode=True, mask=self.mask
-        )
-
-    def fill(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> None:
-        """Copy a step's inputs (on the host or on the device) into the first rows."""
-        batch, width = token_ids.shape[0], meta.block_table.shape[1]
-        if width > self.host_table.shape[1]:
-            raise ValueError(
-                f"a block table of {width} columns does not fit the {self.host_table.shape[1]} the graphs "
-                "were made for; raise max_seq_length"
-            )
-        self.clear()
-        late = []  # what is already on the device is copied there, after the host part
-        pairs = zip(self.host_rows, (self.token_ids, self.positions, self.slots, self.lens),
-                    (token_ids, positions, meta.slot_mapping, meta.context_lens_t), strict=True)  # fmt: skip
-        for host, static, given in pairs:
-            if given.device.type == "cpu":
-                host[:batch] = given
-            else:
-                late.append((static[:batch], given))
-        if meta.block_table.device.type == "cpu":
-            self.host_table[:batch, :width] = meta.block_table[:batch]
-        else:
-            late.append((self.table[:batch, :width], meta.block_table[:batch]))
-        self.buffer.copy_(self.host, non_blocking=True)
-        for static, given in late:
-            static.copy_(given)
-
-
 class _Captured:
     """One recorded size on NPU or CUDA."""
 
@@ -248,7 +162,7 @@ class DecodeGraphs:
         self.update_first = os.environ.get(UPDATE_FIRST_VARIABLE, "0") not in ("", "0")
         self.counters = _Counters()
         self._captured: dict[int, _Captured] = {}
-        self._compiled: _CompiledLayers | _RecordedCalls | _Eager | None = None
+        self._compiled: CompiledLayers | RecordedCalls | Eager | None = None
         if device.kind == "cpu":
             self._compiled = self._cpu_step(records, layers)
             self.sizes = getattr(self._compiled, "sizes", self.sizes)
@@ -313,19 +227,19 @@ class DecodeGraphs:
             captured.graph.reset()
         self._captured.clear()
 
-    def _cpu_step(self, records: bool | None, layers: Sequence[nn.Module]) -> _CompiledLayers | _RecordedCalls | _Eager:
+    def _cpu_step(self, records: bool | None, layers: Sequence[nn.Module]) -> CompiledLayers | RecordedCalls | Eager:
         if records:
-            return _RecordedCalls(self.device, self.step_fn, self.sizes, self.max_blocks, self.block_size)
+            return RecordedCalls(self.device, self.step_fn, self.sizes, self.max_blocks, self.block_size)
         if records is None and compiler() is not None:
-            return _CompiledLayers(self.step_fn, layers)
-        return _Eager(self.step_fn, "plain attention is not recorded" if records is False else "no C++ compiler")
+            return CompiledLayers(self.step_fn, layers)
+        return Eager(self.step_fn, "plain attention is not recorded" if records is False else "no C++ compiler")
 
     def _run_on_cpu(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
         """The step, eager from now on where it can be neither recorded nor compiled: computing it again is harmless."""
         try:
             return self._compiled(token_ids, positions, meta)  # type: ignore[misc]
         except (NotRecordable, torch._dynamo.exc.TorchDynamoException) as error:  # type: ignore[attr-defined]
-            self._compiled = _Eager(self.step_fn, str(error).partition("\n")[0])
+            self._compiled = Eager(self.step_fn, str(error).partition("\n")[0])
             return self._compiled(token_ids, positions, meta)
 
     def _capture_size(self, size: int) -> _Captured:
@@ -398,78 +312,3 @@ class DecodeGraphs:
             table = torch.zeros(batch, min(5, self.max_blocks), dtype=torch.int32)
             meta = AttentionMeta(slots, table, [], [], lens + 1, self.block_size, is_decode=True)
             self._run_on_cpu(ids, positions, meta)
-
-
-class _Eager:
-    """The step as it is, on a CPU that can neither record nor compile it."""
-
-    def __init__(self, step_fn: StepFn, reason: str) -> None:
-        self.step_fn, self.mode = step_fn, f"eager ({reason})"
-        warnings.warn(f"graph_mode: decode steps are computed without a graph: {reason}", stacklevel=2)
-
-    def __call__(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
-        return self.step_fn(token_ids, positions, meta)
-
-
-class _RecordedCalls:
-    """The calls of a step, noted once per batch size and repeated over the same buffers."""
-
-    mode = "recorded_calls"
-
-    def __init__(self, device: Device, step_fn: StepFn, sizes: Sequence[int], max_blocks: int, block_size: int) -> None:
-        from ascend_kit.device.ops.cpu_native import MAX_RECORDED
-
-        self.device, self.step_fn = device, step_fn
-        self.max_blocks, self.block_size = max_blocks, block_size
-        # No padding on a CPU: every batch size is recorded when it first comes up, which takes one step.
-        self.sizes = list(range(1, min(sizes[-1], MAX_RECORDED) + 1))
-        self.recorded: dict[int, tuple[StaticInputs, Recording, Tensor]] = {}
-        self.arena = Arena()
-
-    def __call__(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
-        batch = token_ids.shape[0]
-        if batch not in self.recorded:
-            self.recorded[batch] = self._record(batch)
-        inputs, recording, logits = self.recorded[batch]
-        inputs.fill(token_ids, positions, meta)
-        recording.replay()
-        return logits
-
-    def _record(self, batch: int) -> tuple[StaticInputs, Recording, Tensor]:
-        inputs = StaticInputs(self.device, batch, self.max_blocks, self.block_size, None)
-        with Recording(self.arena) as recording, TorchCalls(recording):
-            logits = self.step_fn(inputs.token_ids, inputs.positions, inputs.meta(None))
-        return inputs, recording, logits
-
-
-class _CompiledLayers:
-    """The step with its decoder layers compiled. One compilation serves all layers, batches and contexts."""
-
-    mode = "compiled_inductor"
-
-    def __init__(self, step_fn: StepFn, layers: Sequence[nn.Module]) -> None:
-        # Rounding to bf16 between fused operators as the plain step does, or greedy tokens would differ from it.
-        options: dict[str, Any] = {"emulate_precision_casts": True}
-        compile_ = lambda fn: torch.compile(fn, dynamic=True, backend="inductor", options=options)  # noqa: E731
-        self.layers = list(layers)
-        self.compiled = [compile_(layer._call_impl) for layer in self.layers]
-        self.step_fn = step_fn if self.layers else compile_(step_fn)
-
-    def __call__(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
-        table = meta.block_table
-        if table.shape[1] == 1:  # width 1 would be compiled as a case of its own
-            table = nn.functional.pad(table, (0, 1))
-        meta = replace(meta, block_table=table, cu_seqlens_q=_Unreadable(), context_lens=_Unreadable())
-        with self._swapped_in():
-            return self.step_fn(token_ids, positions, meta)
-
-    @contextmanager
-    def _swapped_in(self) -> Iterator[None]:
-        """Layers compiled for this step only: a prefill would be compiled again for its own shapes."""
-        for layer, compiled in zip(self.layers, self.compiled, strict=True):
-            layer._compiled_call_impl = compiled
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer._compiled_call_impl = None

@@ -72,11 +72,15 @@ class EngineCore:
     ):
         self.settings, self.config, self.device = settings, config, device
         dtype = DTYPES[settings.precision]
+        if settings.kv_cache_dtype == "int8" and device.kind == "npu":
+            raise ValueError(
+                "kv_cache_dtype: int8 is not available on an NPU: its attention kernel reads int8 keys and values from "
+                "a FRACTAL_NZ cache with static scales per channel, and for 10, 64, 80 or 128 query heads over 1, 8, "
+                f"8 or 16 KV heads only; this model has {config.num_heads} over {config.num_kv_heads}. Allowed: auto"
+            )
         ops = select_ops(device.kind, settings.operator_fusion, settings.plain_ops)
         self.block_size = settings.block_size or device.default_block_size
         kv_dtype = torch.int8 if settings.kv_cache_dtype == "int8" else dtype
-        if kv_dtype == torch.int8 and device.kind == "npu":
-            raise ValueError("kv_cache_dtype: int8 is not available on an NPU yet; allowed there: auto")
         self.decoder = load_decoder(
             settings.model_path,
             config,

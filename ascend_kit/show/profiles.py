@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import Table
 from ascend_kit.measure.profile import load_profile
@@ -25,7 +25,9 @@ def profile_findings(folder: RunFolder) -> list[Finding]:
     steps, _ = load_profile(folder)
     found = []
     for row in steps.to_dict("records"):
-        values = {name: value for name, value in row.items() if isinstance(value, (str, int, float)) and known(value)}
+        values: dict[str, Any] = {
+            name: value for name, value in row.items() if isinstance(value, (str, int, float)) and known(value)
+        }
         for floor in ("memory_floor_ms", "arithmetic_floor_ms"):
             values[floor.replace("floor_ms", "share")] = values.get(floor, 0.0) / values["counted_step_ms"]
         found.append(say(f"profile.{row['bound']}", **values))
@@ -43,7 +45,7 @@ def operator_table(folder: RunFolder) -> Table:
         {"phase": row["phase"], "operator": phrase(HOST), "ms_per_step": row["host_gap_ms"], "share": row["host_share"]}
         for row in steps.to_dict("records")
     ]
-    table = pandas.concat([pandas.DataFrame(gaps), operators], ignore_index=True)[COLUMNS]
+    table: Table = pandas.concat([pandas.DataFrame(gaps), operators], ignore_index=True)[COLUMNS]
     return table.sort_values(["phase", "ms_per_step"], ascending=[False, False], ignore_index=True)
 
 
@@ -55,12 +57,12 @@ def profile_figure(folder: RunFolder) -> Figure | None:
     figure, grid = make_grid(len(steps), 1, height=3.6, width=8)
     texts = []
     for (axes,), step in zip(grid, steps.to_dict("records"), strict=True):
-        part = operators[operators["profile_id"] == step["profile_id"]].sort_values("ms_per_step", ascending=False)
-        bars = [(row.operator, row.ms_per_step, row.calls_per_step, row.kind) for row in part[:LONGEST].itertuples()]
-        rest = part[LONGEST:]
-        if len(rest):
-            sums = float(rest["ms_per_step"].sum()), float(rest["calls_per_step"].sum())
-            bars.append((phrase("all others"), *sums, "other"))
+        lines = [row for row in operators.to_dict("records") if row["profile_id"] == step["profile_id"]]
+        every = [(row["operator"], row["ms_per_step"], row["calls_per_step"], row["kind"]) for row in lines]
+        every.sort(key=lambda bar: -bar[1])
+        bars, rest = every[:LONGEST], every[LONGEST:]
+        if rest:
+            bars.append((phrase("all others"), sum(bar[1] for bar in rest), sum(bar[2] for bar in rest), "other"))
         for place, (_, time_ms, calls, kind) in enumerate(bars):
             axes.barh(place, time_ms, color=COLOURS[kind], label=kind)
             axes.annotate(f"{time_ms:.3g} ms, {calls:.3g}x", (time_ms, place), (4, 0), textcoords="offset points",

@@ -122,7 +122,7 @@ def call(name: str, *arguments: Any) -> None:
 
 def _run(function: Any, addresses: tuple) -> None:
     """Call it; under a profiler by its name, which torch would not see."""
-    if torch.autograd._profiler_enabled():
+    if torch.autograd.profiler._is_profiler_enabled:
         with torch.autograd.profiler.record_function(getattr(function, "__name__", "operator")):
             function(*addresses)
     else:
@@ -183,7 +183,7 @@ class Recording:
         self.kept.append(arguments)
 
     def replay(self) -> None:
-        if torch.autograd._profiler_enabled():
+        if torch.autograd.profiler._is_profiler_enabled:
             for function, addresses in self.calls:
                 _run(function, addresses)
             return
