@@ -8,7 +8,8 @@ import pytest
 
 from ascend_kit import AscendInferEngine, RunFolder, SamplingParams
 from ascend_kit.device.profiler import ProfileError, kind_of, read_kernel_details, read_trace, summarize
-from ascend_kit.measure.profile import bound_of, load_profile, profile_engine
+from ascend_kit.measure.profile import bound_of, profile_engine
+from ascend_kit.measure.rows import load_profile
 from ascend_kit.params import Experiment
 from ascend_kit.show.profiles import operator_table, profile_figure, profile_findings
 from ascend_kit.show.tables import memory

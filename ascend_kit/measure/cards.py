@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.device.device import resolve_device
-from ascend_kit.device.power import physical_cards
-from ascend_kit.engine.worker import own_address
-
 if TYPE_CHECKING:
     import pandas
-
-    from ascend_kit.measure.engines import Backend
-    from ascend_kit.params import Experiment
 
 COUNTERS = ("requests", "output_tokens", "restarts", "busy_s")
 
@@ -45,17 +37,6 @@ def cards_of(engine: Any) -> list[dict[str, Any]]:
         for row in stats["replicas"]
         for name in row["card_names"]
     ]
-
-
-def watched_cards(backend: Backend, experiment: Experiment) -> list[int]:
-    """The cards that a backend computes on, as their maker's tool numbers them; empty where they are elsewhere."""
-    kind, first = backend.device.kind, resolve_device(experiment.device, experiment.device_id)[1]
-    replicas = backend.stats().get("replicas", [])
-    if {host for row in replicas for host in row["hosts"]} - {own_address(), "127.0.0.1"}:
-        return []
-    if backend.cards > 1 and replicas:  # Ray has given them out by the tool's numbers
-        return sorted({int(name.split()[-1]) for row in replicas for name in row["card_names"]})
-    return physical_cards(kind, range(first, first + backend.cards), os.environ)
 
 
 class CardMeter:

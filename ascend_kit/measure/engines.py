@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ascend_kit.checkpoint.huggingface import open_checkpoint
-from ascend_kit.device.device import Device, select_device
+from ascend_kit.device.device import Device, resolve_device, select_device
 from ascend_kit.device.peaks import HardwarePeak
+from ascend_kit.device.power import physical_cards
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams
+from ascend_kit.engine.worker import own_address
 from ascend_kit.identity import Identity
 from ascend_kit.measure.dispatch import Dispatcher
 from ascend_kit.measure.metrics import RequestRecord, record_from_output
@@ -198,6 +201,17 @@ def as_backend(engine: AscendInferEngine | Backend, experiment: Experiment) -> B
     if isinstance(engine, Backend):
         return engine
     return EngineBackend(engine, experiment)
+
+
+def watched_cards(backend: Backend, experiment: Experiment) -> list[int]:
+    """The cards that a backend computes on, as their maker's tool numbers them; empty where they are elsewhere."""
+    kind, first = backend.device.kind, resolve_device(experiment.device, experiment.device_id)[1]
+    replicas = backend.stats().get("replicas", [])
+    if {host for row in replicas for host in row["hosts"]} - {own_address(), "127.0.0.1"}:
+        return []
+    if backend.cards > 1 and replicas:  # Ray has given them out by the tool's numbers
+        return sorted({int(name.split()[-1]) for row in replicas for name in row["card_names"]})
+    return physical_cards(kind, range(first, first + backend.cards), os.environ)
 
 
 def quantize_scheme(folder: str | Path) -> str:

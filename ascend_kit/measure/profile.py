@@ -20,8 +20,6 @@ from ascend_kit.measure.workload import make_requests
 from ascend_kit.results import newest_rows
 
 if TYPE_CHECKING:
-    import pandas
-
     from ascend_kit.params import Experiment
     from ascend_kit.results import RunFolder
 
@@ -155,13 +153,3 @@ def operator_rows(phase: Phase, step_ms: float) -> list[dict[str, Any]]:
         }
         for one in phase.profile.operators
     ]
-
-
-def load_profile(folder: RunFolder) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """The newest row of each phase and their operators; empty tables where nothing was profiled."""
-    import pandas
-
-    steps = list(newest_rows(folder.rows("profile_steps"), ("phase",)).values())
-    asked = {row["profile_id"] for row in steps}
-    operators = [row for row in folder.rows("profile") if row.get("profile_id") in asked]
-    return pandas.DataFrame(steps), pandas.DataFrame(operators)

@@ -104,6 +104,16 @@ def load_cards(folder: RunFolder) -> pandas.DataFrame:
     return cards if cards.empty or rows.empty else cards.loc[cards["point_id"].isin(rows["point_id"])]
 
 
+def load_profile(folder: RunFolder) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """The newest row of each phase and their operators; empty tables where nothing was profiled."""
+    import pandas
+
+    steps = list(newest_rows(folder.rows("profile_steps"), ("phase",)).values())
+    asked = {row["profile_id"] for row in steps}
+    operators = [row for row in folder.rows("profile") if row.get("profile_id") in asked]
+    return pandas.DataFrame(steps), pandas.DataFrame(operators)
+
+
 def failed_points(rows: pandas.DataFrame) -> pandas.DataFrame:
     """The rows of `load_rows` whose point could not be measured; those that nobody could measure are not among them."""
     return rows if rows.empty else rows.loc[~rows["status"].isin(["ok", "pruned"])]

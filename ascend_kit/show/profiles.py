@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import Table
-from ascend_kit.measure.profile import load_profile
+from ascend_kit.measure.rows import load_profile
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.show.drawing import PALETTE, finish, known, make_grid, value_axis
 
