@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+import zipfile
 
 import nbformat
 import pandas
@@ -16,6 +17,7 @@ from test_explore import document, point, write_run
 from ascend_kit.messages import say
 from ascend_kit.results import RunFolder
 from ascend_kit.run.checks import find_notebooks
+from ascend_kit.run.pack import pack
 from ascend_kit.show import charts, sweep_charts, tables
 from ascend_kit.show.report import write_report
 
@@ -103,15 +105,26 @@ def test_on_paper_every_column_is_there(browser, project):
     page.close()
 
 
-def test_the_index_filters_and_leads_to_the_report(browser, project):
-    page = browser.new_page()
-    page.goto(f"file://{project}/outputs/index.html")
+def test_the_packed_index_sorts_filters_and_leads_to_the_report_and_loads_nothing(browser, project, tmp_path):
+    pack(project / "outputs", tmp_path / "outputs.zip")
+    with zipfile.ZipFile(tmp_path / "outputs.zip") as packed:
+        packed.extractall(tmp_path)
+    (index,) = tmp_path.rglob("index.html")
+    page, asked = browser.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"file://{index}")
 
+    orders = []
+    for _ in range(2):
+        page.click("table.runs th:has-text('output tokens/s')")
+        orders.append(page.locator("table.runs tbody th").all_inner_texts())
     page.fill("input[type=search]", "fast")
     visible = [row.inner_text() for row in page.locator("table.runs tbody tr").all() if row.is_visible()]
     page.click("table.runs tbody tr:visible a")
 
+    assert sorted(orders) == [["e/fast", "e/plain"], ["e/plain", "e/fast"]]
     assert len(visible) == 1 and visible[0].startswith("e/fast") and page.url.endswith("e/fast/report.html")
+    assert page.evaluate("window.hurt") is None and all(url.startswith("file://") for url in asked) and len(asked) == 2
     page.close()
 
 
