@@ -23,6 +23,7 @@ from scripted_server import ScriptedServer
 from transformers import AutoModelForCausalLM
 
 from ascend_kit import AscendInferEngine
+from ascend_kit.engine.sequence import SamplingParams
 from ascend_kit.evaluation.endpoint import EndpointEngine
 from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.measure.http import Endpoint
@@ -185,3 +186,17 @@ def test_a_server_that_answers_nothing_ends_with_alarms(case, data, tmp_path, lo
     server.close()
     assert found["mmlu"] >= {"tied", "one_choice"} and found["gsm8k"] >= {"empty_answers", "never_right"}
     assert found["wikitext"] == {"constant"}
+
+
+def test_an_answer_without_choices_is_an_error_that_says_so(case) -> None:
+    _, folder, sets = case
+    if sets:
+        pytest.skip("the server needs a tokenizer only")
+    server = ScriptedServer([(0, b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\nConnection: close\r\n\r\n{"choices": []}')])
+    served = EndpointEngine(Endpoint(server.url, ""), str(folder))
+
+    (output,) = served.generate([[1, 2]], [SamplingParams(max_new_tokens=1)])
+
+    assert output.finish_reason == "error" and "without choices" in (output.error or "")
+    assert "without choices" in (served.cannot("multiple_choice") or "")
+    server.close()

@@ -515,9 +515,10 @@ def test_data_faults_come_before_any_work(engine, data, tmp_path) -> None:
 # --- cautions and published scores --------------------------------------------------------------------------
 
 
-def choices(accuracy: float, n: int = 200, prediction: int | None = None, tied: bool = False) -> list[dict]:
+def choices(accuracy: float, n: int = 200, prediction: int | None = None, tied=False, constant=False) -> list[dict]:
     right = round(accuracy * n)
     logprobs = [-1.0, -1.0, -2.0, -3.0] if tied else [-1.0, -1.5, -2.0, -3.0]
+    logprobs = [-1.0] * 4 if constant else logprobs
     return [
         {
             "task": "t",
@@ -541,7 +542,7 @@ def of_set(documents: list[dict]) -> list[tuple[str, str]]:
         (choices(0.2303), "alarm", "evaluation.chance"),
         (choices(0.6, prediction=2), "alarm", "evaluation.one_choice"),
         (choices(0.6, n=190) + choices(0.6, n=10, tied=True), "caution", "evaluation.tied"),
-        (choices(0.6, n=10, tied=True), "alarm", "evaluation.tied"),
+        (choices(0.6, n=10, constant=True), "alarm", "evaluation.tied"),
         ([{"answer": "3"}] * 50 + [{"answer": " "}], "alarm", "evaluation.empty_answers"),
         ([{"cut_tokens": 5}] * 2 + [{"cut_tokens": 0}] * 98, "alarm", "evaluation.cut_prompts"),
         ([{"cut_tokens": 5}] + [{"cut_tokens": 0}] * 99, "caution", "evaluation.cut_prompts"),

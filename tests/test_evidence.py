@@ -55,6 +55,8 @@ def test_letters_are_counted_as_given_and_as_right() -> None:
     table = evidence.letters(documents()).set_index("letter")
 
     assert list(table["given_percent"]) == [50.0, 50.0] and list(table["right_percent"]) == [25.0, 75.0]
+    many = documents().assign(choice_logprobs=[[-1.0] * 28] * 4)
+    assert list(evidence.letters(many)["letter"])[24:] == ["Y", "Z", "27", "28"]
 
 
 def test_cut_and_empty_answers_are_counted() -> None:

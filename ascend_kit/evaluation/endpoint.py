@@ -162,7 +162,7 @@ class EndpointEngine:
         if self.endpoint.send_prompts_as == "text":
             return f"{self.url} takes prompts as text and may cut other tokens: set send_prompts_as: ids"
         ids = list(range(3, 3 + PROBE))
-        (answer,) = http.ask(self.endpoint, COMPLETIONS, [_scoring(ids)])
+        answer = _checked(http.ask(self.endpoint, COMPLETIONS, [_scoring(ids)])[0])
         if isinstance(answer, EndpointError):
             return f"{self.url} gives no log-probabilities of prompts (echo with logprobs): {answer}"
         found = _prompt_logprobs(answer, len(ids))
@@ -185,7 +185,7 @@ class EndpointEngine:
         done = itertools.count(1)
 
         def keep(place: int, answer: http.Answer) -> None:
-            found[place] = score = self._score(*pairs[place], answer)
+            found[place] = score = self._score(*pairs[place], _checked(answer))
             if on_score is not None:
                 on_score(place, score)
             if on_progress is not None:
@@ -208,7 +208,7 @@ class EndpointEngine:
         done = itertools.count(1)
 
         def keep(place: int, answer: http.Answer) -> None:
-            found[place] = output = self._output(prompts[place], params[place], answer)
+            found[place] = output = self._output(prompts[place], params[place], _checked(answer))
             output.index = place
             if on_output is not None:
                 on_output(output)
@@ -253,6 +253,13 @@ class EndpointEngine:
             written, choice["token_ids"] = written + stop, None  # vLLM leaves it out; here it says what ended the text
         ids = choice.get("token_ids") or self.tokenizer.encode(written, add_special_tokens=False)
         return RequestOutput(0, prompt, ids, written, reason, None, None, Timeline(arrival_s=time.perf_counter()))
+
+
+def _checked(answer: http.Answer) -> http.Answer:
+    """The answer, or why it is none: a server may say 200 and give nothing."""
+    if isinstance(answer, dict) and not answer.get("choices"):
+        return EndpointError(f"an answer without choices: {str(answer)[:200]}")
+    return answer
 
 
 def _scoring(ids: Ids) -> dict[str, Any]:

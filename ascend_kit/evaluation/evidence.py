@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from ascend_kit.evaluation.compare import pair_documents
+from ascend_kit.evaluation.judge import letter
 from ascend_kit.evaluation.runs import Run
 from ascend_kit.files import Table
 
 Row = dict[str, Any]
-LETTERS = "ABCDEFGHIJ"
 BINS = 10
 EXAMPLES = 3  # flipped documents shown in each direction and set
 SHOWN = 160  # characters of a question
@@ -29,7 +30,7 @@ def letters(documents: Table) -> Table:
         rows += [
             {
                 "set": name,
-                "letter": LETTERS[place],
+                "letter": letter(place),
                 "given_percent": 100 * given[place] / len(part),
                 "right_percent": 100 * right[place] / len(part),
                 "documents": len(part),
@@ -154,13 +155,13 @@ def _example(ours: Row, theirs: Row) -> Row:
 
 def _name(row: Row, value: Any) -> str:
     places = _places(value) if row.get("choice_logprobs") else []
-    return ", ".join(LETTERS[place] for place in places) if places else str(value)
+    return ", ".join(map(letter, places)) if places else str(value)
 
 
 def _places(target: Any) -> list[int]:
     """The places of the right choices: a number, a list of numbers, or a letter."""
     if isinstance(target, str):
-        return [LETTERS.index(target)] if target in tuple(LETTERS) else []
+        return [ascii_uppercase.index(target)] if target in tuple(ascii_uppercase) else []
     return [
         int(place) for place in (target if isinstance(target, list) else [target]) if isinstance(place, (int, float))
     ]

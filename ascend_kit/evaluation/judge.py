@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.evaluation.datasets import MULTIPLE_CHOICE_GROUP, LocalTask
@@ -23,9 +24,9 @@ ENOUGH_DOCUMENTS = 40  # below this, chance and skill overlap anyway
 CHANCE_Z = 2.0  # standard errors above guessing that a working model must reach
 SAME_CHOICE_SHARE = 0.9
 TIED_SHARE = 0.05
-CONSTANT_SHARE = 0.5  # of documents whose best choices tie: that many come from constant logits, not from rounding
+CONSTANT_SHARE = 0.5  # of documents whose choices are all equal: that comes from constant logits, not from rounding
 CUT_SHARE = 0.01
-FEW_DOCUMENTS = 10  # below this, written answers may be alike by chance
+FEW_DOCUMENTS = 10  # below this, answers may be alike by chance
 BLIND_SHARE = 0.95  # of the loss of a model that holds every token of its vocabulary equally likely
 WHOLE_SETS = ("mmlu", "ceval-valid", "agieval")
 
@@ -98,9 +99,12 @@ def _of_set(name: str, documents: Sequence[Row], max_length: int) -> Iterator[Fi
     choice = [row for row in documents if row.get("choice_logprobs")]
     if len(choice) >= ENOUGH_DOCUMENTS:
         yield from _choices(name, choice)
-    tied = sum(_is_tied(row["choice_logprobs"]) for row in choice) / max(1, len(choice))
-    if tied >= (TIED_SHARE if len(choice) >= ENOUGH_DOCUMENTS else CONSTANT_SHARE):
-        yield say("evaluation.tied", "alarm" if tied >= CONSTANT_SHARE else "caution", set=name, share=tied)
+    several = [row["choice_logprobs"] for row in choice if len(row["choice_logprobs"]) > 1]
+    tied, equal = sum(map(_is_tied, several)), sum(len(set(values)) == 1 for values in several)
+    if len(several) >= FEW_DOCUMENTS and equal >= CONSTANT_SHARE * len(several):
+        yield say("evaluation.tied", "alarm", set=name, share=equal / len(several))
+    elif len(several) >= ENOUGH_DOCUMENTS and tied >= TIED_SHARE * len(several):
+        yield say("evaluation.tied", "caution", set=name, share=tied / len(several))
     cut = sum(bool(row.get("cut_tokens")) for row in documents)
     if cut:
         level = "alarm" if cut > CUT_SHARE * len(documents) else "caution"
@@ -125,7 +129,7 @@ def _choices(name: str, choice: Sequence[Row]) -> Iterator[Finding]:
         yield say("evaluation.chance", "alarm", set=name, accuracy=accuracy, chance=chance, total=total)
     favourite, count = Counter(row["prediction"] for row in choice).most_common(1)[0]
     if count >= SAME_CHOICE_SHARE * total:
-        yield say("evaluation.one_choice", "alarm", set=name, choice="ABCDEFG"[favourite], share=count / total)
+        yield say("evaluation.one_choice", "alarm", set=name, choice=letter(favourite), share=count / total)
 
 
 def _texts(name: str, documents: Sequence[Row]) -> Iterator[Finding]:
@@ -158,7 +162,8 @@ def _never_right(name: str, scores: Iterable[Row], documents: Sequence[Row]) -> 
 
 def _running_text(name: str, documents: Sequence[Row], vocab_size: int) -> Iterator[Finding]:
     """Signs that running text is predicted blindly, or that its log-probabilities were made up."""
-    counts = [(row["logprob"], row["num_prompt_tokens"]) for row in documents if row.get("num_prompt_tokens")]
+    texts = {row["doc_hash"]: row for row in documents if row.get("num_prompt_tokens")}  # pages may be repeated
+    counts = [(row["logprob"], row["num_prompt_tokens"]) for row in texts.values()]
     means = [logprob / count for logprob, count in counts]
     if not means:
         return
@@ -167,6 +172,11 @@ def _running_text(name: str, documents: Sequence[Row], vocab_size: int) -> Itera
     loss = -math.fsum(logprob for logprob, _ in counts) / sum(count for _, count in counts)
     if loss >= BLIND_SHARE * math.log(vocab_size):
         yield say("evaluation.blind", "alarm", set=name, loss=loss, blind=math.log(vocab_size))
+
+
+def letter(place: int) -> str:
+    """How the choice at a place is called: A, B, C, and numbers where the letters end."""
+    return ascii_uppercase[place] if place < len(ascii_uppercase) else str(place + 1)
 
 
 def _is_tied(logprobs: list[float]) -> bool:
