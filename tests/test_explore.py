@@ -1,6 +1,7 @@
 """Looking around in runs: lists, points, requests, documents and history come from files, whatever they hold."""
 
 import json
+import re
 
 import pandas
 import pytest
@@ -159,6 +160,27 @@ def test_headless_every_view_shows_its_first_choice_and_escapes_what_is_in_it(ro
     assert "<script>" not in texts
     for text in ("&lt;script&gt;question 1", "1100", "p41"):
         assert text in texts, text
+
+
+def test_the_profile_of_a_run_shows_operators_and_the_hosts_gap(root, monkeypatch):
+    step = {"phase": "decode", "profile_id": "a", "batch": 4, "host_gap_ms": 0.5, "host_share": 0.25, "bound": "host",
+            "counted_step_ms": 2.0, "status": "ok"}  # fmt: skip
+    operators = (("MatMul", "product", 1.0), ("Copy", "copy", 0.5))
+    rows = [{"profile_id": "a", "phase": "decode", "operator": name, "kind": kind, "ms_per_step": ms, "share": ms / 2,
+             "calls_per_step": 7} for name, kind, ms in operators]  # fmt: skip
+    (root / "e/new/profile_steps.jsonl").write_text(json.dumps(step) + "\n")
+    (root / "e/new/profile.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *parts, **_: shown.extend(parts))
+
+    Explorer(root, browser=False).profile()
+    found = len(shown)
+    Explorer(root, ["e/old"], browser=False).profile()
+
+    lines = [re.findall(">([^<]+)</t[dh]>", line) for line in shown[0].data.split("<tr>")[2:]]
+    assert [line[1] for line in lines] == ["MatMul", "host gap", "Copy"]
+    assert lines[0] == ["decode", "MatMul", "product", "1", "0.5", "7"]
+    assert found == 2 and len(shown) == found  # a run that was not profiled has nothing to show
 
 
 def test_a_folder_without_runs_is_no_error(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from ascend_kit.messages import LANGUAGES, Finding, keys, phrase, say, show_errors_in_one_line, translate, use_language
 from ascend_kit.params import Experiment
-from ascend_kit.show import steps, tables
+from ascend_kit.show import profiles, steps, tables
 from ascend_kit.show.explore import AXES
 from ascend_kit.show.panel import GROUPS
 
@@ -107,7 +107,7 @@ def doctor_texts():
 
 def columns():
     yield from (*tables.SWEEP, *tables.EXPECTED, *tables.SCORES, *tables.PAIRED, *tables.VERDICT, *tables.ANSWERS)
-    yield from (*tables.CHECKS, *steps.VERDICT)
+    yield from (*tables.CHECKS, *steps.VERDICT, *profiles.COLUMNS)
 
 
 def phrases_asked_for():

@@ -17,6 +17,7 @@ from ascend_kit.files import Table
 from ascend_kit.messages import phrase, translate
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, explore, sweep_charts, tables
+from ascend_kit.show.profiles import operator_table, profile_figure
 from ascend_kit.show.progress import in_browser
 
 if TYPE_CHECKING:
@@ -130,6 +131,20 @@ class Explorer:
             self._keep("over_time", over_time, "Requests, KV cache and memory over time"),
         ]
 
+    def profile(self) -> None:
+        """Where a run's prefill and decode steps spend their time: operators, launches, the host's gap."""
+        self._show({"run": self._profiled}, self._profile)
+
+    def _profiled(self) -> list[str]:
+        return [run.name for run in self.runs if len(operator_table(run.folder))]
+
+    def _profile(self, run: str) -> list[Any]:
+        if run not in self.every:
+            return [None] * 2
+        folder = self.every[run].folder
+        figure = self._keep("profile", profile_figure(folder), "Operators of a prefill and of a decode step by time")
+        return [tables.readable(operator_table(folder), keys=2), figure]
+
     def documents(self) -> None:
         """A task's documents that a run got wrong, or that turned over between two runs; with a search."""
         controls: Controls = {"run": lambda: [run.name for run in self.runs if run.has("acc")], "task": self._tasks,
@@ -176,7 +191,7 @@ class _View:
             self._make_fields()
         parts = draw(**self.values())
         if not browser:
-            display(*[part for part in parts if part is not None] or [tables.note(translate("explore.none"))])
+            display(*[part for part in parts if part is not None])
             return
         self.handles = [cast(Any, display(_shown(part), display_id=True)) for part in parts]
 

@@ -29,7 +29,7 @@ from ascend_kit.stages import RunRecord, Stage
 
 HERE = Path(__file__).parent
 SKIPPED_TAGS = frozenset(("papermill-error-cell-tag",))
-SHOWING = re.compile(r"^\s*(tables|charts)\.\w+\(.*$", re.MULTILINE)  # a cell that only shows something
+SHOWING = re.compile(r"^\s*(tables|charts|explorer)\.\w+\(.*$", re.MULTILINE)  # a cell that only shows something
 CONCLUDES = "findings.conclude("  # its printed findings stand at the top of the report
 LINKED = ("*.ipynb", "*.csv", "rows.jsonl", "scores.jsonl", "documents.jsonl*", "generations.json", "figures/*.png")
 AS_CSV = ("rows", "scores")
