@@ -16,6 +16,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.device.device import select_device
+from ascend_kit.device.ops import select_ops
+from ascend_kit.device.parallel import TensorParallel
+from ascend_kit.engine.loader import load_decoder
+from ascend_kit.model.config import ModelConfig
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
 PROMPT, ANSWER = [5, 17, 99, 250, 3, 44], [101, 7, 30]
@@ -113,3 +118,18 @@ def test_scales_of_an_int8_cache_that_do_not_fit_are_refused_by_name(source: Pat
     assert len(stored) == 8
     result = convert(tmp_path / "q", tmp_path / "out")
     assert "7 scales of an int8 KV cache" in str(result)
+
+
+def test_ranks_hold_the_scales_of_their_heads(source: Path, tmp_path: Path):
+    stored = write_with_kv_scales(source, tmp_path / "q", "msmodelslim, per channel")
+    config, device, ops = ModelConfig.from_folder(source), select_device("cpu"), select_ops("cpu", True)
+
+    for rank in (0, 1):
+        options = {"device": device, "ops": ops, "max_positions": 64, "parallel": TensorParallel(rank, 2)}
+        decoder = load_decoder(tmp_path / "q", config, dtype=torch.float32, with_kv_scales=True, **options)
+        found = decoder.layers[1].attention.kv_scales
+        for at, letter in enumerate("kv"):
+            name = f"model.layers.1.self_attn.{letter}_proj.kv_cache_"
+            assert torch.equal(found.scales[at], stored[f"{name}scale"].view(2, 32)[rank : rank + 1])
+            assert torch.equal(found.offsets[at], stored[f"{name}offset"].view(2, 32)[rank : rank + 1])
+        assert found.of_query.shape == (2, 32)

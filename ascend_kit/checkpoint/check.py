@@ -40,8 +40,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = T
     if odd is not None:
         raise CheckpointError(
             f"{checkpoint.source(f'{odd}.weight').origin}: {odd} is quantised, which is read for the linears of "
-            "the "
-            "layers and for lm_head where it is not tied; leave it in float when quantising"
+            "the layers and for lm_head where it is not tied; leave it in float when quantising"
         )
     missing = [name for name in expected if name not in checkpoint]
     if missing:
@@ -81,8 +80,7 @@ def _check_form(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> No
     if not is_int8 and source.dtype not in FLOATS:
         raise CheckpointError(
             f"{source.origin}: tensor {name} holds {str(source.dtype).removeprefix('torch.')} numbers and nothing says "
-            "what they stand for; readable are float tensors and int8 linears that quantization_config in "
-            "config.json or "
+            "what they stand for; readable are float tensors and linears that quantization_config in config.json or "
             "an msModelSlim description names"
         )
 
@@ -122,8 +120,8 @@ def _check_tied_copy(checkpoint: Checkpoint) -> None:
     )
     if not same:
         raise CheckpointError(
-            f"{head.origin}: {HEAD} differs from {EMBEDDING}, but "
-            "config.json says tie_word_embeddings; set it to false to keep both"
+            f"{head.origin}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings; "
+            "set it to false to keep both"
         )
 
 
@@ -134,8 +132,7 @@ def _check_zero_bias(checkpoint: Checkpoint, name: str, owner: str) -> None:
     if not bool((bias.abs() <= largest).all()):
         raise CheckpointError(
             f"{checkpoint.source(name).origin}: {name} is not zero (up to {bias.abs().max().item():.4g}), but this "
-            "family "
-            "has no such bias; a checkpoint made with asymmetric outlier suppression cannot be read"
+            "family has no such bias; a checkpoint made with asymmetric outlier suppression cannot be read"
         )
 
 
