@@ -1,5 +1,4 @@
-"""int8 weights with one symmetric scale per output channel: quantise, search a clip, dequantise, report the
-error.
+"""int8 weights with one symmetric scale per output channel: quantise, search a clip, dequantise.
 
 weight [out, in] float;  codes int8 [out, in] in -127..127;  scale float32 [out];  weight ~ codes * scale[:,
 None]. -128 is left unused, so that negating a weight negates its code. Activations are quantised per token
@@ -8,22 +7,11 @@ at run time by the op table (`quantize_per_token`) and never here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 INT8_MAX = 127
 CLIP_CANDIDATES = tuple(1.0 - 0.02 * step for step in range(11))  # 1.00 down to 0.80 of the row's largest value
-
-
-@dataclass(frozen=True)
-class QuantError:
-    """How far the int8 form of a weight is from the weight."""
-
-    relative_error: float  # ||w - dequantised|| / ||w||, 0 for a zero weight
-    max_abs_error: float  # in the weight's unit
-    max_error_steps: float  # largest error of an element in steps of its row's scale; 0.5 is rounding alone
 
 
 def weight_scale(weight: Tensor, clip_ratio: Tensor | float = 1.0, grid: torch.dtype = torch.float32) -> Tensor:
@@ -89,15 +77,3 @@ def search_clip(weight: Tensor, input_square: Tensor | None = None, grid: torch.
 def _row_error(weight: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
     difference = torch.round(weight / scale[:, None]).clamp_(-INT8_MAX, INT8_MAX).mul_(scale[:, None]).sub_(weight)
     return difference.square_() @ importance
-
-
-def error_report(weight: Tensor, codes: Tensor, scale: Tensor) -> QuantError:
-    """Distance between a float weight [out, in] and its int8 form."""
-    wide = weight.float()
-    difference = (wide - dequantize_weight(codes, scale)).abs()
-    norm = wide.norm().item()
-    return QuantError(
-        relative_error=difference.norm().item() / norm if norm else 0.0,
-        max_abs_error=difference.max().item(),
-        max_error_steps=(difference / scale.float().reshape(-1, 1)).max().item(),
-    )
