@@ -12,6 +12,8 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -123,15 +125,19 @@ BROKEN: dict[str, tuple[Callable | None, set[str]]] = {  # change, sets whose sc
 }
 
 
-@pytest.fixture(scope="module", params=BROKEN)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
-    """The loaded engine, its folder and the sets that must end with an alarm."""
-    folder = tmp_path_factory.mktemp(request.param.split()[0]) / "m"
-    change, sets = BROKEN[request.param]
-    knowing(folder, change)
-    settings = dict(precision="fp32", device="cpu", max_seq_length=512, graph_mode=False, kv_cache_gib=0.05)
-    with AscendInferEngine(folder, **settings) as engine:
-        yield engine, folder, sets
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """Name of what is broken -> the loaded engine and its folder, each made once."""
+    with ExitStack() as stack:
+
+        @cache
+        def load(name: str) -> tuple[AscendInferEngine, Path]:
+            folder = tmp_path_factory.mktemp("model") / "m"
+            knowing(folder, BROKEN[name][0])
+            settings = dict(precision="fp32", device="cpu", max_seq_length=512, graph_mode=False, kv_cache_gib=0.05)
+            return stack.enter_context(AscendInferEngine(folder, **settings)), folder
+
+        yield load
 
 
 def alarms(engine, data: Path, out: Path, sets: list[str]) -> dict[str, set[str]]:
@@ -153,47 +159,45 @@ def alarms(engine, data: Path, out: Path, sets: list[str]) -> dict[str, set[str]
     return found
 
 
-def test_a_broken_model_ends_with_an_alarm_for_every_set_that_it_spoils(case, data, tmp_path) -> None:
-    engine, _, sets = case
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_ends_with_an_alarm_for_every_set_that_it_spoils(loaded, data, tmp_path, name) -> None:
+    engine, _ = loaded(name)
 
-    assert alarms(engine, data, tmp_path, sorted(ALL)).keys() == sets
+    assert alarms(engine, data, tmp_path, sorted(ALL)).keys() == BROKEN[name][1]
 
 
-def test_the_same_through_an_endpoint(case, data, tmp_path) -> None:
-    engine, folder, sets = case
-    if sets and "constant" not in folder.parent.name:
-        pytest.skip("one whole and one broken model are enough")
+@pytest.mark.parametrize("name", ["as it is", "constant logits"])
+def test_the_same_through_an_endpoint(loaded, data, tmp_path, name) -> None:
+    engine, folder = loaded(name)
     server = Running(engine)
 
     found = alarms(EndpointEngine(Endpoint(f"{server.base}/v1", ""), str(folder)), data, tmp_path, ["gsm8k", "mmlu"])
 
     server.wait(server.runner.cleanup())
-    assert found.keys() == sets - {"wikitext"}
+    assert found.keys() == BROKEN[name][1] - {"wikitext"}
+
+
+def scripted(answer: dict) -> ScriptedServer:
+    """A server that always gives the same answer."""
+    body = json.dumps(answer)
+    return ScriptedServer([(0, f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())])
 
 
 @pytest.mark.parametrize("logprob", [0.0, -1.0], ids=["certain of all", "as sure of each token"])
-def test_a_server_that_answers_nothing_ends_with_alarms(case, data, tmp_path, logprob) -> None:
-    _, folder, sets = case
-    if sets:
-        pytest.skip("the server needs a tokenizer only")
+def test_a_server_that_answers_nothing_ends_with_alarms(loaded, data, tmp_path, logprob) -> None:
     nothing = {"text": "", "finish_reason": "stop", "logprobs": {"token_logprobs": [None, *[logprob] * 600]}}
-    body = json.dumps({"choices": [nothing]}).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    server = ScriptedServer([(0, head.encode() + body)])
+    server = scripted({"choices": [nothing]})
 
-    found = alarms(EndpointEngine(Endpoint(server.url, ""), str(folder)), data, tmp_path, sorted(ALL))
+    found = alarms(EndpointEngine(Endpoint(server.url, ""), str(loaded("as it is")[1])), data, tmp_path, sorted(ALL))
 
     server.close()
     assert found["mmlu"] >= {"tied", "one_choice"} and found["gsm8k"] >= {"empty_answers", "never_right"}
     assert found["wikitext"] == {"constant"}
 
 
-def test_an_answer_without_choices_is_an_error_that_says_so(case) -> None:
-    _, folder, sets = case
-    if sets:
-        pytest.skip("the server needs a tokenizer only")
-    server = ScriptedServer([(0, b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\nConnection: close\r\n\r\n{"choices": []}')])
-    served = EndpointEngine(Endpoint(server.url, ""), str(folder))
+def test_an_answer_without_choices_is_an_error_that_says_so(loaded) -> None:
+    server = scripted({"choices": []})
+    served = EndpointEngine(Endpoint(server.url, ""), str(loaded("as it is")[1]))
 
     (output,) = served.generate([[1, 2]], [SamplingParams(max_new_tokens=1)])
 
