@@ -552,6 +552,18 @@ def test_answers_that_mean_nothing_raise_an_alarm(documents: list[dict], level: 
     assert of_set(documents) == [(level, key)]
 
 
+def test_a_few_answers_that_end_at_their_first_token_and_are_all_wrong_are_an_alarm() -> None:
+    rows = [{"task": "t", "finish_reason": "stop", "num_output_tokens": 1}] * 7
+    score = {"kind": "task", "task": "t", "status": "ok", "unit": "fraction", "value": 0.0}
+
+    def found(rows, **changes):
+        return [flag.level for flag in judge._never_right("s", [{**score, **changes}], rows)]
+
+    assert found(rows) == ["alarm"] and found(rows[:4]) == [] and found(rows, value=1 / 7) == []
+    longer = [{**rows[0], "num_output_tokens": 2}]
+    assert found(rows + longer) == [] and found(longer * 40) == ["alarm"]
+
+
 def test_healthy_or_few_answers_raise_none() -> None:
     assert of_set(choices(0.6)) == []
     assert of_set(choices(0.25, n=39)) == []

@@ -27,6 +27,7 @@ TIED_SHARE = 0.05
 CONSTANT_SHARE = 0.5  # of documents whose choices are all equal: that comes from constant logits, not from rounding
 CUT_SHARE = 0.01
 FEW_DOCUMENTS = 10  # below this, answers may be alike by chance
+ENDED_AT_ONCE = 5  # answers that all end at their first token and are all wrong: the demo's AGIEval asks seven
 BLIND_SHARE = 0.95  # of the loss of a model that holds every token of its vocabulary equally likely
 WHOLE_SETS = ("mmlu", "ceval-valid", "agieval")
 
@@ -156,7 +157,7 @@ def _never_right(name: str, scores: Iterable[Row], documents: Sequence[Row]) -> 
         if row["kind"] == "task" and row["task"] in tasks and row["status"] == "ok" and row["unit"] == "fraction"
     ]
     at_once = all(row["finish_reason"] == "stop" and row["num_output_tokens"] in (0, 1) for row in documents)
-    if values and total >= (FEW_DOCUMENTS if at_once else ENOUGH_DOCUMENTS) and not any(values):
+    if values and total >= (ENDED_AT_ONCE if at_once else ENOUGH_DOCUMENTS) and not any(values):
         yield say("evaluation.never_right", "alarm", set=name, total=total)
 
 
