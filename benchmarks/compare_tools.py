@@ -74,7 +74,8 @@ def theirs(python: Path, root: str, model: str, prompts: Path, count: int, concu
     words = f"--backend openai --base-url {root} --endpoint /v1/completions --model m --tokenizer {model} "
     words += f"--dataset-name custom --dataset-path {prompts} --custom-output-len {OUTPUT_LEN} --disable-shuffle "
     words += f"--num-prompts {count} --max-concurrency {concurrency} --ignore-eos --temperature 0 --save-result "
-    words += f"--result-dir {target.parent} --result-filename {target.name} --skip-chat-template --num-warmups 0"
+    words += f"--result-dir {target.parent} --result-filename {target.name} --skip-chat-template --num-warmups 0 "
+    words += "--percentile-metrics ttft,tpot,itl,e2el"
     done = subprocess.run([python, "-c", BENCH, *words.split()], capture_output=True, text=True)
     if done.returncode or not target.exists():
         raise RuntimeError(f"vllm bench serve failed:\n{(done.stdout + done.stderr)[-3000:]}")

@@ -364,6 +364,55 @@ def test_what_the_engine_held_over_time_is_kept_and_summed_up(tmp_path):
     assert len(gaps) >= 4 and gaps.min() > 0.1  # 16 requests, 4 tokens, 2 a step of 30 ms
 
 
+class Shown:
+    """Keeps what a display was given, the first and every update."""
+
+    def __init__(self, part):
+        self.parts = [part]
+
+    def update(self, part):
+        self.parts.append(part)
+
+
+def test_in_the_browser_a_table_and_a_chart_grow_between_points_and_stay_without_a_kernel(tmp_path, monkeypatch):
+    from ascend_kit.show import live
+
+    shown = []
+    monkeypatch.setattr(live, "DRAW_EVERY_S", 0.0)
+    monkeypatch.setattr("IPython.display.display", lambda part, **_: shown.append(Shown(part)) or shown[-1])
+    experiment, engine = experiment_for(tmp_path), StandInEngine(step_s=0.001)
+    with opened(experiment) as folder, live.LiveSweep(experiment, folder, browser=True) as progress:
+        progress._bar = SimpleNamespace(update=lambda *_: None, finish=lambda **_: None)
+        progress(0.5, 4, "inside the first point")
+        assert shown == []  # nothing is drawn while a point is measured
+        sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS, on_progress=progress)
+
+    table, chart = shown
+    lines = [part.data.count("<tr>") for part in table.parts]
+    assert lines[:4] == [8, 12, 16, 20]  # a head and a line a point, four times: the further columns lie in folds
+    assert chart.parts[-1].data.startswith(b"\x89PNG") and len(chart.parts) == 5  # the last is drawn at the end
+
+
+def test_how_long_a_sweep_takes_is_told_before_it_starts(tmp_path, capsys):
+    from ascend_kit.show.live import LiveSweep
+
+    experiment, engine = experiment_for(tmp_path, sweep_repeats=3), StandInEngine()
+    with opened(experiment) as folder:
+        folder.write_json("ceilings", CEILINGS)
+        expected = sweep.expectations(engine, experiment, folder)
+        expected["predicted_s"] = [10.0, 20.0, 30.0, 40.0]
+        with LiveSweep(experiment, folder, expected=expected, browser=False):
+            pass
+        expected.loc[3, "reason"] = "no room"
+        expected["predicted_s"] = float("nan")
+        with LiveSweep(experiment, folder, expected=expected, browser=False):
+            pass
+
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("24 points on 2 engines, about 10:00 min")  # 100 s, three times, for ours and the other
+    assert second == "18 points on 2 engines."
+
+
 def test_goodput_carries_its_limits(tmp_path):
     experiment = experiment_for(tmp_path, ttft_limit_ms=1e4, tpot_limit_ms=1e-6)
     with opened(experiment) as folder:

@@ -76,12 +76,21 @@ def measure_engines(
     the next is opened: two models at a time would compete for memory and cores. An engine whose points are all done is
     not opened.
     """
-    for number, spec in enumerate(experiment.engine_specs):
-        backend = open_backend(spec, experiment, folder, engine)
+    specs, ended = experiment.engine_specs, 0
+    for number, spec in enumerate(specs):
+        before, backend = ended, open_backend(spec, experiment, folder, engine)
+
+        def tell(done: float, total: int, text: str, before: int = before, left: int = len(specs) - number) -> None:
+            """One count over all engines; those to come are taken to have as many points as this one."""
+            nonlocal ended
+            ended = before + total
+            if on_progress is not None:
+                on_progress(before + done, before + total * left, text)
+
         try:
             run_sweep(
                 backend, experiment.alone(**spec.settings, sweep=experiment.sweep) if spec.settings else experiment,
-                folder, on_progress=on_progress, ceilings=ceilings, is_first=number == 0,
+                folder, on_progress=tell, ceilings=ceilings, is_first=number == 0,
             )  # fmt: skip
         finally:
             backend.close()

@@ -52,7 +52,7 @@ class Progress:
             self._start, self._last_share, self._last_line_s = time.monotonic(), 0.0, 0.0
         self._share = share
         seconds = time.monotonic() - self._start
-        time_text = _clock(seconds) + _remaining(share, seconds)
+        time_text = clock(seconds) + _remaining(share, seconds)
         line = f"{_count(done, text)}/{_count(total, text)} ({share:.0%}), {time_text}"
         if self._browser:
             self._bar = self._bar or _Bar(self.label)
@@ -187,7 +187,8 @@ def _count(value: float, text: str) -> str:
     return f"{value / 1e6:.1f} MB" if text.startswith("bytes") else f"{int(value)}"  # a part of a point is not done
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as people say them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min" if minutes else f"{rest} s"
@@ -196,4 +197,4 @@ def _clock(seconds: float) -> str:
 def _remaining(share: float, seconds: float) -> str:
     if not 0.0 < share < 1.0:
         return ""
-    return translate("progress.left", time=_clock(seconds / share - seconds))
+    return translate("progress.left", time=clock(seconds / share - seconds))
