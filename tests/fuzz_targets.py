@@ -8,10 +8,12 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import mindspore_writer
 import torch
 from conftest import make_model
 from evaluation_data import write_sets
@@ -25,16 +27,19 @@ from fuzz_mutations import (
     yaml_of_file,
 )
 from megatron_writer import save_megatron
+from quantized_writer import awq, gptq, modelslim_w4a16, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ascend_kit import convert
+from ascend_kit.checkpoint.adapter import adapter_digest, with_adapter
 from ascend_kit.checkpoint.convert import check_model, open_source
 from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.identity import check_converted, model_identity
 from ascend_kit.checkpoint.manifest import verify
 from ascend_kit.evaluation.datasets import find_tasks
 from ascend_kit.identity import Identity
+from ascend_kit.measure.loads import read_load_prompts, read_trace
 from ascend_kit.params import Experiment, load_experiment
 from ascend_kit.prompts import read_prompts
 from ascend_kit.results import RunFolder, list_runs, newest_rows, run_parameters
@@ -181,6 +186,70 @@ def build_int8(folder: Path) -> None:
     (folder / "int8").rename(folder / "model")
 
 
+def build_stored(folder: Path, kind: str) -> None:
+    """A model in four bits as other tools store it, in groups of 32."""
+    make_model(folder / "plain", "qwen3", hidden_size=64, intermediate_size=64, num_attention_heads=4, head_dim=16)
+    settings: dict[str, Any] = {"quant_method": kind, "bits": 4, "group_size": 32}
+    make: Callable[..., Any]
+    if kind == "gptq":
+        make, settings = lambda name, weight, bias: gptq(name, weight, 32, True, False, 1), {**settings, "sym": True}
+    elif kind == "awq":
+        make, settings = lambda name, weight, bias: awq(name, weight, 32), {**settings, "zero_point": True}
+    else:
+        make = lambda name, weight, bias: modelslim_w4a16(name, weight, 32)  # noqa: E731 - as the others
+    write(folder / "plain", folder / "model", make, settings, description="W4A16" if kind == "msmodelslim" else None)
+    shutil.rmtree(folder / "plain")
+
+
+def build_adapter(folder: Path) -> None:
+    build_model(folder)
+    (folder / "adapter").mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    low = {f"{name}.lora_A.weight": torch.randn(4, 16), f"{name}.lora_B.weight": torch.randn(16, 4)}
+    save_file(low, folder / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "rank_pattern": {}, "use_rslora": False}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def read_adapter(folder: Path) -> None:
+    checkpoint = with_adapter(open_checkpoint(folder / "model"), folder / "adapter")
+    for name in checkpoint.tensor_names():
+        checkpoint.read(name)
+    adapter_digest(folder / "adapter")
+
+
+def build_mindspore(folder: Path) -> None:
+    """One rank's file, and two ranks with the description of how they are split."""
+    build_model(folder)
+    tensors = load_file(folder / "model" / "model.safetensors")
+    mindspore_writer.save_ckpt(folder / "one" / "model.ckpt", tensors)
+    states = mindspore_writer.rank_states(tensors, 2, 1, 1, 2)
+    mindspore_writer.save_iteration(folder / "ranks", states, tensors)
+
+
+def read_mindspore(folder: Path) -> None:
+    for name in ("one", "ranks"):
+        checkpoint = open_source(folder / name, "mindspore", folder / "model")
+        for tensor in checkpoint.tensor_names():
+            checkpoint.read(tensor)
+
+
+def build_traces(folder: Path) -> None:
+    azure = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    azure += [f"2023-11-16 18:17:0{number}.9799600,{100 + number},{10 + number}" for number in range(5)]
+    (folder / "azure.csv").write_text("\n".join(azure) + "\n")
+    lines = [{"timestamp": 100 * n, "input_length": 600, "output_length": 5, "hash_ids": [n, 7]} for n in range(5)]
+    (folder / "mooncake.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    talks = [[{"from": "human", "value": f"a question {n}"}, {"from": "gpt", "value": "an answer"}] for n in range(4)]
+    (folder / "sharegpt.json").write_text(json.dumps([{"id": "a", "conversations": talk} for talk in talks]))
+
+
+def read_traces(folder: Path) -> None:
+    read_load_prompts(folder / "sharegpt.json")
+    for name in ("azure.csv", "mooncake.jsonl"):
+        read_trace(folder / name)
+
+
 def build_run(folder: Path) -> None:
     """A run folder as a sweep leaves it: a record, rows of two identities, a summary."""
     experiment = experiment_of(folder)
@@ -235,6 +304,7 @@ TOKENIZER_FILES: dict[str, Mutation] = {
     "model/tokenizer.json": json_of_file,
     "model/tokenizer_config.json": json_of_file,
 }
+STORED = {"gptq": "config.json", "awq": "config.json", "msmodelslim": "quant_model_description.json"}
 RUN = "outputs/fuzz/default/"
 RUN_FILES: dict[str, Mutation] = {
     RUN + "run.json": json_of_file,
@@ -255,6 +325,21 @@ TARGETS = [
         "shards/iter_0000001/mp_rank_01/model_optim_rng.pt": pickle_of_file,
         "shards/latest_checkpointed_iteration.txt": bytes_of_file,
     }),
+    *(
+        Target(kind, partial(build_stored, kind=kind), read_model,
+               {f"model/{file}": json_of_file, "model/model.safetensors": safetensors_of_file})
+        for kind, file in STORED.items()
+    ),
+    Target("adapter", build_adapter, read_adapter, {
+        "adapter/adapter_config.json": json_of_file, "adapter/adapter_model.safetensors": safetensors_of_file,
+    }),
+    Target("mindspore", build_mindspore, read_mindspore, {
+        "one/model.ckpt": bytes_of_file,
+        "ranks/iteration_00000007/metadata.json": json_of_file,
+        "ranks/latest_checkpointed_iteration.txt": bytes_of_file,
+    }),
+    Target("traces", build_traces, read_traces, {"azure.csv": bytes_of_file, "mooncake.jsonl": jsonl_of_file,
+           "sharegpt.json": json_of_file}),
     Target("manifest", build_converted, read_converted, {"converted/ascend_manifest.json": json_of_file}),
     Target("run", build_run, read_run, RUN_FILES),
     Target("report", build_run, read_report, RUN_FILES),

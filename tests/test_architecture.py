@@ -74,6 +74,26 @@ for name in ("03_generate", "04_throughput", "05_evaluate", "06_compare", "07_ex
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_no_tokenizer_config_or_model_is_loaded_with_code_of_its_own():
+    calls = [
+        (path, node)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "from_pretrained"
+        and ast.unparse(node.func.value).split(".")[-1].startswith("Auto")
+    ]
+
+    trusting = [
+        f"{path.name}, line {node.lineno}"
+        for path, node in calls
+        if not any(word.arg == "trust_remote_code" and ast.unparse(word.value) == "False" for word in node.keywords)
+    ]
+
+    assert calls and not trusting
+
+
 def test_torch_npu_is_named_only_by_device_and_doctor():
     outside = [
         path

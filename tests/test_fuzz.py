@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from fuzz_targets import TARGETS, run_case
 
-CASES = {"report": 6, "data": 12, "run": 60, "manifest": 30}  # as many as half a second takes; else 40
+# As many as half a second takes; else 40.
+CASES = {"report": 6, "data": 12, "run": 60, "manifest": 30, "gptq": 20, "awq": 20, "msmodelslim": 20}
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
@@ -20,4 +21,5 @@ def test_a_damaged_file_is_refused_by_name_or_read_within_bounds(target, tmp_pat
 
     assert [case for case in cases if case.fault] == []
     if len(cases) >= 12:  # the damage is neither harmless nor always fatal
-        assert {case.outcome for case in cases} == {"ok", "refused"}
+        harmless = set() if target.name == "bin" else {"ok"}  # a changed byte there fails its archive's own check
+        assert {"refused"} | harmless <= {case.outcome for case in cases}

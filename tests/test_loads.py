@@ -18,6 +18,21 @@ def times(count=4000, **load):
     return arrival_times(Load(**load), count, np.random.default_rng(0))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("t.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\n\xff", "cannot be read"),
+        ("t.jsonl", b'{"timestamp": NaN, "input_length": 5, "output_length": 5}', "request 1: .* nan is no time"),
+        ("t.jsonl", b'{"timestamp": 1, "input_length": 1e999, "output_length": 5}', "request 1: .*OverflowError"),
+    ],
+)
+def test_a_damaged_trace_is_refused_by_name(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(ValueError, match=rf"trace_file .*{name}.*{words}"):
+        read_trace(tmp_path / name)
+
+
 def test_every_open_load_has_the_rate_that_was_asked():
     assert times(4, kind="constant", rate=2.0) == [0.0, 0.5, 1.0, 1.5]
     assert times(3, kind="all_at_once") == [0.0] * 3 and times(3, kind="closed") == [None] * 3

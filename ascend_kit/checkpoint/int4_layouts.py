@@ -202,10 +202,11 @@ def _take(linear: str, sources: dict[str, TensorSource], *parts: str) -> list[Te
         origin = sources[f"{linear}.{parts[0]}"].origin
         raise CheckpointError(f"{origin}: {linear}.{missing} is missing beside {linear}.{parts[0]}")
     taken = [sources.pop(f"{linear}.{part}") for part in parts]
-    if taken[0].dtype != torch.int32 or len(taken[0].shape) != 2:
-        raise CheckpointError(
-            f"{taken[0].origin}: {linear}.{parts[0]} is {taken[0].dtype} {list(taken[0].shape)}, not int32"
-        )
+    for part, source in zip(parts, taken, strict=True):
+        if part in (parts[0], "qzeros") and (source.dtype != torch.int32 or len(source.shape) != 2):
+            raise CheckpointError(
+                f"{source.origin}: {linear}.{part} is {source.dtype} {list(source.shape)}, not a table of int32"
+            )
     return taken
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ascend_kit.files import FileError, one_line, require_regular
 from ascend_kit.measure.workload import Request, make_requests
 from ascend_kit.prompts import read_prompts
 
@@ -141,21 +142,27 @@ def read_trace(path: str | Path) -> list[TraceEntry]:
     """A trace in Mooncake's JSON lines (`timestamp` in ms, `input_length`, `output_length`, `hash_ids`) or Azure's CSV
     (`TIMESTAMP`, `ContextTokens`, `GeneratedTokens`), from its first request on. ValueError names file and line."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        require_regular(path)
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise FileError(f"trace_file {path} cannot be read: {error}") from None
     is_table = bool(lines) and not lines[0].startswith("{")
     rows = csv.DictReader(lines) if is_table else (line for line in lines if line.strip())
     entries: list[TraceEntry] = []
     try:
         for row in rows:
             entries.append(_azure(row) if isinstance(row, dict) else _mooncake(json.loads(row)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+            if not math.isfinite(entries[-1].at_s):
+                raise ValueError(f"{entries.pop().at_s} is no time")
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
+        raise FileError(
             f"trace_file {path}, request {len(entries) + 1}: expected Mooncake's JSON lines (timestamp, input_length, "
             "output_length) or Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens): "
             f"{type(error).__name__}: {error}"
         ) from None
     if not entries:
-        raise ValueError(f"trace_file {path} holds no request")
+        raise FileError(f"trace_file {path} holds no request")
     entries.sort(key=lambda entry: entry.at_s)
     return [entry._replace(at_s=entry.at_s - entries[0].at_s) for entry in entries]
 
@@ -202,11 +209,19 @@ def read_load_prompts(path: str | Path) -> list[tuple[str, str | None]]:
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, list) and value and isinstance(value[0], dict) and "conversations" in value[0]:
-        talks = [entry["conversations"] for entry in value if len(entry.get("conversations", ())) >= 2]
-        return [(talk[0]["value"], talk[1]["value"]) for talk in talks if talk[0]["value"]]
+        try:
+            talks = [entry["conversations"] for entry in value if len(entry.get("conversations", ())) >= 2]
+            pairs = [(talk[0]["value"], talk[1]["value"]) for talk in talks if talk[0]["value"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileError(
+                f"load_prompts {path} is no list of conversations: {type(error).__name__} {error}"
+            ) from None
+        if wrong := next((text for pair in pairs for text in pair if not isinstance(text, str)), None):
+            raise FileError(f"load_prompts {path}: expected a text as the value of a turn, got {one_line(wrong)[:80]}")
+        return pairs
     return [(str(prompt), None) for prompt in read_prompts(path, "load_prompts")]
 
 
