@@ -102,9 +102,9 @@ def _filled(template: str, parts: list[str]) -> str:
 
 @cache
 def _patterns(language: str) -> list[tuple[re.Pattern[str], str]]:
-    """The catalogue's texts with gaps, as patterns, those with most words of their own first."""
+    """The catalogue's texts with gaps, as patterns: those that begin with words first, then those with most of them."""
     texts = [m for m in _catalogue(f"phrases.{language}") if isinstance(m.id, str) and GAP in m.id and m.string]
-    texts.sort(key=lambda message: len(message.id.replace(GAP, "")), reverse=True)
+    texts.sort(key=lambda message: (message.id.startswith(GAP), -len(message.id.replace(GAP, ""))))
     return [(_pattern(message.id), message.string) for message in texts]
 
 

@@ -154,7 +154,9 @@ def test_exploring_leads_from_the_list_of_runs_to_a_wrong_document(browser, lab)
     page.locator(".widget-checkbox input").nth(1).click()  # e/plain leaves
 
     page.wait_for_function(
-        "document.querySelectorAll('.widget-dropdown select')[3]?.options.length === 1", timeout=20_000
+        "[...document.querySelectorAll('.widget-dropdown')].find(one => one.innerText.startsWith('run'))"
+        "?.querySelector('select').options.length === 1",
+        timeout=20_000,
     )
     page.wait_for_selector("td:has-text('question 0')")
     assert page.locator("td:has-text('question 2')").count() == 0 and page.evaluate("window.hurt") is None

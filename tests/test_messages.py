@@ -140,7 +140,8 @@ def test_parts_of_a_sentence_are_looked_up_themselves():
     said = "CANN 9.1, driver 25.5, newer than row TorchNPU 26; alarm: no document in common"
 
     assert phrase(said, "zh") == "CANN 9.1，驱动 25.5，比表中一行 TorchNPU 26 新; 警报：没有共同的题"
-    assert phrase("3 of 32 answers are empty (prompts 1, 2, 5)", "zh") == "32 个回答中有 3 个为空（提示 1, 2, 5）"
+    empty = "alarm: 3 of 32 answers are empty (prompts 1, 2, 5)"
+    assert phrase(empty, "zh") == "警报：32 个回答中有 3 个为空（提示 1, 2, 5）"
     lacking = "No verdict: the baseline a lacks something (no evaluation: run 05_evaluate; failed tasks: b)."
     assert phrase(lacking, "zh") == "没有裁决：基线 a 有所缺（无评测：请运行 05_evaluate; 失败的任务：b）。"
     found = say("doctor.check", "failed", check="numpy", evidence="not installed", remedy="name every card once")

@@ -133,15 +133,15 @@ class Explorer:
 
     def profile(self) -> None:
         """Where a run's prefill and decode steps spend their time: operators, launches, the host's gap."""
-        self._show({"run": self._profiled}, self._profile)
+        self._show({"profiled": self._profiled}, self._profile)
 
     def _profiled(self) -> list[str]:
         return [run.name for run in self.runs if len(operator_table(run.folder))]
 
-    def _profile(self, run: str) -> list[Any]:
-        if run not in self.every:
+    def _profile(self, profiled: str) -> list[Any]:
+        if profiled not in self.every:
             return [None] * 2
-        folder = self.every[run].folder
+        folder = self.every[profiled].folder
         figure = self._keep("profile", profile_figure(folder), "Operators of a prefill and of a decode step by time")
         return [tables.readable(operator_table(folder), keys=2), figure]
 
