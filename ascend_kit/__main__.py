@@ -6,8 +6,14 @@ Ctrl-C, 143 by another signal.
 
 from __future__ import annotations
 
-import argparse
 import os
+import signal
+
+# Ctrl-C while the rest is imported: nothing has begun, so there is nothing to tell.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +87,7 @@ def _guarded(command: Any) -> int:
         print(f"ascend_kit: error: {os_error_text(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print(f"ascend_kit: {error or 'interrupted'}", file=sys.stderr)
+        print(f"ascend_kit: {str(error) or 'interrupted'}", file=sys.stderr)
         return getattr(error, "status", 130)
 
 
@@ -321,4 +327,6 @@ def _work(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

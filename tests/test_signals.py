@@ -98,6 +98,38 @@ def test_a_signal_to_the_kernel_leaves_everything_in_order(tmp_path, number, aft
 
 
 @pytest.mark.multiproc
+def test_an_interrupt_while_the_program_is_imported_says_nothing(tmp_path):
+    (tmp_path / "x.yaml").write_text("experiment: x\n")
+    command = [sys.executable, "-X", "importtime", "-m", "ascend_kit", "check", "x.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    next(line for line in process.stdout if "pydantic_core" in line)  # much is still to come
+    process.send_signal(signal.SIGINT)
+
+    output = process.communicate(timeout=60)[0]
+
+    assert process.returncode == 130 and "Traceback" not in output
+
+
+@pytest.mark.multiproc
+def test_an_interrupt_ends_what_the_doctor_has_started(tmp_path):
+    code = (
+        "import sys; from ascend_kit.doctor.host import Host\n"
+        "try: Host().run([sys.executable, '-c', 'import time; time.sleep(60)'], 50)\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    while not (children := kernels(process.pid)):
+        time.sleep(0.05)
+        assert process.poll() is None
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(20) == 130
+    assert not any(psutil.pid_exists(child) and psutil.Process(child).status() != "zombie" for child in children)
+
+
+@pytest.mark.multiproc
 def test_a_second_interrupt_ends_at_once(tmp_path):
     (tmp_path / "fake.yaml").write_text("experiment: fake\n")
     stubborn = (

@@ -190,6 +190,9 @@ def _collect(process: subprocess.Popen, timeout_s: float, on_line: Callable[[str
     except subprocess.TimeoutExpired:
         _kill_group(process)
         problem = f"no end after {timeout_s:.0f} s, stopped"
+    except BaseException:  # Ctrl-C: its process group is its own, so the terminal does not end it
+        _kill_group(process)
+        raise
     for reader in readers:
         reader.join(2.0)
     code = None if problem else process.returncode
