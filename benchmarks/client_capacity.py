@@ -77,7 +77,9 @@ def main() -> None:
     client = Client(Endpoint(f"http://127.0.0.1:{ours.recv()}/v1", "m"), recorder)
     spread_s = 1 / arguments.rate  # so that not all streams write at one moment
     requests = [Request(n, (1,), arguments.tokens, send_at_s=n * spread_s / 8) for n in range(arguments.streams)]
+    before_s = time.process_time()
     records = client.run(requests, arguments.streams)
+    token_us = (time.process_time() - before_s) / (arguments.streams * arguments.tokens) * 1e6
     server.terminate()
     failed = [record.error for record in records if record.error]
     # perf_counter and monotonic are one clock on Linux; records and texts are in the order in which they ended.
@@ -85,7 +87,7 @@ def main() -> None:
     late = [t - w for times, texts in zip(seen, recorder.texts, strict=True) for t, w in zip(times, texts, strict=True)]
     load = f"{arguments.streams} streams of {arguments.rate:g} tokens/s, {arguments.tokens} tokens each"
     lags = [f"{name} lag p99 {client.facts[f'{name}_lag_p99_ms']:.2f} ms" for name in ("client", "send")]
-    print(f"{load}; {len(failed)} failed; {', '.join(lags)}")
+    print(f"{load}; {len(failed)} failed; {', '.join(lags)}; {token_us:.0f} us of processor time a token")
     print("written to seen, ms: " + ", ".join(f"p{q} {(percentile(late, q) or 0) * 1e3:.2f}" for q in (50, 90, 99)))
 
 

@@ -49,13 +49,14 @@ def waterfall(rows: pandas.DataFrame, variants: Sequence[str]) -> Figure | None:
             if row["low"] is not None:
                 axes.errorbar(rate, place, xerr=[[rate - row["low"]], [row["high"] - rate]], color="black", capsize=3)
             sure = "" if row["gain_low"] is None else f" ({row['gain_low']:.2f}-{row['gain_high']:.2f})"
-            axes.annotate(f"{rate:,.0f}" + (f"  x{row['gain']:.2f}{sure}" if place else ""), (max(rate, before), place),
-                          xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+            text = f"{rate:,.0f}" + (f"  x{row['gain']:.2f}{sure}" if place else "")
+            axes.annotate(text, (max(rate, before, row["high"] or 0), place), xytext=(8, 0),
+                          textcoords="offset points", va="center", fontsize=8)  # fmt: skip
             before = rate
         axes.set_yticks(range(len(steps)), [row["variant"].replace("_", " ") for row in steps])
         axes.invert_yaxis()
         value_axis(axes, "output tokens/s", which="x")
-        axes.set_xlim(0, 1.35 * max(row["output_tokens_per_s"] for row in steps))
+        axes.set_xlim(0, 1.4 * max(row["high"] or row["output_tokens_per_s"] for row in steps))
         axes.set_title(f"concurrency {concurrency:.0f}, prompt {prompt:.0f}, output {output:.0f}", fontsize=9)
     return finish(figure, "What each step gave", legend=False)
 
