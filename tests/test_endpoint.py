@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -375,3 +377,39 @@ def test_a_search_finds_the_known_capacity_of_a_server(tmp_path, tiny_qwen3_dir)
     assert 180 < bounds["low"] <= bounds["value"] < 250 and bounds["count"] == 24
     assert set(rows["concurrency"]) == {4, 8, 16, 11, 9} and (rows["status"] == "ok").all()
     assert again == [found] and server.num_requests == asked  # probes are rows: nothing is asked again
+
+
+@pytest.mark.long
+def test_vllm_is_measured_through_its_server_which_the_sweep_starts_and_stops(tmp_path):
+    """The CPU build of benchmarks/peers/setup.sh, or of the interpreter that VLLM_PYTHON names."""
+    from conftest import make_model
+
+    from ascend_kit.measure.sweep import measure_engines
+    from ascend_kit.params import build_experiment
+    from ascend_kit.results import RunFolder
+
+    python = Path(os.environ.get("VLLM_PYTHON", Path.home() / ".cache/ascend-kit/peers/vllm/bin/python"))
+    if not python.exists():
+        pytest.skip(f"{python} is not there: benchmarks/peers/setup.sh vllm installs it")
+    model = make_model(tmp_path / "model", "qwen3", head_dim=64)  # its CPU attention has no 16
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    command = (
+        f"env VLLM_CPU_KVCACHE_SPACE=1 {python} -m vllm.entrypoints.openai.api_server --model {model} "
+        f"--served-model-name m --dtype bfloat16 --enforce-eager --port {port} --max-model-len 256 "
+        "--gpu-memory-utilization 0.2"
+    )
+    entry = {"name": "vllm", "base_url": f"http://127.0.0.1:{port}/v1", "model": "m", "engine_command": command}
+    experiment = build_experiment({
+        "experiment": "vllm", "output_root": str(tmp_path), "input_model": str(model), "max_seq_length": 256,
+        "sweep": {"concurrency": [1, 4], "prompt_len": [64], "output_len": [32]}, "engines": [entry],
+    })  # fmt: skip
+
+    with RunFolder.open(experiment, "04_throughput") as folder:
+        rows = measure_engines(experiment, folder)
+
+    assert rows["error"].isna().all() and set(rows["tokens_counted_by"]) == {"usage"}
+    assert (rows["output_length_ratio"] == 1).all() and (rows["prefix_hit_rate"] == 0).all()
+    assert (rows["num_preemptions"] == 0).all() and rows["server_version"].notna().all()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 2)
