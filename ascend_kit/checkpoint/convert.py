@@ -113,13 +113,9 @@ def convert(
     adapter = None if adapter_path is None else Path(adapter_path).resolve()
     if adapter is not None:
         settings["adapter_sha256"] = adapter_digest(adapter)
-    undone = undo_exchange(destination)
-    if undone:
-        logging.getLogger(__name__).warning(undone)
-    if destination.exists():
-        manifest = _existing_result(destination, checkpoint, settings, if_exists, texts)
-        if manifest is not None:
-            return ConversionResult(destination, True, manifest)
+    manifest = _existing_result(destination, checkpoint, settings, if_exists, texts)
+    if manifest is not None:
+        return ConversionResult(destination, True, manifest)
     recipe, mix = plan_int8(
         checkpoint,
         model,
@@ -200,7 +196,15 @@ def _check_destination(source: Path, destination: Path) -> None:
 def _existing_result(
     destination: Path, checkpoint: Checkpoint, settings: dict[str, Any], if_exists: str, tokenizer_path: Path | None
 ) -> dict[str, Any] | None:
-    """The manifest of a result to reuse, None when it is to be overwritten; CheckpointError otherwise."""
+    """The manifest of a result to reuse, None when there is none or it is to be overwritten; CheckpointError otherwise.
+
+    First an exchange of folders that was cut off is undone.
+    """
+    undone = undo_exchange(destination)
+    if undone:
+        logging.getLogger(__name__).warning(undone)
+    if not destination.exists():
+        return None
     manifest = read_manifest(destination) if destination.is_dir() else None
     if if_exists == "refuse":
         raise CheckpointError(
