@@ -6,6 +6,9 @@ PARAMS ?= $(DEMO)
 # Two processes of one thread each beat one process of two threads on small models, and tests stay repeatable.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# Tests of a file stay together, for their fixtures; files in the order of tests/npu_sim/plugin.py.
+WORKERS := --dist loadfile --no-loadscope-reorder -n
+
 .PHONY: demo test browser types check lab install clean help
 
 help:
@@ -39,16 +42,16 @@ test: types
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 	$(BIN)/python -m ascend_kit notebooks --check
-	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --device npu
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) 3
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) 2 --device npu
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	    $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --device cuda; \
+	    $(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) 2 --device cuda; \
 	else echo "No CUDA device here: the suite's third run is left out."; fi
 
 # Half a minute or more each: several Ray nodes, layouts of cards, whole runs of the command line.
 test-long: .venv/.dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m long
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m long --device npu
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) 2 -m long
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) 2 -m long --device npu
 
 types: .venv/.dev
 	$(BIN)/basedpyright --pythonpath $(BIN)/python

@@ -73,7 +73,7 @@ def make_project(folder: Path) -> None:
     values = {"experiment": "tiny", "input_model": str(model), "dataset_path": str(ensure_data(folder / "cache"))}
     values |= {"prompts_file": str(folder / "prompts.txt"), "device": "cpu", "precision": "fp32", "graph_mode": False}
     values |= {"max_seq_length": 1024, "max_new_tokens": 4, "sweep_concurrency": [1, 2], "sweep_prompt_len": [8]}
-    values |= {"sweep_output_len": [4], "eval_datasets": ["mmlu", "wikitext"], "eval_fewshot": 0, "eval_limit": 12}
+    values |= {"sweep_output_len": [4], "eval_datasets": ["mmlu"], "eval_fewshot": 0, "eval_limit": 12}
     (folder / "params").mkdir()
     (folder / "params/tiny.yaml").write_text(yaml.safe_dump(values))
     (folder / "notebooks").symlink_to(ROOT / "notebooks")

@@ -191,6 +191,7 @@ def test_bound_of_bf16_is_far_wider_than_that_of_float32():
 # -------------------------------------------------------------------------------------------- on this machine
 
 
+@pytest.mark.slow
 def test_every_operator_of_the_device_passes(device):
     checks = list(self_test.run_ops(select_device(device)))
 

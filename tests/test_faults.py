@@ -102,7 +102,7 @@ def make_tiny(folder: Path, name: str, seed: int, **values: object) -> Path:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multiproc
 def test_1_another_models_converted_folder_is_not_measured_under_this_ones_name(tmp_path):
     """04 ran the folder named after model_name and precision, whatever input_model was."""
@@ -306,7 +306,7 @@ def test_4_unlike_runs_are_told_in_words_and_a_run_that_lacks_something_stops_no
     assert "no evaluation" in text and "not measured at" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multiproc
 def test_10_the_headline_is_the_mean_of_the_repeats_as_06_counts_it(tmp_path):
     """The best single repeat was the headline."""

@@ -27,7 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kind = _kind(config)
     kept = [item for item in items if _belongs(item, kind)]
     config.hook.pytest_deselected(items=[item for item in items if not _belongs(item, kind)])
-    items[:] = kept
+    # With --dist loadfile files start in this order: heavy ones first, so that no worker is left with one at the end.
+    heavy = {item.path for item in kept if {mark.name for mark in item.iter_markers()} & {"slow", "multiproc"}}
+    items[:] = sorted(kept, key=lambda item: item.path not in heavy)
     reason = _reason if kind == "npu" else _cuda_reason() if kind == "cuda" else None
     if reason:
         for item in items:
