@@ -32,6 +32,7 @@ class Client:
         self.endpoint, self.codec = endpoint, codec
         self.facts: dict[str, Any] = {}
         self.samples: list[Sample] = []  # of the server's metrics
+        self._turn = asyncio.Lock()  # of reading what has come; a new one for each event loop
 
     def run(
         self, requests: Sequence[Request], concurrency: int, on_done: Callable[[int], None] | None = None
@@ -57,6 +58,7 @@ class Client:
         concurrency: int,
         on_done: Callable[[int], None] | None,
     ) -> list[RequestRecord]:
+        self._turn = asyncio.Lock()
         records: list[RequestRecord] = []
         lags: list[float] = []
         recorder = Recorder[str](METRICS_EVERY_S)
@@ -135,7 +137,7 @@ class Client:
                 if response.status != 200:
                     answer.error = f"HTTP {response.status}: {(await response.text())[:300]}"
                     return answer
-                await read_stream(response, self.endpoint.idle_s, on_end, take)
+                await read_stream(response, self.endpoint.idle_s, on_end, take, self._turn)
                 for event in parser.end():
                     answer.take(event, time.perf_counter())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:

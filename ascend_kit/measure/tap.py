@@ -14,7 +14,7 @@ from collections.abc import Callable
 import aiohttp
 
 Take = Callable[[float, bytes], bool]  # (perf_counter seconds, bytes); True where no more is wanted
-SLICE = 32  # reads that are given to aiohttp before other streams have a turn
+SLICE = 16  # reads that are given to aiohttp before other streams have a turn
 # The end of a stream as bytes on the wire: the last event, or the last chunk of HTTP's chunked encoding.
 LAST_EVENT, LAST_CHUNK = b"[DONE]", b"\r\n0\r\n\r\n"
 
@@ -55,11 +55,14 @@ class Tap(asyncio.Protocol):
             await asyncio.wait([self.ended], timeout=left_s)
 
 
-async def read_stream(response: aiohttp.ClientResponse, idle_s: float, on_end: Callable[[], None], take: Take) -> None:
+async def read_stream(
+    response: aiohttp.ClientResponse, idle_s: float, on_end: Callable[[], None], take: Take, turn: asyncio.Lock
+) -> None:
     """Give `take` all that is read of an answer's body, decoded, each with its time, once the stream has ended.
 
-    `on_end` is called at that moment, before anything is decoded. Raises aiohttp.ClientError, after what had come, for
-    a stream that breaks or is silent for `idle_s`.
+    `on_end` is called at that moment, before anything is decoded. Answers that share `turn` are decoded one after the
+    other: however many end at once, a stream that still runs waits for one slice.
+    Raises aiohttp.ClientError, after what had come, for a stream that breaks or is silent for `idle_s`.
     """
     content, connection = response.content, response.connection
     transport = connection.transport if connection is not None else None
@@ -76,14 +79,15 @@ async def read_stream(response: aiohttp.ClientResponse, idle_s: float, on_end: C
             except aiohttp.ServerTimeoutError as error:
                 silent = error
             on_end()
-            is_done = take(*first)
-            for number, (time_s, data) in enumerate(tap.reads):  # which may still grow
-                if is_done:
-                    break
-                handler.data_received(data)
-                is_done = take(time_s, content.read_nowait(-1))
-                if number % SLICE == SLICE - 1:
-                    await asyncio.sleep(0)
+            async with turn:
+                is_done = take(*first)
+                for number, (time_s, data) in enumerate(tap.reads):  # which may still grow
+                    if is_done:
+                        break
+                    handler.data_received(data)
+                    is_done = take(time_s, content.read_nowait(-1))
+                    if number % SLICE == SLICE - 1:
+                        await asyncio.sleep(0)
         finally:
             transport.set_protocol(handler)
             if tap.is_lost:
