@@ -54,6 +54,8 @@ def test_failed_notebook_gives_1_and_says_where(project, capsys):
         (["run", "fake.yaml", "--set", "run=a/b"], "it names a folder"),
         (["run", "fake.yaml", "--set", "prompts_file=none.txt"], "prompts_file: nothing at none.txt"),
         (["check", "fake.yaml", "--set", "tensor_parallel=3"], "does not divide cards=1"),
+        (["check", "fake.yaml", "--set", "eval_datasets=['text:none.txt']"], "text:none.txt: cannot be read as UTF-8"),
+        (["check", "fake.yaml", "--set", "eval_datasets=[mmlu, gsm8kk]"], "no task 'gsm8kk'; did you mean 'gsm8k'?"),
         (["check"], "name a parameter file"),
         (["convert", "fake.yaml", "--set", "framwork=megatron"], "did you mean 'framework'"),
         (["report", "nowhere"], "is no run folder"),

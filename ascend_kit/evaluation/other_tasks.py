@@ -134,8 +134,8 @@ def _pages(text: str) -> Iterator[str]:
 def check_data(experiment: Experiment) -> list[LocalTask]:
     """The tasks of an experiment, every file and row of them checked, without a model: DataError with all faults.
 
-    Empty for the word `demo`, whose data is right when it is built. The demo's questions say nothing about another
-    model: then `dataset_path` must be given, unless everything asked for is a text or may be downloaded.
+    The demo's own data is right when it is built and not looked at. Its questions say nothing about another model: then
+    `dataset_path` must be given, unless everything asked for is a text or may be downloaded.
     """
     written = experiment.model_dump()  # the word demo as it was written, wherever the demo lies
     sets = [name for name in experiment.eval_datasets if name in SETS]
@@ -146,9 +146,9 @@ def check_data(experiment: Experiment) -> list[LocalTask]:
             f"folder that holds {', '.join(wanted_folder(SETS[name]) for name in sets)}"
         )
     path = experiment.needed("dataset_path") if sets else experiment.dataset_path
-    if path == DEMO:
-        return []
-    tasks = find_tasks(path or ".", sets, num_fewshot=experiment.eval_fewshot)
+    tasks: list[LocalTask] = []
+    if path != DEMO:
+        tasks += find_tasks(path or ".", sets, num_fewshot=experiment.eval_fewshot)
     if any(not name.startswith(TEXT) for name in others):
         go_offline(may_download=experiment.allow_download)
     for name in others:
