@@ -121,7 +121,7 @@ def convert(
         model,
         DTYPES[precision],
         options,
-        tokenizer_folder=Path(tokenizer_path) if tokenizer_path else checkpoint.config_folder,
+        tokenizer_folder=texts or checkpoint.config_folder,
         device=select_device(device).torch_device,
         bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         on_progress=on_progress,
