@@ -4,7 +4,9 @@ import contextlib
 import itertools
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -517,6 +519,79 @@ def test_real_engine_and_baseline_fill_one_table(tmp_path, tiny_qwen3_dir):
     assert ceilings["fp32_flops_per_s"] > 0
 
 
+def test_continuous_batching_gives_the_greedy_tokens_of_generate_with_a_time_each(tiny_qwen3_dir):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ascend_kit.device.device import select_device
+    from ascend_kit.measure.continuous import ContinuousBackend
+
+    backend = ContinuousBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=512)
+    shapes = [(12, 3), (300, 6), (40, 1), (7, 9)]  # the second needs two pages of the cache
+    requests = [
+        replace(make_requests(1, prompt, output, vocab_size=256, seed=9 + n)[0], index=n, send_at_s=0.05 * n)
+        for n, (prompt, output) in enumerate(shapes)
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32)
+
+    before = time.perf_counter()
+    served = {request.index: (at_s, result) for request, at_s, result in backend.serve(requests, 2)}
+    again = backend.run(requests, 2)  # on the manager that was kept
+    backend.close()
+
+    for request in requests:
+        prompt = torch.tensor([request.prompt_token_ids])
+        right = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=None, pad_token_id=0,
+            min_new_tokens=request.num_output_tokens, max_new_tokens=request.num_output_tokens,
+        )  # fmt: skip
+        at_s, result = served[request.index]
+        assert result.generated_tokens == right[0, prompt.shape[1] :].tolist()
+        times = (before, at_s, *result.timestamps, time.perf_counter())
+        assert len(result.timestamps) == request.num_output_tokens
+        assert all(first < later for first, later in itertools.pairwise(times))
+    check_complete(requests, again)
+    assert [r.arrival_s - again[0].arrival_s for r in sorted(again, key=lambda r: r.index)] == pytest.approx(
+        [0, 0.05, 0.1, 0.15]
+    )
+    assert not [thread for thread in threading.enumerate() if "_run_generation_loop" in thread.name]
+
+
+def test_a_failure_of_continuous_batching_is_told_and_the_next_run_is_whole(tiny_qwen3_dir, monkeypatch):
+    from ascend_kit.device.device import select_device
+    from ascend_kit.measure.continuous import ContinuousBackend
+
+    backend = ContinuousBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=256)
+    requests = make_requests(3, 12, 4, vocab_size=256)
+    backend.open()
+    forward = backend._model.forward
+
+    def failing(*_, **__):
+        raise MemoryError("no page left")
+
+    monkeypatch.setattr(backend._model, "forward", failing)
+    with pytest.raises(RuntimeError, match="no page left"):
+        check_complete(requests, backend.run(requests, 2))
+    monkeypatch.setattr(backend._model, "forward", forward)
+
+    check_complete(requests, backend.run(requests, 2))
+    backend.close()
+
+
+def test_continuous_batching_is_refused_where_it_does_not_run_before_anything_is_measured(tmp_path, monkeypatch):
+    import transformers
+
+    experiment = experiment_for(tmp_path, engines=[{"kind": "transformers", "batching": "continuous"}])
+    with opened(experiment) as folder:
+        monkeypatch.setattr(sweep, "resolve_device", lambda *_: ("npu", 0))
+        with pytest.raises(ValueError, match="runs on cpu and cuda, not on npu; allowed: padded"):
+            sweep.measure_engines(experiment, folder)
+        monkeypatch.setattr(sweep, "resolve_device", lambda *_: ("cpu", 0))
+        monkeypatch.setattr(transformers, "ContinuousBatchingConfig", object)  # as before page_size
+        with pytest.raises(ValueError, match=r"needs transformers 5\.17 or later, here is"):
+            sweep.measure_engines(experiment, folder)
+
+
 @pytest.mark.multiproc
 def test_the_baseline_of_a_notebooks_kernel_runs_in_a_process_of_its_own(tmp_path, tiny_qwen3_dir, monkeypatch):
     from ascend_kit.measure import baseline
@@ -527,7 +602,7 @@ def test_the_baseline_of_a_notebooks_kernel_runs_in_a_process_of_its_own(tmp_pat
         sweep_concurrency=[2], sweep_prompt_len=[24],
     )  # fmt: skip
     backend = baseline.baseline_backend(experiment)
-    here = baseline._baseline(experiment, "longest", "transformers")
+    here = baseline._baseline(experiment, baseline.TRANSFORMERS)
     before = time.perf_counter()
     seen: list[int] = []
     records = backend.run(make_requests(3, 24, 4, vocab_size=320), 2, seen.append)

@@ -135,6 +135,14 @@ def test_settings_translate_into_vllms_words_and_variants_into_engines():
 
     assert "--quantization ascend" in command and "--enforce-eager" in command and "--data-parallel-size 2" in command
     assert (padded.kind, padded.padding) == ("transformers", "longest")
+    steps_before = build_experiment(
+        {**values, "variants": ["padded", "transformers_continuous", "graphs"]}
+    ).engine_specs
+    assert [spec.batching for spec in steps_before] == ["padded", "continuous", "padded"]
+    with pytest.raises(ParameterError, match=r"engines\[0\]: padding: continuous batching pads nothing"):
+        build_experiment({"engines": [{"kind": "transformers", "batching": "continuous", "padding": "max"}]})
+    with pytest.raises(ParameterError, match=r"engines\[0\]: batching: .*'padded' or 'continuous'.*, got 'paged'"):
+        build_experiment({"engines": [{"kind": "transformers", "batching": "paged"}]})
     assert plain.settings["quantize"] == "none" and int8.settings == {**plain.settings, "quantize": "w8a8"}
     with pytest.raises(ParameterError, match="variants: unknown parameter 'int4'; did you mean 'int8'"):
         build_experiment({"variants": ["int4"]})

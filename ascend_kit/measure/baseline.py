@@ -19,8 +19,10 @@ from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.workload import Request
 from ascend_kit.model.config import DTYPES, ModelConfig
+from ascend_kit.params.engines import EngineSpec
 
 Padding = Literal["longest", "max"]
+TRANSFORMERS = EngineSpec(name="transformers", kind="transformers")
 
 if TYPE_CHECKING:
     import torch
@@ -152,20 +154,21 @@ class TransformersBackend:
         return ids.to(self.device.torch_device), mask.to(self.device.torch_device)
 
 
-def baseline_backend(
-    experiment: Experiment, *, padding: Padding = "longest", name: str = "transformers"
-) -> TransformersBackend | BackendElsewhere:
+def baseline_backend(experiment: Experiment, spec: EngineSpec = TRANSFORMERS) -> TransformersBackend | BackendElsewhere:
     """transformers on the experiment's source checkpoint, in the experiment's precision.
 
     Where our engine runs in a process of its own, so does this one: a ratio of the two is fair then. Raises ValueError
-    for a source that transformers cannot read (Megatron) when no plain converted copy exists.
+    for a source that transformers cannot read (Megatron) when no plain converted copy exists, and for
+    continuous batching where it does not run.
     """
     if needs_process(resolve_device(experiment.device, experiment.device_id)[0]):
-        return BackendElsewhere(_baseline, experiment, padding, name)
-    return _baseline(experiment, padding, name)
+        return BackendElsewhere(_baseline, experiment, spec)
+    return _baseline(experiment, spec)
 
 
-def _baseline(experiment: Experiment, padding: Padding, name: str) -> TransformersBackend:
+def _baseline(experiment: Experiment, spec: EngineSpec) -> TransformersBackend:
+    from ascend_kit.measure.continuous import ContinuousBackend, require_continuous
+
     folder = Path(experiment.input_model)
     if not (folder / "config.json").is_file():
         folder = experiment.converted_folder
@@ -174,14 +177,20 @@ def _baseline(experiment: Experiment, padding: Padding, name: str) -> Transforme
                 f"transformers cannot read {experiment.input_model} and there is no unquantised converted "
                 "copy; convert it with quantize: none, or take transformers out of engines"
             )
-    return TransformersBackend(
+    is_continuous = spec.batching == "continuous"
+    if is_continuous:
+        require_continuous(resolve_device(experiment.device, experiment.device_id)[0])
+    backend = (ContinuousBackend if is_continuous else TransformersBackend)(
         folder,
         device=select_device(experiment.device, experiment.device_id),
         precision=experiment.precision,
         max_seq_length=experiment.max_seq_length,
-        padding=padding,
-        name=name,
+        padding=spec.padding,
+        name=spec.name,
     )
+    if isinstance(backend, ContinuousBackend):
+        backend.max_tokens_per_step = experiment.max_tokens_per_step
+    return backend
 
 
 def _record(request: Request, arrival_s: float, start_s: float, times: Sequence[float]) -> RequestRecord:

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.device.device import resolve_device
 from ascend_kit.engine.elsewhere import apart
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.identity import Identity
 from ascend_kit.measure.baseline import baseline_backend
 from ascend_kit.measure.ceilings import measure_ceilings
+from ascend_kit.measure.continuous import require_continuous
 from ascend_kit.measure.engines import Backend, EngineBackend, Machine, as_backend, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card
 from ascend_kit.measure.grid import estimate_s, shuffled, sweep_points, why_impossible
@@ -77,6 +79,8 @@ def measure_engines(
     not opened.
     """
     specs, ended = experiment.engine_specs, 0
+    if any(spec.batching == "continuous" for spec in specs):
+        require_continuous(resolve_device(experiment.device, experiment.device_id)[0])
     for number, spec in enumerate(specs):
         before, backend = ended, open_backend(spec, experiment, folder, engine)
 
@@ -105,7 +109,7 @@ def open_backend(
         return EndpointBackend(spec.name, spec.openai, experiment, folder.path)
     plan = experiment.alone(**spec.settings, sweep=experiment.sweep) if spec.settings else experiment
     if spec.kind == "transformers":
-        return baseline_backend(plan, padding=spec.padding, name=spec.name)
+        return baseline_backend(plan, spec)
     if spec.settings or engine is None:
         engine = AscendInferEngine.from_experiment(plan)
     return EngineBackend(engine, plan, spec.name)

@@ -16,15 +16,18 @@ OWN_SETTINGS = (
     "max_tokens_per_step", "kv_cache_gib", "graph_mode", "operator_fusion", "memory_optimize", "plain_ops", "speculate",
     "kv_cache_dtype", "head_dtype",
 )  # fmt: skip
+TRANSFORMERS_SETTINGS = ("padding", "batching")  # besides these
 KINDS = ("ascend_kit", "transformers", "openai")
 DEFAULT: list[dict[str, Any]] = [{"kind": "ascend_kit"}, {"kind": "transformers"}]
 
 
-# Steps of an ablation, each on top of those before it; what padding costs is measured on transformers.
+# Steps of an ablation, each on top of those before it; what padding costs, and what transformers' own batching gains,
+# is measured on transformers.
 PLAIN = {"graph_mode": False, "operator_fusion": False, "memory_optimize": False, "quantize": "none", "speculate": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded_to_max": {"kind": "transformers", "padding": "max"},
     "padded": {"kind": "transformers"},
+    "transformers_continuous": {"kind": "transformers", "batching": "continuous"},
     "continuous_batching": PLAIN,
     "fused_operators": {"operator_fusion": True},
     "graphs": {"graph_mode": True},
@@ -82,6 +85,7 @@ class EngineSpec(BaseModel):
     kind: str
     settings: dict[str, Any] = {}
     padding: Literal["longest", "max"] = "longest"  # of transformers' batches
+    batching: Literal["padded", "continuous"] = "padded"  # of transformers: generate, or generate_batch's manager
     openai: OpenAIEngine | None = None
 
 
@@ -111,11 +115,14 @@ def _read(number: int, entry: Any) -> EngineSpec:
         rules.folder_name(name)
         if kind == "openai":
             return EngineSpec(name=name, kind=kind, openai=OpenAIEngine(**rest))
-        padding = rest.pop("padding", "longest") if kind == "transformers" else "longest"
+        own = {key: rest.pop(key) for key in TRANSFORMERS_SETTINGS if key in rest} if kind == "transformers" else {}
+        if own.get("batching") == "continuous" and "padding" in own:
+            raise ParameterError(f"{where}: padding: continuous batching pads nothing; leave it out")
         wrong = next((key for key in rest if key not in OWN_SETTINGS), None)
         if wrong is not None:
-            raise ParameterError(f"{where}: {rules.unknown_key(wrong, OWN_SETTINGS)}")
-        return EngineSpec(name=name, kind=kind, settings=rest, padding=padding)
+            allowed = (*OWN_SETTINGS, *TRANSFORMERS_SETTINGS) if kind == "transformers" else OWN_SETTINGS
+            raise ParameterError(f"{where}: {rules.unknown_key(wrong, allowed)}")
+        return EngineSpec(name=name, kind=kind, settings=rest, **own)
     except ValidationError as error:
         item = error.errors()[0]
         key = ".".join(str(part) for part in item["loc"])
