@@ -12,7 +12,7 @@ import pytest
 from ascend_kit.measure.planner import server_plans
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, sweep_charts
-from ascend_kit.show.drawing import BASELINES, TIP, config_labels, config_looks
+from ascend_kit.show.drawing import BASELINES, TIP, config_labels, config_looks, heat_map
 
 
 def sweep_rows(lengths=((64, 32),), repeats=2, variants=({},), concurrency=(1, 4, 16)):
@@ -280,6 +280,24 @@ def test_configuration_has_one_colour_in_every_figure():
     assert all(len(colours) == 1 for colours in seen.values())
     assert len(set.union(*seen.values())) == 3
     assert seen["transformers"] == {BASELINES["transformers"]}
+
+
+def test_ratio_one_is_white_and_equal_values_have_a_middle_colour():
+    rows = sweep_rows(repeats=1, concurrency=(1, 4)).query("backend == 'ascend_kit'").assign(ratio=[0.8, 1.0])
+
+    (ratios,) = heat_map(rows, "ratio", "Speed", "times", good="ratio").axes[0].images
+    (equal,) = heat_map(rows.assign(ratio=3.0), "ratio", "Speed", "times").axes[0].images
+
+    red, white = ratios.to_rgba(ratios.get_array())[0][:, :3]
+    assert red[0] > 3 * red[2] and white.min() > 0.95
+    assert list(equal.norm(equal.get_array())[0]) == [0.5, 0.5]
+
+
+def test_tradeoff_of_many_lengths_has_a_small_panel_for_each():
+    figure = sweep_charts.tradeoff(sweep_rows(lengths=EIGHT_LENGTHS))
+
+    assert len(figure.axes) == 8 and figure.get_figwidth() < 16
+    assert {text.get_text() for text in figure.axes[0].texts} == {"1", "16"}
 
 
 def test_label_names_only_the_switches_that_differ():

@@ -32,6 +32,7 @@ SWITCHES = ("run", *ENGINE_SWITCHES)
 LENGTHS = ["prompt_len", "output_len"]
 MOST_PANELS = 6  # of more lengths a heat map is drawn
 MOST_DIRECT_LABELS = 6
+RATIO_UNIT = "times (blue: above 1, red: below 1)"
 LABEL_GAP = 0.075  # least distance of two labels at a line's end, share of the height
 # In the order in which they are looked for: Noto, Adobe, Linux, Windows, macOS.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
@@ -196,17 +197,26 @@ def plain(value: float) -> str:
 
 
 def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float = 1, good: str = "high") -> Figure:
-    """Median of a column as colour and number: lengths down, concurrency across, a panel per configuration."""
+    """Median of a column as colour and number: lengths down, concurrency across, a panel per configuration.
+
+    `good` is high, low or ratio: there 1 is white, more is blue and less is red. Equal values have a middle colour.
+    """
+    from matplotlib.colors import CenteredNorm, Normalize
+
     groups = list(with_labels(rows).groupby("_label", sort=True))
     lengths = sorted(rows.groupby(LENGTHS).groups)
     figure, grid = make_grid(1, len(groups), height=1.5 + 0.42 * len(lengths), width=5.6)
-    most = rows[column].max() * factor
+    most, least = rows[column].max() * factor, rows[column].min() * factor
+    norm = Normalize(0, most if most > least else 2 * most)
+    if good == "ratio":
+        norm = CenteredNorm(1, max(most - 1, 1 - least, 0.05))
     for axes, (label, part) in zip(grid.flat, groups, strict=True):
         table = part.pivot_table(index=LENGTHS, columns="concurrency", values=column, aggfunc="median").reindex(lengths)
         values = table.to_numpy() * factor
-        axes.imshow(values, cmap="YlGnBu" if good == "high" else "YlOrRd", vmin=0, vmax=most, aspect="auto")
+        axes.imshow(values, cmap={"high": "YlGnBu", "low": "YlOrRd", "ratio": "RdBu"}[good], norm=norm, aspect="auto")
         for (y, x), value in ((place, values[place]) for place in _places(values.shape)):
-            colour = "#FEFEFE" if value > 0.6 * most else "#111111"
+            depth = abs(2 * norm(value) - 1) > 0.7 if good == "ratio" else norm(value) > 0.6
+            colour = "#FEFEFE" if depth else "#111111"
             axes.text(x, y, plain(float(f"{value:.3g}")) if known(value) else "", ha="center", va="center",
                       color=colour, fontsize=FONT - 1)  # fmt: skip
         axes.grid(False)
@@ -215,9 +225,10 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
         axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
         axes.set_ylabel("prompt + output tokens", fontsize=FONT)
         axes.set_title(label, fontsize=FONT)
-    best = rows.loc[rows[column].idxmax() if good == "high" else rows[column].idxmin()]
+    best = rows.loc[rows[column].idxmin() if good == "low" else rows[column].idxmax()]
     alt = f"best {best[column] * factor:,.4g} {unit} at {best['concurrency']}, {lengths_text(list(best[LENGTHS]))}"
-    return finish(figure, f"{title}, {unit}", alt, legend=False)
+    between = "\n" if good == "ratio" else ", "
+    return finish(figure, f"{title}{between}{unit}", alt, legend=False)
 
 
 def _places(shape: tuple[int, int]) -> Iterable[tuple[int, int]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ascend_kit.measure import verdict
-from ascend_kit.show.drawing import finish, heat_map, value_axis
+from ascend_kit.show.drawing import RATIO_UNIT, finish, heat_map, value_axis
 
 if TYPE_CHECKING:
     import pandas
@@ -68,7 +68,7 @@ def break_even_map(rows: pandas.DataFrame) -> Figure | None:
     cells = pandas.DataFrame(verdict.break_even(rows.to_dict("records")))
     if cells.empty:
         return None
-    return heat_map(cells, "ratio", "Speed of int8 over unquantised", "times")
+    return heat_map(cells, "ratio", "Speed of int8 over unquantised", RATIO_UNIT, good="ratio")
 
 
 def more_table(folder: RunFolder, rows: pandas.DataFrame, variants: Sequence[str]) -> pandas.DataFrame:

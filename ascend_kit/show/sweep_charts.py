@@ -19,6 +19,7 @@ from ascend_kit.show.drawing import (
     GREY,
     LENGTHS,
     PALETTE,
+    RATIO_UNIT,
     RED,
     config_labels,
     config_looks,
@@ -111,7 +112,7 @@ def latency(rows: Table) -> Figure | None:
 def tradeoff(rows: Table) -> Figure | None:
     """Throughput against median TPOT; each point carries its concurrency. Up and to the left is better."""
     rows = finished_rows(rows).dropna(subset=["tpot_p50_ms"]) if not rows.empty else rows
-    if len(rows) < 2 or is_many(rows):
+    if len(rows) < 2:
         return None
     figure, panels = make_panels(rows)
     looks = config_looks(config_labels(rows))
@@ -120,7 +121,7 @@ def tradeoff(rows: Table) -> Figure | None:
             one = rest.groupby("concurrency")[["tpot_p50_ms", RATE]].median()
             (line,) = axes.plot(*one.T.to_numpy(), label=label, linewidth=1.8, **looks[label])
             tip(line, [f"{label}, {c} in flight: {y:,.4g} tokens/s, {x:,.4g} ms" for c, (x, y) in one.iterrows()])
-            for concurrency, (x, y) in one.iterrows():
+            for concurrency, (x, y) in (one.iloc[[0, -1]] if is_many(rows) else one).iterrows():  # room is short
                 axes.annotate(
                     f"{concurrency}", (x, y), (8, -13), textcoords="offset points", color=looks[label]["color"]
                 )
@@ -160,7 +161,7 @@ def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
         return None
     title = f"Speed-up over {baseline}"
     if is_many(own):
-        return heat_map(own, "ratio", title, "times as fast")
+        return heat_map(own, "ratio", title, RATIO_UNIT, good="ratio")
     looks = config_looks(config_labels(rows))
     figure, panels = make_panels(own.assign(_label=config_labels(rows).loc[own.index]))
     labels = config_labels(rows).loc[own.index]
