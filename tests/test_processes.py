@@ -12,8 +12,7 @@ import pytest
 
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.checkpoint.tensor_file import CheckpointError
-from ascend_kit.engine import elsewhere, replicas
-from ascend_kit.engine import engine as engine_module
+from ascend_kit.engine import elsewhere, opened_model, replicas
 from ascend_kit.engine.core import ReplicasLost
 from ascend_kit.engine.elsewhere import describe_device, with_device
 from ascend_kit.engine.processes import LocalProcesses, WorkerDied
@@ -48,7 +47,7 @@ class Loud(Worker):
 def local(monkeypatch):
     """All cards are processes of this machine."""
     monkeypatch.setattr(replicas, "_processes", lambda settings: LocalProcesses(Poisonable))
-    monkeypatch.setattr(engine_module, "needs_process", lambda kind: True)
+    monkeypatch.setattr(opened_model, "needs_process", lambda kind: True)
 
 
 def prompts_of(count, seed=3):
@@ -58,7 +57,7 @@ def prompts_of(count, seed=3):
 
 def one_card(folder, prompts, sampling):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "needs_process", lambda kind: False)
+        patch.setattr(opened_model, "needs_process", lambda kind: False)
         with AscendInferEngine(folder, **SETTINGS) as engine:
             return [output.token_ids for output in engine.generate(prompts, sampling)]
 
