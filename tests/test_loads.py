@@ -9,13 +9,18 @@ import statistics
 import numpy as np
 import pytest
 
-from ascend_kit.measure.loads import Load, arrival_times, build, read_trace
+from ascend_kit.measure.loads import arrival_times, build, read_trace
+from ascend_kit.measure.rows import Point
 
 COMMON = {"vocab_size": 500, "seed": (1,), "max_total_len": 4096}
 
 
+def of_load(load="closed", **values):
+    return Point(4, 10, 4, 8, load=load, **values)
+
+
 def times(count=4000, **load):
-    return arrival_times(Load(**load), count, np.random.default_rng(0))
+    return arrival_times(of_load(**load), count, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -34,10 +39,10 @@ def test_a_damaged_trace_is_refused_by_name(tmp_path, name, content, words):
 
 
 def test_every_open_load_has_the_rate_that_was_asked():
-    assert times(4, kind="constant", rate=2.0) == [0.0, 0.5, 1.0, 1.5]
-    assert times(3, kind="all_at_once") == [0.0] * 3 and times(3, kind="closed") == [None] * 3
+    assert times(4, load="constant", rate=2.0) == [0.0, 0.5, 1.0, 1.5]
+    assert times(3, load="all_at_once") == [0.0] * 3 and times(3, load="closed") == [None] * 3
     for kind, burstiness, variation in (("poisson", None, 1.0), ("gamma", 0.25, 2.0), ("gamma", 4.0, 0.5)):
-        found = times(kind=kind, rate=8.0, burstiness=burstiness)
+        found = times(load=kind, rate=8.0, burstiness=burstiness)
         gaps = [after - before for before, after in itertools.pairwise(found)]
         assert found[-1] == pytest.approx(4000 / 8.0)
         # The coefficient of variation of a gamma distribution is 1 / sqrt(shape); 4,000 draws.
@@ -45,7 +50,7 @@ def test_every_open_load_has_the_rate_that_was_asked():
 
 
 def test_a_ramp_has_its_rates_at_both_ends():
-    found = times(300, kind="ramp", rate=1.0, rate_end=5.0)
+    found = times(300, load="ramp", rate=1.0, rate_end=5.0)
     gaps = [after - before for before, after in itertools.pairwise(found)]
 
     assert 1 / gaps[0] == pytest.approx(1.0, rel=0.05) and 1 / gaps[-1] == pytest.approx(5.0, rel=0.05)
@@ -59,9 +64,9 @@ def test_mooncake_blocks_that_are_shared_are_shared_tokens(tmp_path):
         {"timestamp": 28000, "input_length": 9000, "output_length": 4, "hash_ids": list(range(18))},
     ]
     (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    load = Load("trace", rate=2.0, trace_file=str(tmp_path / "trace.jsonl"))
+    load, path = of_load("trace", rate=2.0), str(tmp_path / "trace.jsonl")
 
-    first, second = build(load, 9, 1, 1, **COMMON)  # the third does not fit into 4,096 tokens
+    first, second = build(load, 9, 1, 1, trace_file=path, **COMMON)  # the third does not fit into 4,096 tokens
 
     assert (first.send_at_s, second.send_at_s) == (0.0, 0.25)  # twice as fast
     assert (len(first.prompt_token_ids), len(second.prompt_token_ids)) == (1000, 700)
@@ -81,7 +86,7 @@ def test_azure_tables_are_read_and_a_bad_line_is_named(tmp_path):
 
 
 def test_turns_carry_their_history_and_wait_for_each_other():
-    requests = build(Load("poisson", rate=4.0, turns=3, think_s=0.5), 6, 10, 4, **COMMON)
+    requests = build(of_load("poisson", rate=4.0, turns=3, think_s=0.5), 6, 10, 4, **COMMON)
 
     assert [len(r.prompt_token_ids) for r in requests] == [10, 24, 38] * 2
     assert [r.after for r in requests] == [None, 0, 1, None, 3, 4]
@@ -91,7 +96,7 @@ def test_turns_carry_their_history_and_wait_for_each_other():
 
 
 def test_a_share_of_each_prompt_is_common_and_the_rest_is_not():
-    requests = build(Load(shared_prefix=0.5), 8, 40, 4, **COMMON)
+    requests = build(of_load(shared_prefix=0.5), 8, 40, 4, **COMMON)
 
     assert len({r.prompt_token_ids[:20] for r in requests}) == 1
     assert len({r.prompt_token_ids[20:] for r in requests}) == 8
@@ -107,8 +112,10 @@ def test_prompts_of_a_user_keep_their_text_and_the_replies_their_length(tmp_path
         def encode(self, text):
             return [ord(letter) for letter in text]
 
-    shared = build(Load(prompts_file=str(tmp_path / "sharegpt.json")), 3, 1, 9, encoder=Letters(), **COMMON)
-    plain = build(Load(prompts_file=str(tmp_path / "lines.jsonl")), 3, 1, 9, encoder=Letters(), **COMMON)
+    shared, plain = (
+        build(of_load(), 3, 1, 9, encoder=Letters(), prompts_file=str(tmp_path / name), **COMMON)
+        for name in ("sharegpt.json", "lines.jsonl")
+    )
 
     assert len({r.text for r in shared}) == 3
     assert all(r.num_output_tokens == int(r.text.split()[1]) for r in shared)

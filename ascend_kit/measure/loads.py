@@ -7,13 +7,14 @@ import datetime
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ascend_kit.files import FileError, one_line, require_regular
+from ascend_kit.measure.rows import Point
 from ascend_kit.measure.workload import Request, make_requests
 from ascend_kit.prompts import read_prompts
 
@@ -27,22 +28,6 @@ class Encoder(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-@dataclass(frozen=True)
-class Load:
-    """When requests arrive and what they look like, besides their lengths and number."""
-
-    kind: str = "closed"
-    rate: float | None = None  # requests per second; of a trace how much faster than it was recorded
-    burstiness: float | None = None
-    rate_end: float | None = None
-    turns: int = 1
-    think_s: float = 0.0
-    shared_prefix: float = 0.0
-    spread: str = "fixed"
-    trace_file: str | None = None
-    prompts_file: str | None = None
-
-
 class TraceEntry(NamedTuple):
     """One recorded request; `blocks` are ids of its prompt's prefixes, where the trace has them."""
 
@@ -52,21 +37,21 @@ class TraceEntry(NamedTuple):
     blocks: tuple[int, ...] = ()
 
 
-def arrival_times(load: Load, count: int, rng: np.random.Generator) -> list[float | None]:
+def arrival_times(load: Point, count: int, rng: np.random.Generator) -> list[float | None]:
     """Seconds after the start for each of `count` requests; None where a free place decides.
 
     Random gaps are scaled so that the last request comes at count / rate, as vLLM's benchmark does: two seeds differ in
     the pattern and not in the rate. Gamma gaps of shape b have a coefficient of variation of 1 / sqrt(b). A ramp's rate
     grows linearly in time.
     """
-    if load.kind == "closed":
+    if load.load == "closed":
         return [None] * count
-    if load.kind == "all_at_once":
+    if load.load == "all_at_once":
         return [0.0] * count
     rate = load.rate or 1.0
-    if load.kind == "constant":
+    if load.load == "constant":
         return [number / rate for number in range(count)]
-    if load.kind == "ramp":
+    if load.load == "ramp":
         end = load.rate_end or 4 * rate
         seconds = 2 * count / (rate + end)
         slope = (end - rate) / seconds
@@ -75,13 +60,13 @@ def arrival_times(load: Load, count: int, rng: np.random.Generator) -> list[floa
             number / rate if slope == 0 else (math.sqrt(rate**2 + 2 * slope * number) - rate) / slope
             for number in range(count)
         ]
-    shape = 1.0 if load.kind == "poisson" else load.burstiness or 1.0
+    shape = 1.0 if load.load == "poisson" else load.burstiness or 1.0
     times = np.cumsum(rng.gamma(shape, 1 / (rate * shape), count))
     return [float(value) for value in times * (count / rate / times[-1])]
 
 
 def build(
-    load: Load,
+    load: Point,
     count: int,
     prompt_len: int,
     output_len: int,
@@ -91,21 +76,26 @@ def build(
     avoid_ids: Sequence[int] = (),
     max_total_len: int,
     encoder: Encoder | None = None,
+    trace_file: str | None = None,
+    prompts_file: str | None = None,
 ) -> list[Request]:
-    """The requests of a load, at most `count`. Those longer than `max_total_len` tokens are left out of a trace and of
-    a user's prompts; ValueError when none is left."""
+    """The requests of a point's load, at most `count`, of these lengths; of `trace_file` for a trace.
+
+    Those longer than `max_total_len` tokens are left out of a trace and of a user's prompts; ValueError when none is
+    left.
+    """
     rng = np.random.default_rng(np.random.SeedSequence((*seed, 7)))
     options = {"vocab_size": vocab_size, "seed": seed, "avoid_ids": avoid_ids}
-    if load.kind == "trace":
-        assert load.trace_file is not None
-        return _from_trace(load, read_trace(load.trace_file), count, vocab_size, seed, max_total_len)
-    if load.prompts_file is not None:
-        requests = _from_prompts(load.prompts_file, count, output_len, max_total_len, encoder, rng)
+    if load.load == "trace":
+        assert trace_file is not None
+        return _from_trace(trace_file, load.rate or 1.0, count, vocab_size, seed, max_total_len)
+    if prompts_file is not None:
+        requests = _from_prompts(prompts_file, count, output_len, max_total_len, encoder, rng)
     elif load.turns > 1:
         requests = _conversations(load, count, prompt_len, output_len, options)
     else:
         requests = make_requests(
-            count, prompt_len, output_len, spread=load.spread, max_total_len=max_total_len,
+            count, prompt_len, output_len, spread=load.length_spread, max_total_len=max_total_len,
             shared_prefix_len=int(load.shared_prefix * prompt_len), **options,
         )  # fmt: skip
     first = [request for request in requests if request.after is None]
@@ -113,7 +103,7 @@ def build(
     return [replace(r, send_at_s=times[r.index]) if r.after is None else r for r in requests]
 
 
-def _conversations(load: Load, count: int, prompt_len: int, output_len: int, options: dict) -> list[Request]:
+def _conversations(load: Point, count: int, prompt_len: int, output_len: int, options: dict) -> list[Request]:
     """Turn k carries the turns before it and the replies that were written for them, so that every engine gets the
     same prompts whatever it answers; it is sent when turn k - 1 has ended."""
     talks = max(1, count // load.turns)
@@ -178,12 +168,13 @@ def _mooncake(row: dict[str, Any]) -> TraceEntry:
 
 
 def _from_trace(
-    load: Load, entries: list[TraceEntry], count: int, vocab_size: int, seed: tuple[int, ...], max_total_len: int
+    path: str, speed: float, count: int, vocab_size: int, seed: tuple[int, ...], max_total_len: int
 ) -> list[Request]:
-    kept = [e for e in entries if e.output_len > 0 and 0 < e.prompt_len <= max_total_len - e.output_len][:count]
+    kept = [e for e in read_trace(path) if e.output_len > 0 and 0 < e.prompt_len <= max_total_len - e.output_len][
+        :count
+    ]
     if not kept:
-        raise ValueError(f"trace_file {load.trace_file}: no request fits into max_seq_length {max_total_len}")
-    speed = load.rate or 1.0
+        raise ValueError(f"trace_file {path}: no request fits into max_seq_length {max_total_len}")
     start_s = kept[0].at_s
     requests = []
     for index, entry in enumerate(kept):

@@ -15,7 +15,7 @@ from ascend_kit.measure import metrics
 from ascend_kit.measure.cards import CardMeter
 from ascend_kit.measure.engines import Backend, reckon_weight_bytes, watched_cards
 from ascend_kit.measure.forecast import Card, Deployment, request_flops
-from ascend_kit.measure.loads import Encoder, Load, build
+from ascend_kit.measure.loads import Encoder, build
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.planner import forecast
 from ascend_kit.measure.rows import DEFAULTS, KEY, Point, key_of
@@ -245,15 +245,12 @@ class PointRunner:
                 count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed,
                 avoid_ids=config.eos_token_ids,
             )  # fmt: skip
-        load = Load(
-            point.load, point.rate, point.burstiness, point.rate_end, point.turns, point.think_s, point.shared_prefix,
-            point.length_spread, experiment.trace_file, experiment.load_prompts,
-        )  # fmt: skip
-        if load.prompts_file and self._encoder is None:
+        if experiment.load_prompts and self._encoder is None:
             self._encoder = load_tokenizer(experiment.tokenizer_path or experiment.input_model)
         return build(
-            load, count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed,
+            point, count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed,
             avoid_ids=config.eos_token_ids, encoder=self._encoder,
+            trace_file=experiment.trace_file, prompts_file=experiment.load_prompts,
             max_total_len=min(self.backend.max_seq_length, experiment.max_seq_length),
         )  # fmt: skip
 
