@@ -27,7 +27,10 @@ from ascend_kit.engine.sequence import SamplingParams, Sequence
 
 Json = dict[str, Any]
 MAX_BODY_BYTES = 64 << 20
-SAME_NAMES = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed", "ignore_eos", "stop")
+SAME_NAMES = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed", "ignore_eos", "stop",
+    "logprobs",
+)  # fmt: skip
 # What would change the answer and is not done here; the value is the one that asks for nothing.
 NOT_DONE: Json = {"n": 1, "best_of": 1, "suffix": None, "frequency_penalty": 0, "logit_bias": None, "tools": None}
 
@@ -47,7 +50,7 @@ class EngineThread(threading.Thread):
     def __init__(self, engine: AscendInferEngine) -> None:
         super().__init__(name="ascend-kit-engine", daemon=True)
         self.engine, self.calls = engine, SimpleQueue[Callable[[], object] | None]()
-        self.open: set[Callable[[BaseException], None]] = set()  # how to tell each open request of a failure
+        self.open: set[Callable[[BaseException], object]] = set()  # how to tell each open request of a failure
 
     def run(self) -> None:
         """Step while there is work, until None is called."""
@@ -69,22 +72,17 @@ class EngineThread(threading.Thread):
         Leaving early cancels the request. An error of the request or the engine is raised.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Step | BaseException]()
-        numbers: list[int] = []
-        pieces = text.TextPieces(self.engine.text_of)
-
-        def put(item: Step | BaseException) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, item)
+        numbers, pieces = list[int](), text.TextPieces(self.engine.text_of)
+        put: Callable[[Step | BaseException], object] = partial(loop.call_soon_threadsafe, queue.put_nowait)
 
         def on_step(sequence: Sequence) -> None:
             new = "" if sequence.is_scoring else pieces.new(sequence)
             put(Step(sequence, new, sequence.finish_reason, sequence.num_output_tokens))
 
         def start() -> None:
+            add = self.engine.add_scored if sampling is None else partial(self.engine.add_request, sampling=sampling)
             try:
-                if sampling is None:
-                    numbers.append(self.engine.add_scored(ids, on_step))
-                else:
-                    numbers.append(self.engine.add_request(ids, sampling, on_step=on_step))
+                numbers.append(add(ids, on_step=on_step))
             except Exception as error:
                 put(error)
 
@@ -214,8 +212,8 @@ class Server:
                 counted = {"usage": usage} if options.get("continuous_usage_stats") else {}
                 await send([{"index": 0, **said, "finish_reason": step.finish_reason}], **counted)
             if step and options.get("include_usage"):
-                details = {"prompt_tokens_details": {"cached_tokens": step.sequence.num_cached_tokens}}
-                await send([], usage=usage | details)
+                usage["prompt_tokens_details"] = {"cached_tokens": step.sequence.num_cached_tokens}
+                await send([], usage=usage)
         except ConnectionError:
             return response
         except Exception as error:  # the status is out: only the stream can say it
@@ -262,20 +260,13 @@ def sampling_of(body: Json, is_chat: bool, room: int) -> SamplingParams | None:
     limit = (max(1, room) if is_chat else 16) if limit is None else limit
     if limit == 0 and body.get("echo"):
         return None
-    given = {key: body[key] for key in SAME_NAMES if body.get(key) is not None}
-    if "stop" in given and not isinstance(given["stop"], str):
-        given["stop"] = tuple(given["stop"])
-    temperature, least = body.get("temperature", 1.0), body.get("min_tokens") or 0
-    return SamplingParams(
-        max_new_tokens=limit, temperature=temperature, min_new_tokens=least, logprobs=body.get("logprobs"), **given
-    )
+    given: Json = {"temperature": 1.0} | {key: body[key] for key in SAME_NAMES if body.get(key) is not None}
+    return SamplingParams(max_new_tokens=limit, min_new_tokens=body.get("min_tokens") or 0, **given)
 
 
 def _plain(content: Any) -> str:
     """The text of a message whose content is a text or a list of parts."""
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content)
-    return content or ""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def _usage(num_prompt_tokens: int, step: Step | None) -> Json:
