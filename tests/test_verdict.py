@@ -143,6 +143,9 @@ def test_settings_translate_into_vllms_words_and_variants_into_engines():
         build_experiment({"engines": [{"kind": "transformers", "batching": "continuous", "padding": "max"}]})
     with pytest.raises(ParameterError, match=r"engines\[0\]: batching: .*'padded' or 'continuous'.*, got 'paged'"):
         build_experiment({"engines": [{"kind": "transformers", "batching": "paged"}]})
+    for entry in ({"kind": "ascend_kit", 3: 4}, {"base_url": "http://a", "model": "m", 3: 4}):
+        with pytest.raises(ParameterError, match=r"engines\[0\]: the names of settings are texts, got 3"):
+            build_experiment({"engines": [entry]})
     assert plain.settings["quantize"] == "none" and int8.settings == {**plain.settings, "quantize": "w8a8"}
     with pytest.raises(ParameterError, match="variants: unknown parameter 'int4'; did you mean 'int8'"):
         build_experiment({"variants": ["int4"]})

@@ -104,6 +104,8 @@ def _read(number: int, entry: Any) -> EngineSpec:
     entry = {"kind": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict):
         raise ParameterError(f"{where}: expected a block with `kind` and settings, got {rules.shown(entry)}")
+    if (odd := next((key for key in entry if not isinstance(key, str)), None)) is not None:
+        raise ParameterError(f"{where}: the names of settings are texts, got {rules.shown(odd)}")
     rest = dict(entry)
     kind = rest.pop("kind", "openai" if "base_url" in rest else None)
     if kind not in KINDS:
