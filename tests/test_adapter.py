@@ -118,6 +118,8 @@ def test_dora_embedding_and_saved_modules_follow_pefts_definition(tiny_qwen3_dir
         ({"use_qalora": True}, None, r"use_qalora=True"),
         ({"use_dora": True}, "no magnitude", r"use_dora=True, but .*q_proj says otherwise"),
         ({"r": 8}, None, r"q_proj has rank 4, adapter_config\.json says 8"),
+        ({"rank_pattern": {"(q": 4}}, None, r"adapter_config\.json: '.*' is no regular expression"),
+        ({"alpha_pattern": [4]}, None, r"adapter_config\.json: alpha_pattern=\[4\]; allowed are patterns"),
         ({}, "other model", r"q_proj\.weight of shape .* fits no tensor"),
         ({}, "no B", r"lacks lora_A or lora_B"),
         ({}, "truncated", r"adapter_model\.safetensors is"),

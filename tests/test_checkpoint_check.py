@@ -193,6 +193,8 @@ def test_a_lora_adapter_is_refused_by_name(folder: Path):
         ({}, {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme: type='float'"),
         ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ({}, {"ignore": ["re:.*down_proj"]}, "`ignore` names model.layers.0.mlp.down_proj"),
+        ({}, {"ignore": ["re:(.*down_proj"]}, r"'\(\.\*down_proj' is no regular expression"),
+        ({}, {"ignore": [r"re:(.|\w)*[A-Z]"]}, "did not end within 0.2 s"),
         ({}, {"format": "marlin-24"}, "marlin-24"),
         ({"output_activations": {"num_bits": 8}}, {}, "output_activations"),
         ({"input_activations": {"num_bits": 8, "dynamic": False, "strategy": "tensor"}}, {}, "input_scale is missing"),

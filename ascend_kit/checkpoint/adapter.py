@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.patterns import pattern_fits
 from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, check_slice, read_json
 from ascend_kit.checkpoint.torch_file import TorchFile
 from ascend_kit.model.tensors import EMBEDDING, HEAD
@@ -188,10 +189,10 @@ def _apply(
     down, up = (parts.get(f"lora_{end}", parts.get(f"lora_embedding_{end}")) for end in "AB")
     if down is None or up is None or down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0]:
         raise CheckpointError(f"{_weights(folder)}: {module} lacks lora_A or lora_B, or their shapes do not fit")
-    rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
+    rank = _of_pattern(folder, config, "rank_pattern", module, config.get("r"))
     if rank != down.shape[0]:
         raise CheckpointError(f"{_weights(folder)}: {module} has rank {down.shape[0]}, {CONFIG_NAME} says {rank}")
-    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    alpha = _of_pattern(folder, config, "alpha_pattern", module, config.get("lora_alpha"))
     if not isinstance(alpha, int | float):
         raise CheckpointError(f"{folder / CONFIG_NAME}: lora_alpha={alpha!r} is no number")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -210,9 +211,9 @@ def _apply(
         sources[bias] = AdaptedBias(checkpoint.source(bias), scaling * parts["lora_B.bias"])
 
 
-def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _of_pattern(folder: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """The value of the first pattern that fits the module's whole name or its end, as PEFT looks it up."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    where, patterns = folder / CONFIG_NAME, config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{where}: {key}={patterns!r}; allowed are patterns of module names with their values")
+    return next((value for p, value in patterns.items() if pattern_fits(where, rf"(.*\.)?({p})$", module)), default)

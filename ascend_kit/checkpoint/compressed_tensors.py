@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing_extensions import TypedDict
 from ascend_kit.checkpoint.int4_layouts import present_packed
 from ascend_kit.checkpoint.int8_tensors import W4A8, PackedInt8, ScaleColumn, add_static, check_linear
 from ascend_kit.checkpoint.kv_scales import COMPRESSED_TENSORS, present_kv_scales
+from ascend_kit.checkpoint.patterns import pattern_fits
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.files import one_line
 
@@ -141,10 +141,7 @@ def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, 
 
 
 def _names(target: str, linear: str) -> bool:
-    try:
-        return target == linear or (target.startswith("re:") and re.match(target[3:], linear) is not None)
-    except re.error as error:
-        raise CheckpointError(f"quantization_config: {target!r} is no regular expression: {error}") from None
+    return target == linear or (target.startswith("re:") and pattern_fits("quantization_config", target[3:], linear))
 
 
 def _group_of_linear(where: Path, linear: str, groups: list[tuple[str, list[str]]]) -> int:
