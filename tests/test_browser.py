@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
+import subprocess
 import time
 import zipfile
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pandas
@@ -32,6 +37,7 @@ pytestmark = [
         bool(MISSING), reason=f"needs {' and '.join(MISSING)}: apt install chromium, pip install -e '.[browser]'"
     ),
 ]
+PDFTOTEXT = shutil.which("pdftotext")
 HOSTILE = "<script>window.hurt=1</script><img src=x onerror='window.hurt=1'><svg onload='window.hurt=1'>"
 # Right edges of cells beyond the page; elements inside a box that scrolls by itself do not count on a screen.
 BEYOND = """(paper) => [...document.querySelectorAll('th, td')].filter(cell => cell.offsetParent !== null
@@ -102,6 +108,10 @@ def test_on_paper_every_column_is_there(browser, project):
 
     assert page.evaluate(BEYOND, True) == [] and page.locator("th:has-text('name_13')").first.is_visible()
     assert printed.startswith(b"%PDF") and page.evaluate("document.documentElement.scrollWidth") <= 718
+    if PDFTOTEXT:  # of poppler-utils: what the paper says, a heading's lines and hyphens joined
+        paper = subprocess.run([PDFTOTEXT, "-raw", "-", "-"], input=printed, capture_output=True, check=True).stdout
+        headings, told = page.locator("thead th").all_text_contents(), squeezed(paper.decode())
+        assert len(headings) >= 14 and [name for name in headings if squeezed(name) not in told] == []
     page.close()
 
 
@@ -121,11 +131,19 @@ def test_the_packed_index_sorts_filters_and_leads_to_the_report_and_loads_nothin
     page.fill("input[type=search]", "fast")
     visible = [row.inner_text() for row in page.locator("table.runs tbody tr").all() if row.is_visible()]
     page.click("table.runs tbody tr:visible a")
+    links = page.locator("a[href]:not([href^='#'])").evaluate_all("links => links.map(link => link.href)")
+    names = {unquote(link.rsplit("/", 1)[1]) for link in links}
 
     assert sorted(orders) == [["e/fast", "e/plain"], ["e/plain", "e/fast"]]
     assert len(visible) == 1 and visible[0].startswith("e/fast") and page.url.endswith("e/fast/report.html")
     assert page.evaluate("window.hurt") is None and all(url.startswith("file://") for url in asked) and len(asked) == 2
+    assert names >= {"04_throughput.ipynb", "rows.jsonl", "rows.csv", "scores.csv", "documents.jsonl", "throughput.png"}
+    assert [link for link in links if not Path(unquote(urlsplit(link).path)).is_file()] == []
     page.close()
+
+
+def squeezed(text):
+    return re.sub(r"[^\w%/]|_", "", text)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +186,7 @@ def test_the_forms_buttons_check_apply_load_and_save(browser, lab, project):
     document = json.loads((project / "notebooks/01_environment.ipynb").read_text())
     wanted = ("parameters", "setup", "panel")
     cells = {cell["id"]: cell for cell in document["cells"] if cell["id"] in wanted}
-    cells["panel"]["source"] = "experiment = ascend_kit.experiment_from_notebook(globals())\nParameterPanel(experiment)"
+    cells["panel"]["source"].insert(0, "experiment = ascend_kit.experiment_from_notebook(globals())\n")
     tail = {**cells["panel"], "id": "after", "source": "print(ascend_kit.experiment_from_notebook(globals()).cards)"}
     (project / "notebooks/panel.ipynb").write_text(json.dumps({**document, "cells": [*cells.values(), tail]}))
     (project / "params/mine.yaml").write_text("experiment: mine\ncards: 4\n")
@@ -178,6 +196,12 @@ def test_the_forms_buttons_check_apply_load_and_save(browser, lab, project):
 
     choose_file = page.locator("select:has(option:text-is('params/mine.yaml'))")
     choose_file.select_option(label="params/mine.yaml")
+    page.click("button:text-is('Check')")
+    page.wait_for_selector("text=fine: results go to outputs/demo/default")
+    page.locator(".jp-OutputArea-output input[type=text]").first.fill("no/such/model")
+    page.keyboard.press("Tab")
+    page.click("button:text-is('Check')")
+    page.wait_for_selector("text=/not ready: .*no\\/such\\/model/")
     page.click("button:has-text('Load')")
     page.wait_for_selector("text=the fields show params/mine.yaml")
     page.click("button:has-text('Apply')")
