@@ -131,6 +131,7 @@ def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path,
     for path in ("cmmlu/dev/agronomy.csv", "cmmlu/test/agronomy.csv"):
         write_csv(root / path, exam)
     hard = {"Question": "Why?", "Correct Answer": "so", **{f"Incorrect Answer {n}": f"no {n}" for n in (1, 2, 3)}}
+    hard |= {"Incorrect Answer 2": "None", "Incorrect Answer 3": "NA"}
     write_csv(root / "gpqa" / "gpqa_diamond.csv", [{**hard, "Question": f"Why {n}?"} for n in range(3)])
     code = {"prompt": "def double(n):\n", "test": "def check(f):\n    assert f(2) == 4\n", "entry_point": "double"}
     write_table(root / "openai_humaneval/openai_humaneval/test-00000-of-00001.parquet", [
@@ -157,6 +158,7 @@ def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path,
     assert list(exam_rows["target"]) == [n % 4 for n in range(6)] and len(exam_rows["choice_logprobs"].iloc[0]) == 4
     gold = result.documents[result.documents["task"] == "gpqa_diamond_zeroshot"]
     assert all("so" in row.choices[0] or row.question.count("so") for row in gold.itertuples()) and len(gold) == 3
+    assert all(row.question.count("None") == row.question.count("NA") == 1 for row in gold.itertuples())
 
 
 def test_what_a_task_needs_beside_lm_eval_is_named_with_its_command(tmp_path) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 TEXT = "text:"
 PAGE_CHARACTERS = 8000  # a text is cut between paragraphs into pages of about this length
+CSV = {"keep_default_na": False, "na_values": [""]}  # "None", "NA" and "null" are words: an answer may be one
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json"}
 SPLIT_KEYS = ("test_split", "validation_split", "training_split", "fewshot_split")
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -346,9 +347,11 @@ def _local_settings(name: str, raw: dict[str, Any], experiment: Experiment) -> d
     suffixes = {path.suffix for paths in found.values() for path in paths}
     if len(suffixes) > 1:
         raise DataError(f"{name}: files of several kinds ({', '.join(sorted(suffixes))}) in {folders[0]}; keep one")
+    suffix = suffixes.pop()
+    data_files = {split: [str(path) for path in paths] for split, paths in found.items()}
     return {
-        "dataset_path": BUILDERS[suffixes.pop()],
+        "dataset_path": BUILDERS[suffix],
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: [str(path) for path in paths] for split, paths in found.items()}},
+        "dataset_kwargs": {"data_files": data_files, **(CSV if suffix == ".csv" else {})},
         **{key: None for key, split in splits.items() if split not in found},
     }
