@@ -26,6 +26,7 @@ from ascend_kit.evaluation.endpoint import EndpointEngine
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.evaluation.other_tasks import check_data
+from ascend_kit.evaluation.rows import csv_columns
 from ascend_kit.evaluation.runs import Run
 from ascend_kit.evaluation.scores import pass_at_k
 from ascend_kit.identity import Identity
@@ -159,6 +160,15 @@ def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path,
     gold = result.documents[result.documents["task"] == "gpqa_diamond_zeroshot"]
     assert all("so" in row.choices[0] or row.question.count("so") for row in gold.itertuples()) and len(gold) == 3
     assert all(row.question.count("None") == row.question.count("NA") == 1 for row in gold.itertuples())
+
+
+def test_a_cell_of_a_csv_file_stays_as_it_is_written(tmp_path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text("answer,score,sure,choice,code,word,gap\n2,0.5,True,1.10,007,None,3\n0,1.0,False,2.5,8,NA,\n")
+    assert csv_columns([str(path)]) == {
+        "answer": [2, 0], "score": [0.5, 1.0], "sure": [True, False], "choice": ["1.10", "2.5"],
+        "code": ["007", "8"], "word": ["None", "NA"], "gap": ["3", None],
+    }  # fmt: skip
 
 
 def test_what_a_task_needs_beside_lm_eval_is_named_with_its_command(tmp_path) -> None:

@@ -30,6 +30,7 @@ from ascend_kit.evaluation.datasets import (
     write_yaml,
 )
 from ascend_kit.evaluation.files import SPLITS, DataError, plain_name, set_files, set_folders, subject_key
+from ascend_kit.evaluation.rows import csv_columns
 from ascend_kit.files import one_line, require_regular
 from ascend_kit.identity import hash_value
 from ascend_kit.params import Experiment
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 TEXT = "text:"
 PAGE_CHARACTERS = 8000  # a text is cut between paragraphs into pages of about this length
-CSV = {"keep_default_na": False, "na_values": [""]}  # "None", "NA" and "null" are words: an answer may be one
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json"}
 SPLIT_KEYS = ("test_split", "validation_split", "training_split", "fewshot_split")
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -72,8 +72,17 @@ class OtherTask(LocalTask):
         return self.content
 
     def config(self, folder: Path) -> dict[str, Any]:
-        """What the task's YAML file says."""
-        return {"include": str(self.packaged_yaml), "task": self.task, **self.settings}
+        """What the task's YAML file says. csv files are read here: pandas makes "1.10" 1.1 and "None" nothing."""
+        import pyarrow.parquet
+
+        settings = self.settings
+        if settings.get("dataset_path") == "csv":
+            copies: dict[str, str] = {}
+            for split, paths in settings["dataset_kwargs"]["data_files"].items():
+                copies[split] = str(folder / f"{self.task}-{split}.parquet")
+                pyarrow.parquet.write_table(pyarrow.table(csv_columns(paths)), copies[split])
+            settings = settings | {"dataset_path": "parquet", "dataset_kwargs": {"data_files": copies}}
+        return {"include": str(self.packaged_yaml), "task": self.task, **settings}
 
 
 @dataclass(frozen=True)
@@ -347,11 +356,9 @@ def _local_settings(name: str, raw: dict[str, Any], experiment: Experiment) -> d
     suffixes = {path.suffix for paths in found.values() for path in paths}
     if len(suffixes) > 1:
         raise DataError(f"{name}: files of several kinds ({', '.join(sorted(suffixes))}) in {folders[0]}; keep one")
-    suffix = suffixes.pop()
-    data_files = {split: [str(path) for path in paths] for split, paths in found.items()}
     return {
-        "dataset_path": BUILDERS[suffix],
+        "dataset_path": BUILDERS[suffixes.pop()],
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": data_files, **(CSV if suffix == ".csv" else {})},
+        "dataset_kwargs": {"data_files": {split: [str(path) for path in paths] for split, paths in found.items()}},
         **{key: None for key, split in splits.items() if split not in found},
     }

@@ -157,6 +157,28 @@ def _read_csv(path: Path, shape: Shape) -> list[Row]:
     return [dict(zip(names, line, strict=True)) for line in rows]
 
 
+def csv_columns(paths: Iterable[str]) -> dict[str, list[Any]]:
+    """The columns of csv files: of numbers or booleans where each is written as Python writes it, else of texts.
+
+    "1.10", "007", "None" and "NA" stay as they are, as does a number in a column with words; an empty cell is None.
+    """
+    plain = Shape({}, lambda row, subject: row, lambda row: None)
+    rows = [row for path in paths for row in read_file(Path(path), plain)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: _typed([row.get(name) or None for row in rows]) for name in names}
+
+
+def _typed(cells: list[str | None]) -> list[Any]:
+    for kind in ({"True": True, "False": False}.__getitem__, int, float):
+        try:
+            values = [kind(str(cell)) for cell in cells]
+        except (KeyError, ValueError):
+            continue
+        if all(str(value) == cell and abs(value) < 1 << 63 for value, cell in zip(values, cells, strict=True)):
+            return values
+    return list(cells)
+
+
 def _refuse_twice(names: list[str], path: Path) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
