@@ -20,7 +20,7 @@ Level = Literal["note", "caution", "alarm", "failed"]
 LANGUAGES = ("en", "zh")  # a language is a file locale/<language>.po with the same keys
 GAP, FILLED = "{}", re.compile(r"\{(\d?)\}")
 # Values of findings that are words of ours; what comes from data, as names and answers do, is never looked up.
-SPOKEN = frozenset(("text", "check", "evidence", "remedy", "outcome", "changed"))
+SPOKEN = frozenset(("text", "check", "evidence", "remedy", "outcome", "changed", "unit"))
 _in_use = "en"
 
 

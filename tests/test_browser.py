@@ -64,9 +64,13 @@ def project(tmp_path_factory):
     verdict = {"text": f"Use e/fast. {HOSTILE}", "best": "e/fast", "baseline": "e/plain", "runs": []}
     folder.write_json("04_throughput", {"findings": [say("compare.verdict", **verdict).to_row()]})
     wide = pandas.DataFrame([{f"a_long_column_name_{n}": f"value {n} {HOSTILE[:30]}" for n in range(14)}] * 3)
+    told = pandas.DataFrame(
+        [{"set": "mmlu, ceval, cmmlu, gsm8k", "told": "a sentence " * 9, "by": "a short text " * 3}]
+    )
     picture = charts.keep(folder, "throughput", sweep_charts.throughput(pandas.DataFrame(rows)), HOSTILE)
     data, about = picture._repr_mimebundle_()
     shown = [new_output("display_data", data={"text/html": tables.readable(wide).data}),
+             new_output("display_data", data={"text/html": tables.readable(told).data}),
              new_output("display_data", data=data, metadata=about),
              new_output("stream", name="stdout", text=HOSTILE)]  # fmt: skip
     cells = [new_markdown_cell(f"# Title {HOSTILE}"), new_code_cell("show", outputs=shown)]
@@ -91,6 +95,7 @@ def test_the_report_fits_its_first_screen_says_the_verdict_and_nothing_is_loaded
 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(BEYOND, False) == []
+    assert page.locator("td:has-text('a sentence')").bounding_box()["width"] >= 110  # and not one letter a line
     assert "Use e/fast." in page.locator(".verdict").inner_text() and page.locator(".verdict").bounding_box()["y"] < 300
     numbers, told = page.locator(".numbers").bounding_box(), page.locator(".numbers").inner_text()
     assert numbers["y"] + (numbers["height"] if width > 390 else 0) < 900 and "2,050" in told

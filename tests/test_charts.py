@@ -12,7 +12,7 @@ import pytest
 from ascend_kit.measure.planner import server_plans
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, sweep_charts
-from ascend_kit.show.drawing import BASELINES, TIP, config_labels, config_looks, heat_map
+from ascend_kit.show.drawing import BASELINES, TIP, config_labels, config_looks, heat_map, make_grid, value_axis
 
 
 def sweep_rows(lengths=((64, 32),), repeats=2, variants=({},), concurrency=(1, 4, 16)):
@@ -429,3 +429,13 @@ def test_a_kept_figure_is_png_and_svg_whose_points_tell_their_values(tmp_path):
     assert f'id="{TIP}ascend_kit: ' in vector and len(vector) < 60_000
     assert "best ascend_kit" in image.alt and image.metadata["figure"] == "throughput"
     assert charts.keep(folder, "throughput", None, "gone") is None and not list((tmp_path / "figures").iterdir())
+
+
+def test_ticks_of_a_narrow_axis_differ():
+    figure, ((axes,),) = make_grid(1, 1, height=3)
+    axes.hist([30.42, 30.44, 30.47, 30.48])
+    value_axis(axes, "TTFT, ms", which="x", log=False, zero=False)
+    figure.canvas.draw()
+
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(labels) > 3 and len(set(labels)) == len(labels)

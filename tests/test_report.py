@@ -433,3 +433,13 @@ def test_a_hostile_svg_keeps_nothing_that_acts_or_loads(part):
     drawn = inline_svg(f"<svg xmlns='http://www.w3.org/2000/svg'>{part}<path d='M 0 0'/></svg>", "f1", "alt")
 
     assert "alert" not in drawn and "http://x" not in drawn and "foreign" not in drawn and "<path d=" in drawn
+
+
+def test_a_column_of_numbers_stands_right_with_its_head_and_one_with_a_word_among_them_left():
+    markup = tables.readable(pandas.DataFrame({"n": [7, None], "value": ["none", 3]}, dtype=object)).data
+
+    assert '<th scope="col" style="text-align: right">n</th><th scope="col">value</th>' in markup
+    assert (
+        '<td style="text-align: right">7</td>' in markup
+        and '<td style="text-align: left; white-space: nowrap">3<' in markup
+    )

@@ -185,8 +185,13 @@ def value_axis(axes: Axes, text: str, *, which: str = "y", log: bool | None = No
         axis.set_minor_formatter(NullFormatter())
     elif zero:
         getattr(axes, f"set_{which}lim")(**{"bottom" if which == "y" else "left": 0})
-    axis.set_major_formatter(lambda value, _position: plain(value))
+    axis.set_major_formatter(lambda value, _position: _tick(value))
     getattr(axes, f"set_{which}label")(text, fontsize=FONT)
+
+
+def _tick(value: float) -> str:
+    """A tick in so many digits that those of a narrow axis differ."""
+    return plain(value) if value == int(value) or abs(value) < 1 else f"{value:,.6g}"
 
 
 def plain(value: float) -> str:

@@ -52,7 +52,8 @@ CHECKS = ["section", "check", "status", "evidence", "remedy"]
 SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
 # Columns that hold words of ours and no data: they are shown in the reader's language.
 SPOKEN = frozenset((*CHECKS, "outcome", "verdict", "decision", "direction", "reason", "cause", "best_for", "note",
-                    "what differs", "what changed", "rate_interval", "int8", "lacks"))  # fmt: skip
+                    "unit", "what differs", "how much", "source", "what changed", "rate_interval", "int8",
+                    "lacks"))  # fmt: skip
 JOINERS = "\u200c\u200d"  # a part of ordinary words and emoji
 
 
@@ -90,18 +91,28 @@ def fold(title: str, *parts: str) -> str:
 def _html(table: Table) -> str:
     has_names = not _is_counter(table.index)
     head = ([table.index.name or ""] if has_names else []) + list(table.columns)
-    lines = [f"<tr>{''.join(_head(name) for name in head)}</tr></thead><tbody>"]
+    numeric = [all(_is_number(value) for value in values) for _, values in table.items()]
+    aligned = zip(head, [False] * has_names + numeric, strict=True)
+    lines = [f"<tr>{''.join(_head(name, is_right) for name, is_right in aligned)}</tr></thead><tbody>"]
     for name, row in zip(table.index, table.itertuples(index=False, name=None), strict=True):
         first = f'<th scope="row">{_label(name)}</th>' if has_names else ""
-        cells = "".join(_cell(value, column in SPOKEN) for column, value in zip(table.columns, row, strict=True))
+        cells = "".join(
+            _cell(value, column in SPOKEN, is_right)
+            for column, value, is_right in zip(table.columns, row, numeric, strict=True)
+        )
         lines.append(f"<tr>{first}{cells}</tr>")
     return f"<table><thead>{''.join(lines)}</tbody></table>"
 
 
-def _head(name: Any) -> str:
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, Number) and not isinstance(value, bool))
+
+
+def _head(name: Any, is_right: bool) -> str:
     """A column's head in the reader's language; the mouse shows the name that the files have."""
     title = "" if phrase(str(name)) == str(name) else f' title="{markup(str(name))}"'
-    return f'<th scope="col"{title}>{_label(name)}</th>'
+    style = ' style="text-align: right"' if is_right else ""
+    return f'<th scope="col"{title}{style}>{_label(name)}</th>'
 
 
 def _label(name: Any) -> str:
@@ -115,10 +126,10 @@ def _is_counter(index: Any) -> bool:
     return index.name is None and pandas.api.types.is_integer_dtype(index)
 
 
-def _cell(value: Any, is_spoken: bool) -> str:
-    """Numbers to the right, so that digits stand below each other; short text in one line."""
+def _cell(value: Any, is_spoken: bool, is_right: bool) -> str:
+    """Columns of numbers to the right, so that digits stand below each other; short text in one line."""
     text = phrase(cell_text(value)) if is_spoken or isinstance(value, bool) else cell_text(value)
-    if isinstance(value, Number) and not isinstance(value, bool):
+    if is_right:
         style = "text-align: right"
     else:
         style = "text-align: left" + ("" if len(text) > WIDE_TEXT else "; white-space: nowrap")
