@@ -51,6 +51,7 @@ def test_intervals_are_those_of_student():
     assert (found.low, found.high) == pytest.approx(right)
     assert found.share == pytest.approx((right[1] - np.mean(values)) / np.mean(values))
     assert mean_interval([3.0]) == (3.0, None, None, 1) and mean_interval([3.0]).share is None
+    assert mean_interval([1.0, 9.0]).low == 0.0  # a rate is never negative; the formula alone says -45.8
 
 
 def test_a_ratio_of_means_is_covered_in_19_of_20_experiments():

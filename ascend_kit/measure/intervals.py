@@ -25,14 +25,14 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Student's t interval of the mean of independent repeats."""
+    """Student's t interval of the mean of independent repeats of a rate or a time: no bound is below 0."""
     from scipy import stats
 
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return Interval(mean, None, None, count)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half, count)
+    return Interval(mean, max(0.0, mean - half), mean + half, count)
 
 
 def ratio_interval(values: Sequence[float], base: Sequence[float]) -> Interval:
