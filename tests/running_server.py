@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 
 import aiohttp
 import pytest
@@ -40,6 +41,12 @@ class Running:
                 return answer.status, await answer.text()
 
         return self.wait(send())
+
+    def wait_until_idle(self) -> None:
+        deadline = time.monotonic() + 10
+        while self.engine.has_unfinished:
+            assert time.monotonic() < deadline, "a request that was left is still computed"
+            time.sleep(0.01)
 
     def json(self, path: str, body) -> dict:
         status, text = self.post(path, body)
