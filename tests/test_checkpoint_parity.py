@@ -89,10 +89,31 @@ def test_each_limit_alone_turns_the_report_red(limit: str, value: float):
     source = table_model("s", [[0.5, 0.25, 0.25]] * 2, {True: [[1, 2]], False: [[1, 2]]})
     result = table_model("r", [[0.25, 0.5, 0.25]] * 2, {True: [[1, 3]], False: [[1, 2]]})
 
-    report = compare(source, result, [[0, 1]], limits=ParityLimits(**{**vars(OFF), limit: value}))
+    report = compare(source, result, [[0, 1]] * 4, limits=ParityLimits(**{**vars(OFF), limit: value}))
 
     assert len(report.failures) == 1 and report.failures[0].startswith(limit.partition("_")[2])
     assert [row["figure"] for row in report.table() if not row["ok"]] == [limit.partition("_")[2]]
+
+
+def test_few_short_texts_may_part_by_chance_and_many_may_not():
+    texts = {True: [list(range(32))], False: [[1] * 10]}
+    early = {True: [[*range(2), *[99] * 30]], False: [[1] * 10]}
+    source, result = (table_model(name, [[0.6, 0.4]] * 2, written) for name, written in (("s", texts), ("r", early)))
+    limits = ParityLimits(**{**vars(OFF), "min_greedy_share": 0.2})
+
+    def failures(count: int) -> list[str]:
+        both = [
+            replace(
+                model, generate=lambda prompts, *_, model=model: [model.generate(prompts, 0, None)[0]] * len(prompts)
+            )
+            for model in (source, result)
+        ]
+        return compare(*both, [[0, 1]] * count, limits=limits).failures
+
+    # A text of 32 tokens that keeps a fifth of them differs at p = 0.134 a token. P(a difference within 3) = 0.35, and
+    # with n texts P(Binomial(3 n, p) >= n): 0.066 for four, 0.025 for six.
+    assert failures(1) == failures(4) == []
+    assert failures(6) == ["greedy_share is 0.0625, allowed is at least 0.2"]
 
 
 def test_prompt_without_a_next_token_and_other_vocabulary_are_refused():

@@ -5,8 +5,8 @@ A model is two functions: logits of given token ids, and continuations of prompt
 where they come from: files run layer by layer (`files_model`), an engine, transformers.
 
 Distributions are compared teacher-forced on the prompts' own tokens, so that one early difference does not
-spoil the rest. Greedy text is compared as written, and the first difference is judged by how sure the
-source was there.
+spoil the rest. Greedy text is compared as written, up to the first difference; few texts that part early may do so
+by chance, and then miss no limit.
 """
 
 from __future__ import annotations
@@ -79,10 +79,18 @@ def equal_tokens(left: TokenIds, right: TokenIds) -> int:
 
 
 class ParityError(RuntimeError):
-    """The result misses a limit. `report` holds all figures."""
+    """The result misses a limit. `report` holds all figures; `remedy` is said at the end."""
 
-    def __init__(self, report: ParityReport) -> None:
-        super().__init__(f"{report.result} does not answer like {report.source}: " + "; ".join(report.failures))
+    def __init__(self, report: ParityReport, remedy: str = "") -> None:
+        figures = {row["figure"]: f"{row['value']:.4g}" for row in report.table() if row["limit"] and row["ok"]}
+        held = ", ".join(f"{name} {value}" for name, value in figures.items())
+        super().__init__(
+            f"{report.result} does not answer like {report.source}: "
+            + "; ".join(report.failures)
+            + f". Measured on {report.summary['tokens']} tokens of {report.summary['prompts']} prompts"
+            + (f"; within their limits: {held}" if held else "")
+            + (f". {remedy}" if remedy else "")
+        )
         self.report = report
 
 
@@ -143,6 +151,8 @@ class ParityReport:
             measured = self.summary.get(figure)
             if value is None or measured is None:
                 continue
+            if figure == "greedy_share" and _parts_by_chance(self.rows, value):
+                continue
             if not (measured <= value if bound == "max" else measured >= value):
                 found.append(
                     f"{figure} is {measured:.4g}, allowed is {'at most' if bound == 'max' else 'at least'} {value:.4g}"
@@ -153,10 +163,10 @@ class ParityReport:
     def passed(self) -> bool:
         return not self.failures
 
-    def check(self) -> ParityReport:
-        """Itself if every limit is met, else ParityError."""
+    def check(self, remedy: str = "") -> ParityReport:
+        """Itself if every limit is met, else ParityError that ends with `remedy`."""
         if not self.passed:
-            raise ParityError(self)
+            raise ParityError(self, remedy)
         return self
 
     def table(self) -> list[dict[str, Any]]:
@@ -227,6 +237,25 @@ def _compare_texts(left: TokenIds, right: TokenIds) -> dict[str, Any]:
         "greedy_source": list(left),
         "greedy_result": list(right),
     }
+
+
+def _parts_by_chance(rows: Sequence[dict[str, Any]], share: float, significance: float = 0.05) -> bool:
+    """Whether texts of a result exactly at the limit `share` would part as early in at least 5 % of the cases.
+
+    Let each token differ with the same probability p, so that a text of L tokens keeps (1 - p)(1 - (1 - p)^L) / (p L)
+    of them on average. The limit fixes p; the tokens compared and the differences seen are then binomial.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import binom
+
+    written, equal = (sum(row[name] for row in rows) for name in ("greedy_tokens", "greedy_equal_tokens"))
+    parted = sum(row["greedy_equal_tokens"] < row["greedy_tokens"] for row in rows)
+    length = written / len(rows)
+    if not 0 < share < 1 or not written:
+        return False
+    keeps = lambda p: (1 - p) * -math.expm1(length * math.log1p(-p)) / (p * length)  # noqa: E731
+    differs = brentq(lambda p: keeps(p) - share, 1e-9, 1 - 1e-9)
+    return bool(binom.sf(parted - 1, equal + parted, differs) >= significance)
 
 
 def _summary(rows: list[dict[str, Any]], generated: bool) -> dict[str, float | int | None]:

@@ -177,7 +177,7 @@ class ParityCheck:
             ]
         report = compare(models[0], models[1], prompts, limits=limits, max_new_tokens=self.max_new_tokens)
         self.report = report
-        return report.check()
+        return report.check(_remedy(experiment))
 
     def describe(self) -> dict[str, Any]:
         """What to store of the last report: table of figures, rows per prompt, missed limits."""
@@ -185,6 +185,22 @@ class ParityCheck:
             return {}
         rows = [dict(row) for row in self.report.rows]
         return {"figures": self.report.table(), "rows": rows, "failures": self.report.failures}
+
+
+def _remedy(experiment: Experiment) -> str:
+    """What loses less than the conversion that was asked for, and how to accept what it loses."""
+    if experiment.quantize == "none":
+        lighter = [] if experiment.precision == "fp32" else ["precision: fp32, to see whether rounding alone does it"]
+    else:
+        asked = {
+            "smooth: 0.5": experiment.quantize == "w8a8" and experiment.smooth is None,
+            "clip_search: true": not experiment.clip_search,
+            "quantize: auto with max_kl": experiment.quantize != "auto",
+            "quantize: w8a16": experiment.quantize != "w8a16",
+        }
+        lighter = [change for change, is_left in asked.items() if is_left]
+    tried = f"Try {'; or '.join(lighter)}. " if lighter else ""
+    return f"{tried}To accept the loss, set the limit's parity_ parameter"
 
 
 def convert_and_compare(
