@@ -145,6 +145,20 @@ def test_notebook_whose_input_failed_is_skipped(project):
     assert "02_convert" in report.notebooks[1].error
 
 
+def test_comparison_is_skipped_where_nothing_was_measured_and_no_other_run_is_there(project):
+    for name, *cells in (("02_convert", "1 / 0"), ("04_throughput",), ("05_evaluate",), ("06_compare",)):
+        write_notebook(project / "notebooks", name, *cells)
+    lines = []
+
+    report = run_experiment("fake.yaml", notebooks="notebooks", echo=lines.append)
+    other = run_experiment("fake.yaml", overrides={"run": "other"}, notebooks="notebooks", echo=lambda line: None)
+
+    assert [state.state for state in report.notebooks] == ["failed", "skipped", "skipped", "skipped"]
+    assert report.notebooks[-1].error == "needs 04_throughput or 05_evaluate, which has not succeeded"
+    assert "FAILED: 02_convert, skipped 04_throughput, 05_evaluate, 06_compare; mend" in lines[-1]
+    assert other.notebooks[-1].state == "ok"  # it may find something to compare in the first run
+
+
 def test_killed_kernel_is_a_failure_that_names_the_cell(project):
     write_notebook(
         project / "notebooks",

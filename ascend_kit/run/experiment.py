@@ -28,7 +28,10 @@ from ascend_kit.stages import DONE, RunRecord, Stage, StageLock, admit, changed_
 
 # Which stages a stage cannot do without. The conversion counts only where its result is used.
 CONVERSION = "02_convert"
-NEEDS = {name: (CONVERSION,) for name in ("03_generate", "04_throughput", "05_evaluate")}
+COMPARISON = "06_compare"
+NEEDS = {name: (CONVERSION,) for name in ("03_generate", "04_throughput", "05_evaluate")} | {
+    COMPARISON: ("04_throughput", "05_evaluate")
+}
 RESERVE_BYTES = 1 << 20  # a record and its temporary copy, several times over
 OLD_S = 600  # a file that is being written in one step is younger
 __all__ = ["RunError", "RunReport", "check_experiment", "run_experiment"]
@@ -250,10 +253,12 @@ class _Run:
 
     def _failed_needs(self, name: str) -> str | None:
         """The stage that this one needs and that was tried and did not succeed."""
-        if self.experiment.use_model != "converted":
-            return None
         stages = RunRecord.read(self.folder).stages
-        return next((need for need in NEEDS.get(name, ()) if need in stages and stages[need].state not in DONE), None)
+        without = [need for need in NEEDS.get(name, ()) if need in stages and stages[need].state not in DONE]
+        if name == COMPARISON:  # it needs one of them, and other runs will do
+            alone = not self.experiment.compare_runs and len(list(self.folder.parent.glob("*/run.json"))) == 1
+            return " or ".join(without) if alone and len(without) == len(NEEDS[name]) else None
+        return without[0] if without and self.experiment.use_model == "converted" else None
 
     def _injected(self, notebook: Notebook) -> dict[str, Any]:
         """What papermill injects: everything the notebook declares, and what the file sets beyond that."""
@@ -277,7 +282,8 @@ class _Run:
             return
         where = "" if stage.cell is None else f" in cell {stage.cell}"
         self.echo(f"      FAILED{where} after {duration}: {stage.error}")
-        for line in (stage.traceback or "").splitlines():
+        trace = (stage.traceback or "").splitlines()
+        for line in trace if trace != [stage.error] else ():
             self.echo(f"      | {line}")
         self.echo(f"      evidence: {self.folder / (stage.name + '.ipynb')}")
 
@@ -298,7 +304,10 @@ class _Run:
             self.echo("interrupted; `--resume` goes on from here")
         self.stop.check()
         if failed:
-            self.echo(f"FAILED: {', '.join(failed)}; mend the cause and run again with --resume")
+            skipped = [name for name in failed if stages[name].state == "skipped"]
+            told = [name for name in failed if name not in skipped]
+            told += [f"skipped {', '.join(skipped)}"] if skipped else []
+            self.echo(f"FAILED: {', '.join(told)}; mend the cause and run again with --resume")
         if alarmed:
             self.echo(f"ALARM: {', '.join(alarmed)}; the results must not be trusted before the cause is known")
         state = "failed" if failed else "alarm" if alarmed else "ok"
