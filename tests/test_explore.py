@@ -13,11 +13,11 @@ from ascend_kit.stages import SCHEMA_VERSION
 ENGINE = {"kind": "ascend_kit", "graph_mode": True}
 
 
-def point(rate, repeat=0, concurrency=4, identity="i", **also):
+def point(tokens_per_s, repeat=0, concurrency=4, identity="i", **also):
     return {"status": "ok", "backend": "ascend_kit", "point_id": f"p{concurrency}{repeat}", "concurrency": concurrency,
-            "prompt_len": 64, "output_len": 32, "repeat": repeat, "output_tokens_per_s": rate, "ttft_p50_ms": 20.0,
-            "tpot_p50_ms": 1.5, "peak_memory_bytes": 2**30, "ceiling_tokens_per_s": 2000.0, "identity": identity,
-            **also}  # fmt: skip
+            "prompt_len": 64, "output_len": 32, "repeat": repeat, "output_tokens_per_s": tokens_per_s,
+            "ttft_p50_ms": 20.0, "tpot_p50_ms": 1.5, "peak_memory_bytes": 2**30, "ceiling_tokens_per_s": 2000.0,
+            "identity": identity, **also}  # fmt: skip
 
 
 def document(doc, prediction, target=0, **also):
@@ -143,6 +143,23 @@ def test_equal_versions_with_overlapping_repeats_are_no_regression(tmp_path):
     table = explore.history(explore.find_runs(tmp_path).values())
 
     assert not table["regression"][1] and explore.history([]).empty
+
+
+def test_history_joins_only_runs_of_equal_load_and_of_those_the_heaviest_that_most_share(tmp_path):
+    closed, timed = {"load": "closed", "num_requests": 8}, {"load": "poisson", "rate": 2.0, "num_requests": 8}
+    write_run(tmp_path, "e/a", "2026-01-01", [point(1000, **closed), point(300, concurrency=1, **closed)])
+    write_run(tmp_path, "e/b", "2026-01-02", [point(500, **timed), point(200, concurrency=1, **closed)])
+    write_run(tmp_path, "e/c", "2026-01-03", [point(400, **timed), point(310, 0, 1, **closed, shared_prefix=0.5)])
+    write_run(tmp_path, "e/d", "2026-01-04", [point(100, **timed, seed=7)])  # other lengths and arrivals
+
+    table = explore.history(explore.find_runs(tmp_path).values())
+    figure = explore.history_chart(table)
+
+    lines = table[["series", "at", "run", "tokens/s", "regression"]].values.tolist()
+    poisson, alone = "poisson 2 requests/s, prompt 64, output 32", "concurrency 1, prompt 64, output 32"
+    assert lines == [[1, poisson, "e/b", 500, None], [1, poisson, "e/c", 400, True],
+                     [2, alone, "e/a", 300, None], [2, alone, "e/b", 200, True]]  # fmt: skip
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() != "x"] == [2, 2]
 
 
 def test_headless_every_view_shows_its_first_choice_and_escapes_what_is_in_it(root, monkeypatch):

@@ -51,8 +51,18 @@ class Point:
     repeat: int = 0
 
     def __str__(self) -> str:
-        place = f"concurrency {self.concurrency}" if self.rate is None else f"{self.load} {self.rate:g} requests/s"
-        return f"{place}, prompt {self.prompt_len}, output {self.output_len}, repeat {self.repeat}"
+        return f"{self.place}, repeat {self.repeat}"
+
+    @property
+    def place(self) -> str:
+        """The load in words, the same for every repeat."""
+        load = f"concurrency {self.concurrency}" if self.rate is None else f"{self.load} {self.rate:g} requests/s"
+        return f"{load}, prompt {self.prompt_len}, output {self.output_len}"
+
+    @property
+    def load_parts(self) -> tuple[Any, ...]:
+        """All that an engine is given to do: the key less the repeat and the limits of goodput."""
+        return tuple(getattr(self, name) for name in KEY if name != "repeat" and not name.endswith("_limit_ms"))
 
     @property
     def longest_len(self) -> int:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.evaluation.compare import pair_documents
-from ascend_kit.evaluation.runs import POINT, RATE, Run
+from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.evaluation.scores import load_scores
 from ascend_kit.files import GIB, Table
 from ascend_kit.identity import MUST_AGREE, Identity, hash_value
 from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
-from ascend_kit.measure.rows import load_rows
+from ascend_kit.measure.rows import Point, key_of, load_rows
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
@@ -300,55 +300,71 @@ def _letter(row: dict[str, Any], value: Any) -> str:
 # --- history ----------------------------------------------------------------------------------------------------------
 
 
-def history(runs: Iterable[Run]) -> Table:
-    """The same experiment over versions of CANN, driver, torch_npu and this package: a line per run, oldest first.
+@dataclass
+class Repeated:
+    """What one run measured of one load under one engine."""
 
-    Runs are the same where weights, tokenizer, template and engine agree; one that was never repeated is left out.
-    `change, %` compares the heaviest point that a run shares with the one before; `regression` says that all its
-    repeats are slower than all of those, by more than 3 %.
+    run: Run
+    record: RunRecord
+    identity: Identity
+    at: str
+    rates: list[float] = field(default_factory=list)
+
+
+def history(runs: Iterable[Run]) -> Table:
+    """The same load on the same engine over versions of CANN, driver, torch_npu and this package, oldest first.
+
+    A series holds runs whose load and whose identity agree, see MUST_AGREE; of the loads that the same runs share it
+    is the heaviest. `change, %` compares with the run before; `regression` says that all repeats are slower than all
+    of that run's, by more than 3 %.
     """
     import pandas
 
-    groups: dict[str, list[tuple[str, Run, Identity]]] = {}
+    found: dict[tuple[str, tuple], dict[str, Repeated]] = {}
     for run in runs:
-        known_ids, rows = run.folder.identities(), run.sweep
-        identity = known_ids.get(rows[0].get("identity", "")) if rows else None
-        if identity is not None:
-            key = hash_value([getattr(identity, part) for part, uses in MUST_AGREE.items() if "history" in uses])
-            groups.setdefault(key, []).append((RunRecord.read(run.folder.path).created or "", run, identity))
-    lines = []
-    for group in groups.values():
-        group.sort(key=lambda entry: entry[0])
-        first = f"as {group[0][1].name}"
-        for before, now in zip([None, *group], group, strict=False):
-            lines.append({"series": first, **_line_of_history(now, before)} if len(group) > 1 else None)
-    return pandas.DataFrame(filter(None, lines))
+        record, known_ids = RunRecord.read(run.folder.path), run.folder.identities()
+        engines = {name: (one, _history_key(one)) for name, one in known_ids.items()}
+        for row in run.sweep:
+            if row.get("identity") in engines:
+                identity, key = engines[row["identity"]]
+                point = Point(*key_of(row))
+                entry = Repeated(run, record, identity, point.place)
+                load = (point.concurrency, point.prompt_len, point.output_len, repr(point.load_parts))
+                found.setdefault((key, load), {}).setdefault(run.name, entry).rates.append(row[RATE])
+    lines: list[dict[str, Any]] = []
+    told: set[tuple[str, str]] = set()
+    for (key, _), entries in sorted(found.items(), key=lambda item: (len(item[1]), item[0][1]), reverse=True):
+        names = {(key, name) for name in entries}
+        if len(entries) > 1 and names - told:
+            told |= names
+            ordered = sorted(entries.values(), key=lambda entry: entry.record.created or "")
+            series = len({line["series"] for line in lines}) + 1
+            lines += [
+                {"series": series, **_line_of_history(now, before)}
+                for before, now in zip([None, *ordered], ordered, strict=False)
+            ]
+    return pandas.DataFrame(lines)
 
 
-def _line_of_history(now: tuple[str, Run, Identity], before: tuple[str, Run, Identity] | None) -> dict[str, Any]:
-    created, run, identity = now
-    shared = run.points & before[1].points if before else run.points
-    point = max(shared, default=None)
-    rates = _rates(run, point)
+def _history_key(identity: Identity) -> str:
+    return hash_value([getattr(identity, part) for part, uses in MUST_AGREE.items() if "history" in uses])
+
+
+def _line_of_history(now: Repeated, before: Repeated | None) -> dict[str, Any]:
     row = {
-        "run": run.name,
-        "created": created[:16].replace("T", " "),
-        "tokens/s": statistics.fmean(rates or [math.nan]),
+        "at": now.at,
+        "run": now.run.name,
+        "created": (now.record.created or "")[:16].replace("T", " "),
+        "tokens/s": statistics.fmean(now.rates),
     }
-    row |= {"at": ", ".join(map(str, point or ())), "change, %": None, "regression": None, "what changed": ""}
-    if before is None or not shared:
-        return row
-    then = _rates(before[1], point)
-    change = statistics.fmean(rates) / statistics.fmean(then) - 1
-    commits = [str(RunRecord.read(one.folder.path).source.get("commit"))[:10] for one in (before[1], run)]
-    changed = before[2].differences(identity, "line")
+    if before is None:
+        return row | {"change, %": None, "regression": None, "what changed": ""}
+    change = row["tokens/s"] / statistics.fmean(before.rates) - 1
+    commits = [str(one.record.source.get("commit"))[:10] for one in (before, now)]
+    changed = before.identity.differences(now.identity, "line")
     changed += [f"commit: {commits[0]} -> {commits[1]}"] if commits[0] != commits[1] else []
-    is_slower = change < -LEAST_CHANGE and max(rates) < min(then)
+    is_slower = change < -LEAST_CHANGE and max(now.rates) < min(before.rates)
     return row | {"change, %": 100 * change, "regression": is_slower, "what changed": "; ".join(changed)}
-
-
-def _rates(run: Run, point: tuple | None) -> list[float]:
-    return [row[RATE] for row in run.sweep if tuple(row[name] for name in POINT) == point]
 
 
 def history_chart(table: Table) -> Figure | None:
@@ -356,8 +372,9 @@ def history_chart(table: Table) -> Figure | None:
     if len(table) < 2:
         return None
     figure, ((axes,),) = make_grid(1, 1, height=3.6, width=8)
-    looks = config_looks(table["series"])
-    for name, part in table.groupby("series", sort=True):
+    names = table["series"].astype(str) + ": " + table["at"]
+    looks = config_looks(names)
+    for name, part in table.groupby(names, sort=True):
         places = range(1, len(part) + 1)
         (line,) = axes.plot(places, part["tokens/s"], label=name, **looks[name])
         tip(line, [f"{row['run']}: {row['tokens/s']:,.4g}" for row in part.to_dict("records")])

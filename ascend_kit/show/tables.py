@@ -51,7 +51,7 @@ ANSWERS = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num
 CHECKS = ["section", "check", "status", "evidence", "remedy"]
 SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
 # Columns that hold words of ours and no data: they are shown in the reader's language.
-SPOKEN = frozenset((*CHECKS, "outcome", "verdict", "decision", "direction", "reason", "cause", "best_for", "note",
+SPOKEN = frozenset((*CHECKS, "at", "outcome", "verdict", "decision", "direction", "reason", "cause", "best_for", "note",
                     "unit", "what differs", "how much", "source", "what changed", "rate_interval", "int8",
                     "lacks"))  # fmt: skip
 JOINERS = "\u200c\u200d"  # a part of ordinary words and emoji
