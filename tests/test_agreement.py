@@ -131,6 +131,15 @@ def test_wrong_token_stops_unless_the_plain_operators_were_unsure(checked):
     assert close["note"].str.startswith("close call at token 0").all()
 
 
+def test_int8_activations_allow_closer_calls_than_weights_alone(checked, tiny_qwen3_dir, tmp_path):
+    allowed = {}
+    for scheme in ("w8a8", "w8a16"):
+        convert(tiny_qwen3_dir, tmp_path / scheme, quantize=scheme, precision="fp32")
+        allowed[scheme] = reference_answers(checked.with_changes(input_model=str(tmp_path / scheme))).tolerance
+
+    assert allowed == {"w8a8": 1.5, "w8a16": 0.001}
+
+
 def test_model_without_numbers_is_refused_although_both_sides_write_the_same(checked, tiny_qwen3_dir, tmp_path):
     from safetensors.torch import load_file, save_file
 
