@@ -201,7 +201,7 @@ def test_sampling_of_the_model_is_used_where_nothing_else_is_said(experiment, en
     assert sorted(one.seed for one in asked) == [0, 1, 2, 3, 4]
 
 
-def test_empty_answers_are_an_alarm_of_the_stage(experiment, engine):
+def test_empty_answers_are_an_alarm_of_the_stage(experiment, engine, monkeypatch):
     from ascend_kit.stages import RunRecord
 
     with RunFolder.open(experiment, "03_generate") as folder:
@@ -214,9 +214,12 @@ def test_empty_answers_are_an_alarm_of_the_stage(experiment, engine):
             return outputs
 
         engine.step = empty
+        monkeypatch.setattr(engine.tokenizer, "chat_template", "{{ messages[0].content }}")
         run_batch(engine, experiment, folder)
     stage = RunRecord.read(experiment.run_folder).stages["03_generate"]
 
     assert stage.state == "alarm"
     assert [alarm["key"] for alarm in stage.alarms] == ["empty_answers"]
-    assert "1 of 5 answers are empty" in stage.alarms[0]["text"]
+    assert stage.alarms[0]["text"] == (
+        "1 of 5 answers are empty (prompts 1); the tokenizer has a chat template: try chat_template: true"
+    )

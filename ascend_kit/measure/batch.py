@@ -74,7 +74,8 @@ def run_batch(
         answers = load_answers(folder)
         path = answers_file(experiment)
         write_atomic(path, to_json(_for_people(answers), indent=1) + "\n")
-        _raise_alarms(answers, folder)
+        unused = bool(engine.tokenizer.chat_template) and not experiment.chat_template
+        _raise_alarms(answers, folder, "; the tokenizer has a chat template: try chat_template: true" if unused else "")
     return BatchResult(answers, path)
 
 
@@ -143,7 +144,8 @@ def _refused(index: int, arrival_s: float, error: Exception) -> RequestOutput:
     return RequestOutput(index, [], [], "", "error", f"{type(error).__name__}: {error}", None, timeline)
 
 
-def _raise_alarms(answers: pandas.DataFrame, folder: RunFolder) -> None:
+def _raise_alarms(answers: pandas.DataFrame, folder: RunFolder, remedy: str) -> None:
+    """Tell the stage of empty answers, with what may help against them, and of logits that are no numbers."""
     faults = {
         "empty_answers": ("are empty", (answers["status"] == "ok") & (answers["text"].str.strip() == "")),
         "not_finite": ("ended with logits that are no numbers", answers["error"].fillna("").str.contains("not finite")),
@@ -152,7 +154,8 @@ def _raise_alarms(answers: pandas.DataFrame, folder: RunFolder) -> None:
         bad = list(answers["index"][is_bad])
         if bad:
             places = ", ".join(map(str, bad[:5]))
-            folder.alarm(key, f"{len(bad)} of {len(answers)} answers {text} (prompts {places})", count=len(bad))
+            said = f"{len(bad)} of {len(answers)} answers {text} (prompts {places})"
+            folder.alarm(key, said + (remedy if key == "empty_answers" else ""), count=len(bad))
 
 
 def _row(index: int, prompt: str, output: RequestOutput, record: RequestRecord) -> dict[str, Any]:
