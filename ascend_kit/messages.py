@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 Level = Literal["note", "caution", "alarm", "failed"]
 LANGUAGES = ("en", "zh")  # a language is a file locale/<language>.po with the same keys
-GAP, FILLED = "{}", re.compile(r"\{(\d?)\}")
+GAP, GAPS, FILLED = "{}", re.compile(r"(\{#?\})"), re.compile(r"\{(\d?)\}")
 # Values of findings that are words of ours; what comes from data, as names and answers do, is never looked up.
-SPOKEN = frozenset(("text", "check", "evidence", "remedy", "outcome", "changed", "unit"))
+SPOKEN = frozenset(("text", "at", "check", "evidence", "remedy", "outcome", "changed", "unit"))
 _in_use = "en"
 
 
@@ -77,7 +77,8 @@ def language_in_use() -> str:
 def phrase(text: str, language: str | None = None) -> str:
     """An English text in `language`, by default the one in use; as it is where the catalogue lacks it.
 
-    The catalogue has {} where a text varies; what stands there, and each part between semicolons, is looked up itself.
+    The catalogue has {} where a text varies, {#} where a number stands; what stands there, and each part between
+    semicolons, is looked up itself.
     """
     language = language or _in_use
     return text if language == "en" else _phrase(text, language)
@@ -103,15 +104,16 @@ def _filled(template: str, parts: list[str]) -> str:
 @cache
 def _patterns(language: str) -> list[tuple[re.Pattern[str], str]]:
     """The catalogue's texts with gaps, as patterns: those that begin with words first, then those with most of them."""
-    texts = [m for m in _catalogue(f"phrases.{language}") if isinstance(m.id, str) and GAP in m.id and m.string]
-    texts.sort(key=lambda message: (message.id.startswith(GAP), -len(message.id.replace(GAP, ""))))
+    texts = [m for m in _catalogue(f"phrases.{language}") if isinstance(m.id, str) and GAPS.search(m.id) and m.string]
+    texts.sort(key=lambda message: (message.id.startswith(GAP), -len(GAPS.sub("", message.id))))
     return [(_pattern(message.id), message.string) for message in texts]
 
 
 def _pattern(text: str) -> re.Pattern[str]:
     """What varies may hold a semicolon only inside a text that has one, or that has words of its own at both ends."""
     is_closed = ";" in text or not (text.startswith(GAP) or text.endswith(GAP))
-    return re.compile(("(.+?)" if is_closed else "([^;]+?)").join(map(re.escape, text.split(GAP))))
+    gaps = {GAP: "(.+?)" if is_closed else "([^;]+?)", "{#}": r"([-+\d][-+\d.,e]*)"}
+    return re.compile("".join(gaps.get(part) or re.escape(part) for part in GAPS.split(text)))
 
 
 def translate(key: str, language: str | None = None, /, **values: Any) -> str:

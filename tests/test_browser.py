@@ -61,7 +61,9 @@ def project(tmp_path_factory):
     write_run(root / "outputs", "e/fast", "2026-02-01", [point(2000), point(2100, 1), point(700, concurrency=1)],
               [document(0, 1), document(1, 1, question=HOSTILE), document(2, 0)])  # fmt: skip
     folder = RunFolder(root / "outputs/e/fast")
-    verdict = {"text": f"Use e/fast. {HOSTILE}", "best": "e/fast", "baseline": "e/plain", "runs": []}
+    verdict = {"text": f"Use e/fast. {HOSTILE}", "best": "e/fast", "baseline": "e/plain"}
+    verdict["runs"] = [{"run": "e/fast", "accuracy_percent": 72.8, "difference_points": -0.44, "low_points": -1.91,
+                        "high_points": 1.04}]  # fmt: skip
     folder.write_json("04_throughput", {"findings": [say("compare.verdict", **verdict).to_row()]})
     wide = pandas.DataFrame([{f"a_long_column_name_{n}": f"value {n} {HOSTILE[:30]}" for n in range(14)}] * 3)
     told = pandas.DataFrame(
@@ -84,9 +86,11 @@ def project(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("width", [1400, 800, 390])
-def test_the_report_fits_its_first_screen_says_the_verdict_and_nothing_is_loaded_or_run(browser, project, width):
-    page, asked = browser.new_page(viewport={"width": width, "height": 900}), []
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (800, 1000), (390, 844)])
+def test_the_report_fits_its_first_screen_says_verdict_and_numbers_and_nothing_is_loaded(
+    browser, project, width, height
+):
+    page, asked = browser.new_page(viewport={"width": width, "height": height}), []
     page.on("request", lambda request: asked.append(request.url))
 
     page.goto(f"file://{project}/outputs/e/fast/report.html")
@@ -96,9 +100,11 @@ def test_the_report_fits_its_first_screen_says_the_verdict_and_nothing_is_loaded
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(BEYOND, False) == []
     assert page.locator("td:has-text('a sentence')").bounding_box()["width"] >= 110  # and not one letter a line
-    assert "Use e/fast." in page.locator(".verdict").inner_text() and page.locator(".verdict").bounding_box()["y"] < 300
-    numbers, told = page.locator(".numbers").bounding_box(), page.locator(".numbers").inner_text()
-    assert numbers["y"] + (numbers["height"] if width > 390 else 0) < 900 and "2,050" in told
+    sentence = page.locator(".verdict").bounding_box()
+    places = [number.bounding_box() for number in page.locator(".numbers b").all()]
+    assert "Use e/fast." in page.locator(".verdict").inner_text() and sentence["y"] < 200
+    assert len(places) == 4 and "2,050" in page.locator(".numbers").inner_text()
+    assert all(box["y"] + box["height"] <= height for box in (sentence, *places))
     assert page.evaluate("window.hurt") is None and len(asked) == 1
     page.close()
 
@@ -129,6 +135,8 @@ def test_the_packed_index_sorts_filters_and_leads_to_the_report_and_loads_nothin
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"file://{index}")
 
+    cut = [(page.set_viewport_size({"width": width, "height": 800}), page.evaluate(BEYOND, True))[1]
+           for width in (390, 800, 1280)]  # fmt: skip
     orders = []
     for _ in range(2):
         page.click("table.runs th:has-text('output tokens/s')")
@@ -139,6 +147,7 @@ def test_the_packed_index_sorts_filters_and_leads_to_the_report_and_loads_nothin
     links = page.locator("a[href]:not([href^='#'])").evaluate_all("links => links.map(link => link.href)")
     names = {unquote(link.rsplit("/", 1)[1]) for link in links}
 
+    assert cut == [[], [], []]
     assert sorted(orders) == [["e/fast", "e/plain"], ["e/plain", "e/fast"]]
     assert len(visible) == 1 and visible[0].startswith("e/fast") and page.url.endswith("e/fast/report.html")
     assert page.evaluate("window.hurt") is None and all(url.startswith("file://") for url in asked) and len(asked) == 2

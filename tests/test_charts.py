@@ -4,6 +4,7 @@ colours.
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pandas
@@ -420,6 +421,14 @@ def test_lines_differ_in_mark_and_dash_besides_colour_and_their_names_stand_at_t
     assert set(lines) <= {text.get_text() for text in axes.texts} and not figure.legends
 
 
+def test_a_point_of_many_tokens_tells_them_without_an_exponent():
+    rows = sweep_rows()
+    figure = sweep_charts.throughput(rows.assign(output_tokens_per_s=rows["output_tokens_per_s"] * 100))
+
+    told = " ".join(filter(None, (artist.get_gid() for artist in figure.findobj())))
+    assert re.search(r"ascend_kit: \d\d,\d{3} output tokens/s at 16", told) and "e+" not in told
+
+
 def test_a_kept_figure_is_png_and_svg_whose_points_tell_their_values(tmp_path):
     folder = RunFolder(tmp_path)
 
@@ -427,7 +436,7 @@ def test_a_kept_figure_is_png_and_svg_whose_points_tell_their_values(tmp_path):
 
     vector = (tmp_path / "figures/throughput.svg").read_text()
     assert f'id="{TIP}ascend_kit: ' in vector and len(vector) < 60_000
-    assert "best ascend_kit" in image.alt and image.metadata["figure"] == "throughput"
+    assert "best of ascend_kit" in image.alt and image.metadata["figure"] == "throughput"
     assert charts.keep(folder, "throughput", None, "gone") is None and not list((tmp_path / "figures").iterdir())
 
 

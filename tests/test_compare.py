@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chinese_text import english_in
 
 from ascend_kit.evaluation.compare import compare_accuracy, compare_perplexity, pair_documents
+from ascend_kit.evaluation.evidence import flips
+from ascend_kit.evaluation.gate import gates
 from ascend_kit.evaluation.paired import (
     PairedCounts,
     accuracy_interval,
@@ -20,11 +23,15 @@ from ascend_kit.evaluation.paired import (
     paired_counts,
     score_interval,
 )
+from ascend_kit.evaluation.published import reasons
 from ascend_kit.evaluation.runs import CompareError, Run, differences, load_runs, pick_baseline
 from ascend_kit.evaluation.tradeoff import Comparison, answer_length_ratio
 from ascend_kit.identity import Identity
+from ascend_kit.messages import use_language
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder
+from ascend_kit.show import tables
+from ascend_kit.show.findings import comparison_findings
 
 # --- statistics ---------------------------------------------------------------------------------------------
 
@@ -546,6 +553,28 @@ def test_one_set_that_collapses_disqualifies_although_the_mean_holds(tmp_path: P
 
     assert found.table.set_index("run").loc["e/other", "outcome"] == "within margin"
     assert found.best == "e/base" and "ceval: less accurate" in found.text
+
+
+def test_in_chinese_all_that_a_comparison_shows_is_chinese(tmp_path: Path) -> None:
+    asked = {"base": ([100.0, 130.0], {}), "fast": ([300.0, 310.0], {}), "once": ([200.0], {}), "none": ([], {}),
+             "slow": ([50.0, 51.0], {}), "apart": ([400.0, 401.0], {"task": {"num_fewshot": 1}})}  # fmt: skip
+    base, *others = runs = [make_run(tmp_path, name, {"mmlu": answers(900)}, rates=rates, asked=parts)
+                            for name, (rates, parts) in asked.items()]  # fmt: skip
+    runs += [make_run(tmp_path, "worse", {"mmlu": answers(900, wrong=300)}, rates=[200.0, 201.0])]
+    compared = Comparison(runs, baseline=base)
+    decision = compared.verdict
+
+    use_language("zh")
+    try:
+        shown = [tables.runs(compared.table), tables.paired(compared.paired), tables.verdict(decision.table),
+                 tables.readable(gates(base, runs[1:], compared.margin)), tables.readable(flips(base, others)),
+                 tables.readable(reasons(["mmlu", "ceval", "gpqa", "ifeval", "wikitext", "agieval"]))]  # fmt: skip
+        told = "<br>".join(map(str, comparison_findings(decision, compared.perplexity)))
+        left = english_in("".join(table.data for table in shown if table) + told, *asked, "worse")
+    finally:
+        use_language("en")
+
+    assert left == [] and "采用" in shown[3].data
 
 
 def test_overlapping_speeds_and_short_answers_are_cautions(tmp_path: Path) -> None:

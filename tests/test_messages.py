@@ -134,6 +134,8 @@ def test_every_language_has_the_prose_of_the_notebooks_the_charts_and_the_meanin
 def test_a_text_with_numbers_is_found_by_its_pattern_and_an_unknown_one_stays():
     assert phrase("prompt 1,024, output 32 tokens", "zh") == "提示 1,024、输出 32 个 token"
     assert phrase("prompt 1 of 2", "zh") == "prompt 1 of 2" and phrase("", "zh") == ""
+    assert phrase("1,024 requests", "zh") == "1,024 个请求" and phrase("more requests", "zh") == "more requests"
+    assert phrase("23 tokens for prompt 7", "zh") == "提示 7：23 个 token"
 
 
 def test_parts_of_a_sentence_are_looked_up_themselves():

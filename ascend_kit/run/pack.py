@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from ascend_kit.run.checks import RunError
 
 # Weights, kernels' files and working copies stay at home; so do locks and half-written files, which begin with a dot.
 LEFT_OUT = frozenset(("models", "work", "__pycache__", ".ipynb_checkpoints"))
 LEFT_OUT_KINDS = frozenset((".safetensors", ".bin", ".pt", ".npy", ".lock"))
+LINK = re.compile(r'<a [^>]*?href="([^"]+)"[^>]*>(.*?)</a>', re.DOTALL)
 
 
 def pack(folder: Path, target: Path, *, with_rows: bool = True) -> int:
     """Write the runs below `folder` (all, one experiment or one run) to the zip file `target`; bytes of the archive.
 
     Paths inside begin with the folder's name. Without `with_rows` the .jsonl tables stay out, which are the most of a
-    large run. RunError when there is no report, or when the target lies inside the folder.
+    large run. A link to what is not inside becomes plain text. RunError when there is no report, or when the target
+    lies inside the folder.
     """
     folder = folder.resolve()
     if folder in target.resolve().parents:
@@ -30,7 +35,11 @@ def pack(folder: Path, target: Path, *, with_rows: bool = True) -> int:
     try:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in files:
-                archive.write(path, Path(folder.name) / path.relative_to(folder))
+                name = str(Path(folder.name) / path.relative_to(folder))
+                if path.suffix == ".html":
+                    archive.writestr(name, _with_living_links(path, set(files)))
+                else:
+                    archive.write(path, name)
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
@@ -40,3 +49,12 @@ def pack(folder: Path, target: Path, *, with_rows: bool = True) -> int:
 def _is_wanted(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and not LEFT_OUT & set(path.parts) and path.suffix not in LEFT_OUT_KINDS
+
+
+def _with_living_links(page: Path, packed: Collection[Path]) -> str:
+    def kept(link: re.Match[str]) -> str:
+        target = urlsplit(link[1])
+        is_there = not target.path or Path(os.path.normpath(page.parent / unquote(target.path))) in packed
+        return link[0] if target.scheme or is_there else link[2]
+
+    return LINK.sub(kept, page.read_text(encoding="utf-8"))

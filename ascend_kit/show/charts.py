@@ -90,7 +90,9 @@ def accuracy(scores: Table, documents: Table | None = None, metric: str = "acc")
     for task, value in _guessing(table, documents).items():
         if task in tasks:
             y = tasks.index(task)
-            axes.plot([value * 100] * 2, [y - 0.42, y + 0.42], "--", color=RED, label="guessing")
+            for colour, width, style in (("#FFFFFF", 4, "-"), (RED, 2, "--")):  # a rim keeps red apart from the bar
+                axes.plot([value * 100] * 2, [y - 0.42, y + 0.42], style, color=colour, linewidth=width,
+                          label="guessing" if colour == RED else None)  # fmt: skip
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
@@ -134,11 +136,12 @@ def accuracy_vs_throughput(table: Table) -> Figure | None:
         x_error, y_error = (_reach(row, name) for name in (RATE, "accuracy_percent"))
         bars = axes.errorbar(x, y, y_error, x_error, fmt=look["marker"], markersize=9, capsize=4, color=look["color"])
         tip(bars[0], [f"{row['run']}: {y:.1f} %, {x:,.0f} tokens/s"])
-        axes.annotate(row["run"], (x, y), (9, 8), textcoords="offset points", color=look["color"], fontsize=FONT)
+        axes.annotate(row["run"], (x, y), (9, 8), textcoords="offset points", color=look["color"], fontsize=FONT,
+                      bbox={"facecolor": "#FFFFFF", "edgecolor": "none", "pad": 1})  # fmt: skip
     axes.margins(x=0.25, y=0.2)
     axes.set_ylabel("accuracy, % (95 % interval)", fontsize=FONT)
     value_axis(axes, "output tokens/s (range of repeats)", which="x", log=False, zero=False)
-    alt = ", ".join(f"{row['run']} {row['accuracy_percent']:.1f} % and {row[RATE]:,.0f} tokens/s" for row in rows)
+    alt = "; ".join(f"{row['run']}: {row['accuracy_percent']:.1f} %, {row[RATE]:,.0f} tokens/s" for row in rows)
     return finish(figure, "Accuracy against throughput", alt)
 
 
@@ -187,7 +190,7 @@ def show_choice(folder: RunFolder, quantization: dict[str, Any], max_kl: float |
         "accuracy lost, %": candidates["accuracy_loss"] * 100,
     }
     display(tables.readable(pandas.DataFrame(columns)))
-    print(f"Chosen: {quantization['chosen']}.")
+    print(phrase(f"Chosen: {quantization['chosen']}."))
 
 
 def sensitivity(rows: Table, schemes: Mapping[str, str] | None = None) -> Figure | None:
@@ -217,7 +220,7 @@ def sensitivity(rows: Table, schemes: Mapping[str, str] | None = None) -> Figure
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     value_axis(axes, "KL divergence, nats/token", log=True)
     worst = rows.loc[rows["kl"].idxmax()]
-    return finish(figure, "Cost of quantising one linear alone", f"largest {worst['kl']:.3g} in {worst['linear']}")
+    return finish(figure, "Cost of quantising one linear alone", f"largest: {worst['kl']:.3g} in {worst['linear']}")
 
 
 def mixes(candidates: Table, chosen: str | None = None, max_kl: float | None = None) -> Figure | None:
@@ -235,7 +238,7 @@ def mixes(candidates: Table, chosen: str | None = None, max_kl: float | None = N
         if len(part):
             (dots,) = axes.plot(part["mb"], part["kl"], linestyle="", color=PALETTE[0], markersize=8,
                                 label=_MIX_NAMES[kind], **look)  # fmt: skip
-            tip(dots, [f"{row.candidate}: {row.mb:,.4g} MB, {row.kl:.3g} nats/token" for row in part.itertuples()])
+            tip(dots, [f"{row.candidate}: {row.mb:,.1f} MB, {row.kl:.3g} nats/token" for row in part.itertuples()])
     best = table[table["candidate"] == chosen]
     if len(best):
         axes.plot(best["mb"], best["kl"], "o", color=PALETTE[1], markersize=16, fillstyle="none", markeredgewidth=2,

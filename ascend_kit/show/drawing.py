@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.files import Table
 from ascend_kit.messages import language_in_use, phrase
 from ascend_kit.params import ENGINE_SWITCHES
+from ascend_kit.show.tables import cell_text
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -92,7 +93,7 @@ def known(value: Any) -> bool:
 
 def tip(artist: Artist, texts: Iterable[str]) -> None:
     """What the artist's points say under the mouse, one text each, in the order in which they are drawn."""
-    artist.set_gid(TIP + TIP_SEPARATOR.join(texts))
+    artist.set_gid(TIP + TIP_SEPARATOR.join(map(phrase, texts)))
 
 
 def make_grid(lines: int, columns: int, *, height: float, width: float = 4.4) -> tuple[Figure, Any]:
@@ -138,7 +139,7 @@ def series(axes: Axes, rows: Table, looks: dict[str, Any], column: str, unit: st
         look = looks[label] | style
         middle = part.groupby("concurrency")[column].median()
         (line,) = axes.plot(middle.index, middle, label=label, markersize=6, linewidth=1.8, **look)
-        tip(line, [f"{label}: {value:,.4g} {unit} at {c}" for c, value in middle.items()])
+        tip(line, [f"{label}: {cell_text(float(value))} {unit} at {c}" for c, value in middle.items()])
         if len(part) > len(middle):
             axes.plot(part["concurrency"], part[column], look["marker"], color=look["color"], markersize=3, alpha=0.6)
 
@@ -152,8 +153,8 @@ def reference_line(axes: Axes, rows: Table, looks: dict[str, Any], column: str, 
     distinct = {tuple(line.round(6).items()): name for name, line in own.items() if not line.empty}
     for name in distinct.values():
         colour, label = (GREY, text) if len(distinct) == 1 else (looks[name]["color"], f"{text}: {name}")
-        (line,) = axes.plot(own[name].index, own[name], linestyle=style, linewidth=1.1, color=colour, label=label)
-        tip(line, [f"{label}: {float(own[name].max()):,.4g} at most"])
+        (line,) = axes.plot(own[name].index, own[name], linestyle=style, linewidth=1.4, color=colour, label=label)
+        tip(line, [f"{label}: {cell_text(float(own[name].max()))} at most"])
 
 
 def limit_line(axes: Axes, rows: Table, column: str) -> None:
@@ -231,7 +232,8 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
         axes.set_ylabel("prompt + output tokens", fontsize=FONT)
         axes.set_title(label, fontsize=FONT)
     best = rows.loc[rows[column].idxmin() if good == "low" else rows[column].idxmax()]
-    alt = f"best {best[column] * factor:,.4g} {unit} at {best['concurrency']}, {lengths_text(list(best[LENGTHS]))}"
+    value, place = cell_text(float(best[column] * factor)), lengths_text(list(best[LENGTHS]))
+    alt = f"best {value} {unit} at {best['concurrency']}, {place}"
     between = "\n" if good == "ratio" else ", "
     return finish(figure, f"{title}{between}{unit}", alt, legend=False)
 
@@ -241,10 +243,13 @@ def _places(shape: tuple[int, int]) -> Iterable[tuple[int, int]]:
 
 
 def finish(figure: Figure, title: str, alt: str = "", legend: bool = True) -> Figure:
-    """Title, names of the lines and `alt`, the key values for who cannot see; a line's name stands at its end where
-    there is one panel with few lines, else in one legend below, where it can hide nothing."""
+    """Title, names of the lines and `alt`, the key values for who cannot see, parted by semicolons.
+
+    A line's name stands at its end where there is one panel with few lines, else in one legend below, where it can
+    hide nothing.
+    """
     figure.suptitle(title, fontsize=FONT + 2)
-    figure.set_label(alt)
+    figure.set_label(phrase(alt))
     figure = _with_legend(figure, legend)
     _localize(figure)
     return figure

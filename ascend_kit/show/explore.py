@@ -36,6 +36,7 @@ from ascend_kit.show.drawing import (
     tip,
     value_axis,
 )
+from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunFolderError, RunRecord
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def points(runs: Iterable[Run]) -> Table:
 def _label(run: str, row: dict[str, Any]) -> str:
     cards = f", {row['cards']} cards" if row.get("cards", 1) > 1 else ""
     split = f", tensor parallel {row['tensor_parallel']}" if row.get("tensor_parallel", 1) > 1 else ""
-    return run + cards + split if row["backend"] == "ascend_kit" else f"{row['backend']} in {run}"
+    return run + (cards + split if row["backend"] == "ascend_kit" else f", {row['backend']}")
 
 
 def means(table: Table, x: str, y: str) -> Table:
@@ -150,7 +151,7 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
         for label, line in part.groupby("label", sort=True):
             reach = [line["y"] - line["low"], line["high"] - line["y"]]
             drawn = axes.errorbar(line["x"], line["y"], reach, label=label, linewidth=1.8, capsize=3, **looks[label])
-            tip(drawn[0], [f"{label}, {row.concurrency} in flight: {row.y:,.4g}" for row in line.itertuples()])
+            tip(drawn[0], [f"{label}, {row.concurrency} in flight: {cell_text(row.y)}" for row in line.itertuples()])
             if line["ceiling"].notna().any():
                 axes.plot(line["x"], line["ceiling"], "--", linewidth=1, color=looks[label]["color"])
         if AXES[x] == "concurrency":
@@ -158,7 +159,7 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
         else:
             value_axis(axes, x, which="x", zero=False)
         value_axis(axes, y)
-    return finish(figure, f"{y} / {x}", f"{len(found)} points of {found['label'].nunique()} lines")
+    return finish(figure, f"{y} / {x}", f"{len(found)} points; {found['label'].nunique()} lines")
 
 
 def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
@@ -184,7 +185,7 @@ def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
     colour = {"field": "label", "type": "nominal", "title": None, "scale": {"range": list(PALETTE)}, "legend": legend}
     told = {"label": "run", "x": x, "y": y, "low": "least", "high": "most", "ceiling": "ceiling",
             "concurrency": "in flight", "repeats": "repeats"}  # fmt: skip
-    tooltip = [{"field": name, "title": phrase(title), "format": ",.4~g"} for name, title in told.items()]
+    tooltip = [{"field": name, "title": phrase(title), "format": ",.4~r"} for name, title in told.items()]
     tooltip[0].pop("format")
     shape, shared = {"field": "label", "type": "nominal", "legend": None}, {"x": across, "color": colour}
     reach = {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
@@ -239,7 +240,8 @@ def histograms(requests: Table) -> Figure | None:
         if values:
             axes.hist(values, bins=min(40, max(5, len(values) // 2)), color=PALETTE[0], edgecolor="white")
             axes.axvline(statistics.median(values), linestyle="--", color=GREY)
-            axes.set_title(f"median {statistics.median(values):,.4g}, most {max(values):,.4g}", fontsize=FONT)
+            middle, most = cell_text(statistics.median(values)), cell_text(max(values))
+            axes.set_title(f"median {middle}, most {most}", fontsize=FONT)
         value_axis(axes, name, which="x", log=False, zero=False)
         value_axis(axes, "count", log=False)
     return finish(figure, "TTFT and ITL of one point", f"{len(records)} requests", legend=False)
@@ -377,7 +379,7 @@ def history_chart(table: Table) -> Figure | None:
     for name, part in table.groupby(names, sort=True):
         places = range(1, len(part) + 1)
         (line,) = axes.plot(places, part["tokens/s"], label=name, **looks[name])
-        tip(line, [f"{row['run']}: {row['tokens/s']:,.4g}" for row in part.to_dict("records")])
+        tip(line, [f"{row['run']}: {cell_text(row['tokens/s'])}" for row in part.to_dict("records")])
         slower = [
             (x, row["tokens/s"]) for x, row in zip(places, part.to_dict("records"), strict=True) if row["regression"]
         ]

@@ -76,4 +76,4 @@ def profile_figure(folder: RunFolder) -> Figure | None:
         axes.set_xlim(0, 1.25 * max(gap, *(bar[1] for bar in bars)))
         axes.set_title(f"{step['phase']}, batch {step['batch']}: {step['counted_step_ms']:.3g} ms", fontsize=10)
         texts.append(f"{step['phase']} {step['counted_step_ms']:.3g} ms, {step['bound']}")
-    return finish(figure, "Operators of a step", ", ".join(texts))
+    return finish(figure, "Operators of a step", "; ".join(texts))

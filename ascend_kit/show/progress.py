@@ -10,7 +10,7 @@ import os
 import time
 from typing import Any
 
-from ascend_kit.messages import translate
+from ascend_kit.messages import phrase, translate
 
 # The Jupyter server names the session in the kernel's environment; headless executors do not.
 BROWSER_VARIABLE = "JPY_SESSION_NAME"
@@ -39,7 +39,7 @@ class Progress:
     """
 
     def __init__(self, label: str, engine: Any = None, *, browser: bool | None = None) -> None:
-        self.label = label
+        self.label = phrase(label)
         self._engine, self._replicas = engine, _Replicas()
         self._browser = in_browser() if browser is None else browser
         self._bar: _Bar | None = None  # made by the first call: work that was done before shows no bar
@@ -54,6 +54,7 @@ class Progress:
         seconds = time.monotonic() - self._start
         time_text = clock(seconds) + _remaining(share, seconds)
         line = f"{_count(done, text)}/{_count(total, text)} ({share:.0%}), {time_text}"
+        text = phrase(text)
         if self._browser:
             self._bar = self._bar or _Bar(self.label)
             self._bar.update(share, f"{line}  {text}")
@@ -103,9 +104,10 @@ class _Replicas:
         parts = []
         for row in rows[:REPLICAS_IN_LINE]:
             rate, _ = self._since(row)
-            parts.append(f"{row['replica']}: {_state(row)}{row['finished']} done, {rate:.0f} tokens/s")
-        more = f"; {len(rows) - REPLICAS_IN_LINE} more" if len(rows) > REPLICAS_IN_LINE else ""
-        return f"  replicas  {'; '.join(parts)}{more}\n"
+            parts.append(phrase(f"{row['replica']}: {_state(row)}{row['finished']} done, {rate:.0f} tokens/s"))
+        if len(rows) > REPLICAS_IN_LINE:
+            parts.append(phrase(f"{len(rows) - REPLICAS_IN_LINE} more"))
+        return f"  {phrase('replicas')}  {'; '.join(parts)}\n"
 
     def draw(self, rows: list[dict[str, Any]]) -> None:
         """Bars of the busy share below each other, at most twice a second."""
@@ -117,7 +119,7 @@ class _Replicas:
         for (bar, text), row in zip(self._bars, rows, strict=True):
             rate, busy = self._since(row)
             bar.value, bar.bar_style = busy, "" if row["state"] == "ready" else "danger"
-            text.value = (
+            text.value = phrase(
                 f"{', '.join(row['card_names'])}: {_state(row)}{row['in_flight']} in flight, {row['finished']} done, "
                 f"{rate:.0f} tokens/s, busy {busy:.0%}, {row['peak_memory_bytes'] / 2**30:.1f} GiB at most"
             )
@@ -127,7 +129,10 @@ class _Replicas:
         from IPython.display import display
 
         self._bars = [
-            (ipywidgets.FloatProgress(value=0.0, max=1.0, description=f"replica {row['replica']}"), ipywidgets.Label())
+            (
+                ipywidgets.FloatProgress(value=0.0, max=1.0, description=phrase(f"replica {row['replica']}")),
+                ipywidgets.Label(),
+            )
             for row in rows
         ]
         box = ipywidgets.VBox([ipywidgets.HBox(list(pair)) for pair in self._bars])

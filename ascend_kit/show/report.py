@@ -59,11 +59,13 @@ class Figures:
 
     def __init__(self, folder: Path, conditions: str) -> None:
         self.folder, self.conditions, self.count = folder, conditions, 0
+        self.alts: dict[str, str] = {}  # figure -> its values in words
 
     def html(self, url: str, about: dict[str, Any]) -> str:
         """A figure of an output: its SVG where one was saved, else the picture of the notebook."""
         self.count += 1
         name, alt = str(about.get("figure", "")), str(about.get("alt", about.get("caption", "figure")))
+        self.alts[name] = alt
         drawing = self.drawing(name, alt, f"f{self.count}")
         width = about.get("width")
         size = f' width="{int(width)}"' if isinstance(width, (int, float)) else ""
@@ -98,7 +100,8 @@ def write_report(run_folder: str | Path) -> Path:
     write_atomic(folder / "report.json", to_json({**first, "about": about, "updated": run.updated}, indent=1) + "\n")
     for name in AS_CSV:
         _write_csv(saved, name)
-    chart = next(filter(None, (figures.drawing(name, name, "top") for name in ("comparison", "tradeoff"))), "")
+    drawn = (figures.drawing(name, figures.alts.get(name, name), "top") for name in ("comparison", "tradeoff"))
+    chart = next(filter(None, drawn), "")
     report = {
         **first,
         "about": about,
@@ -129,10 +132,11 @@ def write_index(root: Path) -> Path:
         first = _read_json(path.parent / "report.json")
         numbers = [entry["text"] for entry in first.get("numbers", [])]
         name = f"{path.parent.parent.name}/{path.parent.name}"
+        link = quote(f"{name}/report.html") if (path.parent / "report.html").is_file() else ""
         updated = (run.updated or "")[:16].replace("T", " ")
         runs.append({
             "name": name, "state": run.state, "updated": updated, "verdict": first.get("verdict", ""),
-            "link": quote(f"{name}/report.html"), "about": ", ".join(first.get("about", {}).values()),
+            "link": link, "about": ", ".join(first.get("about", {}).values()),
             "numbers": numbers + [""] * (len(headline.NUMBERS) - len(numbers)),
         })  # fmt: skip
     runs.sort(key=lambda run: run["updated"], reverse=True)

@@ -39,6 +39,7 @@ from ascend_kit.show.drawing import (
     value_axis,
     with_labels,
 )
+from ascend_kit.show.tables import cell_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,8 +83,8 @@ def _best_each(rows: Table, looks: dict[str, Any]) -> str:
     labels, parts = config_labels(rows), []
     for name in looks:
         best = rows.loc[rows[labels == name][RATE].idxmax()]
-        parts.append(f"{name} {best[RATE]:,.0f} at {best['concurrency']} in flight")
-    return "best " + ", ".join(parts)
+        parts.append(f"best of {name}: {best[RATE]:,.0f} tokens/s at {best['concurrency']}")
+    return "; ".join(parts)
 
 
 def latency(rows: Table) -> Figure | None:
@@ -105,7 +106,7 @@ def latency(rows: Table) -> Figure | None:
             value_axis(axes, f"{metric.upper()}, ms")
             axes.set_title(f"{metric.upper()}: {lengths_text(lengths)}", fontsize=FONT)
     fastest = rows.loc[rows[RATE].idxmax()]
-    alt = f"at the fastest point TTFT {fastest['ttft_p50_ms']:.3g} ms, TPOT {fastest['tpot_p50_ms']:.3g} ms (medians)"
+    alt = f"fastest point: TTFT {fastest['ttft_p50_ms']:.3g} ms, TPOT {fastest['tpot_p50_ms']:.3g} ms"
     return finish(figure, "Latency", alt)
 
 
@@ -120,7 +121,10 @@ def tradeoff(rows: Table) -> Figure | None:
         for label, rest in part.groupby("_label", sort=True):
             one = rest.groupby("concurrency")[["tpot_p50_ms", RATE]].median()
             (line,) = axes.plot(*one.T.to_numpy(), label=label, linewidth=1.8, **looks[label])
-            tip(line, [f"{label}, {c} in flight: {y:,.4g} tokens/s, {x:,.4g} ms" for c, (x, y) in one.iterrows()])
+            tip(
+                line,
+                [f"{label}, {c} in flight: {cell_text(y)} tokens/s, {cell_text(x)} ms" for c, (x, y) in one.iterrows()],
+            )
             for concurrency, (x, y) in (one.iloc[[0, -1]] if is_many(rows) else one).iterrows():  # room is short
                 axes.annotate(
                     f"{concurrency}", (x, y), (8, -13), textcoords="offset points", color=looks[label]["color"]
@@ -142,7 +146,7 @@ def memory(rows: Table) -> Figure | None:
         return heat_map(rows, "peak_gib", "Peak memory", "GiB", good="low")
     figure, _ = _panels(rows, "peak_gib", "peak memory, GiB", (("weights_gib", "--", "weights"),), log=False)
     return finish(
-        figure, "Memory", f"at most {rows['peak_gib'].max():.3g} GiB, weights {rows['weights_gib'].max():.3g}"
+        figure, "Memory", f"at most {rows['peak_gib'].max():.3g} GiB; weights {rows['weights_gib'].max():.3g} GiB"
     )
 
 
@@ -177,7 +181,7 @@ def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
         axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
         axes.margins(y=0.15)
         value_axis(axes, f"output tokens/s, multiple of {baseline}", log=False)
-    return finish(figure, title, f"{own['ratio'].min():.1f} to {own['ratio'].max():.1f} times {baseline}")
+    return finish(figure, title, f"{own['ratio'].min():.1f} to {own['ratio'].max():.1f} times the speed of {baseline}")
 
 
 def _ratio_bars(axes: Axes, part: Table, loads: list, name: str, colour: str, place: int, count: int) -> None:
@@ -300,7 +304,13 @@ def layouts_by_load(simulate: Callable[[], Table], cards: int = 2) -> Figure | N
             for size, name in names.items():
                 one = part[part["tensor_parallel"] == size].sort_values("concurrency")
                 (drawn,) = axes.plot(one["concurrency"], one[RATE], markersize=5, label=name, **looks[name])
-                tip(drawn, [f"{name}: {row.output_tokens_per_s:,.0f} at {row.concurrency}" for row in one.itertuples()])
+                tip(
+                    drawn,
+                    [
+                        f"{name}: {row.output_tokens_per_s:,.0f} output tokens/s at {row.concurrency}"
+                        for row in one.itertuples()
+                    ],
+                )
             log2_axis(axes, part["concurrency"])
             value_axis(axes, "predicted output tokens/s", log=True)
             axes.set_title(f"{model} on {count} cards", fontsize=FONT)

@@ -51,9 +51,9 @@ ANSWERS = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num
 CHECKS = ["section", "check", "status", "evidence", "remedy"]
 SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
 # Columns that hold words of ours and no data: they are shown in the reader's language.
-SPOKEN = frozenset((*CHECKS, "at", "outcome", "verdict", "decision", "direction", "reason", "cause", "best_for", "note",
-                    "unit", "what differs", "how much", "source", "what changed", "rate_interval", "int8",
-                    "lacks"))  # fmt: skip
+SPOKEN = frozenset((*CHECKS, "at", "set", "kind", "speedup", "figure", "state", "outcome", "verdict", "decision",
+                    "direction", "reason", "cause", "best_for", "note", "unit", "what differs", "how much", "source",
+                    "what changed", "rate_interval", "int8", "lacks"))  # fmt: skip
 JOINERS = "\u200c\u200d"  # a part of ordinary words and emoji
 
 
@@ -219,7 +219,7 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) ->
         if isinstance(value, dict) and depth > 1:
             rows |= _flat(value, f"{prefix}{key}.", depth - 1)
         elif isinstance(value, dict) and len(str(value)) > LONGEST_TEXT:
-            rows[f"{prefix}{key}"] = f"{len(value)} entries"
+            rows[f"{prefix}{key}"] = phrase(f"{len(value)} entries")
         else:
             rows[f"{prefix}{key}"] = value
     return rows

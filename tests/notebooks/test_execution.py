@@ -7,6 +7,7 @@ import pandas
 import papermill
 import pytest
 import yaml
+from chinese_text import english_in
 
 from ascend_kit.demo import ensure_data
 from ascend_kit.results import RunFolder
@@ -24,6 +25,7 @@ def parameters(tiny_qwen3_dir, tmp_path_factory):
     (folder / "prompts.txt").write_text("first prompt\nsecond <script>alert(1)</script>\n")
     values = {
         "experiment": "tiny",
+        "language": "zh",
         "output_root": str(folder / "outputs"),
         "model_name": "tiny",
         "input_model": str(tiny_qwen3_dir),
@@ -53,7 +55,7 @@ def run(parameters):
     lines = []
     report = run_experiment(parameters, echo=lines.append)
     # A random model is worse at text than even chances, which is said aloud and stops nothing.
-    assert report.state == "alarm" and sum("ALARM wikitext: " in line for line in lines) == 1, "\n".join(lines)
+    assert report.state == "alarm" and sum("ALARM wikitext" in line for line in lines) == 1, "\n".join(lines)
     return report
 
 
@@ -91,6 +93,12 @@ def test_executed_copies_hold_their_figures_and_the_report_runs_no_prompt(run):
     page = run.report.read_text(encoding="utf-8")
     assert page.count("<script") == 1 and "second &lt;script&gt;" in page  # the page's own, allowed by its hash
     assert "Nothing to show" not in page and len(page) < 3_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_the_report_of_a_run_in_chinese_has_no_english_left_but_names_units_and_code(run):
+    assert english_in(run.report.read_text(encoding="utf-8"), "tiny", "default") == []
 
 
 @pytest.mark.multiproc
