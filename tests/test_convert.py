@@ -127,8 +127,8 @@ def test_result_has_tokenizer_settings_and_a_manifest_that_verifies(tiny_qwen3_d
     manifest = json.loads((result.folder / MANIFEST_NAME).read_text())
     assert manifest["settings"]["precision"] == "bf16" and manifest["versions"]["torch"] == torch.__version__
     assert len(manifest["source"]["files"][0]["hash"]) == 32
-    assert verify(result.folder, full=True).status == "ok"
-    assert verify(tiny_qwen3_dir).status == "no manifest"
+    assert verify(result.folder, full=True)
+    assert not verify(tiny_qwen3_dir)
     assert leftovers(tmp_path) == []
 
 
@@ -331,7 +331,7 @@ def test_overwrite_replaces_our_own_result_and_nothing_else(tiny_qwen3_dir: Path
 
     result = convert(tiny_qwen3_dir, tmp_path / "result", precision="fp16", if_exists="overwrite")
 
-    assert result.manifest["settings"]["precision"] == "fp16" and verify(result.folder, full=True).status == "ok"
+    assert result.manifest["settings"]["precision"] == "fp16" and verify(result.folder, full=True)
     with pytest.raises(CheckpointError, match="not made by convert"):
         convert(tiny_qwen3_dir, foreign, if_exists="overwrite")
     assert (foreign / "thesis.txt").read_text() == "years of work"
@@ -352,10 +352,12 @@ def test_destination_that_is_the_source_is_always_refused(tiny_qwen3_dir: Path, 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"precision": "int4"}, "allowed are bf16, fp16, fp32"),
-        ({"quantize": "w4a4"}, "allowed are none, w8a8, w8a16, w4a16, auto"),
-        ({"framework": "onnx"}, "allowed are auto, huggingface, megatron, mindspore"),
-        ({"if_exists": "maybe"}, "allowed are reuse, refuse, overwrite"),
+        ({"precision": "int4"}, "precision: .*allowed: bf16, bfloat16, fp16, .*fp32.*, got 'int4'"),
+        ({"quantize": "w4a4"}, "quantize: .*'none', 'w8a8', 'w8a16', 'w4a16' or 'auto'.*, got 'w4a4'"),
+        ({"framework": "onnx"}, "framework: allowed: auto, .*huggingface, .*megatron, .*mindspore.*, got 'onnx'"),
+        ({"if_exists": "maybe"}, "if_exists='maybe': allowed are refuse, reuse, overwrite"),
+        ({"smoooth": 0.5}, "convert: unknown parameter 'smoooth'; did you mean 'smooth'"),
+        ({"temperature": 0.5}, "convert: unknown parameter 'temperature'"),
         ({"tokenizer_path": "/nowhere/at/all"}, "no folder at /nowhere"),
     ],
 )
@@ -367,6 +369,16 @@ def test_impossible_argument_is_refused_and_leaves_no_destination(
     assert not (tmp_path / "result").exists()
 
 
+def test_end_ids_that_are_no_ids_are_refused_before_anything_is_written(tiny_qwen3_dir: Path, tmp_path: Path):
+    source = shutil.copytree(tiny_qwen3_dir, tmp_path / "source")
+    (source / "generation_config.json").write_text('{"eos_token_id": "<|im_end|>"}')
+
+    with pytest.raises(ValueError, match=r"source/generation_config\.json: eos_token_id"):
+        convert(source, tmp_path / "result")
+
+    assert leftovers(tmp_path) == [] and not (tmp_path / "result").exists()
+
+
 def test_missing_source_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no checkpoint folder at"):
         convert(tmp_path / "nothing", tmp_path / "result")
@@ -374,7 +386,7 @@ def test_missing_source_is_named(tmp_path: Path):
 
 def test_refusal_before_publishing_keeps_the_destination_absent_and_the_shards(tiny_qwen3_dir: Path, tmp_path: Path):
     def refuse(folder: Path) -> None:
-        assert verify(folder, full=True).status == "ok"
+        assert verify(folder, full=True)
         raise RuntimeError("parity is red")
 
     with pytest.raises(RuntimeError, match="parity is red"):

@@ -14,11 +14,11 @@ from conftest import make_model
 from megatron_writer import save_megatron
 from safetensors.torch import load_file
 
-from ascend_kit.checkpoint.convert import convert
+from ascend_kit.checkpoint.convert import convert, open_source
 from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.mindspore import open_mindspore
 from ascend_kit.checkpoint.mindspore_file import MindSporeFile, check_mindspore_file
-from ascend_kit.checkpoint.source import open_source
+from ascend_kit.checkpoint.pieces import SameOnAllRanks
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 
 SHAPE = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 304}
@@ -91,6 +91,36 @@ def test_rank_folders_of_tensor_and_pipeline_parallelism_are_merged(
         ms.save_ckpt(tmp_path / f"rank_{rank}" / "qwen-1_5.ckpt", state)
 
     assert_reads_back(tmp_path, source)
+
+
+class CountedRows:
+    """A tensor that counts the rows read from it."""
+
+    dtype, origin, num_read = torch.float32, "rank.safetensors", 0
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values, self.shape = values, tuple(values.shape)
+
+    def read(self) -> torch.Tensor:
+        return self.read_slice(0, 0, self.shape[0])
+
+    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        self.num_read += stop - start if dim == 0 else self.shape[0]
+        return self.values.narrow(dim, start, stop - start)
+
+
+def test_a_tensor_that_every_rank_holds_is_read_once_however_many_blocks_it_is_read_in():
+    values = torch.arange(300.0).reshape(100, 3)
+    ranks = [CountedRows(values), CountedRows(values.clone())]
+    whole = SameOnAllRanks("tok_embeddings", ranks)
+
+    read = torch.cat([whole.read_slice(0, start, start + 10) for start in range(0, 100, 10)])
+
+    assert torch.equal(read, values) and [rank.num_read for rank in ranks] == [100, 100]
+    ranks[1].values[99, 2] = 0
+    assert torch.equal(whole.read_slice(0, 0, 90), values[:90])
+    with pytest.raises(CheckpointError, match="tok_embeddings differs from the copy in rank"):
+        whole.read_slice(0, 90, 100)
 
 
 @pytest.mark.parametrize("save,kind", [(ms.save_strategy, "ckpt"), (ms.save_strategy_json, "json")])

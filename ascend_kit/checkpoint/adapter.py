@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.patterns import pattern_fits
-from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, check_slice, read_json
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, SafetensorsFile, TensorSource, read_json
 from ascend_kit.checkpoint.torch_file import TorchFile
 from ascend_kit.model.tensors import EMBEDDING, HEAD
 
@@ -49,7 +49,7 @@ class LowRank:
     magnitude: Tensor | None = None
 
 
-class AdaptedTensor:
+class AdaptedTensor(ByRows):
     """A weight with a low-rank change added, in float32; only the rows asked for are read and computed."""
 
     dtype = torch.float32
@@ -57,13 +57,7 @@ class AdaptedTensor:
     def __init__(self, inner: TensorSource, change: LowRank) -> None:
         self.inner, self.change, self.shape, self.origin = inner, change, inner.shape, inner.origin
 
-    def read(self) -> Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
-        check_slice("with an adapter", self.shape, dim, start, stop)
-        if dim != 0:
-            return self.read().narrow(dim, start, stop - start).contiguous()
+    def _rows(self, start: int, stop: int) -> Tensor:
         change = self.change
         rows = self.inner.read_slice(0, start, stop).float()
         rows = rows + change.scaling * (change.up[start:stop] @ change.down)
@@ -72,7 +66,7 @@ class AdaptedTensor:
         return rows * (change.magnitude[start:stop] / rows.norm(dim=1)).unsqueeze(1)
 
 
-class AdaptedBias:
+class AdaptedBias(ByRows):
     """A bias with another one added to it, in float32."""
 
     dtype = torch.float32
@@ -80,11 +74,8 @@ class AdaptedBias:
     def __init__(self, inner: TensorSource, added: Tensor) -> None:
         self.inner, self.added, self.shape, self.origin = inner, added, inner.shape, inner.origin
 
-    def read(self) -> Tensor:
-        return self.inner.read().float() + self.added
-
-    def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
-        return self.inner.read_slice(dim, start, stop).float() + self.added.narrow(dim, start, stop - start)
+    def _rows(self, start: int, stop: int) -> Tensor:
+        return self.inner.read_slice(0, start, stop).float() + self.added[start:stop]
 
 
 def adapter_digest(folder: Path) -> str:

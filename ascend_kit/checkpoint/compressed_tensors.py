@@ -1,4 +1,4 @@
-"""Linears of compressed-tensors, int8 and 4-bit, in the common form of quantized_layouts (facts: version 0.20)."""
+"""Linears of compressed-tensors, int8 and 4-bit, in the common form of int8_tensors (facts: version 0.20)."""
 
 from __future__ import annotations
 

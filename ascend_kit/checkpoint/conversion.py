@@ -8,22 +8,22 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.checkpoint.huggingface import Checkpoint, check_contents, companion_files
+from ascend_kit.checkpoint.huggingface import Checkpoint, check_contents
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, new_manifest, source_name
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard, writing
 from ascend_kit.identity import file_hash, hash_file, remember_hash
-from ascend_kit.model.config import ModelConfig
 
 MAX_WORKERS = 4
+MAX_SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -67,37 +67,24 @@ class ConversionResult:
         return self.bytes_written / self.seconds / 1e6 if self.seconds and self.bytes_written else None
 
 
-@dataclass(frozen=True)
-class ConversionPlan:
-    """What is to be written, decided before anything is."""
-
-    checkpoint: Checkpoint
-    model: ModelConfig
-    recipe: Recipe
-    settings: dict[str, Any]
-    mix: MixChoice | None = None
-    left_out: tuple[str, ...] = ()  # what the source holds and the result does not, in words
-    adapter: Path | None = None  # the folder of the adapter that `checkpoint` has merged
-
-
+@dataclass
 class Conversion:
     """Writes one plan to one destination."""
 
-    def __init__(
-        self,
-        plan: ConversionPlan,
-        destination: Path,
-        tokenizer_path: Path | None,
-        max_shard_bytes: int,
-        on_progress: Progress | None,
-    ) -> None:
-        self.plan, self.checkpoint, self.model = plan, plan.checkpoint, plan.model
-        self.recipe, self.settings = plan.recipe, plan.settings
-        self.destination = destination
-        self.companions = companion_files(self.checkpoint.config_folder, tokenizer_path)
-        self.on_progress = on_progress
+    checkpoint: Checkpoint
+    recipe: Recipe
+    settings: dict[str, Any]
+    destination: Path
+    companions: list[Path]  # config.json first, see `companion_files`
+    mix: MixChoice | None = None
+    left_out: Sequence[str] = ()  # what the source holds and the result does not, in words
+    adapter: Path | None = None  # the folder of the adapter that `checkpoint` has merged
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    on_progress: Progress | None = None
+
+    def __post_init__(self) -> None:
         self._stopped, self._counting = threading.Event(), threading.Lock()
-        self.shards = plan_shards(plan_jobs(self.checkpoint, self.model, self.recipe), max_shard_bytes)
+        self.shards = plan_shards(plan_jobs(self.checkpoint, self.recipe), self.max_shard_bytes)
         self.total_bytes, self.done_bytes = sum(shard.file_bytes for shard in self.shards), 0
 
     @property
@@ -187,7 +174,7 @@ class Conversion:
             _write_json(folder / "model.safetensors.index.json", self._index())
         for path in self.companions[1:]:  # the first is config.json, which is written anew
             shutil.copyfile(path, folder / path.name)
-        _write_json(folder / "config.json", result_config(self.checkpoint.config, self.model, self.recipe))
+        _write_json(folder / "config.json", result_config(self.checkpoint, self.recipe))
 
     def _index(self) -> dict[str, Any]:
         weight_map = {output.name: shard.name for shard in self.shards for output in shard.outputs}
@@ -195,42 +182,36 @@ class Conversion:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
     def _write_manifest(self, partial: PartialFolder, source_hashes: dict[Path, str]) -> dict[str, Any]:
-        folder = self.checkpoint.folder
-        sources = [
-            {**describe_file(path, source_hashes[path]), "name": source_name(folder, path)}
-            for path in self.checkpoint.files
-        ]
-        companions = [
-            {**describe_file(path, file_hash(path)), "name": source_name(folder, path)} for path in self.companions
-        ]
-        present = {path.name for path in partial.path.iterdir() if not path.name.startswith(".")}
-        names = sorted(present - {MANIFEST_NAME})
-        files = [describe_file(partial.path / name, self._hash(partial, name)) for name in names]
+        def described(path: Path, full_hash: str) -> dict[str, Any]:
+            return {**describe_file(path, full_hash), "name": source_name(self.checkpoint.folder, path)}
+
+        names = sorted(path.name for path in partial.path.iterdir() if not path.name.startswith("."))
         manifest = new_manifest(
             source={
-                "folder": str(folder),
+                "folder": str(self.checkpoint.folder),
                 "framework": self.checkpoint.framework,
-                "files": sources,
-                "companions": companions,
-                "left_out": list(self.plan.left_out),
-                **({"adapter": str(self.plan.adapter)} if self.plan.adapter else {}),
+                "files": [described(path, source_hashes[path]) for path in self.checkpoint.files],
+                "companions": [described(path, file_hash(path)) for path in self.companions],
+                "left_out": list(self.left_out),
+                **({"adapter": str(self.adapter)} if self.adapter else {}),
             },
             settings=self.settings,
-            files=files,
-            quantization=summarise(self.recipe.schemes, self.model) | self._describe_mix(),
+            quantization=summarise(self.recipe.schemes, self.checkpoint.model) | self._describe_mix(),
             num_tensors=sum(len(shard.outputs) for shard in self.shards),
+            files=[
+                describe_file(partial.path / name, self._hash(partial, name)) for name in names if name != MANIFEST_NAME
+            ],
         )
         _write_json(partial.path / MANIFEST_NAME, manifest)
         return manifest
 
     def _describe_mix(self) -> dict[str, Any]:
-        mix = self.plan.mix
-        if mix is None:
+        if self.mix is None:
             return {}
         return {
-            "chosen": mix.chosen.name,
-            "candidates": [candidate.row() for candidate in mix.candidates],
-            "sensitivity": list(mix.sensitivity),
+            "chosen": self.mix.chosen.name,
+            "candidates": [candidate.row() for candidate in self.mix.candidates],
+            "sensitivity": list(self.mix.sensitivity),
         }
 
     def _hash(self, partial: PartialFolder, name: str) -> str:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import re
+import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ascend_kit.checkpoint.compressed_tensors import present_compressed_tensors
+from ascend_kit.checkpoint.int4_layouts import present_awq, present_gptq
 from ascend_kit.checkpoint.mindspore_file import check_mindspore_file
-from ascend_kit.checkpoint.quantized_layouts import QuantizationInfo, present_quantized
-from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, TensorSource, check_slice, read_json
+from ascend_kit.checkpoint.msmodelslim import present_msmodelslim
+from ascend_kit.checkpoint.source import find_weights
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, SafetensorsFile, TensorSource, read_json
 from ascend_kit.checkpoint.torch_file import TorchFile, check_torch_file
+from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.int4 import dequantize_groups
 from ascend_kit.model.int8 import dequantize_weight
 
@@ -32,15 +37,33 @@ TOKENIZER_FILES = (
 )
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 OTHER_FILES = ("configuration.json", "preprocessor_config.json")
-WEIGHT_PATTERNS = ("[!.]*.safetensors", "pytorch_model*.bin")  # not the ._ files that macOS writes beside others
-SHARD_PATTERN = re.compile(r"(.+)-\d+-of-(\d+)")
+GPTQ_FILE, MSMODELSLIM_PATTERN = "quantize_config.json", "quant_model_description*.json"
+PRESENT = {"compressed-tensors": present_compressed_tensors, "gptq": present_gptq, "awq": present_awq}
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """Which linears are stored as int8 or in 4 bits. Names are module names without `.weight`."""
+
+    layout: str = "none"  # none | compressed-tensors | gptq | awq | msmodelslim
+    schemes: Mapping[str, str] = field(default_factory=dict)  # linear -> w8a8, w8a8_static, w8a16 or w4a16
+
+    def scheme(self, linear: str) -> str:
+        """`none`, or the scheme's name."""
+        return self.schemes.get(linear, "none")
+
+    @property
+    def summary(self) -> str:
+        """none, the only scheme that occurs, or mixed."""
+        kinds = set(self.schemes.values())
+        return kinds.pop() if len(kinds) == 1 else ("mixed" if kinds else "none")
 
 
 class Checkpoint:
     """Named tensors of one model, read on demand. Reads are safe from several threads.
 
     Whatever the files hold, names are Hugging Face's; quantised linears have the form that
-    `quantized_layouts` describes, and `quantization` says which they are.
+    `int8_tensors` describes, and `quantization` says which they are.
     """
 
     def __init__(
@@ -60,6 +83,11 @@ class Checkpoint:
         self.config_folder = config_folder or self.folder  # of config.json, tokenizer and the like
         self.sources = dict(sources)
         self.notes = tuple(notes)  # what was left out while reading, in words
+
+    @functools.cached_property
+    def model(self) -> ModelConfig:
+        """What config.json says of the model; ValueError names what is missing or not supported."""
+        return ModelConfig.from_dict(self.config, where=f"{self.config_folder}/config.json")
 
     def check_data(self) -> None:
         """Compare the contents of the files with their checksums, see `check_contents`."""
@@ -96,7 +124,7 @@ class Checkpoint:
         return self.source(name).read_slice(dim, start, stop)
 
 
-class DequantizedTensor:
+class DequantizedTensor(ByRows):
     """A quantised linear's weight as float32 [out, in], computed by rows as it is read."""
 
     dtype = torch.float32
@@ -106,13 +134,7 @@ class DequantizedTensor:
         weight = checkpoint.source(f"{linear}.weight")
         self.shape, self.origin = weight.shape, weight.origin
 
-    def read(self) -> torch.Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice(self.linear, self.shape, dim, start, stop)
-        if dim != 0:
-            return self.read().narrow(dim, start, stop - start).contiguous()
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
         read, linear = self.checkpoint.read_slice, self.linear
         codes, scale = read(f"{linear}.weight", 0, start, stop), read(f"{linear}.weight_scale", 0, start, stop)
         if self.checkpoint.quantization.scheme(linear) != "w4a16":
@@ -155,64 +177,43 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, sources, config, files=files, quantization=quantization)
 
 
+def present_quantized(
+    folder: Path, config: dict[str, Any], sources: dict[str, TensorSource]
+) -> tuple[dict[str, TensorSource], QuantizationInfo]:
+    """Sources in the common form and the description; a float checkpoint passes through unchanged."""
+    stored, where = config.get("quantization_config") or {}, folder / "config.json"
+    if not stored and (folder / GPTQ_FILE).is_file():
+        where = folder / GPTQ_FILE
+        stored = {"quant_method": "gptq", **read_json(where, "GPTQ's settings")}
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{where}: quantization_config must be an object, found {type(stored).__name__}")
+    files = sorted(folder.glob(MSMODELSLIM_PATTERN))
+    is_msmodelslim = "model_quant_type" in stored or stored.get("quant_method") == "ascend"
+    if len(files) > 1 or (files and stored and not (is_msmodelslim and stored == read_json(files[0], "description"))):
+        names = ", ".join([*map(str, files), *([f"quantization_config in {where}"] if stored else [])])
+        raise CheckpointError(
+            f"{folder} describes its int8 tensors more than once: {names}; keep the one that is right"
+        )
+    result = dict(sources)
+    if files:
+        description = read_json(files[0], "msModelSlim's description")
+        return result, QuantizationInfo("msmodelslim", present_msmodelslim(files[0], description, config, result))
+    if not stored:
+        return result, QuantizationInfo()
+    if is_msmodelslim:
+        return result, QuantizationInfo("msmodelslim", present_msmodelslim(where, stored, config, result))
+    method = str(stored.get("quant_method"))
+    if method not in PRESENT:
+        raise CheckpointError(
+            f"{where}: quant_method {stored.get('quant_method')!r} is not supported; readable are "
+            f"{', '.join(PRESENT)} and msModelSlim, or start from the float model"
+        )
+    return result, QuantizationInfo(method, PRESENT[method](where, stored, result))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
     return read_json(folder / "config.json", "a Hugging Face model folder needs it")
-
-
-def find_weights(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
-    """The index (tensor -> file name), if there is one, and the weight files in order.
-
-    CheckpointError for a folder with none, with an incomplete one, and with two: which of them is meant, nobody knows.
-    """
-    adapters = sorted(
-        path.name for path in folder.glob("adapter_*") if path.suffix in (".json", ".safetensors", ".bin")
-    )
-    if adapters:
-        raise CheckpointError(
-            f"{folder} holds a LoRA adapter ({', '.join(adapters)}), which is not applied here; convert its base model "
-            "with adapter_path set to the folder of the adapter, and use the result"
-        )
-    indexes = sorted(path for kind in ("safetensors", "bin") for path in folder.glob(f"[!.]*.{kind}.index.json"))
-    found: list[tuple[str, dict[str, str] | None, list[str]]] = []
-    for path in indexes:
-        index = read_json(path, "the index").get("weight_map")
-        if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-            raise CheckpointError(f"{path} has no weight_map")
-        found.append((path.name, index, sorted(set(index.values()))))
-    indexed = {name for _, _, names in found for name in names}
-    loose = sorted(
-        path.name for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern) if path.name not in indexed
-    )
-    families = {SHARD_PATTERN.sub(r"\1-*-of-\2", name) for name in loose}
-    if not found and len(loose) > 1 and len(families) == 1:
-        raise CheckpointError(
-            f"{folder} has {len(loose)} weight files ({families.pop()}) and no index; add "
-            "model.safetensors.index.json, which says which tensor is in which file"
-        )
-    if len(found) + len(families) > 1:
-        named = ", ".join([*(f"{name} with its files" for name, _, _ in found), *sorted(families)])
-        raise CheckpointError(f"{folder} holds more than one set of weights: {named}; keep the one that is meant")
-    if loose:
-        return None, [folder / loose[0]]
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds no weights: expected model.safetensors, a *.safetensors.index.json or pytorch_model.bin"
-        )
-    return found[0][1], [_existing(folder, name, indexes[0]) for name in found[0][2]]
-
-
-def _existing(folder: Path, name: str, index: Path) -> Path:
-    path = folder / name
-    if Path(name).name != name:
-        raise CheckpointError(f"{index} names the file {name!r}; only plain file names are followed")
-    try:
-        is_there = path.is_file()
-    except OSError as error:
-        raise CheckpointError(f"{index} names the file {name!r}: {error.strerror}") from None
-    if not is_there:
-        raise CheckpointError(f"{path} is missing, though {index.name} names it: the download or copy is incomplete")
-    return path
 
 
 def _open_weights(path: Path) -> dict[str, TensorSource]:

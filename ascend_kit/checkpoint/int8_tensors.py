@@ -1,4 +1,16 @@
-"""Stored forms of an int8 linear's tensors, presented as quantized_layouts says, and checks that layouts share."""
+"""Quantised linears in one common form, whatever is on disk: stored forms of their tensors, checks that layouts share.
+
+An int8 linear `X` appears as (4-bit ones: see int4_layouts)
+
+    X.weight        int8     [out, in]
+    X.weight_scale  float32  [out]          weight = X.weight * X.weight_scale[:, None]
+    X.bias          as stored, if any
+
+    X.input_scale, X.input_offset  float32 [1], static activations only:  q = round(x / scale + offset), -128..127
+
+Symmetric int8 weights, one scale per output channel. Everything else (fp8, transforms, 4-bit weights with 8-bit
+activations) is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource, check_slice
 
 W4A8 = (
     "4-bit weights with 8-bit activations, for which no dense operator has a documented contract on this card; "
@@ -14,7 +26,7 @@ W4A8 = (
 )
 
 
-class ScaleColumn:
+class ScaleColumn(ByRows):
     """A stored scale [out] or [out, 1] of any float dtype, presented as float32 [out]."""
 
     dtype = torch.float32
@@ -22,11 +34,8 @@ class ScaleColumn:
     def __init__(self, inner: TensorSource) -> None:
         self.inner, self.shape, self.origin = inner, (inner.shape[0],), inner.origin
 
-    def read(self) -> torch.Tensor:
-        return self.inner.read().reshape(-1).float()
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        return self.inner.read_slice(dim, start, stop).reshape(-1).float()
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.inner.read_slice(0, start, stop).reshape(-1).float()
 
 
 class PackedInt8:
@@ -76,19 +85,16 @@ def add_static(
         raise CheckpointError(f"{folder}: {linear}.input_scale is no positive number")
 
 
-class _Number:
+class _Number(ByRows):
     """One stored number as float32 [1]; 0 where nothing is stored."""
 
-    dtype, shape = torch.float32, (1,)
+    dtype = torch.float32
 
     def __init__(self, inner: TensorSource | None, folder: Path) -> None:
-        self.inner, self.origin = inner, str(folder) if inner is None else inner.origin
+        self.inner, self.shape, self.origin = inner, (1,), str(folder) if inner is None else inner.origin
 
-    def read(self) -> torch.Tensor:
-        return torch.zeros(1) if self.inner is None else self.inner.read().reshape(1).float()
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        return self.read()[start:stop]
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        return (torch.zeros(1) if self.inner is None else self.inner.read().reshape(1).float())[start:stop]
 
 
 def check_linear(folder: Path, linear: str, result: dict[str, TensorSource]) -> None:

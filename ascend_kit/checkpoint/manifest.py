@@ -11,7 +11,6 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -62,15 +61,6 @@ class _Form(TypedDict):
 _FORM = TypeAdapter(_Form)
 
 
-@dataclass(frozen=True)
-class VerifyResult:
-    """Outcome of `verify`; a mismatch raises instead."""
-
-    status: str  # ok | no manifest
-    num_files: int
-    full: bool
-
-
 def header_hash(path: Path) -> str:
     """Hash of what identifies a file quickly: a safetensors header, else the first and last 64 KiB."""
     size = path.stat().st_size
@@ -84,42 +74,26 @@ def header_hash(path: Path) -> str:
         return xxhash.xxh3_128_hexdigest(first + file.read())
 
 
-def describe_file(path: Path, full_hash: str | None = None) -> dict[str, Any]:
-    """The manifest's entry for a file: name, size, modification time, quick hash and, if given, full hash."""
+def describe_file(path: Path, full_hash: str) -> dict[str, Any]:
+    """The manifest's entry for a file: name, size, modification time, quick hash and full hash."""
     stat = os.stat(path)
-    entry = {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_hash": header_hash(path)}
-    return entry | ({"hash": full_hash} if full_hash else {})
+    return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_hash": header_hash(path),
+            "hash": full_hash}  # fmt: skip
 
 
-def tool_versions() -> dict[str, str]:
-    """Versions that may change what a conversion writes."""
-    return {
-        "ascend_kit": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-    }
-
-
-def new_manifest(
-    *,
-    source: dict[str, Any],
-    settings: dict[str, Any],
-    files: list[dict[str, Any]],
-    quantization: dict[str, Any],
-    num_tensors: int,
-) -> dict[str, Any]:
-    """The manifest of a finished conversion."""
+def new_manifest(**parts: Any) -> dict[str, Any]:
+    """The manifest of a finished conversion: its parts, and the versions that may change what a conversion writes."""
     return {
         "schema_version": SCHEMA_VERSION,
         "hash_algorithm": HASH_ALGORITHM,
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": tool_versions(),
-        "settings": settings,
-        "quantization": quantization,
-        "num_tensors": num_tensors,
-        "source": source,
-        "files": files,
+        "versions": {
+            "ascend_kit": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+        },
+        **parts,
     }
 
 
@@ -145,23 +119,23 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     return manifest
 
 
-def verify(folder: str | Path, full: bool = False) -> VerifyResult:
+def verify(folder: str | Path, full: bool = False) -> bool:
     """Check a folder against its manifest: sizes and headers, with `full` every byte.
 
-    CheckpointError names the first file that is missing, added or different. A folder without a manifest (a
-    plain Hugging Face download) has nothing to be checked against: status `no manifest`.
+    CheckpointError names the first file that is missing, added or different. False for a folder without a manifest (a
+    plain Hugging Face download): it has nothing to be checked against.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        return VerifyResult("no manifest", 0, full)
+        return False
     listed = {entry["name"] for entry in manifest["files"]}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in listed:
             raise CheckpointError(f"{path} is not in {MANIFEST_NAME}: it was added after the conversion")
     for entry in manifest["files"]:
         _check_entry(folder / entry["name"], entry, full)
-    return VerifyResult("ok", len(listed), full)
+    return True
 
 
 def _check_entry(path: Path, entry: dict[str, Any], full: bool) -> None:

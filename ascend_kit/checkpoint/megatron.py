@@ -1,9 +1,8 @@
 """Reader of MindSpeed-LLM / Megatron-core checkpoints: tensor and pipeline shards under Hugging Face names.
 
-Layout: `latest_checkpointed_iteration.txt`, `iter_0000001/mp_rank_TT[_PPP]/model_optim_rng.pt`; each file
-is a pickled dictionary with `model` (or `model0`, `model1`, ... for virtual pipeline chunks) and the
-training arguments. Nothing in it is executed (see `torch_file`). Config and tokenizer come from the
-original Hugging Face folder.
+Each file (see `source`) is a pickled dictionary with `model` (or `model0`, `model1`, ... for virtual pipeline chunks)
+and the training arguments. Nothing in it is executed (see `torch_file`). Config and tokenizer come from the original
+Hugging Face folder.
 
 Merging, with N query heads, K KV heads, H head size:
 - embedding, output layer: shards stacked by rows, padding rows beyond the vocabulary cut off;
@@ -21,27 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.checkpoint.huggingface import Checkpoint, read_config
-from ascend_kit.checkpoint.pieces import ColumnPieces, RowPieces, SameOnAllRanks, split_qkv
+from ascend_kit.checkpoint.pieces import (
+    LAYER_NAMES,
+    MERGED_GATE_UP,
+    MERGED_QKV,
+    OUTER_NAMES,
+    Renamed,
+    RowPieces,
+    joined,
+    split_qkv,
+    unknown_tensor,
+)
+from ascend_kit.checkpoint.source import SAVE_AGAIN, megatron_grid
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.checkpoint.torch_file import TorchFile
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import FINAL_NORM, layer_prefix, layer_tensors
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "_extra_state")
-ITERATION_FILE = "latest_checkpointed_iteration.txt"
-RANK_PATTERN = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-SHARD_NAMES = ("model_optim_rng.pt", "model_rng.pt")
 LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-NORM_NAMES = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # transformer-engine spelling
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+FUSED_NORMS = {  # transformer-engine keeps a norm with the linear behind it
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-}
-COLUMN_NAMES = {
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 # Training arguments that change what a model computes, with the values that this package computes.
 NEUTRAL_ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -71,19 +71,6 @@ NEUTRAL_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier_scale": (1.0,),
     "output_multiplier_scale": (1.0,),
 }
-SAVE_AGAIN = (
-    "save it from the training code with `--ckpt-format torch`, or convert it there to Hugging Face format "
-    "(MindSpeed-LLM: convert_ckpt_v2.py) and pass that folder"
-)
-
-
-def is_megatron(folder: Path) -> bool:
-    """True for a Megatron checkpoint root, one of its iteration folders, or a distributed format of it."""
-    return (
-        (folder / ITERATION_FILE).is_file()
-        or any(RANK_PATTERN.fullmatch(path.name) for path in folder.iterdir())
-        or _distributed_file(folder) is not None
-    )
 
 
 def open_megatron(folder: str | Path, tokenizer_path: str | Path | None) -> Checkpoint:
@@ -96,10 +83,9 @@ def open_megatron(folder: str | Path, tokenizer_path: str | Path | None) -> Chec
             f"{folder} is a Megatron checkpoint, which carries neither config.json nor tokenizer: set "
             "tokenizer_path to the folder of the Hugging Face model that training started from"
         )
-    iteration = _iteration_folder(folder)
+    grid = megatron_grid(folder)
     config = read_config(Path(tokenizer_path))
     model = ModelConfig.from_dict(config, where=f"{tokenizer_path}/config.json")
-    grid = _rank_grid(iteration)
     chunks, files = [], []
     replaced: set[str] = set()
     for stage in grid:
@@ -109,75 +95,13 @@ def open_megatron(folder: str | Path, tokenizer_path: str | Path | None) -> Chec
             replaced.update(file.replaced)
         chunks.append([_chunks(file) for file in loaded])
         files += stage
-    sources = _Merger(iteration, model).merge(chunks)
+    sources = _Merger(folder, model).merge(chunks)
     notes = [f"unknown classes in the pickle were replaced by inert ones: {', '.join(sorted(replaced))}"] * bool(
         replaced
     )
     return Checkpoint(
         folder, sources, config, files=files, framework="megatron", config_folder=Path(tokenizer_path), notes=notes
     )
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """The shard files of a Megatron checkpoint, found without opening them."""
-    return [path for stage in _rank_grid(_iteration_folder(folder)) for path in stage]
-
-
-def _distributed_file(folder: Path) -> Path | None:
-    candidates = [*folder.glob("*.distcp"), *folder.glob(".metadata")]
-    described = folder / "metadata.json"
-    if described.is_file() and "sharded_backend" in described.read_text(encoding="utf-8", errors="replace"):
-        candidates.append(described)
-    return candidates[0] if candidates else None
-
-
-def _iteration_folder(folder: Path) -> Path:
-    marker = folder / ITERATION_FILE
-    if marker.is_file():
-        word = marker.read_bytes()[:100].decode(errors="replace").strip()
-        if word != "release" and not (word.isascii() and word.isdigit()):
-            raise CheckpointError(f"{marker} holds {word!r}, expected an iteration number or `release`")
-        iteration = folder / (word if word == "release" else f"iter_{int(word):07d}")
-        if not iteration.is_dir():
-            raise CheckpointError(f"{marker} names {iteration.name}, but {iteration} does not exist")
-    else:
-        iteration = folder
-    found = _distributed_file(iteration)
-    if found is not None:
-        raise CheckpointError(
-            f"{iteration} is a distributed checkpoint (torch_dist, FSDP2: {found.name}), the layout depends "
-            f"on the run that wrote it; {SAVE_AGAIN}"
-        )
-    return iteration
-
-
-def _rank_grid(iteration: Path) -> list[list[Path]]:
-    """Shard files as [pipeline stage][tensor rank]; every rank of the grid must be there."""
-    ranks: dict[tuple[int, int], Path] = {}
-    for path in sorted(iteration.iterdir()):
-        match = RANK_PATTERN.fullmatch(path.name)
-        if match and match.group(3) is not None and int(match.group(3)) > 0:
-            raise CheckpointError(f"{path} belongs to an expert-parallel model; only dense models are read")
-        if match:
-            ranks[int(match.group(2) or 0), int(match.group(1))] = _shard_file(path)
-    if not ranks:
-        raise CheckpointError(f"{iteration} has no mp_rank_* folders: not a Megatron checkpoint")
-    stages, tensor_ranks = max(stage for stage, _ in ranks) + 1, max(rank for _, rank in ranks) + 1
-    for stage in range(stages):
-        for rank in range(tensor_ranks):
-            if (stage, rank) not in ranks:
-                raise CheckpointError(
-                    f"{iteration}: the shard of tensor rank {rank}, pipeline stage {stage} is missing; found "
-                    f"{len(ranks)} of {stages * tensor_ranks}"
-                )
-    return [[ranks[stage, rank] for rank in range(tensor_ranks)] for stage in range(stages)]
-
-
-def _shard_file(folder: Path) -> Path:
-    for name in SHARD_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(f"{folder} holds none of {', '.join(SHARD_NAMES)}")
 
 
 def _load(path: Path) -> TorchFile:
@@ -265,8 +189,8 @@ class _Merger:
     """Builds Hugging Face tensors out of [stage][tensor rank][chunk] state dictionaries."""
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
-        self.folder, self.model = folder, model
-        self.result: dict[str, TensorSource] = {}
+        self.folder, self.model, self.tensors = folder, model, layer_tensors(model)
+        self.result = Renamed()
 
     def merge(self, stages: list[list[list[dict[str, TensorSource]]]]) -> dict[str, TensorSource]:
         # Present layers in the order (chunk, stage, local number) are the model's layers: this covers uneven
@@ -296,67 +220,37 @@ class _Merger:
             parts = [shard[name] for shard in shards]
             match = LAYER_KEY.fullmatch(name)
             if match:
-                self._add_layer_tensor(f"model.layers.{layers[int(match.group(1))]}.", match.group(2), parts)
+                self._add_layer_tensor(layer_prefix(layers[int(match.group(1))]), match.group(2), parts)
             else:
                 self._add_outer_tensor(name, parts)
         return first_layer + len(local)
 
-    def _add(self, name: str, source: TensorSource) -> None:
-        if name in self.result:
-            raise CheckpointError(f"{source.origin}: {name} is stored twice (also in {self.result[name].origin})")
-        self.result[name] = source
-
     def _add_outer_tensor(self, name: str, parts: list[TensorSource]) -> None:
-        if name == "decoder.final_layernorm.weight":
-            self._add("model.norm.weight", SameOnAllRanks(name, parts))
-        elif name == "embedding.word_embeddings.weight":
-            self._add("model.embed_tokens.weight", self._vocabulary_rows(name, parts))
-        elif name == "output_layer.weight":
-            self._add("lm_head.weight", self._vocabulary_rows(name, parts))
-        else:
-            raise CheckpointError(
-                f"{parts[0].origin}: unknown tensor {name}; readable are dense Qwen2.5, Qwen3 and "
-                "Llama models of Megatron-core"
-            )
-
-    def _vocabulary_rows(self, name: str, parts: list[TensorSource]) -> TensorSource:
-        rows = RowPieces([(part, 0, part.shape[0]) for part in parts])
-        if rows.shape[0] < self.model.vocab_size:
-            raise CheckpointError(
-                f"{rows.origin}: {name} has {rows.shape[0]} rows over all ranks, config.json says "
-                f"vocab_size {self.model.vocab_size}"
-            )
-        left, pieces = self.model.vocab_size, []
-        for part in parts:
-            pieces.append((part, 0, min(left, part.shape[0])))
-            left -= pieces[-1][2]
-        return RowPieces(pieces)
+        target = OUTER_NAMES.get(name)
+        if target is None:
+            raise unknown_tensor(name, parts[0], "Megatron-core")
+        whole = joined(name, parts, None if target == FINAL_NORM else 0)
+        if target != FINAL_NORM:
+            if whole.shape[0] < self.model.vocab_size:
+                raise CheckpointError(
+                    f"{whole.origin}: {name} has {whole.shape[0]} rows over all ranks, config.json says "
+                    f"vocab_size {self.model.vocab_size}"
+                )
+            whole = RowPieces([(whole, 0, self.model.vocab_size)])  # without the rows of padding
+        self.result.add(target, whole)
 
     def _add_layer_tensor(self, prefix: str, name: str, parts: list[TensorSource]) -> None:
-        if name in NORM_NAMES:
-            self._add(prefix + NORM_NAMES[name], SameOnAllRanks(name, parts))
-        elif name in COLUMN_NAMES:
-            self._add(prefix + COLUMN_NAMES[name], ColumnPieces(parts) if len(parts) > 1 else parts[0])
-        elif name in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
-            self._add_qkv(prefix, name.rpartition(".")[2], parts)
-        elif name == "mlp.linear_fc1.weight":
-            halves = [part.shape[0] // 2 for part in parts]
-            self._add(
-                prefix + "mlp.gate_proj.weight",
-                RowPieces([(part, 0, half) for part, half in zip(parts, halves, strict=True)]),
-            )
-            self._add(
-                prefix + "mlp.up_proj.weight",
-                RowPieces([(part, half, 2 * half) for part, half in zip(parts, halves, strict=True)]),
-            )
-        elif name == "self_attention.linear_proj.bias":
-            self._add(prefix + "self_attn.o_proj.bias", SameOnAllRanks(name, parts))
+        part, _, kind = name.rpartition(".")
+        if name in FUSED_NORMS:
+            self.result.add(prefix + FUSED_NORMS[name], joined(name, parts, None))
+        elif part in MERGED_QKV:
+            self.result.add_qkv(prefix, kind, split_qkv(self.model, name, parts))
+        elif part in MERGED_GATE_UP:
+            halves = [(part, part.shape[0] // 2) for part in parts]
+            gate = RowPieces([(part, 0, half) for part, half in halves])
+            self.result.add_gate_up(prefix, kind, gate, RowPieces([(part, half, 2 * half) for part, half in halves]))
+        elif part in LAYER_NAMES:
+            spec = self.tensors.get(target := f"{LAYER_NAMES[part]}.{kind}")
+            self.result.add(prefix + target, joined(name, parts, spec.split if spec else None))
         else:
-            raise CheckpointError(
-                f"{parts[0].origin}: unknown tensor decoder.layers.*.{name}; readable are dense "
-                "Qwen2.5, Qwen3 and Llama models of Megatron-core"
-            )
-
-    def _add_qkv(self, prefix: str, kind: str, parts: list[TensorSource]) -> None:
-        for letter, rows in split_qkv(self.model, f"linear_qkv.{kind}", parts).items():
-            self._add(f"{prefix}self_attn.{letter}_proj.{kind}", rows)
+            raise unknown_tensor(f"decoder.layers.*.{name}", parts[0], "Megatron-core")

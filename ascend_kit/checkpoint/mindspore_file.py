@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ascend_kit.checkpoint.tensor_file import CheckpointError, RawTensor, ReadFile, TensorSource, check_slice
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, RawTensor, ReadFile, TensorSource
 
 DTYPES = {
     "Float16": torch.float16,
@@ -37,19 +37,13 @@ CHECKSUM_MARK, CHECKSUM_BYTES = b"crc_num", 17
 BLOCK_BYTES = 4 << 20
 
 
-class SlicedTensor:
+class SlicedTensor(ByRows):
     """A tensor whose bytes lie in several runs of one file."""
 
-    def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], runs: list[RawTensor]) -> None:
-        self.name, self.dtype, self.shape, self.runs, self.origin = name, dtype, shape, runs, runs[0].origin
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], runs: list[RawTensor]) -> None:
+        self.dtype, self.shape, self.runs, self.origin = dtype, shape, runs, runs[0].origin
 
-    def read(self) -> torch.Tensor:
-        return self._elements(0, math.prod(self.shape)).view(self.dtype).reshape(self.shape)
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice(self.name, self.shape, dim, start, stop)
-        if dim != 0:
-            return self.read().narrow(dim, start, stop - start).contiguous()
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
         row = math.prod(self.shape[1:])
         return self._elements(start * row, stop * row).view(self.dtype).reshape(stop - start, *self.shape[1:])
 
@@ -200,7 +194,7 @@ class MindSporeFile:
             raise self._proto.damaged(f"{name} has {size} bytes, its shape {list(shape)} of {dtype} needs {wanted}")
         if len(runs) == 1:
             return RawTensor(self.file, name, dtype, shape, runs[0].offset)
-        return SlicedTensor(name, dtype, shape, runs)
+        return SlicedTensor(dtype, shape, runs)
 
 
 def checksum_bytes(file: ReadFile) -> int:

@@ -1,4 +1,4 @@
-"""Linears of msModelSlim, int8 and 4-bit, in the common form of quantized_layouts.
+"""Linears of msModelSlim, int8 and 4-bit, in the common form of int8_tensors.
 
 Of static W8A8 the weight scale and the bias are recovered from the folded `deq_scale` and `quant_bias`. Facts:
 Ascend/msmodelslim, https://www.hiascend.com/document/detail/zh/mindie/230/mindiellm/llmdev/mindie_llm0288.html (tensor
@@ -15,7 +15,7 @@ import torch
 from ascend_kit.checkpoint.int4_layouts import present_bytes
 from ascend_kit.checkpoint.int8_tensors import W4A8, ScaleColumn, add_static, check_linear
 from ascend_kit.checkpoint.kv_scales import MSMODELSLIM, present_kv_scales
-from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import expected_shapes
 
@@ -23,7 +23,7 @@ SCHEMES = {"W8A8": "w8a8_static", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W
            "W4A16": "w4a16", "FLOAT": "none"}  # fmt: skip
 
 
-class RecoveredScale:
+class RecoveredScale(ByRows):
     """Weight scale of a static W8A8 linear: deq_scale / input_scale, float32 [out]."""
 
     dtype = torch.float32
@@ -32,10 +32,7 @@ class RecoveredScale:
         self.deq_scale, self.input_scale = deq_scale, input_scale
         self.shape, self.origin = (deq_scale.shape[0],), deq_scale.origin
 
-    def read(self) -> torch.Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
         return self.dequantization(start, stop) / self.input_scale.read().reshape(-1).float()
 
     def dequantization(self, start: int, stop: int) -> torch.Tensor:
@@ -44,7 +41,7 @@ class RecoveredScale:
         return (raw & 0xFFFFFFFF).to(torch.int32).view(torch.float32) if raw.dtype == torch.int64 else raw.float()
 
 
-class RecoveredBias:
+class RecoveredBias(ByRows):
     """Float bias of a static W8A8 linear, float32 [out].
 
     Stored is quant_bias = bias / deq_scale - input_offset * (row sum of the int8 weight).
@@ -58,10 +55,7 @@ class RecoveredBias:
         self.quant_bias, self.input_offset, self.weight, self.scale = quant_bias, input_offset, weight, scale
         self.shape, self.origin = (quant_bias.shape[0],), quant_bias.origin
 
-    def read(self) -> torch.Tensor:
-        return self.read_slice(0, 0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
         row_sums = self.weight.read_slice(0, start, stop).sum(dim=1, dtype=torch.int64)
         offset = int(self.input_offset.read().float().round().item())
         total = self.quant_bias.read_slice(0, start, stop).reshape(-1).to(torch.int64) + offset * row_sums

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
-from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import EMBEDDING
 
 TokenIds = Sequence[int]
@@ -294,7 +293,7 @@ def files_model(checkpoint: Checkpoint, name: str = "files", device: torch.devic
     Int8 linears compute what their scheme means: rounded weights, for w8a8 also activations rounded per
     token.
     """
-    config = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
+    config = checkpoint.model
     check_tensors(checkpoint, config)
     model = LayerwiseModel(checkpoint, config, device=device)
 
@@ -313,7 +312,7 @@ def transformers_model(checkpoint: Checkpoint, name: str = "transformers") -> Pa
     """transformers in float32 on a checkpoint's tensors, which shares nothing else with us: it reads config.json and
     computes the layers by itself. One layer's weights are in memory at a time, beside embedding and head.
     """
-    config = ModelConfig.from_dict(checkpoint.config, where=f"{checkpoint.config_folder}/config.json")
+    config = checkpoint.model
     weights = LayerwiseModel(checkpoint, config)
 
     def logits(prompts: Sequence[TokenIds]) -> Iterator[Tensor]:

@@ -1,32 +1,58 @@
-"""Tensors made out of parts of others: rows below each other, columns side by side, every other row, equal copies."""
+"""What checkpoints of training frameworks share: names, tensors in parts, merged tensors taken apart again.
+
+Megatron-core's names are also those of MindSpore's newer models; MindFormers' older ones are in the same table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource, check_slice
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource
 from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.tensors import EMBEDDING, FINAL_NORM, HEAD
+
+LAYER_NAME = re.compile(r"(?:model|decoder)\.layers\.(\d+)\.(.+)\.(\w+)")  # number, part of the layer, weight or bias
+OUTER_NAMES = {
+    "model.tok_embeddings.embedding_weight": EMBEDDING,
+    "embedding.word_embeddings.weight": EMBEDDING,
+    "model.norm_out.weight": FINAL_NORM,
+    "decoder.final_layernorm.weight": FINAL_NORM,
+    "lm_head.weight": HEAD,
+    "output_layer.weight": HEAD,
+}
+LAYER_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "self_attention.linear_q": "self_attn.q_proj",
+    "self_attention.linear_k": "self_attn.k_proj",
+    "self_attention.linear_v": "self_attn.v_proj",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+    "input_layernorm": "input_layernorm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "mlp.gating": "mlp.gate_proj",
+    "mlp.hidden": "mlp.up_proj",
+    "mlp.linear_fc1": "mlp.up_proj",  # beside mlp.gating; without it both are in here
+    "mlp.linear_fc2": "mlp.down_proj",
+}
+MERGED_QKV = ("attention.w_qkv", "self_attention.linear_qkv")
+MERGED_GATE_UP = ("feed_forward.w_gate_hidden", "mlp.linear_fc1")
 
 
-class _ByRows:
-    """A tensor of which any rows can be had alone; slices of other dimensions are cut out of the whole."""
-
-    shape: tuple[int, ...]
-
-    def read(self) -> torch.Tensor:
-        return self._rows(0, self.shape[0])
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice("made of parts", self.shape, dim, start, stop)
-        return self._rows(start, stop) if dim == 0 else self.read().narrow(dim, start, stop - start).contiguous()
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        raise NotImplementedError
-
-
-class RowPieces(_ByRows):
+class RowPieces(ByRows):
     """Rows [start, stop) of several tensors, one below the other."""
 
     def __init__(self, pieces: Sequence[tuple[TensorSource, int, int]]) -> None:
@@ -45,7 +71,7 @@ class RowPieces(_ByRows):
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-class ColumnPieces(_ByRows):
+class ColumnPieces(ByRows):
     """Tensors [out, in_r] side by side: [out, sum of in_r]."""
 
     def __init__(self, parts: Sequence[TensorSource]) -> None:
@@ -56,29 +82,25 @@ class ColumnPieces(_ByRows):
         return torch.cat([part.read_slice(0, start, stop) for part in self.parts], dim=1)
 
 
-class SameOnAllRanks:
-    """A tensor that every tensor-parallel rank holds; a difference is an error, found when it is read."""
+class SameOnAllRanks(ByRows):
+    """A tensor that every tensor-parallel rank holds; a difference is an error, found when its rows are read."""
 
     def __init__(self, name: str, parts: Sequence[TensorSource]) -> None:
         self.name, self.parts = name, parts
         self.dtype, self.shape, self.origin = parts[0].dtype, parts[0].shape, parts[0].origin
 
-    def read(self) -> torch.Tensor:
-        first = self.parts[0].read()
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        first = self.parts[0].read_slice(0, start, stop)
         for part in self.parts[1:]:
-            if not torch.equal(first, part.read()):
+            if part.shape != self.shape or not torch.equal(first, part.read_slice(0, start, stop)):
                 raise CheckpointError(
                     f"{part.origin}: {self.name} differs from the copy in {self.origin}; the shards are from "
                     "different checkpoints or are damaged"
                 )
         return first
 
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice(self.name, self.shape, dim, start, stop)
-        return self.read().narrow(dim, start, stop - start).contiguous()
 
-
-class EveryOtherRow(_ByRows):
+class EveryOtherRow(ByRows):
     """Rows 0, 2, 4, ... of a tensor, or 1, 3, 5, ...: one of two matrices whose rows alternate."""
 
     def __init__(self, inner: TensorSource, first: int) -> None:
@@ -87,6 +109,15 @@ class EveryOtherRow(_ByRows):
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         return self.inner.read_slice(0, 2 * start, 2 * stop)[self.first :: 2].contiguous()
+
+
+def joined(name: str, parts: Sequence[TensorSource], split: int | None) -> TensorSource:
+    """The tensor whose parts of dimension `split` the tensor ranks hold; None: each of them holds the whole."""
+    if len(parts) == 1:
+        return parts[0]
+    if split is None:
+        return SameOnAllRanks(name, parts)
+    return ColumnPieces(parts) if split else RowPieces([(part, 0, part.shape[0]) for part in parts])
 
 
 def split_qkv(model: ModelConfig, name: str, parts: Sequence[TensorSource]) -> dict[str, RowPieces]:
@@ -111,3 +142,27 @@ def split_qkv(model: ModelConfig, name: str, parts: Sequence[TensorSource]) -> d
         )
         for letter, (first, last) in spans.items()
     }
+
+
+class Renamed(dict[str, TensorSource]):
+    """Tensors under Hugging Face's names, each of them once."""
+
+    def add(self, name: str, source: TensorSource) -> None:
+        if name in self:
+            raise CheckpointError(f"{source.origin}: {name} is stored twice (also in {self[name].origin})")
+        self[name] = source
+
+    def add_qkv(self, prefix: str, kind: str, found: Mapping[str, TensorSource]) -> None:
+        """q, k and v, by their letters, of the layer that `prefix` names; kind: weight or bias."""
+        for letter, source in found.items():
+            self.add(f"{prefix}self_attn.{letter}_proj.{kind}", source)
+
+    def add_gate_up(self, prefix: str, kind: str, gate: TensorSource, up: TensorSource) -> None:
+        self.add(f"{prefix}mlp.gate_proj.{kind}", gate)
+        self.add(f"{prefix}mlp.up_proj.{kind}", up)
+
+
+def unknown_tensor(name: str, source: TensorSource, framework: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source.origin}: unknown tensor {name}; readable are dense Qwen2.5, Qwen3 and Llama models of {framework}"
+    )

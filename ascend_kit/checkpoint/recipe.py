@@ -1,19 +1,36 @@
-"""What a conversion writes: the jobs for every tensor and the config.json that describes the result."""
+"""From the wish (`w8a8`, `auto`, smoothing, clipping) to a Recipe: every decision of a conversion, what it writes for
+every tensor, and the config.json that describes the result."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ascend_kit.checkpoint.calibration import (
+    MAX_TEXTS,
+    InputStatistics,
+    collect_statistics,
+    plan_smoothing,
+    tokenize_texts,
+)
 from ascend_kit.checkpoint.compressed_tensors import FORMATS
 from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor
+from ascend_kit.checkpoint.layerwise import LayerwiseModel
+from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
+from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import CastJob, QuantizeJob, Quantizer, RepackJob, ScaleChange, TensorJob
-from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.tensors import LAYER_PATTERN, expected_shapes, linear_names
+from ascend_kit.model.config import DTYPES, ModelConfig
+from ascend_kit.model.int4 import best_group_size, group_size_for
+from ascend_kit.model.tensors import LAYER_PATTERN, expected_shapes, linear_names, uniform_schemes
+from ascend_kit.params import ConversionParameters
+from ascend_kit.prompts import read_prompts
+
+MIX_TOKENS = 1024  # tokens on which mixes are compared; hidden states of every variant are held for them
 
 
 @dataclass(frozen=True)
@@ -37,9 +54,74 @@ class Recipe:
         return state.hexdigest()
 
 
-def plan_jobs(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[TensorJob]:
+def plan_recipe(
+    checkpoint: Checkpoint,
+    wanted: ConversionParameters,
+    *,
+    device: torch.device | str = "cpu",
+    bandwidth_bytes_per_s: float | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[Recipe, MixChoice | None]:
+    """Decide schemes, smoothing and clipping. Runs the source on calibration texts where the parameters ask for it."""
+    model, dtype, quantize, smooth = checkpoint.model, DTYPES[wanted.precision], wanted.quantize, wanted.smooth
+    if quantize == "none":
+        return Recipe(dtype), None
+    scheme = "w8a8" if quantize == "auto" else quantize
+    schemes = uniform_schemes(model, scheme, wanted.quantize_keep)
+    texts = _texts(wanted, checkpoint)
+    if texts and "lm_head" in schemes and quantize == "auto":
+        raise ValueError("quantize=auto does not quantise lm_head; keep it in quantize_keep")
+    if texts and checkpoint.quantization.schemes and (smooth is not None or quantize == "auto"):
+        raise CheckpointError(f"{checkpoint.folder} is quantised; smooth and quantize=auto need the float model")
+    statistics = InputStatistics()
+    if texts and (smooth is not None or wanted.clip_search):
+        report = (
+            (lambda done, total: on_progress(done, total, "layers of the calibration run")) if on_progress else None
+        )
+        statistics = collect_statistics(LayerwiseModel(checkpoint, model, device=device), texts, report)
+    changes = {}
+    if smooth is not None:
+        changes, statistics = plan_smoothing(LayerwiseModel(checkpoint, model), statistics, schemes, smooth)
+    widths = {expected_shapes(model)[f"{name}.weight"][1] for name in schemes}
+    group_size = group_size_for(widths) if scheme == "w4a16" else best_group_size(widths)
+    quantizer = Quantizer(wanted.clip_search, dtype, statistics.mean_square, group_size or 0)
+    if quantize != "auto":
+        return Recipe(dtype, schemes, changes, quantizer), None
+    choice = choose_mix(
+        LayerwiseModel(checkpoint, model, device=device, changes=changes, quantizer=quantizer),
+        limit_tokens(texts, MIX_TOKENS),
+        kept=set(linear_names(model)) - set(schemes),
+        with_4_bits=group_size is not None,
+        float_bytes=dtype.itemsize,
+        max_kl=wanted.max_kl,
+        max_accuracy_loss=wanted.max_accuracy_loss,
+        bandwidth_bytes_per_s=bandwidth_bytes_per_s,
+        on_progress=on_progress,
+    )
+    return Recipe(dtype, choice.chosen.schemes, changes, quantizer), choice
+
+
+def _texts(wanted: ConversionParameters, checkpoint: Checkpoint) -> list[list[int]]:
+    if wanted.calibration_file is None:
+        return []
+    texts = read_prompts(wanted.calibration_file, "calibration_file")[:MAX_TEXTS]
+    return tokenize_texts(texts, Path(wanted.tokenizer_path or checkpoint.config_folder))
+
+
+def limit_tokens(texts: Sequence[Sequence[int]], max_tokens: int) -> list[Sequence[int]]:
+    """The first texts that fit into `max_tokens` together, at least one (cut if it must be)."""
+    chosen, total = [], 0
+    for text in texts:
+        if total + len(text) > max_tokens:
+            break
+        chosen.append(text)
+        total += len(text)
+    return chosen or [texts[0][:max_tokens]]
+
+
+def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[TensorJob]:
     """One job per source tensor, in the order in which the source files hold them."""
-    wanted = expected_shapes(config)
+    wanted = expected_shapes(checkpoint.model)
     return [_job(checkpoint, name, recipe) for name in checkpoint.tensor_names() if name in wanted]
 
 
@@ -57,14 +139,16 @@ def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
     return QuantizeJob(linear, source, target, recipe.quantizer, recipe.changes.get(name))
 
 
-def result_config(config: dict[str, Any], model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
+def result_config(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     """config.json of the result: the source's, with the new dtype and the description of the quantised linears."""
-    result = {key: value for key, value in config.items() if key != "quantization_config"}
+    result = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     name = str(recipe.dtype).removeprefix("torch.")
     keys = [key for key in ("torch_dtype", "dtype") if key in result] or ["torch_dtype"]
     result |= dict.fromkeys(keys, name)
     if recipe.schemes:
-        result["quantization_config"] = quantization_config(model, recipe.schemes, recipe.quantizer.group_size)
+        result["quantization_config"] = quantization_config(
+            checkpoint.model, recipe.schemes, recipe.quantizer.group_size
+        )
     return result
 
 

@@ -221,6 +221,25 @@ def check_slice(name: str, shape: tuple[int, ...], dim: int, start: int, stop: i
         raise ValueError(f"slice [{start}:{stop}] of dimension {dim} is outside tensor {name} with shape {shape}")
 
 
+class ByRows:
+    """A tensor of which any rows can be had alone, by `_rows`; slices of other dimensions are cut out of the whole."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    origin: str
+
+    def read(self) -> torch.Tensor:
+        return self._rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+
+    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        check_slice(f"from {self.origin}", self.shape, dim, start, stop)
+        return self._rows(start, stop) if dim == 0 else self.read().narrow(dim, start, stop - start).contiguous()
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop), contiguous."""
+        raise NotImplementedError
+
+
 class SafetensorsFile:
     """The checked header of one .safetensors file: every fault of the layout is found before a tensor is
     read.

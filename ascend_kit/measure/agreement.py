@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.checkpoint.calibration import tokenize_texts
-from ascend_kit.checkpoint.convert import convert
+from ascend_kit.checkpoint.convert import convert, open_source
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.parity import (
     GenerateFunction,
@@ -27,7 +27,6 @@ from ascend_kit.checkpoint.parity import (
     limits_for,
 )
 from ascend_kit.checkpoint.sensitivity import Progress
-from ascend_kit.checkpoint.source import open_source
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, TokenLogprobs
 from ascend_kit.prompts import read_prompts

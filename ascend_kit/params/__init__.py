@@ -1,11 +1,11 @@
 """Experiment parameters: the model, its files, its notebooks' cells and the paths it names."""
 
+from ascend_kit.params.conversion import PRECISIONS, ConversionParameters
 from ascend_kit.params.experiment import (
     ARTICLE_SWITCHES,
     DEVICE_PATTERN,
     ENGINE_SWITCHES,
     EVAL_SETS,
-    PRECISIONS,
     Experiment,
     build_experiment,
 )
@@ -19,6 +19,7 @@ __all__ = [
     "ENGINE_SWITCHES",
     "EVAL_SETS",
     "PRECISIONS",
+    "ConversionParameters",
     "Experiment",
     "ParameterError",
     "build_experiment",

@@ -14,32 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ascend_kit.params import engines as engine_rules
 from ascend_kit.params import sweep as sweep_rules
 from ascend_kit.params import values as rules
+from ascend_kit.params.conversion import ConversionParameters, RunParameters
 from ascend_kit.params.values import ParameterError
 
-PRECISIONS = {
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp16": "fp16",
-    "float16": "fp16",
-    "half": "fp16",
-    "fp32": "fp32",
-    "float32": "fp32",
-}
-FRAMEWORKS = {
-    "auto": "auto",
-    "pytorch": "huggingface",
-    "huggingface": "huggingface",
-    "hf": "huggingface",
-    "megatron": "megatron",
-    "mindspeed": "megatron",
-    "mindspore": "mindspore",
-    "mindformers": "mindspore",
-}
 DEVICE_PATTERN = re.compile(r"auto|cpu|(cuda|npu)(:\d{1,4})?")
 # The article's three switches. TensorRT is NVIDIA's product; on Ascend the word means a captured decode graph.
 ARTICLE_SWITCHES = {
@@ -80,52 +62,12 @@ PATH_PARAMETERS = (
 )  # fmt: skip
 
 
-class Experiment(BaseModel):
+class Experiment(ConversionParameters, RunParameters):
     """Every parameter of an experiment. The same flat names are the YAML keys and the notebooks' variables."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=False
-    )
     # Parameters that read `demo` and stand for these words wherever the experiment is shown or stored.
     _words: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    # identity
-    experiment: str = Field("demo", description="name of the experiment: results go to <output_root>/<experiment>/")
-    run: str = Field("default", description="name of this variant: one folder below the experiment")
-    output_root: str = Field("outputs", description="folder that holds all experiments")
-    if_exists: Literal["resume", "refuse", "overwrite"] = Field(
-        "resume", description="an earlier run of the stage: resume it, refuse, or overwrite it"
-    )
-    params_file: str | None = Field(
-        None, description="YAML file below the values set here; None: params/demo.yaml until a model is named"
-    )
-    language: Literal["en", "zh"] = Field("en", description="of notebooks, panel, findings and report")
-    seed: int = Field(0, ge=0, lt=1 << 32, description="seed of workloads and sampling")
-    # model and conversion
-    model_name: str = Field("demo", description="name shown in tables; default the name of input_model")
-    input_model: str = Field("demo", description="checkpoint folder, or `demo` for the built-in model")
-    output_model: str | None = Field(None, description="folder of the converted model; default below output_root")
-    framework: str = Field(
-        "auto", description="format of input_model: auto, pytorch (Hugging Face), megatron, mindspore"
-    )
-    tokenizer_path: str | None = Field(None, description="folder of tokenizer and config; default input_model")
-    adapter_path: str | None = Field(None, description="LoRA folder (PEFT) merged at conversion")
-    precision: str = Field("bf16", description="bf16, fp16 or fp32")
-    quantize: Literal["none", "w8a8", "w8a16", "w4a16", "auto"] = Field(
-        "none", description="how the linears are quantised"
-    )
-    quantize_keep: list[str] = Field(["lm_head"], description="linears kept unquantised: names, or parts between dots")
-    calibration_file: str | None = Field(
-        None, description="texts for smoothing and quantize: auto; the same kinds of file as prompts_file"
-    )
-    smooth: float | None = Field(
-        None, ge=0, le=1, description="share of activation outliers moved into W8A8 weights; 0.5 is usual"
-    )
-    clip_search: bool = Field(False, description="smaller int8 scales where that lowers the output error")
-    max_kl: float | None = Field(None, gt=0, description="limit of quantize: auto, nats per token")
-    max_accuracy_loss: float | None = Field(
-        None, gt=0, lt=1, description="limit of quantize: auto, share of next tokens lost on the calibration text"
-    )
     parity_max_kl: float | None = Field(None, gt=0, description="replaces the limit of the mean KL divergence, nats")
     parity_min_top1_agreement: float | None = Field(
         None, ge=0, le=1, description="replaces the limit of equal most probable tokens, share"
@@ -316,16 +258,6 @@ class Experiment(BaseModel):
     def _home_is_expanded(cls, value: str | None) -> str | None:
         return value if value is None else rules.path_text(value)
 
-    @field_validator("precision")
-    @classmethod
-    def _precision(cls, value: str) -> str:
-        return rules.one_of(value, PRECISIONS)
-
-    @field_validator("framework")
-    @classmethod
-    def _framework(cls, value: str) -> str:
-        return rules.one_of(value, FRAMEWORKS)
-
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
@@ -378,7 +310,6 @@ class Experiment(BaseModel):
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt within "
                 f"max_seq_length={self.max_seq_length}; lower one or raise the other"
             )
-        self._check_int8_options()
         sweep_rules.check(self)
         if self.endpoint_spec is not None and self.eval_endpoint_model is not None:
             raise ParameterError(f"eval_endpoint_model: the entry {self.eval_endpoint} of engines names its model")
@@ -391,21 +322,6 @@ class Experiment(BaseModel):
                 f"eval_samples={self.eval_samples} answers to a question would all be the same: set eval_temperature"
             )
         return self
-
-    def _check_int8_options(self) -> None:
-        if self.quantize == "none" and (self.smooth is not None or self.clip_search):
-            raise ParameterError("smooth and clip_search change int8 weights: set quantize, or leave them out")
-        limited = self.max_kl is not None or self.max_accuracy_loss is not None
-        if limited and self.quantize != "auto":
-            raise ParameterError(
-                f"max_kl and max_accuracy_loss choose a mix: they need quantize: auto, not {self.quantize}"
-            )
-        if self.quantize == "auto" and not limited:
-            raise ParameterError("quantize: auto needs a limit to stay within: set max_kl or max_accuracy_loss")
-        if (self.quantize == "auto" or self.smooth is not None) and self.calibration_file is None:
-            raise ParameterError(
-                "quantize: auto and smooth need calibration_file: a file of texts like those the model will see"
-            )
 
     def to_yaml(self) -> str:
         """The resolved parameters as flat YAML that `load_experiment` reads back; what they came from is left out."""
@@ -531,8 +447,7 @@ def build_experiment(
     try:
         return Experiment(**values)
     except ValidationError as error:
-        faults = [_explain(item, source, places or {}) for item in error.errors()]
-    raise ParameterError("; ".join(faults)) from None
+        raise ParameterError(rules.explained(error, Experiment, source, places or {})) from None
 
 
 def expand_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -563,21 +478,4 @@ def kind_of(key: str) -> str:
 
 def choices_of(key: str) -> list[str]:
     """The allowed words of a parameter that is a choice, else nothing."""
-    return [word for word in get_args(Experiment.model_fields[key].annotation) if isinstance(word, str)]
-
-
-def _explain(item: Any, source: str, places: Mapping[str, str]) -> str:
-    """One fault as `file, line N: name: what is allowed, got value`."""
-    key, value = str(item["loc"][0]) if item["loc"] else "", item["input"]
-    text = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        text = rules.unknown_key(key, Experiment.model_fields)
-    elif key:
-        if item["type"] == "literal_error":
-            text += rules.did_you_mean(str(value), choices_of(key))
-        if item["type"] == "string_type" and isinstance(value, (bool, int, float)):
-            text += " (YAML takes it for another type: put it in quotes)"
-        text = f"{'.'.join(str(part) for part in item['loc'])}: {text}, got {rules.shown(value)}"
-    named = [key] if key else re.findall(r"\w+", text)
-    place = next((places[name] for name in named if name in places), source)
-    return f"{place}: {text}"
+    return rules.choices(Experiment, key)

@@ -6,9 +6,11 @@ import datetime
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
 
 # YAML 1.1 takes 1e-3 for text, so does papermill: the model reads it as the number it looks like.
 EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
@@ -116,3 +118,30 @@ def shown(value: Any) -> str:
     """The value's repr, bounded, for an error of one line."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def choices(model: type[BaseModel], key: str) -> list[str]:
+    """The allowed words of a field that is a choice, else nothing."""
+    return [word for word in get_args(model.model_fields[key].annotation) if isinstance(word, str)]
+
+
+def explained(error: ValidationError, model: type[BaseModel], source: str, places: Mapping[str, str]) -> str:
+    """Every fault of `model`'s values in one line; `places` says where a value stands, if not just in `source`."""
+    return "; ".join(_explain(item, model, source, places) for item in error.errors())
+
+
+def _explain(item: Any, model: type[BaseModel], source: str, places: Mapping[str, str]) -> str:
+    """One fault as `file, line N: name: what is allowed, got value`."""
+    key, value = str(item["loc"][0]) if item["loc"] else "", item["input"]
+    text = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        text = unknown_key(key, model.model_fields)
+    elif key:
+        if item["type"] == "literal_error":
+            text += did_you_mean(str(value), choices(model, key))
+        if item["type"] == "string_type" and isinstance(value, (bool, int, float)):
+            text += " (YAML takes it for another type: put it in quotes)"
+        text = f"{'.'.join(str(part) for part in item['loc'])}: {text}, got {shown(value)}"
+    named = [key] if key else re.findall(r"\w+", text)
+    place = next((places[name] for name in named if name in places), source)
+    return f"{place}: {text}"

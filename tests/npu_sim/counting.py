@@ -11,8 +11,7 @@ from unittest import mock
 
 import torch
 
-from ascend_kit.checkpoint.huggingface import Checkpoint
-from ascend_kit.checkpoint.quantized_layouts import QuantizationInfo
+from ascend_kit.checkpoint.huggingface import Checkpoint, QuantizationInfo
 from ascend_kit.device.device import select_device
 from ascend_kit.engine import loader
 from ascend_kit.engine.config import EngineConfig
