@@ -1,6 +1,6 @@
 """Every notebook in a real JupyterLab and Chromium: Run All twice, interrupted and gone on with, a model of one's own.
 
-    python benchmarks/browser_lab.py [--only run_all,interrupt,own_model,readable] [--screenshots FOLDER]
+    python benchmarks/browser_lab.py [--only run_all,live,interrupt,own_model,readable] [--screenshots FOLDER]
 
 Needs Chromium and playwright. Takes about ten minutes on two cores; a tiny random model is made on the spot.
 """
@@ -8,6 +8,7 @@ Needs Chromium and playwright. Takes about ten minutes on two cores; a tiny rand
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import subprocess
@@ -21,12 +22,18 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from browser_session import chromium, command, errors, jupyterlab, open_notebook, run_all, wait_idle  # noqa: E402
+from browser_session import INDICATOR, chromium, command, errors, jupyterlab, open_notebook, run_all, wait_idle  # noqa: E402
 from conftest import make_model  # noqa: E402
 
 from ascend_kit.demo import ensure_data  # noqa: E402
 from ascend_kit.run.checks import find_notebooks  # noqa: E402
 
+# Rows of the live table and size of the live chart, of the cell that sweeps.
+LIVE = """() => {
+  const cell = [...document.querySelectorAll('.jp-CodeCell')].find(one => one.innerText.includes('with LiveSweep('));
+  const table = cell && cell.querySelector('tbody'), picture = cell && cell.querySelector('.jp-OutputArea-output img');
+  return table ? [table.rows.length, picture ? picture.src.length : 0] : null;
+}"""
 NAMES = [notebook.name for notebook in find_notebooks()]
 
 
@@ -36,8 +43,8 @@ class Lab:
     def __init__(self, folder: Path, browser, address: str, shots: Path | None) -> None:
         self.folder, self.browser, self.address, self.shots = folder, browser, address, shots
 
-    def open(self, path: str):
-        page = self.browser.new_page(viewport={"width": 1400, "height": 1000})
+    def open(self, path: str, height: int = 1000):
+        page = self.browser.new_page(viewport={"width": 1400, "height": height})
         open_notebook(page, self.address, path)
         return page
 
@@ -92,31 +99,64 @@ def check_run_all(lab: Lab) -> None:
         print(f"  {name}: twice without an error, {time.monotonic() - started:.0f} s")
 
 
+def check_live(lab: Lab) -> None:
+    """The table and the chart of a sweep in 04 grow while it runs."""
+    longer = ["--set", "sweep_output_len=[400]", "--set", "sweep_concurrency=[1,2,4,8]", "--set", "sweep_repeats=3"]
+    lab.kit("work", "params/tiny.yaml", "--run", "live", "--set", "use_model=source", *longer)
+    page = lab.open("outputs/tiny/live/work/04_throughput.ipynb", height=6000)  # JupyterLab draws the cells in sight
+    command(page, "Run", "runmenu:run-all")
+    seen: list[list[int]] = []
+    until = time.monotonic() + 300
+    while not seen or page.get_attribute(INDICATOR, "data-status") != "idle":
+        assert time.monotonic() < until, seen
+        state = page.evaluate(LIVE)
+        if state and (not seen or state != seen[-1]):
+            seen.append(state)
+            if lab.shots:
+                page.screenshot(path=lab.shots / f"live-{len(seen):02}.png")
+        time.sleep(0.3)
+    rows, pictures = ([state[place] for state in seen] for place in (0, 1))
+    assert rows == sorted(rows) and len(set(rows)) >= 4 and len(set(pictures) - {0}) >= 3, seen
+    shown = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)").inner_text()
+    assert "Loading weights" not in shown, "a bar of transformers is left"
+    lab.close(page, "04_throughput-live")
+    print(f"  04_throughput: table of {', '.join(map(str, dict.fromkeys(rows)))} rows")
+
+
 def check_interrupt(lab: Lab) -> None:
     """04 and 05 interrupted in the middle and run again: rows that were there stay, the rest is added."""
     longer = ["--set", "sweep_output_len=[200]", "--set", "sweep_concurrency=[1,2,4]", "--set", "eval_limit=200"]
     lab.kit("work", "params/tiny.yaml", "--run", "stopped", "--set", "use_model=source", *longer)
+    folder = lab.folder / "outputs/tiny/stopped"
     for name, table in (("04_throughput", "rows"), ("05_evaluate", "documents")):
-        path, notebook = (
-            lab.folder / "outputs/tiny/stopped" / f"{table}.jsonl",
-            f"outputs/tiny/stopped/work/{name}.ipynb",
-        )
+        notebook = f"outputs/tiny/stopped/work/{name}.ipynb"
         page = lab.open(notebook)
         command(page, "Run", "runmenu:run-all")
         until = time.monotonic() + 120
-        while not (path.exists() and path.read_text().count("\n")):
+        while not written(folder, table):
             assert time.monotonic() < until, f"{name} wrote no row"
             time.sleep(0.05)
         command(page, "Kernel", "kernelmenu:interrupt")
         wait_idle(page)
-        before, state = path.read_text(), lab.states("stopped")[name]
+        before, state = written(folder, table), lab.states("stopped")[name]
         assert state == "interrupted", (name, state)
         lab.run_all(page, notebook)
-        after = path.read_text()
-        assert after.startswith(before) and len(after) > len(before), name
+        after = written(folder, table)
+        assert after[: len(before)] == before and len(after) > len(before), name
         assert lab.states("stopped")[name] in ("ok", "alarm"), lab.states("stopped")  # of random weights
         lab.close(page, f"{name}-interrupted")
-        print(f"  {name}: stopped after {before.count(chr(10))} {table}, ended with {after.count(chr(10))}")
+        print(f"  {name}: stopped after {len(before)} {table}, ended with {len(after)}")
+
+
+def written(folder: Path, table: str) -> list[str]:
+    """Whole lines of a table, which is packed when its stage is done."""
+    path = folder / f"{table}.jsonl"
+    if path.exists():
+        text = path.read_text()
+    else:
+        packed = folder / f"{table}.jsonl.gz"
+        text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else ""
+    return text.split("\n")[:-1]
 
 
 def check_own_model(lab: Lab) -> None:
@@ -158,6 +198,7 @@ def check_readable(lab: Lab) -> None:
 
 CHECKS = {
     "run_all": check_run_all,
+    "live": check_live,
     "interrupt": check_interrupt,
     "own_model": check_own_model,
     "readable": check_readable,

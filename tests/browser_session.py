@@ -102,13 +102,15 @@ def errors(page, file: Path) -> list[str]:
 
     They are read from the file: JupyterLab draws only the cells in sight.
     """
-    before = file.stat().st_mtime_ns
+    before, document = file.stat().st_mtime_ns, None
     command(page, "File", "docmanager:save")
     until = time.monotonic() + 20
-    while file.stat().st_mtime_ns == before:
+    while document is None:
         assert time.monotonic() < until, f"{file} was not saved"
         time.sleep(0.1)
-    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+        with contextlib.suppress(ValueError):  # half written
+            document = json.loads(file.read_text()) if file.stat().st_mtime_ns != before else None
+    cells = [cell for cell in document["cells"] if cell["cell_type"] == "code"]
     raised = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
     left = [cell["id"] for cell in cells if cell["execution_count"] is None]
     return [f"{out['ename']}: {out['evalue']}" for out in raised] + [f"{name} was not run" for name in left]

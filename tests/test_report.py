@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from html import unescape
@@ -10,6 +11,7 @@ import nbformat
 import pandas
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_charts import sweep_rows
 
 from ascend_kit.messages import say, use_language
 from ascend_kit.results import RunFolder
@@ -443,3 +445,40 @@ def test_a_column_of_numbers_stands_right_with_its_head_and_one_with_a_word_amon
         '<td style="text-align: right">7</td>' in markup
         and '<td style="text-align: left; white-space: nowrap">3<' in markup
     )
+
+
+def saved_picture(folder, name, figure):
+    path = folder.path / "figures" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(base64.b64decode(PNG))
+    return path
+
+
+def test_a_report_of_24_points_130_tasks_and_a_thousand_requests_stays_below_three_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "save_figure", saved_picture)  # the report holds the SVG; drawing a PNG takes long
+    folder = RunFolder(write_run(tmp_path / "e/r", {"04_throughput": STAGE, "05_evaluate": STAGE}))
+    lengths = list(itertools.product((128, 1024, 4096, 16384), (128, 1024)))
+    rows = sweep_rows(lengths, repeats=3, concurrency=(1, 16, 64))
+    few = rows[rows["prompt_len"] == 128]  # lines, not a heat map
+    scores = pandas.DataFrame([{"kind": "task", "set": "mmlu", "task": f"mmlu_some_longer_name_{n}", "metric": metric,
+                                "value": n / 130, "stderr": 0.01, "unit": "fraction", "n": 100, "status": "ok"}
+                               for n in range(130) for metric in ("acc", "acc_norm")])  # fmt: skip
+    times = [0.01 * token for token in range(1, 33)]
+    requests = pandas.DataFrame([{"index": n, "arrival_s": n / 50, "scheduled_s": n / 50 + 0.01,
+                                  "token_times_s": [n / 50 + 0.1 + t for t in times]}
+                                 for n in range(1000)])  # fmt: skip
+    figures = {"throughput": sweep_charts.throughput(rows), "latency": sweep_charts.latency(few),
+               "tradeoff": sweep_charts.tradeoff(rows), "requests": sweep_charts.request_timeline(requests),
+               "tasks": charts.accuracy(scores)}  # fmt: skip
+    shown = [display(text_html=table.data) for table in (tables.sweep(rows), tables.scores(scores))]
+    for name, figure in figures.items():
+        data, about = charts.keep(folder, name, figure, f"The chart of {name}")._repr_mimebundle_()
+        shown.append(new_output("display_data", data=data, metadata=about))
+    nbformat.write(new_notebook(cells=[new_code_cell("show", outputs=shown)]), folder.path / "04_throughput.ipynb")
+
+    page = write_report(folder.path).read_text()
+
+    assert (
+        page.count("<figure>") == len(figures) + 1 and page.count("mmlu_some_longer_name_") == 260 + 20 + 20 + 12
+    )  # and alternative text
+    assert 100_000 < len(page.encode()) < 3_000_000

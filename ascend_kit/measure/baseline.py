@@ -73,7 +73,9 @@ class TransformersBackend:
         if self._model is not None:
             return
         from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # a notebook would keep its bar for ever, below the sweep's own
         model: Any = AutoModelForCausalLM.from_pretrained(
             self.model_path,
             dtype=DTYPES[self.precision],

@@ -193,7 +193,7 @@ class _View:
         if not browser:
             display(*[part for part in parts if part is not None])
             return
-        self.handles = [cast(Any, display(_shown(part), display_id=True)) for part in parts]
+        self.handles = [cast(Any, display(part, display_id=True)) for part in _shown(parts)]
 
     def values(self) -> dict[str, str]:
         """The choice of each control; the first of what there is where nothing was chosen."""
@@ -209,8 +209,8 @@ class _View:
                 kept = field.value
                 field.options = _titled(options)
                 field.value = kept if kept in options else next(iter(options), None)
-        for handle, part in zip(self.handles, self.draw(**self.values()), strict=True):
-            handle.update(_shown(part))
+        for handle, part in zip(self.handles, _shown(self.draw(**self.values())), strict=True):
+            handle.update(part)
 
     def _make_fields(self) -> None:
         import ipywidgets as w
@@ -246,8 +246,11 @@ def _titled(options: list[str]) -> list[tuple[str, str]]:
     return [(phrase(option), option) for option in options]
 
 
-def _shown(part: Any) -> Any:
-    return tables.note(translate("explore.none")) if part is None else part
+def _shown(parts: Sequence[Any]) -> list[Any]:
+    """The parts with nothing in place of empty ones, or one sentence where all are empty."""
+    if all(part is None for part in parts):
+        return [tables.note(translate("explore.none")), *[tables.note("")] * (len(parts) - 1)]
+    return [tables.note("") if part is None else part for part in parts]
 
 
 def _display_widget(widget: Any, fallback: Any) -> None:
