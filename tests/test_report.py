@@ -278,7 +278,7 @@ def test_in_chinese_names_of_columns_and_our_own_words_are_chinese_and_data_stay
     finally:
         use_language("en")
 
-    assert '<th scope="col" title="candidate">候选</th>' in markup
+    assert '<th scope="col" title="candidate" style="text-align: left">候选</th>' in markup
     assert markup.count("undecided") == 1 and "未定" in markup  # a run may be called so
 
 
@@ -440,7 +440,9 @@ def test_a_hostile_svg_keeps_nothing_that_acts_or_loads(part):
 def test_a_column_of_numbers_stands_right_with_its_head_and_one_with_a_word_among_them_left():
     markup = tables.readable(pandas.DataFrame({"n": [7, None], "value": ["none", 3]}, dtype=object)).data
 
-    assert '<th scope="col" style="text-align: right">n</th><th scope="col">value</th>' in markup
+    assert (
+        '<th scope="col" style="text-align: right">n</th><th scope="col" style="text-align: left">value</th>' in markup
+    )
     assert (
         '<td style="text-align: right">7</td>' in markup
         and '<td style="text-align: left; white-space: nowrap">3<' in markup

@@ -95,7 +95,7 @@ def _html(table: Table) -> str:
     aligned = zip(head, [False] * has_names + numeric, strict=True)
     lines = [f"<tr>{''.join(_head(name, is_right) for name, is_right in aligned)}</tr></thead><tbody>"]
     for name, row in zip(table.index, table.itertuples(index=False, name=None), strict=True):
-        first = f'<th scope="row">{_label(name)}</th>' if has_names else ""
+        first = f'<th scope="row" style="text-align: left">{_label(name)}</th>' if has_names else ""
         cells = "".join(
             _cell(value, column in SPOKEN, is_right)
             for column, value, is_right in zip(table.columns, row, numeric, strict=True)
@@ -111,8 +111,12 @@ def _is_number(value: Any) -> bool:
 def _head(name: Any, is_right: bool) -> str:
     """A column's head in the reader's language; the mouse shows the name that the files have."""
     title = "" if phrase(str(name)) == str(name) else f' title="{markup(str(name))}"'
-    style = ' style="text-align: right"' if is_right else ""
-    return f'<th scope="col"{title}{style}>{_label(name)}</th>'
+    return f'<th scope="col"{title} style="text-align: {_side(is_right)}">{_label(name)}</th>'
+
+
+def _side(is_right: bool) -> str:
+    """Said for every cell: JupyterLab sets heads to the right, the report to the left."""
+    return "right" if is_right else "left"
 
 
 def _label(name: Any) -> str:
@@ -129,11 +133,8 @@ def _is_counter(index: Any) -> bool:
 def _cell(value: Any, is_spoken: bool, is_right: bool) -> str:
     """Columns of numbers to the right, so that digits stand below each other; short text in one line."""
     text = phrase(cell_text(value)) if is_spoken or isinstance(value, bool) else cell_text(value)
-    if is_right:
-        style = "text-align: right"
-    else:
-        style = "text-align: left" + ("" if len(text) > WIDE_TEXT else "; white-space: nowrap")
-    return f'<td style="{style}">{markup(text)}</td>'
+    line = "" if is_right or len(text) > WIDE_TEXT else "; white-space: nowrap"
+    return f'<td style="text-align: {_side(is_right)}{line}">{markup(text)}</td>'
 
 
 def markup(text: str) -> str:
