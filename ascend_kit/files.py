@@ -120,6 +120,20 @@ def strict_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_json(path: Path, why: str = "", error: type[FileError] = FileError) -> dict[str, Any]:
+    """A JSON object from a file; `error` naming the file, and `why` it is needed where it is missing."""
+    if not path.is_file():
+        raise error(f"{path} is missing: {why}")
+    try:
+        require_regular(path)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as fault:
+        raise error(f"{path} is not valid JSON: {getattr(fault, 'strerror', fault)}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
+
+
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

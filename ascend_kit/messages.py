@@ -7,10 +7,12 @@ notebooks' prose, charts, names of columns, the meaning of parameters and what t
 
 from __future__ import annotations
 
+import difflib
 import gettext
 import io
 import re
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import resources
@@ -168,3 +170,9 @@ def _show_error(shell: Any, kind: type, error: Exception, trace: Any, tb_offset:
         shell._showtraceback(kind, error, [f"\x1b[31m{kind.__name__}\x1b[0m: {error}"])
     else:
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6, shown: Callable[[str], str] = repr) -> str:
+    """`; did you mean 'x'?` for the closest known word, else nothing."""
+    near = difflib.get_close_matches(word[:80], list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {shown(near[0])}?" if near else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 import torch
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.tensor_file import CheckpointError
+from ascend_kit.messages import did_you_mean
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import EMBEDDING, HEAD, expected_shapes, linear_names
 
@@ -45,9 +45,8 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, data: bool = T
     missing = [name for name in expected if name not in checkpoint]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{checkpoint.folder}: tensor {missing[0]}{more} is missing{_closest(missing[0], checkpoint)}"
-        )
+        meant = did_you_mean(missing[0], checkpoint.tensor_names(), 0.8)
+        raise CheckpointError(f"{checkpoint.folder}: tensor {missing[0]}{more} is missing{meant}")
     for name, shape in expected.items():
         _check_form(checkpoint, name, shape)
     for linear in schemes:
@@ -134,8 +133,3 @@ def _check_zero_bias(checkpoint: Checkpoint, name: str, owner: str) -> None:
             f"{checkpoint.source(name).origin}: {name} is not zero (up to {bias.abs().max().item():.4g}), but this "
             "family has no such bias; a checkpoint made with asymmetric outlier suppression cannot be read"
         )
-
-
-def _closest(name: str, checkpoint: Checkpoint) -> str:
-    near = difflib.get_close_matches(name, checkpoint.tensor_names(), n=1, cutoff=0.8)
-    return f" (closest: {near[0]})" if near else ""

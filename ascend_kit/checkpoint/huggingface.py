@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ascend_kit.checkpoint.msmodelslim import present_msmodelslim
 from ascend_kit.checkpoint.source import find_weights
 from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, SafetensorsFile, TensorSource, read_json
 from ascend_kit.checkpoint.torch_file import TorchFile, check_torch_file
+from ascend_kit.messages import did_you_mean
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.int4 import dequantize_groups
 from ascend_kit.model.int8 import dequantize_weight
@@ -104,9 +104,7 @@ class Checkpoint:
     def source(self, name: str) -> TensorSource:
         """The unread tensor; CheckpointError with the closest name if there is none."""
         if name not in self.sources:
-            near = difflib.get_close_matches(name, self.sources, n=1, cutoff=0.5)
-            hint = f"; closest: {near[0]}" if near else ""
-            raise CheckpointError(f"{self.folder} holds no tensor {name}{hint}")
+            raise CheckpointError(f"{self.folder} holds no tensor {name}{did_you_mean(name, self.sources, 0.5)}")
         return self.sources[name]
 
     def shape(self, name: str) -> tuple[int, ...]:

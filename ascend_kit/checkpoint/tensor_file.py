@@ -7,17 +7,18 @@ use, and a converter that promises a bound must be able to keep it.
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import math
 import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from ascend_kit import files
 from ascend_kit.files import FileError, require_regular, strict_json
 
 DTYPE_OF_CODE = {
@@ -42,18 +43,7 @@ class CheckpointError(FileError):
     """A checkpoint is damaged, contradicts itself or is of a kind that cannot be used; names file and tensor."""
 
 
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError naming the file otherwise."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {why}")
-    try:
-        require_regular(path)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {getattr(error, 'strerror', error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
-    return value
+read_json = functools.partial(files.read_json, error=CheckpointError)
 
 
 def folder_version(folder: str | Path) -> tuple[int, int, int] | None:

@@ -5,13 +5,13 @@ It is handed unchanged to the engine, to its core and to the processes of other 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ascend_kit.messages import did_you_mean
 from ascend_kit.params import DEVICE_PATTERN, PRECISIONS, Experiment
 
 # Where the weights lie and whether they are read twice changes neither answers nor speed.
@@ -67,10 +67,7 @@ class EngineConfig:
         known = [item.name for item in fields(cls)]
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise TypeError(
-                    f"an engine has no parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
+                raise TypeError(f"an engine has no parameter {name!r}{did_you_mean(name, known)}")
         return cls(model_path, **names)  # type: ignore[arg-type]  # made a str by the checks
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import operator
 import time
@@ -12,6 +11,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ascend_kit.files import read_json
 
 if TYPE_CHECKING:
     from ascend_kit.engine.speculation import PromptLookup
@@ -70,14 +71,7 @@ class SamplingParams:
         As transformers reads it: greedy unless `do_sample` is true. ValueError when the file is missing or broken.
         """
         path = Path(folder).expanduser() / "generation_config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"no {path}: the model recommends no sampling; give temperature and the rest") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} must hold an object, found a {type(raw).__name__}")
+        raw = read_json(path, "the model recommends no sampling; give temperature and the rest")
         names = ["repetition_penalty"]
         found: dict[str, Any] = {}
         if raw.get("do_sample"):

@@ -5,7 +5,6 @@ A local copy is a folder named like the hub's data set (gsm8k/ for openai/gsm8k)
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import random
@@ -33,6 +32,7 @@ from ascend_kit.evaluation.files import SPLITS, DataError, plain_name, set_files
 from ascend_kit.evaluation.rows import csv_columns
 from ascend_kit.files import one_line, require_regular
 from ascend_kit.identity import hash_value
+from ascend_kit.messages import did_you_mean
 from ascend_kit.params import Experiment
 from ascend_kit.params.experiment import DEMO
 
@@ -179,10 +179,7 @@ def other_tasks(name: str, experiment: Experiment) -> list[OtherTask]:
     leaves = leaf_tasks(name, index)
     if not leaves:
         known = [*SETS, *(path.name for path in packaged_folder("").iterdir())]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise DataError(
-            f"eval_datasets: lm-eval has no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        raise DataError(f"eval_datasets: lm-eval has no task {name!r}{did_you_mean(name, known)}")
     found: dict[str, OtherTask] = {}
     faults: dict[str, DataError] = {}
     for leaf in leaves:

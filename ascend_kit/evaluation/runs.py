@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ from ascend_kit.evaluation.scores import document_rows, load_scores
 from ascend_kit.files import Table
 from ascend_kit.identity import Identity
 from ascend_kit.measure.rows import asked_rows
+from ascend_kit.messages import did_you_mean
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder, list_runs, run_parameters
 from ascend_kit.stages import RunRecord
@@ -150,9 +150,8 @@ def _find_folder(name: str, experiment: Experiment, known: list[str]) -> RunFold
         for folder in list_runs(wanted.parent.parent, wanted.parent.name):
             if folder.path == wanted:
                 return folder
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise CompareError(f"compare_runs: no run {name!r} (runs here: {', '.join(known) or 'none'}){hint}")
+    here = ", ".join(known) or "none"
+    raise CompareError(f"compare_runs: no run {name!r} (runs here: {here}){did_you_mean(name, known)}")
 
 
 def pick_baseline(runs: Sequence[Run]) -> Run:

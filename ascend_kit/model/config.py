@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ascend_kit.files import FileError, require_regular
+from ascend_kit.files import FileError, read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # the precisions by name
 FLOAT_NAMES = ("bfloat16", "float16", "float32", "float64")  # of torch_dtype
@@ -126,7 +126,7 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileError(f"no config.json in {folder}: not a Hugging Face checkpoint folder")
-        config = cls.from_dict(_read_object(path), where=str(path))
+        config = cls.from_dict(read_json(path, "a Hugging Face model folder needs it"), where=str(path))
         # It may list more end ids than config.json; instruct models rely on them.
         generation = end_ids_in(Path(folder) / "generation_config.json")
         return replace(config, eos_token_ids=tuple(dict.fromkeys([*generation, *config.eos_token_ids])))
@@ -240,18 +240,7 @@ class _Keys:
 def end_ids_in(path: Path) -> tuple[int, ...]:
     """The end ids that a config.json or generation_config.json names, none where the file is missing; ValueError when
     they are no ids."""
-    return _Keys(_read_object(path), str(path)).ids("eos_token_id") if path.is_file() else ()
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        require_regular(path)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise FileError(f"{path} is not valid JSON: {getattr(error, 'strerror', error)}") from None
-    if not isinstance(value, dict):
-        raise FileError(f"{path} must hold a JSON object, found a {type(value).__name__}")
-    return value
+    return _Keys(read_json(path), str(path)).ids("eos_token_id") if path.is_file() else ()
 
 
 def _refuse_unknown(raw: Mapping[str, Any], where: str) -> None:

@@ -6,12 +6,12 @@ as one product in most engines, as do gate and up. `UNITS` names these groups.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ascend_kit.messages import did_you_mean
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.int4 import best_group_size
 
@@ -151,8 +151,7 @@ def kept_linears(config: ModelConfig, patterns: Iterable[str]) -> set[str]:
 
 def _closest_linear(pattern: str, linears: list[str]) -> str:
     words = {part for name in linears for part in name.split(".")} | {"lm_head", *linears}
-    near = difflib.get_close_matches(pattern, sorted(words), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; linears: {', '.join(LINEAR_PARTS)}, lm_head"
+    return did_you_mean(pattern, sorted(words)) or f"; linears: {', '.join(LINEAR_PARTS)}, lm_head"
 
 
 def uniform_schemes(config: ModelConfig, scheme: str, keep: Iterable[str]) -> dict[str, str]:

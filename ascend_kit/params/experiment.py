@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from ascend_kit.messages import did_you_mean
 from ascend_kit.params import engines as engine_rules
 from ascend_kit.params import sweep as sweep_rules
 from ascend_kit.params import values as rules
@@ -279,7 +280,7 @@ class Experiment(ConversionParameters, RunParameters):
         value = [name.lower() if name.lower() in EVAL_SETS else name for name in value]
         for name in value:
             is_known = name in packaged or name.startswith("text:") or any(known in name for known in EVAL_SETS)
-            hint = "" if is_known else rules.did_you_mean(name, EVAL_SETS, 0.7).replace("'", "")
+            hint = "" if is_known else did_you_mean(name, EVAL_SETS, 0.7, shown=str)
             if hint or not re.fullmatch(r"text:.+|[\w.+-]+", name):
                 raise ValueError(f"allowed: {', '.join(EVAL_SETS)}, a task of lm-eval, or text:<file>{hint}")
         return value

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection
 from pathlib import Path
 
+from ascend_kit.messages import did_you_mean
 from ascend_kit.params.experiment import DEMO, NEEDED, Experiment
 from ascend_kit.params.values import ParameterError
 
@@ -69,5 +69,6 @@ def _nearest(path: Path) -> str:
     parent = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
     if parent is None or not os.access(parent, os.R_OK):
         return ""
-    near = difflib.get_close_matches(path.name, [item.name for item in parent.iterdir()], n=1)
-    return f"; did you mean {parent / near[0]}?" if near and parent == path.absolute().parent else f" ({parent} exists)"
+    beside = parent.iterdir() if parent == path.absolute().parent else ()
+    meant = did_you_mean(path.name, [item.name for item in beside], shown=lambda name: str(parent / name))
+    return meant or f" ({parent} exists)"

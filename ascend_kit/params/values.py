@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+
+from ascend_kit.messages import did_you_mean
 
 # YAML 1.1 takes 1e-3 for text, so does papermill: the model reads it as the number it looks like.
 EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
@@ -89,7 +90,7 @@ def ray_address(value: str) -> str:
 def one_of(value: str, allowed: dict[str, str]) -> str:
     """The canonical spelling of a word."""
     if value.lower() not in allowed:
-        raise ValueError(f"allowed: {', '.join(allowed)}" + did_you_mean(value.lower(), allowed).replace("'", ""))
+        raise ValueError(f"allowed: {', '.join(allowed)}" + did_you_mean(value.lower(), allowed, shown=str))
     return allowed[value.lower()]
 
 
@@ -99,12 +100,6 @@ def without_repetition(values: list[Any]) -> list[Any]:
     if again is not None:
         raise ValueError(f"{again!r} stands twice")
     return values
-
-
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`; did you mean 'x'?` for the closest known word, else nothing."""
-    near = difflib.get_close_matches(word[:MAX_SHOWN], list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from ascend_kit.files import require_regular
+from ascend_kit.messages import did_you_mean
 from ascend_kit.params.experiment import Experiment, build_experiment, expand_aliases
 from ascend_kit.params.sweep import layered
 from ascend_kit.params.values import ParameterError, shown
@@ -141,9 +141,9 @@ def _text(path: Path) -> str:
         # Text copied from a web page indents with no-break spaces, which YAML takes for part of a name.
         return path.read_bytes().decode("utf-8-sig").replace("\u00a0", " ")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ParameterError(f"no parameter file at {path}{hint}") from None
+        beside = [found.name for found in path.parent.glob("*.y*ml")]
+        meant = did_you_mean(path.name, beside, shown=lambda name: str(path.parent / name))
+        raise ParameterError(f"no parameter file at {path}{meant}") from None
     except UnicodeDecodeError as error:
         raise ParameterError(f"{path} is not valid YAML: no UTF-8 text at byte {error.start}") from None
     except (OSError, ValueError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.messages import did_you_mean
 from ascend_kit.params import Experiment, ParameterError, paths
 from ascend_kit.params.experiment import DEMO
 from ascend_kit.params.notebook import literal_assignments
@@ -64,11 +64,8 @@ def parameter_defaults(path: Path) -> dict[str, Any]:
         raise RunError(f"{path.name}: {error}") from None
     for name in defaults:
         if name not in Experiment.model_fields:
-            near = difflib.get_close_matches(name, list(Experiment.model_fields), n=1)
-            raise RunError(
-                f"{path.name}: its parameters cell defines {name!r}, which is no parameter"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            meant = did_you_mean(name, Experiment.model_fields)
+            raise RunError(f"{path.name}: its parameters cell defines {name!r}, which is no parameter{meant}")
     return defaults
 
 
@@ -87,11 +84,9 @@ def select_notebooks(available: list[Notebook], only: list[str] | None) -> list[
         stem = Path(wanted).stem if wanted.endswith(".ipynb") else wanted
         hits = [name for name in names if name == stem] or [name for name in names if stem and name.startswith(stem)]
         if len(hits) != 1:
-            near = difflib.get_close_matches(stem, names, n=1, cutoff=0.4)
-            raise RunError(
-                f"--only {wanted!r} names {'no notebook' if not hits else 'several notebooks'}; known: "
-                f"{', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            found = "no notebook" if not hits else "several notebooks"
+            known = f"{', '.join(names)}{did_you_mean(stem, names, 0.4)}"
+            raise RunError(f"--only {wanted!r} names {found}; known: {known}")
         chosen.add(hits[0])
     return [notebook for notebook in available if notebook.name in chosen]
 

@@ -17,13 +17,14 @@ S tokens per KV block.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
 from torch import Tensor
+
+from ascend_kit.messages import did_you_mean
 
 OPS = (
     "rms_norm", "add_rms_norm", "rotary", "swiglu", "store_kv", "paged_attention", "linear", "pack_linear",
@@ -70,9 +71,8 @@ def select_ops(device_kind: str, fused: bool, plain_ops: Sequence[str] = ()) -> 
     """
     for name in plain_ops:
         if name not in PLAIN_OPS:
-            near = difflib.get_close_matches(name, PLAIN_OPS, n=1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"plain_ops: no operator {name!r}; {meant}Allowed: {', '.join(PLAIN_OPS)}")
+            meant = did_you_mean(name, PLAIN_OPS)
+            raise ValueError(f"plain_ops: no operator {name!r}{meant}; allowed: {', '.join(PLAIN_OPS)}")
     if not fused:
         return import_module("ascend_kit.device.ops.reference")
     if device_kind not in ("cpu", "cuda", "npu"):
