@@ -17,6 +17,7 @@ from ascend_kit.checkpoint.parity import (
     ParityError,
     ParityLimits,
     ParityModel,
+    ParityReport,
     check_reading,
     compare,
     files_model,
@@ -101,19 +102,25 @@ def test_few_short_texts_may_part_by_chance_and_many_may_not():
     source, result = (table_model(name, [[0.6, 0.4]] * 2, written) for name, written in (("s", texts), ("r", early)))
     limits = ParityLimits(**{**vars(OFF), "min_greedy_share": 0.2})
 
-    def failures(count: int) -> list[str]:
+    def measured(count: int) -> ParityReport:
         both = [
             replace(
                 model, generate=lambda prompts, *_, model=model: [model.generate(prompts, 0, None)[0]] * len(prompts)
             )
             for model in (source, result)
         ]
-        return compare(*both, [[0, 1]] * count, limits=limits).failures
+        return compare(*both, [[0, 1]] * count, limits=limits)
 
     # A text of 32 tokens that keeps a fifth of them differs at p = 0.134 a token. P(a difference within 3) = 0.35, and
     # with n texts P(Binomial(3 n, p) >= n): 0.066 for four, 0.025 for six.
-    assert failures(1) == failures(4) == []
-    assert failures(6) == ["greedy_share is 0.0625, allowed is at least 0.2"]
+    assert measured(1).failures == measured(4).failures == []
+    assert {
+        "figure": "greedy_share",
+        "value": 0.0625,
+        "limit": ">= 0.2, too few texts to tell",
+        "ok": True,
+    } in measured(4).table()
+    assert measured(6).failures == ["greedy_share is 0.0625, allowed is at least 0.2"]
 
 
 def test_prompt_without_a_next_token_and_other_vocabulary_are_refused():

@@ -177,8 +177,10 @@ class ParityReport:
         rows = []
         for figure, value in self.summary.items():
             bound, limit = limits.get(figure, (None, None))
-            shown = None if limit is None else f"{'<=' if bound == 'max' else '>='} {limit:g}"
-            rows.append({"figure": figure, "value": value, "limit": shown, "ok": figure not in missed})
+            shown = "" if limit is None else f"{'<=' if bound == 'max' else '>='} {limit:g}"
+            if limit is not None and bound == "min" and value is not None and value < limit and figure not in missed:
+                shown += ", too few texts to tell"
+            rows.append({"figure": figure, "value": value, "limit": shown or None, "ok": figure not in missed})
         return rows
 
 
