@@ -17,7 +17,7 @@ from ascend_kit.messages import say, use_language
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, sweep_charts, tables
 from ascend_kit.show.render import inline_svg, markdown, output, sanitize
-from ascend_kit.show.report import write_report
+from ascend_kit.show.report import HERE, write_report
 from ascend_kit.show.tables import cell_text, facts, readable, shorten
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -484,3 +484,27 @@ def test_a_report_of_24_points_130_tasks_and_a_thousand_requests_stays_below_thr
         page.count("<figure>") == len(figures) + 1 and page.count("mmlu_some_longer_name_") == 260 + 20 + 20 + 12
     )  # and alternative text
     assert 100_000 < len(page.encode()) < 3_000_000
+    assert '<div class="drawing">' in page and '<div class="drawing tall">' in page  # the tasks, on paper not squeezed
+
+
+def test_red_is_red_and_readable_on_a_light_and_on_a_dark_page():
+    light, dark = HERE.joinpath("report.css").read_text().split("@media (prefers-color-scheme: dark)")[:2]
+
+    for style in (light, dark):
+        paper = luminance(re.search("--paper: (#[0-9a-f]+)", style)[1])
+        for name in ("--red", "--bad"):
+            colour = re.search(f"{name}: (#[0-9a-f]+)", style)[1]
+            red, green, blue = channels(colour)
+            contrast = sorted([(luminance(colour) + 0.05), paper + 0.05])
+            assert red > green + 60 and red > blue + 60 and contrast[1] / contrast[0] >= 4.5, (name, colour)
+
+
+def channels(colour):
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    return [int(digits[at : at + 2], 16) for at in (0, 2, 4)]
+
+
+def luminance(colour):
+    """WCAG 2's relative luminance."""
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in channels(colour))]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))

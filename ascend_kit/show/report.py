@@ -80,7 +80,9 @@ class Figures:
         if not re.fullmatch(r"[\w-]+", name) or not path.is_file():
             return ""
         drawn = render.inline_svg(path.read_text(encoding="utf-8"), prefix, alt)
-        return f'<div class="drawing">{drawn}</div>' if drawn else ""
+        sides = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)
+        shape = " tall" if sides and float(sides[2]) > float(sides[1]) else ""  # on paper it keeps a readable width
+        return f'<div class="drawing{shape}">{drawn}</div>' if drawn else ""
 
 
 def write_report(run_folder: str | Path) -> Path:
