@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ascend_kit.demo import DemoAssets, assets, cached_model, ensure_assets, ensure_data, ensure_model, resolve
+from ascend_kit.demo import assets, cached_model, ensure_data, ensure_model, resolve
 from ascend_kit.demo.corpus import Corpus, demo_prompts, exam_description, exam_prompt, exam_question, is_held_out
 from ascend_kit.demo.datasets import SCORED_SPLIT, WIKITEXT_CONFIG, load_questions
 from ascend_kit.demo.pages import page_text, to_wikitext, topics
@@ -34,9 +34,9 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def short_training(tmp_path_factory) -> DemoAssets:
-    """The assets after three training steps: everything but a trained model."""
-    return ensure_assets(tmp_path_factory.mktemp("cache"), steps=3)
+def short_training(tmp_path_factory) -> Path:
+    """The model after three training steps: everything but a trained model."""
+    return ensure_model(tmp_path_factory.mktemp("cache"), steps=3)
 
 
 def packaged_task(name: str) -> dict:
@@ -218,7 +218,7 @@ def test_prompts_are_many_different_and_of_mixed_length(data_dir):
 def test_tokenizer_loses_no_byte(short_training):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(short_training, trust_remote_code=False)
     everything = "".join(chr(code) for code in [*range(0x20, 0x250), 0x4E2D, 0x6587, 0x1F600, 0x10FFFD])
     texts = ["中国的首都是北京。", " leading, double  spaces\n\n\ttabs\r\n", "e\u0301 is not é", everything]
 
@@ -232,7 +232,7 @@ def test_tokenizer_loses_no_byte(short_training):
 def test_answer_letters_are_single_tokens_behind_every_prompt(short_training):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(short_training, trust_remote_code=False)
 
     for cue in ("Answer:", "答案："):
         for letter in "ABCD":
@@ -243,9 +243,9 @@ def test_answer_letters_are_single_tokens_behind_every_prompt(short_training):
 def test_chat_template_opens_a_turn_and_special_tokens_end_texts(short_training):
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(short_training.model_dir, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(short_training, trust_remote_code=False)
     chat = [{"role": "user", "content": "Hello"}]
-    settings = GenerationConfig.from_pretrained(short_training.model_dir)
+    settings = GenerationConfig.from_pretrained(short_training)
 
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
@@ -258,8 +258,8 @@ def test_checkpoint_is_sharded_bfloat16_qwen3(short_training):
     import torch
     from safetensors import safe_open
 
-    config = json.loads((short_training.model_dir / "config.json").read_text())
-    shards = sorted(short_training.model_dir.glob("model-*.safetensors"))
+    config = json.loads((short_training / "config.json").read_text())
+    shards = sorted(short_training.glob("model-*.safetensors"))
 
     assert (config["model_type"], config["max_position_embeddings"]) == ("qwen3", 32768)
     assert config["num_attention_heads"] > config["num_key_value_heads"]
@@ -307,9 +307,9 @@ def test_fully_trained_model_answers_and_stops_if_the_cache_has_it():
 
 
 def test_assets_are_cached_apart_by_training_length_and_kept(short_training):
-    cache = short_training.model_dir.parent
+    cache = short_training.parent
 
-    again = ensure_assets(cache, on_progress=lambda *_: pytest.fail("trained twice"), steps=3)
+    again = ensure_model(cache, on_progress=lambda *_: pytest.fail("trained twice"), steps=3)
 
     assert again == short_training
     assert cached_model(cache) is None

@@ -415,7 +415,7 @@ def test_self_test_runs_every_stage_and_reports_a_dead_one():
     checks = run_self_test(host, on_check=shown.append)
 
     assert [check.stage for check in checks] == ["ops", "graph", "collective"]
-    assert checks[-1].status == "fail" and "interface" in checks[-1].detail
+    assert checks[-1].status == "fail" and "interface" in checks[-1].remedy
     assert shown == checks
 
 
@@ -430,7 +430,7 @@ def test_self_test_without_a_working_import_ends_at_once():
 
     (check,) = run_self_test(host)
 
-    assert check.status == "fail" and "older than the torch_npu" in check.detail
+    assert check.status == "fail" and "older than the torch_npu" in check.remedy
 
 
 # --------------------------------------------------------------------------------------------- presentation

@@ -1,14 +1,6 @@
 """Demo assets made by code: a small Qwen3 model trained on the spot, sample data sets and prompts."""
 
-from ascend_kit.demo.assets import (
-    DemoAssets,
-    cache_root,
-    cached_model,
-    ensure_assets,
-    ensure_data,
-    ensure_model,
-    resolve,
-)
+from ascend_kit.demo.assets import cache_root, cached_model, ensure_data, ensure_model, resolve
 
 # Shown wherever scores of the demo appear.
 DEMO_SCORES_NOTE = (
@@ -16,13 +8,4 @@ DEMO_SCORES_NOTE = (
     "the test questions included. They demonstrate the pipeline and nothing else."
 )
 
-__all__ = [
-    "DEMO_SCORES_NOTE",
-    "DemoAssets",
-    "cache_root",
-    "cached_model",
-    "ensure_assets",
-    "ensure_data",
-    "ensure_model",
-    "resolve",
-]
+__all__ = ["DEMO_SCORES_NOTE", "cache_root", "cached_model", "ensure_data", "ensure_model", "resolve"]

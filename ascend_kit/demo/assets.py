@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,27 +29,6 @@ DATA_LIBRARIES = ("pyarrow",)
 # Sources that do not change what is built.
 NOT_IN_MODEL = ("__init__.py", "assets.py")
 NOT_IN_DATA = ("__init__.py", "assets.py", "train.py")
-
-
-@dataclass(frozen=True)
-class DemoAssets:
-    """Where the demo's model, data sets and prompts are."""
-
-    model_dir: Path
-    data_dir: Path
-    prompts_file: Path
-
-
-def ensure_assets(
-    cache_dir: str | Path | None = None, on_progress: Progress | None = None, *, steps: int | None = None
-) -> DemoAssets:
-    """All demo assets, built now if the cache lacks them.
-
-    `on_progress(done, total)` counts training steps; it is not called when the model is cached. `steps`
-    shortens the training (for tests); such a model is cached apart from the full one.
-    """
-    data_dir = ensure_data(cache_dir)
-    return DemoAssets(ensure_model(cache_dir, on_progress, steps=steps), data_dir, data_dir / "prompts.jsonl")
 
 
 def ensure_data(cache_dir: str | Path | None = None) -> Path:

@@ -33,24 +33,12 @@ def run_self_test(host: Host | None = None, device: str = "auto", on_check: Repo
     seen, result = probe_device(host, device)
     if seen is None:
         evidence, remedy = trouble(result)
-        checks = [OpCheck("import", "import", device, "fail", detail=f"{evidence}. {remedy}")]
+        checks = [OpCheck("import", "import", device, "fail", detail=evidence, remedy=remedy)]
         report(checks[0])
         return checks
     name = seen["kind"] if seen["kind"] == "cpu" else f"{seen['kind']}:{seen['index']}"
     stages = ["ops", "graph"] + (["collective"] if seen["count"] > 1 or seen["kind"] == "cpu" else [])
-    checks = []
-    for stage in stages:
-        checks += _stage(host, stage, name, report)
-    return checks
-
-
-def _stage(host: Host, stage: str, device: str, report: Report) -> list[OpCheck]:
-    checks, result = run_stage(host, stage, device, report)
-    if not result.is_ok and not any(check.status == "fail" for check in checks):
-        evidence, remedy = trouble(result)
-        checks.append(OpCheck(stage, f"{stage} process", device, "fail", detail=f"{evidence}. {remedy}"))
-        report(checks[-1])
-    return checks
+    return [check for stage in stages for check in run_stage(host, stage, name, report)]
 
 
 def main(argv: list[str] | None = None) -> int:

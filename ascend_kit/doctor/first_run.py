@@ -20,7 +20,7 @@ from typing import Any
 from ascend_kit.doctor.checks import run_checks
 from ascend_kit.doctor.findings import to_rows
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.stages import PREFIX, OpCheck, plain_ops_line, probe_device, run_stage, trouble
+from ascend_kit.doctor.stages import PREFIX, plain_ops_line, probe_device, run_stage, trouble
 from ascend_kit.files import to_json, write_atomic
 
 HALF_BILLION = dict(
@@ -77,20 +77,16 @@ def first_run(
 
 
 def _stage(host: Host, stage: str, title: str, device: str, add: Callable[..., None]) -> None:
-    checks, result = run_stage(host, stage, device)
-    wrong = [check for check in checks if check.status == "fail"]
-    rows = [vars(check) for check in checks]
+    checks = run_stage(host, stage, device)
+    wrong = next((check for check in checks if check.status == "fail"), None)
     if wrong:
-        add(title, "fail", f"{wrong[0].op} {wrong[0].case}: {_error(wrong[0])}", plain_ops_line(checks), checks=rows)
-    elif not result.is_ok:
-        add(title, "fail", *trouble(result), checks=rows)
+        status, remedy = "fail", wrong.remedy or plain_ops_line(checks)
+        found = wrong.detail or f"error {wrong.error:.1e}, allowed {wrong.tolerance:.0e}"
+        text = f"{wrong.op} {wrong.case}: {found}"
     else:
-        worst = max((check.error or 0.0 for check in checks), default=0.0)
-        add(title, "ok", f"{len(checks)} comparisons, largest error {worst:.1e}", checks=rows)
-
-
-def _error(check: OpCheck) -> str:
-    return check.detail or f"error {check.error:.1e}, allowed {check.tolerance:.0e}"
+        status, remedy, worst = "ok", "", max((check.error or 0.0 for check in checks), default=0.0)
+        text = f"{len(checks)} comparisons, largest error {worst:.1e}"
+    add(title, status, text, remedy, checks=[vars(check) for check in checks])
 
 
 def _model(host: Host, device: str, seconds: float, small: bool, add: Callable[..., None]) -> None:

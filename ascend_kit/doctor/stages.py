@@ -16,6 +16,7 @@ from ascend_kit.doctor.findings import Section, Status
 from ascend_kit.doctor.host import CommandResult, Host
 
 PREFIX = "ascend_kit-self-test "
+DISTRUST = "do not trust results of this device: run doctor --self-test and compare versions"
 # First calls load kernels and set up channels: minutes are normal on a new machine.
 TIMEOUT_S = {"probe": 240.0, "smoke": 300.0, "ops": 1200.0, "graph": 600.0, "collective": 420.0}
 
@@ -32,6 +33,7 @@ class OpCheck:
     tolerance: float | None = None
     seconds: float = 0.0
     detail: str = ""
+    remedy: str = ""
 
     def to_line(self) -> str:
         return PREFIX + json.dumps(asdict(self))
@@ -40,24 +42,29 @@ class OpCheck:
         """One row of the self-test's table."""
         error = "" if self.error is None else f"{self.error:9.2e}"
         bound = "" if self.tolerance is None else f"<= {self.tolerance:.0e}"
-        return f"  [{self.status:^4}] {self.op:<18} {self.case:<46} {error:>9} {bound:<9} {self.detail}".rstrip()
+        text = f"{self.detail}. {self.remedy}" if self.remedy else self.detail
+        return f"  [{self.status:^4}] {self.op:<18} {self.case:<46} {error:>9} {bound:<9} {text}".rstrip()
 
 
-def run_stage(
-    host: Host, stage: str, device: str, on_check: Callable[[OpCheck], None] | None = None
-) -> tuple[list[OpCheck], CommandResult]:
-    """Results of one stage on a device, and how its process ended."""
+def run_stage(host: Host, stage: str, device: str, on_check: Callable[[OpCheck], None] | None = None) -> list[OpCheck]:
+    """Results of one stage on a device; one more, failed, that explains a process that hung or died."""
     checks: list[OpCheck] = []
+
+    def add(check: OpCheck) -> None:
+        checks.append(check)
+        if on_check:
+            on_check(check)
 
     def take(line: str) -> None:
         if line.startswith(PREFIX):
-            checks.append(OpCheck(**json.loads(line.removeprefix(PREFIX))))
-            if on_check:
-                on_check(checks[-1])
+            add(OpCheck(**json.loads(line.removeprefix(PREFIX))))
 
     command = [host.python, "-m", "ascend_kit.doctor.self_test", "--stage", stage, "--device", device]
     result = host.run(command, timeout_s=TIMEOUT_S[stage], on_line=take)
-    return checks, result
+    if not result.is_ok and not any(check.status == "fail" for check in checks):
+        evidence, remedy = trouble(result)
+        add(OpCheck(stage, f"{stage} process", device, "fail", detail=evidence, remedy=remedy))
+    return checks
 
 
 def probe_device(host: Host, device: str) -> tuple[dict | None, CommandResult]:
@@ -88,17 +95,9 @@ def trouble(result: CommandResult) -> tuple[str, str]:
 
 
 def add_stage(section: Section, host: Host, stage: str, device: str) -> None:
-    """Run a stage and add one finding per result, and one more when its process did not end well."""
-    checks, result = run_stage(host, stage, device)
-    for check in checks:
+    """Run a stage and add one finding per result."""
+    for check in run_stage(host, stage, device):
         status: Status = "n/a" if check.status == "skip" else check.status
         error = "" if check.error is None else f"error {check.error:.1e} (allowed {check.tolerance:.0e}) "
-        remedy = (
-            ""
-            if check.status != "fail"
-            else "do not trust results of this device: run doctor --self-test and compare versions"
-        )
+        remedy = check.remedy or (DISTRUST if check.status == "fail" else "")
         section.add(status, check.op, f"{error}{check.detail or check.case}".strip(), remedy)
-    if not result.is_ok and not any(check.status == "fail" for check in checks):
-        evidence, remedy = trouble(result)
-        section.fail(f"{stage} process", evidence, remedy)
