@@ -8,7 +8,7 @@ from typing import Any
 
 from ascend_kit.files import write_atomic
 from ascend_kit.params.experiment import Experiment, choices_of, kind_of
-from ascend_kit.params.notebook import CELL_MARK, literal_assignments
+from ascend_kit.params.notebook import CELL_MARK, literal_assignments, tagged
 from ascend_kit.params.values import ParameterError
 
 FIRST_LINE = f"{CELL_MARK}. Values changed here win over params_file, injected ones over both."
@@ -76,7 +76,7 @@ def write_cells(folder: Path, *, check: bool = False) -> list[str]:
 
 def _write_cell(path: Path, check: bool) -> list[str]:
     document = json.loads(path.read_text(encoding="utf-8"))
-    cell = next(cell for cell in document["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    cell = next(cell for cell in document["cells"] if tagged(cell, "parameters"))
     before, wanted = "".join(cell["source"]), cell_source(path.stem)
     if before == wanted:
         return []

@@ -123,9 +123,14 @@ def _saved_parameters() -> dict[str, Any]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     values: dict[str, Any] = {}
     for cell in cells:
-        if {"parameters", "injected-parameters"} & set(cell.get("metadata", {}).get("tags", [])):
+        if tagged(cell, "parameters", "injected-parameters"):
             values |= literal_assignments("".join(cell["source"]))
     return values
+
+
+def tagged(cell: Mapping[str, Any], *tags: str) -> bool:
+    """Whether a notebook's cell carries one of these tags."""
+    return not set(tags).isdisjoint(cell.get("metadata", {}).get("tags", []))
 
 
 def _is_plain(name: str, value: Any) -> bool:

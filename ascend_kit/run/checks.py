@@ -1,18 +1,29 @@
-"""What can be known before a kernel starts: the notebooks, their parameters, the paths they will read."""
+"""What can be known before a kernel starts: the notebooks, their parameters, what the files they will read hold, and
+the identity of these files, by whose content a stage counts as done."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shutil
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.files import GIB
+from ascend_kit.identity import Identity, hash_files
 from ascend_kit.messages import did_you_mean
-from ascend_kit.params import Experiment, ParameterError, paths
+from ascend_kit.params import Experiment, ParameterError
 from ascend_kit.params.experiment import DEMO
-from ascend_kit.params.notebook import literal_assignments
+from ascend_kit.params.notebook import literal_assignments, tagged
+from ascend_kit.prompts import read_prompts
 
+MIN_FREE_BYTES = 64 << 20  # rows, figures and executed notebooks of a run
+PACKAGES = ("torch", "torch-npu", "transformers", "tokenizers", "lm-eval", "ascend-kit")
 STAGE_NAME = re.compile(r"\d\d_\w+")
 
 
@@ -49,17 +60,18 @@ def parameter_defaults(path: Path) -> dict[str, Any]:
     tag it would put the injected values above the defaults, which then win in silence.
     """
     try:
-        tagged = tagged_cells(json.loads(path.read_text(encoding="utf-8")))
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        found = [cell for cell in cells if tagged(cell, "parameters")]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not a notebook: {error}") from None
-    if len(tagged) != 1:
+    if len(found) != 1:
         raise RunError(
-            f"{path.name}: {len(tagged)} cells carry the tag `parameters`, it must be exactly one; without "
+            f"{path.name}: {len(found)} cells carry the tag `parameters`, it must be exactly one; without "
             "it the values of the parameter file would have no effect (JupyterLab: property inspector, "
             "cell tags)"
         )
     try:
-        defaults = literal_assignments("".join(tagged[0]["source"]))
+        defaults = literal_assignments("".join(found[0]["source"]))
     except ParameterError as error:
         raise RunError(f"{path.name}: {error}") from None
     for name in defaults:
@@ -67,11 +79,6 @@ def parameter_defaults(path: Path) -> dict[str, Any]:
             meant = did_you_mean(name, Experiment.model_fields)
             raise RunError(f"{path.name}: its parameters cell defines {name!r}, which is no parameter{meant}")
     return defaults
-
-
-def tagged_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of a notebook that carry the tag `parameters`."""
-    return [cell for cell in notebook["cells"] if "parameters" in cell.get("metadata", {}).get("tags", [])]
 
 
 def select_notebooks(available: list[Notebook], only: list[str] | None) -> list[Notebook]:
@@ -108,6 +115,134 @@ def check_conversion(experiment: Experiment, notebooks: list[Notebook]) -> None:
         raise RunError(str(error)) from None
 
 
-def check_paths(experiment: Experiment, notebooks: list[Notebook]) -> None:
-    """ParameterError for every path that one of the notebooks reads or writes and that is not as it must be."""
-    paths.check_paths(experiment, {name for notebook in notebooks for name in notebook.defaults})
+def check_contents(experiment: Experiment, names: Collection[str], *, converts: bool) -> None:
+    """RunError with every fault of what is read and of where is written by notebooks that declare `names`.
+
+    `converts`: the conversion is among them. Prompts and data are read, of a model only headers and small files.
+    """
+    faults: list[str] = []
+
+    @contextlib.contextmanager
+    def noted(where: str = "") -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            faults.append(f"{where}{error}")
+
+    given = {name for name in names if getattr(experiment, name, None) not in (None, DEMO)}
+    with noted():
+        _check_written(experiment.run_folder, MIN_FREE_BYTES)
+    for key in sorted(given & {"prompts_file", "calibration_file"}):
+        with noted():
+            read_prompts(getattr(experiment, key), key)
+    if "dataset_path" in names:
+        from ascend_kit.evaluation.other_tasks import check_data
+
+        with noted("dataset_path: "):
+            check_data(experiment)
+    if "input_model" in given and Path(experiment.input_model).is_dir():
+        from ascend_kit.checkpoint.convert import check_model
+
+        with noted():
+            check_model(experiment)
+    if "quantize_keep" in given and "input_model" not in given:
+        with noted():
+            _check_kept_of_demo(experiment.quantize_keep)
+    if converts:
+        with noted():
+            _check_written(experiment.converted_folder, _converted_bytes(experiment))
+    if faults:
+        raise RunError("; ".join(faults))
+
+
+def _check_kept_of_demo(patterns: list[str]) -> None:
+    if patterns == Experiment.model_fields["quantize_keep"].default:
+        return
+    from ascend_kit.demo.train import MODEL_SIZES
+    from ascend_kit.model.config import ModelConfig
+    from ascend_kit.model.tensors import kept_linears
+
+    kept_linears(ModelConfig.from_dict({"model_type": "qwen3", **MODEL_SIZES}, where="the demo model"), patterns)
+
+
+def _check_written(folder: Path, num_bytes: int) -> None:
+    """OSError's kinds of trouble, found without writing: a file in the way, no rights, names too long, no space."""
+    path = folder.absolute()
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent) and parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{folder} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: no rights, or a read-only file system, at {existing}")
+    longest = os.pathconf(existing, "PC_NAME_MAX")
+    for name in path.relative_to(existing).parts:
+        if len(os.fsencode(name)) > longest:
+            raise ValueError(
+                f"{folder} cannot be made: a name of {len(os.fsencode(name))} bytes, {longest} are allowed"
+            )
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise ValueError(f"{folder} needs about {num_bytes / GIB:.2f} GiB, {existing} has {free / GIB:.2f} GiB left")
+
+
+def _converted_bytes(experiment: Experiment) -> int:
+    """About what the converted folder will take beyond what is there."""
+    source = Path(experiment.input_model or "")
+    if experiment.converted_folder.exists() or not source.is_dir():
+        return MIN_FREE_BYTES
+    total = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    return total if experiment.quantize == "none" else total * 5 // 8
+
+
+def stage_inputs(experiment: Experiment, names: Collection[str]) -> Identity:
+    """The identity of the files that a stage reads whose notebook declares the parameters `names`.
+
+    A file or folder that is not there has no identity. Weights are read once and remembered by stat.
+    """
+    if "input_model" not in names:
+        return Identity()
+    prompts = [_path(experiment, key) for key in ("prompts_file", "calibration_file") if key in names]
+    folders = [_path(experiment, key) for key in ("dataset_path", "adapter_path") if key in names]
+    return _model(experiment, names).with_parts(
+        prompts=_content([path for path in prompts if path is not None]),
+        data=_content([path for path in folders if path is not None]),
+        versions={name: _version(name) for name in PACKAGES},
+    )
+
+
+def _model(experiment: Experiment, names: Collection[str]) -> Identity:
+    source = _path(experiment, "input_model")
+    runs_converted = "use_model" in names and experiment.use_model == "converted"
+    model = experiment.converted_folder if runs_converted else source
+    if model is None or not model.exists():
+        return Identity()
+    from ascend_kit.checkpoint.identity import model_identity
+
+    try:
+        return model_identity(model, _path(experiment, "tokenizer_path"))
+    except (ValueError, OSError):
+        return Identity()  # damaged: the stage says how
+
+
+def _path(experiment: Experiment, key: str) -> Path | None:
+    """The path that a parameter names; of the built-in example only what was built before."""
+    value = getattr(experiment, key)
+    if value != "demo":
+        return Path(value) if value is not None else None
+    from ascend_kit.demo.assets import cached_model, ensure_data
+
+    if key in ("input_model", "tokenizer_path"):
+        return cached_model()
+    return ensure_data() if key == "dataset_path" else ensure_data() / "prompts.jsonl"
+
+
+def _content(paths: list[Path]) -> str | None:
+    """One hash over files and folders with all their files; None without any."""
+    inside = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    files = [file for file in inside if file.is_file() and not file.name.startswith(".")]
+    return hash_files(files, paths[0].parent) if files else None
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return None

@@ -14,8 +14,8 @@ from typing import Any
 from ascend_kit.files import write_atomic
 from ascend_kit.messages import phrase, translate
 from ascend_kit.params import Experiment
-from ascend_kit.params.notebook import INJECTED_MARK
-from ascend_kit.run.checks import Notebook, tagged_cells
+from ascend_kit.params.notebook import INJECTED_MARK, tagged
+from ascend_kit.run.checks import Notebook
 from ascend_kit.stages import DONE, RunRecord, Stage, changing
 
 FOLDER = "work"
@@ -39,18 +39,17 @@ def make_working_copies(
         if not target.exists():
             content = json.loads(notebook.path.read_text(encoding="utf-8"))
             translate_cells(content["cells"], experiment.language)
-            _set_values(content["cells"], tagged_cells(content)[0], names, overrides)
+            _set_values(content["cells"], names, overrides)
             write_atomic(target, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return folder
 
 
-def _set_values(
-    cells: list[dict[str, Any]], cell: dict[str, Any], names: dict[str, str], overrides: dict[str, Any]
-) -> None:
+def _set_values(cells: list[dict[str, Any]], names: dict[str, str], overrides: dict[str, Any]) -> None:
     """Write values into the parameters cell; into a cell below it, as papermill injects one, where that says nothing.
 
     The parameters cell says nothing by a name that it lacks, nor by a default: params_file wins over both.
     """
+    cell = next(cell for cell in cells if tagged(cell, "parameters"))
     source, injected = "".join(cell["source"]), {}
     for name, value in {**names, **overrides}.items():
         line = re.compile(rf"^({name}\b[^=\n]*=) .*?(  #[^\n\"']*)?$", re.MULTILINE)
@@ -70,7 +69,7 @@ def translate_cells(cells: list[dict[str, Any]], language: str) -> None:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             source = phrase(source, language)
-        elif {"parameters", "injected-parameters"} & set(cell.get("metadata", {}).get("tags", [])):
+        elif tagged(cell, "parameters", "injected-parameters"):
             source = MEANING.sub(lambda found: _meaning(found[0], language), source)
         cell["source"] = source
 

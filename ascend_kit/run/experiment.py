@@ -17,12 +17,19 @@ from typing import Any
 from ascend_kit.files import os_error_text
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, load_experiment
+from ascend_kit.params.paths import check_paths
 from ascend_kit.params.yaml_file import naming_lines
 from ascend_kit.run import copies
-from ascend_kit.run.checks import Notebook, RunError, check_conversion, check_paths, find_notebooks, select_notebooks
-from ascend_kit.run.contents import check_contents
+from ascend_kit.run.checks import (
+    Notebook,
+    RunError,
+    check_contents,
+    check_conversion,
+    find_notebooks,
+    select_notebooks,
+    stage_inputs,
+)
 from ascend_kit.run.execute import Execution, working_files
-from ascend_kit.run.inputs import stage_inputs
 from ascend_kit.run.signals import StopRequest
 from ascend_kit.stages import DONE, RunRecord, Stage, StageLock, admit, changed_parameters, changing, changing_stage
 
@@ -346,7 +353,7 @@ def check_experiment(
 def check_parameters(experiment: Experiment, notebooks: list[Notebook] | None = None) -> None:
     """What the notebooks (default: all) would stumble over, as ValueError; files are looked into, nothing runs."""
     notebooks = find_notebooks() if notebooks is None else notebooks
-    check_paths(experiment, notebooks)
-    check_conversion(experiment, notebooks)
     names = {name for notebook in notebooks for name in notebook.defaults}
+    check_paths(experiment, names)
+    check_conversion(experiment, notebooks)
     check_contents(experiment, names, converts=any(notebook.name == CONVERSION for notebook in notebooks))

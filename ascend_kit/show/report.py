@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from ascend_kit.files import Table, to_json, write_atomic
 from ascend_kit.messages import Finding, language_in_use, phrase, translate, use_language
+from ascend_kit.params.notebook import tagged
 from ascend_kit.results import RunFolder, RunFolderError, run_parameters
 from ascend_kit.show import headline, render, tables
 from ascend_kit.stages import RunRecord, Stage
@@ -215,7 +216,7 @@ def _section(figures: Figures, name: str, stage: Stage) -> Section:
     cells = [
         cell
         for cell in _read_json(figures.folder / f"{name}.ipynb").get("cells", [])
-        if not SKIPPED_TAGS & set(cell["metadata"].get("tags", []))
+        if not tagged(cell, *SKIPPED_TAGS)
     ]
     section.body = "".join(_cells(cells, section, figures))
     return section
@@ -246,7 +247,7 @@ def _cells(cells: list[dict[str, Any]], section: Section, figures: Figures) -> I
 
 
 def _cell_name(cell: dict[str, Any]) -> str:
-    return "injected parameters" if "injected-parameters" in cell["metadata"].get("tags", []) else cell.get("id", "")
+    return "injected parameters" if tagged(cell, "injected-parameters") else cell.get("id", "")
 
 
 def _output(item: dict[str, Any], section: Section, figures: Figures) -> str:
