@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import re
 import threading
 import time
 import zlib
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas
 import pytest
@@ -28,7 +30,7 @@ from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.evaluation.other_tasks import check_data
 from ascend_kit.evaluation.rows import csv_columns
 from ascend_kit.evaluation.runs import Run
-from ascend_kit.evaluation.scores import pass_at_k
+from ascend_kit.evaluation.scores import pass_at_k, score_rows
 from ascend_kit.identity import Identity
 from ascend_kit.measure.http import Endpoint, EndpointError
 from ascend_kit.params import Experiment, ParameterError, build_experiment
@@ -132,7 +134,7 @@ def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path,
     for path in ("cmmlu/dev/agronomy.csv", "cmmlu/test/agronomy.csv"):
         write_csv(root / path, exam)
     hard = {"Question": "Why?", "Correct Answer": "so", **{f"Incorrect Answer {n}": f"no {n}" for n in (1, 2, 3)}}
-    hard |= {"Incorrect Answer 2": "None", "Incorrect Answer 3": "NA"}
+    hard |= {"Incorrect Answer 1": 17, "Incorrect Answer 2": "None", "Incorrect Answer 3": "NA"}
     write_csv(root / "gpqa" / "gpqa_diamond.csv", [{**hard, "Question": f"Why {n}?"} for n in range(3)])
     code = {"prompt": "def double(n):\n", "test": "def check(f):\n    assert f(2) == 4\n", "entry_point": "double"}
     write_table(root / "openai_humaneval/openai_humaneval/test-00000-of-00001.parquet", [
@@ -159,7 +161,7 @@ def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path,
     assert list(exam_rows["target"]) == [n % 4 for n in range(6)] and len(exam_rows["choice_logprobs"].iloc[0]) == 4
     gold = result.documents[result.documents["task"] == "gpqa_diamond_zeroshot"]
     assert all("so" in row.choices[0] or row.question.count("so") for row in gold.itertuples()) and len(gold) == 3
-    assert all(row.question.count("None") == row.question.count("NA") == 1 for row in gold.itertuples())
+    assert all(row.question.count(word) == 1 for row in gold.itertuples() for word in ("17", "None", "NA"))
 
 
 def test_a_cell_of_a_csv_file_stays_as_it_is_written(tmp_path) -> None:
@@ -171,19 +173,54 @@ def test_a_cell_of_a_csv_file_stays_as_it_is_written(tmp_path) -> None:
     }  # fmt: skip
 
 
-def test_what_a_task_needs_beside_lm_eval_is_named_with_its_command(tmp_path) -> None:
+def test_what_a_task_needs_beside_lm_eval_is_named_with_its_command(tmp_path, monkeypatch) -> None:
     rows = [{"key": 1, "prompt": "Write.", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}]
     path = tmp_path / "data" / "ifeval" / "ifeval_input_data.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(rows[0]) + "\n")
     asked = experiment_for(tmp_path / "data", tmp_path, eval_datasets=["ifeval"])
-    if importlib.util.find_spec("langdetect"):
-        assert [task.num_documents for task in check_data(asked)] == [1]
-    else:
-        with pytest.raises(DataError, match=r"needs packages that are not here: pip install 'lm-eval\[ifeval\]'"):
-            check_data(asked)
+    monkeypatch.setattr("nltk.data.path", [])
+    packages = r"needs packages that are not here: pip install 'lm-eval\[ifeval\]'"
+    with pytest.raises(DataError, match="punkt_tab" if importlib.util.find_spec("langdetect") else packages):
+        check_data(asked)
     with pytest.raises(DataError, match=r"ruler: 7 of 13 tasks .* allow_download: true; .* alone \(niah_single_1, "):
-        check_data(asked.with_changes(eval_datasets=["ruler"]))
+        check_data(asked.with_changes(eval_datasets=["ruler"], eval_max_seq_length=4608))
+
+
+def needle(prompt: str, sampling) -> tuple[str, str]:
+    """The number that RULER's needle test hid under the word it asks for."""
+    word = re.findall(r"for (\S+) mentioned in the provided text", prompt)[-1]
+    return re.findall(rf"magic numbers? for {re.escape(word)} is: (\d+)", prompt)[0], "stop"
+
+
+@pytest.mark.long
+def test_ruler_ends_with_a_score_for_the_length_that_fits_made_with_the_models_tokenizer(
+    engine, tiny_qwen3_dir, tmp_path
+) -> None:
+    pytest.importorskip("wonderwords", reason="RULER's words: pip install wonderwords")
+    asked = {"eval_datasets": ["niah_single_1"], "eval_max_seq_length": 2304, "eval_limit": 6}
+    experiment = experiment_for(None, tmp_path, input_model=str(tiny_qwen3_dir), **asked)
+    able = stand_in(engine, answer=needle)
+    able.max_seq_length = 2304
+    result, _ = run(able, experiment)
+
+    (row,) = result.tasks.itertuples()
+    assert (row.metric, row.value, row.unit, row.n, row.num_fewshot) == ("2048", 1.0, "fraction", 6, 0)
+    assert list(result.documents["cut_tokens"]) == [0] * 6 and 1024 < result.documents["num_prompt_tokens"].max() < 2048
+    with pytest.raises(
+        DataError, match="niah_single_1: the shortest prompts take 1280 tokens, eval_max_seq_length is 1"
+    ):
+        check_data(experiment.with_changes(eval_max_seq_length=1024))
+    with pytest.raises(DataError, match="ruler_vt: the shortest prompts take 4352 tokens, eval_max_seq_length is 2304"):
+        check_data(experiment.with_changes(eval_datasets=["ruler_vt"]))
+
+
+def test_a_length_of_ruler_is_scored_over_its_own_documents() -> None:
+    documents = [{"4096": 0.5, "8192": -1.0}, {"4096": 1.0, "8192": -1.0}, {"4096": -1.0, "8192": 0.0}]
+    found = score_rows(cast(Any, None), {"4096,none": 0.75, "8192,none": 0.0, "16384,none": -1}, documents)
+
+    assert [(row["metric"], row["value"], row["n"]) for row in found] == [("4096", 0.75, 2), ("8192", 0.0, 1)]
+    assert all(row["unit"] == "fraction" for row in found)
 
 
 def test_what_cannot_be_asked_is_said_before_any_work(engine, gsm8k, tmp_path) -> None:

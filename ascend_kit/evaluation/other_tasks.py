@@ -11,6 +11,7 @@ import random
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import metadata
@@ -46,20 +47,26 @@ PAGE_CHARACTERS = 8000  # a text is cut between paragraphs into pages of about t
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json"}
 SPLIT_KEYS = ("test_split", "validation_split", "training_split", "fewshot_split")
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+# The longest of these that fits stands in where none of its own does, for needles: its other tasks never end then.
+RULER_SHORT = (2048, 1024)
 RULER_ROOM = 256  # tokens beside the text: the longest answer, and the template
 RULER_FROM_WEB = frozenset((
     "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery", "ruler_qa_squad",
     "ruler_qa_hotpot",
 ))  # fmt: skip
+NEED_SENTENCES = re.compile(r"ifeval|niah_(single_[23]|multikey_1|multivalue|multiquery)$")  # nltk's splitter
 SHOWN = 8  # tasks named in an error
 SHUFFLE_SEED = 0  # lm-eval's default: some tasks shuffle their choices with the global generators
 
 
 @dataclass(frozen=True)
 class OtherTask(LocalTask):
-    """A task whose documents lm-eval itself reads: `settings` replace those of its packaged file."""
+    """A task whose documents lm-eval itself reads: `settings` replace those of its packaged file. csv files are read
+    here, into `tables` (split -> columns): pandas makes "1.10" 1.1 and "None" nothing.
+    """
 
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    tables: dict[str, dict[str, list[Any]]] = field(default_factory=dict, hash=False, repr=False)
     count: int = 0
     content: str = ""
 
@@ -72,15 +79,14 @@ class OtherTask(LocalTask):
         return self.content
 
     def config(self, folder: Path) -> dict[str, Any]:
-        """What the task's YAML file says. csv files are read here: pandas makes "1.10" 1.1 and "None" nothing."""
+        """What the task's YAML file says."""
         import pyarrow.parquet
 
-        settings = self.settings
-        if settings.get("dataset_path") == "csv":
-            copies: dict[str, str] = {}
-            for split, paths in settings["dataset_kwargs"]["data_files"].items():
-                copies[split] = str(folder / f"{self.task}-{split}.parquet")
-                pyarrow.parquet.write_table(pyarrow.table(csv_columns(paths)), copies[split])
+        settings, copies = self.settings, {}
+        for split, columns in self.tables.items():
+            copies[split] = str(folder / f"{self.task}-{split}.parquet")
+            pyarrow.parquet.write_table(pyarrow.table(columns), copies[split])
+        if copies:
             settings = settings | {"dataset_path": "parquet", "dataset_kwargs": {"data_files": copies}}
         return {"include": str(self.packaged_yaml), "task": self.task, **settings}
 
@@ -241,6 +247,12 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
     is_generated = bool(raw.get("custom_dataset")) and not raw.get("dataset_path")
     if name in RULER_FROM_WEB and not experiment.allow_download:
         raise DataError(f"{name} is made from texts that lm-eval fetches from the web: set allow_download: true")
+    shortest = RULER_ROOM + (RULER_SHORT[-1] if name.startswith("niah_") else RULER_LENGTHS[0])
+    if path.parent.name == "ruler" and experiment.eval_max_seq_length < shortest:
+        raise DataError(
+            f"{name}: the shortest prompts take {shortest} tokens, eval_max_seq_length is "
+            f"{experiment.eval_max_seq_length}"
+        )
     settings = {} if is_generated else _local_settings(name, raw, experiment)
     if settings is None and not experiment.allow_download:
         wanted = plain_name(str(raw.get("dataset_path", name)).rpartition("/")[2])
@@ -248,6 +260,11 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
             f"{name}: no folder {wanted}/ (a copy of {raw.get('dataset_path')}) in dataset_path "
             f"{experiment.dataset_path!r}; put one there, or set allow_download: true"
         )
+    tables = {}
+    if settings and settings["dataset_path"] == "csv":
+        # GPQA's answers are texts, even where all in a column are numbers.
+        files, as_texts = settings["dataset_kwargs"]["data_files"], "gpqa" in path.parts
+        tables = {split: csv_columns(paths, as_texts=as_texts) for split, paths in files.items()}
     return OtherTask(
         task=name,
         set_name=group,
@@ -260,6 +277,7 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
         metrics=(),
         version=0.0,
         settings=settings or {},
+        tables=tables,
     )
 
 
@@ -270,24 +288,46 @@ def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
     with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
         write_yaml(Path(scratch) / f"{task.task}.yaml", task.config(Path(scratch)))
         try:
-            built = load_task(task_manager(scratch, experiment), task.task)
+            with _nltk_stays_offline(experiment):
+                built = load_task(task_manager(scratch, experiment), task.task)
             documents = list(built.eval_docs)
             built.doc_to_text(documents[0])
+            if NEED_SENTENCES.search(task.task):
+                import nltk
+
+                nltk.data.find("tokenizers/punkt_tab")
         except Exception as error:  # whatever a task file does: a package that is missing, data of another shape
             raise DataError(f"{task.task} cannot be prepared: {_reason(task, error)}") from None
         config = built.config
         shots = config.num_fewshot or 0
         if experiment.eval_fewshot is not None and config.num_fewshot != 0 and config.fewshot_split:
             shots = experiment.eval_fewshot
+        metrics = tuple(built.higher_is_better() or ())
+        if task.packaged_yaml.parent.name == "ruler":  # a metric for each length
+            metrics = tuple(map(str, ruler_lengths(experiment)))
         return replace(
             task,
             num_fewshot=shots,
             output_type=str(built.OUTPUT_TYPE),
-            metrics=tuple(built.higher_is_better() or ()),
+            metrics=metrics,
             version=float((config.metadata or {}).get("version", 0)),
             count=len(documents),
             content=hash_value([json.dumps(doc, default=str, ensure_ascii=False) for doc in documents]),
         )
+
+
+@contextmanager
+def _nltk_stays_offline(experiment: Experiment) -> Iterator[None]:
+    """Some task files fetch nltk's sentence splitter when they are imported."""
+    import nltk
+
+    download = nltk.download
+    if not experiment.allow_download:
+        nltk.download = lambda *_, **__: False
+    try:
+        yield
+    finally:
+        nltk.download = download
 
 
 def _reason(task: OtherTask, error: Exception) -> str:
@@ -305,12 +345,18 @@ def task_manager(folder: str | Path, experiment: Experiment) -> TaskManager:
     """lm-eval's reader of the YAML files in `folder`; what generates its data (RULER) is told tokenizer and lengths."""
     from lm_eval.tasks import TaskManager
 
-    fitting = [length for length in RULER_LENGTHS if length + RULER_ROOM <= experiment.eval_max_seq_length]
     facts: Any = {
         "tokenizer": experiment.tokenizer_path or experiment.input_model,
-        "max_seq_lengths": fitting or list(RULER_LENGTHS[:1]),
+        "max_seq_lengths": ruler_lengths(experiment),
     }
     return TaskManager(include_path=folder, include_defaults=False, metadata=facts)
+
+
+def ruler_lengths(experiment: Experiment) -> list[int]:
+    """The lengths at which RULER's tasks are asked: those of its own that fit, else the longest short one."""
+    longest = experiment.eval_max_seq_length - RULER_ROOM
+    fitting = [length for length in RULER_LENGTHS if length <= longest]
+    return fitting or [length for length in RULER_SHORT if length <= longest][:1]
 
 
 def load_task(manager: TaskManager, name: str) -> ConfigurableTask:
@@ -319,8 +365,9 @@ def load_task(manager: TaskManager, name: str) -> ConfigurableTask:
 
     random.seed(SHUFFLE_SEED)
     numpy.random.seed(SHUFFLE_SEED)
-    task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
-    documents: list[Any] = list(task.eval_docs)
+    with redirect_stdout(None):  # RULER prints each length that it tries
+        task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
+        documents: list[Any] = list(task.eval_docs)
     setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: documents)
     return task
 

@@ -157,7 +157,7 @@ def _read_csv(path: Path, shape: Shape) -> list[Row]:
     return [dict(zip(names, line, strict=True)) for line in rows]
 
 
-def csv_columns(paths: Iterable[str]) -> dict[str, list[Any]]:
+def csv_columns(paths: Iterable[str], *, as_texts: bool = False) -> dict[str, list[Any]]:
     """The columns of csv files: of numbers or booleans where each is written as Python writes it, else of texts.
 
     "1.10", "007", "None" and "NA" stay as they are, as does a number in a column with words; an empty cell is None.
@@ -165,7 +165,8 @@ def csv_columns(paths: Iterable[str]) -> dict[str, list[Any]]:
     plain = Shape({}, lambda row, subject: row, lambda row: None)
     rows = [row for path in paths for row in read_file(Path(path), plain)]
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _typed([row.get(name) or None for row in rows]) for name in names}
+    columns = {name: [row.get(name) or None for row in rows] for name in names}
+    return columns if as_texts else {name: _typed(cells) for name, cells in columns.items()}
 
 
 def _typed(cells: list[str | None]) -> list[Any]:
