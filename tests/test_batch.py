@@ -44,7 +44,7 @@ def engine(experiment):
 
 def test_every_prompt_is_answered_in_file_order_as_generate_would(experiment, engine):
     expected = [output.text for output in engine.generate(PROMPTS, [_greedy(5)] * len(PROMPTS))]
-    steps = []
+    steps, experiment = [], experiment.with_changes(plain_ops=["rotary", "linear"])
 
     with RunFolder.open(experiment, "03_generate") as folder:
         result = run_batch(engine, experiment, folder, on_progress=lambda done, total, text: steps.append(done))
@@ -54,6 +54,7 @@ def test_every_prompt_is_answered_in_file_order_as_generate_would(experiment, en
     assert [answer["text"] for answer in answers] == expected
     assert steps == [1, 2, 3, 4, 5]
     assert (result.answers["ttft_ms"] > 0).all() and set(result.answers["status"]) == {"ok"}
+    assert list(load_metrics(result.answers)["plain_ops"]) == ["linear, rotary"]
 
 
 def test_interrupted_batch_goes_on_with_the_missing_prompts(experiment, engine):

@@ -77,7 +77,7 @@ def run(engine, experiment: Experiment, **options):
 def finished(engine, data: Path, tmp_path_factory: pytest.TempPathFactory):
     """One full evaluation (MMLU, C-Eval with 5 shots, AGIEval, WikiText) and the progress it reported."""
     progress: list[tuple[int, int, str]] = []
-    experiment = experiment_for(data, tmp_path_factory.mktemp("out"))
+    experiment = experiment_for(data, tmp_path_factory.mktemp("out"), plain_ops=["swiglu", "rotary"])
     result, folder = run(engine, experiment, on_progress=lambda *step: progress.append(step))
     return SimpleNamespace(result=result, folder=folder, experiment=experiment, progress=progress)
 
@@ -184,6 +184,7 @@ def test_rows_state_unit_shots_conditions_and_count(finished) -> None:
     assert (row["unit"], row["num_fewshot"], row["n"], row["status"], row["set"]) == ("fraction", 5, 5, "ok", "ceval")
     assert row["conditions"].startswith("5-shot, plain prompt, all documents, context 2048 tokens")
     assert tasks.loc[("wikitext", "bits_per_byte"), "unit"] == "bits/byte"
+    assert set(tasks["plain_ops"]) == set(finished.result.groups["plain_ops"]) == {"rotary, swiglu"}
     assert finished.result.ok and not finished.result.failed
     finished.result.raise_if_failed()
     identity = finished.folder.identities()[row["identity"]]

@@ -328,6 +328,7 @@ class _Session:
             "kind": "task",
             "num_fewshot": task.num_fewshot,
             "conditions": self.conditions(task),
+            "plain_ops": None if self.experiment.eval_endpoint else self.experiment.plain_operators,
             "drawn": scores.drawn_key(drawn),
             "num_rows": 1,
         }

@@ -155,8 +155,16 @@ def _asked_rows(folder: RunFolder, name: str) -> Iterator[dict[str, Any]]:
 def score_rows(task: LocalTask, results: dict[str, Any], documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per metric of lm-eval's results for a task, and of its samples where each question was answered often."""
     names = [key for key, value in results.items() if "," in key and "_stderr," not in key and _is_number(value)]
-    rows = [_score_row(key, results, documents) for key in names]
-    return rows + _sample_rows(documents)
+    rows = [_score_row(key, results, _of_length(key, documents)) for key in names]
+    return [row for row in rows if row["n"]] + _sample_rows(documents)
+
+
+def _of_length(key: str, documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The documents that a metric is about: RULER calls its metrics by the length of the prompt, and gives -1 or
+    nothing to documents of another.
+    """
+    metric = key.partition(",")[0]
+    return [row for row in documents if row.get(metric, -1) >= 0] if metric.isdecimal() else documents
 
 
 def _score_row(key: str, results: dict[str, Any], documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -221,6 +229,7 @@ def group_rows(group: GroupSpec, table: Table) -> list[dict[str, Any]]:
         "num_tasks": len(group.tasks),
         "num_packaged_tasks": group.num_packaged,
         "conditions": " / ".join(sorted(set(members["conditions"]))),
+        "plain_ops": members["plain_ops"].iloc[0] if len(members) and "plain_ops" in members else None,
         "num_fewshot": int(members["num_fewshot"].iloc[0]) if len(members) else None,
         "status": "ok",
         "error": None,

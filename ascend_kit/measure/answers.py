@@ -58,7 +58,11 @@ def load_metrics(answers: pandas.DataFrame) -> pandas.DataFrame:
 
     sessions = answers.groupby("session", sort=False) if len(answers) else []
     rows = [
-        {"session": name, **summarize([RequestRecord.from_row(row) for row in group.to_dict("records")])}
+        {
+            "session": name,
+            **summarize([RequestRecord.from_row(row) for row in group.to_dict("records")]),
+            "plain_ops": group["plain_ops"].iloc[0] if "plain_ops" in group else None,
+        }
         for name, group in sessions
     ]
     return pandas.DataFrame(rows)

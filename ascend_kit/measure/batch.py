@@ -67,7 +67,8 @@ def run_batch(
         for index, prompt, output in _serve(engine, experiment, sampling, waiting):
             record = record_from_output(output)
             row = _row(index, prompt, output, record)
-            folder.append(TABLE, {"session": session, "prompt_hash": hashes[index], **row}, identity)
+            head = {"session": session, "prompt_hash": hashes[index], "plain_ops": experiment.plain_operators}
+            folder.append(TABLE, head | row, identity)
             finished += 1
             if on_progress:
                 on_progress(finished, len(prompts), f"{len(record.token_times_s)} tokens for prompt {index}")

@@ -173,8 +173,8 @@ class EngineBackend:
 
     def variant(self) -> dict[str, Any]:
         switches = {switch: getattr(self._experiment, switch) for switch in (*SWITCHES, *OPTIONS)}
-        plain = ", ".join(sorted(self._experiment.plain_ops)) or None
-        return {"precision": self._experiment.precision, "quantize": self._scheme, **switches, "plain_ops": plain}
+        switches |= {"plain_ops": self._experiment.plain_operators}
+        return {"precision": self._experiment.precision, "quantize": self._scheme, **switches}
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()

@@ -273,6 +273,11 @@ class Experiment(StageParameters):
         return [plan for folder, plan in others.items() if folder != self.converted_folder]
 
     @property
+    def plain_operators(self) -> str | None:
+        """The operators of `plain_ops`, with commas; None where there are none."""
+        return ", ".join(sorted(self.plain_ops)) or None
+
+    @property
     def limits(self) -> dict[str, float]:
         """Metric -> limit in ms that a request must meet to count for goodput: the strictest of those in `slo`."""
         found: dict[str, float] = {}

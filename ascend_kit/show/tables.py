@@ -38,7 +38,9 @@ EXPECTED = [
     *("cards", "tensor_parallel", "concurrency", "prompt_len", "output_len", "decode_floor_ms", "prefill_floor_ms"),
     *("ceiling_tokens_per_s", "predicted_tokens_per_s", "num_requests", "step_weight_bytes", "kv_bytes_per_token"),
 ]
-SCORES = ["set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "kind", "status", "error"]
+SCORES = [
+    *("set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "plain_ops", "kind", "status", "error")
+]
 PAIRED = [
     *("candidate", "set", "n", "difference_points", "low_points", "high_points", "p_holm", "outcome"),
     *("baseline_percent", "candidate_percent"),
