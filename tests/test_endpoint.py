@@ -361,12 +361,16 @@ def test_a_search_finds_the_known_capacity_of_a_server(tmp_path, tiny_qwen3_dir)
         "slo": {"e2e_p90_ms": 250}, "search": "concurrency", "search_precision": 0.01, "sweep_requests_per_point": 24,
     })  # fmt: skip
 
+    told: list[tuple[float, float, str]] = []
+
     def searched():
         with RunFolder.open(experiment, "04_throughput") as folder:
-            rows = measure_engines(experiment, folder)
+            rows = measure_engines(experiment, folder, on_progress=lambda *now: told.append(now))
             return rows, folder.read_json("search")
 
     rows, (found,) = searched()
+    shares = [done / total for done, total, _ in told]
+    assert shares == sorted(shares) and shares[-1] == 1 and all(share < 1 for share in shares[:-1])
     asked = server.num_requests
     _, again = searched()
     server.close()

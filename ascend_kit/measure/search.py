@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ascend_kit.params import Experiment
 
 MAX_RUNS = 16
+USUAL_PROBES = 10  # for the progress line: searches that begin at 1 took 10 to 12 runs
 ATTAINMENT = 0.95  # share of requests that must meet limits of every request
 SECONDS = 10  # of arrivals that a probe of a rate lasts at least
 SAMPLES = {"ttft": metrics.ttft_s, "tpot": metrics.tpot_s, "e2e": metrics.e2e_s}
@@ -75,6 +76,12 @@ def breaches(row: dict[str, Any], slo: dict[str, float]) -> list[str]:
     return found
 
 
+def searched_loads(points: Sequence[Point], axis: str) -> list[Point]:
+    """The loads among `points` that differ in more than what is searched."""
+    blank = {"concurrency": 1} if axis == "concurrency" else {"rate": None}
+    return list(dict.fromkeys(replace(point, repeat=0, num_requests=0, **blank) for point in points))
+
+
 def search_points(
     runner: PointRunner,
     points: Sequence[Point],
@@ -83,18 +90,18 @@ def search_points(
     tell: Callable[[float, str], None],
 ) -> None:
     """Search for each load of `points` and keep the brackets in the folder's `search`. Probes are rows like others, so
-    that a search that was interrupted goes on from them."""
+    that a search that was interrupted goes on from them. To `tell`, each load is as long as USUAL_PROBES points."""
     axis = experiment.search
-    blank = {"concurrency": 1} if axis == "concurrency" else {"rate": None}
     results = [entry for entry in runner.folder.read_json("search") or [] if entry["identity"] != runner.identity.id]
-    for base in dict.fromkeys(replace(point, repeat=0, num_requests=0, **blank) for point in points):
+    loads = searched_loads(points, axis)
+    for number, base in enumerate(loads):
         probes: list[Point] = []
 
-        def meets(value: float, base: Point = base, probes: list[Point] = probes) -> bool:
-            point = _probe(base, axis, value, experiment)
+        def meets(value: float, number: int = number, base: Point = base, probes: list[Point] = probes) -> bool:
+            point, done = _probe(base, axis, value, experiment), min(len(probes), USUAL_PROBES - 1)
             probes.append(point)
             ask(runner.identity, [point])
-            runner.run([point], lambda _, text: tell(0, f"search: {text}"))
+            runner.run([point], lambda _, text: tell(number * USUAL_PROBES + done, f"search: {text}"))
             return not breaches(runner.measured([point])[point], experiment.slo)
 
         start = experiment.rate if axis == "rate" else experiment.sweep["concurrency"][0]
@@ -107,6 +114,7 @@ def search_points(
             "at_met": _bounds(runner, rows[bracket.met], experiment.slo) if bracket.met else {},
         })  # fmt: skip
         runner.folder.write_json("search", results)
+        tell((number + 1) * USUAL_PROBES, "search")
 
 
 def _probe(base: Point, axis: str, value: float, experiment: Experiment) -> Point:

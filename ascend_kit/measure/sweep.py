@@ -28,7 +28,7 @@ from ascend_kit.measure.intervals import mean_interval
 from ascend_kit.measure.points import PointForecast, PointRunner
 from ascend_kit.measure.remote import EndpointBackend
 from ascend_kit.measure.rows import Point, SweepError, error_of, load_rows
-from ascend_kit.measure.search import search_points
+from ascend_kit.measure.search import USUAL_PROBES, search_points, searched_loads
 
 if TYPE_CHECKING:
     import pandas
@@ -146,7 +146,8 @@ def run_sweep(
         if not any(possible for possible, _ in asked):
             raise SweepError(f"{name}: no point can be measured; the first: {next(iter(asked[0][1].values()))}")
         note = _Note(folder, name, is_first)
-        total, before = sum(len(possible) for possible, _ in asked), 0
+        searches = [_search_length(possible, experiment) for possible, _ in asked]
+        total, before = sum(len(possible) for possible, _ in asked) + sum(searches), 0
         for runner, (possible, reasons) in zip(runners, asked, strict=True):
             runner.write_pruned(reasons)
             note.add(runner.identity, [*possible, *reasons])
@@ -155,7 +156,7 @@ def run_sweep(
             if on_progress is not None:
                 on_progress(before + done, total, text)
 
-        for runner, (possible, _) in zip(runners, asked, strict=True):
+        for runner, (possible, _), length in zip(runners, asked, searches, strict=True):
             try:
                 runner.run(shuffled(possible, experiment.seed), tell)
                 before += len(possible)
@@ -164,8 +165,9 @@ def run_sweep(
                     note.add(runner.identity, more)
                     runner.run(more, tell)
                     before += len(more)
-                if experiment.search != "none":
+                if length:
                     search_points(runner, possible, experiment, note.add, tell)
+                    before += length
             finally:
                 if len(runners) > 1:
                     runner.backend.close()
@@ -193,6 +195,11 @@ def _variants(engine: AscendInferEngine | Backend, experiment: Experiment) -> li
         found.append((EngineBackend(made, plan, backend.name), settings))
     backend.close()
     return found
+
+
+def _search_length(points: Sequence[Point], experiment: Experiment) -> int:
+    """How many points the search is taken to be as long as; 0: nothing is searched."""
+    return USUAL_PROBES * len(searched_loads(points, experiment.search)) if experiment.search != "none" else 0
 
 
 def _without_impossible(runner: PointRunner, points: Sequence[Point]) -> tuple[list[Point], dict[Point, str]]:
