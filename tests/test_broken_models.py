@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -204,3 +206,15 @@ def test_an_answer_without_choices_is_an_error_that_says_so(loaded) -> None:
     assert output.finish_reason == "error" and "without choices" in (output.error or "")
     assert "without choices" in (served.cannot("multiple_choice") or "")
     server.close()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_ten_kills_at_random_moments_leave_the_same_table_and_no_document_answered_twice() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "evaluation_kills.py"
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "10", "--questions", "24"], capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("exit -9") == 10 and "NO" not in done.stdout
