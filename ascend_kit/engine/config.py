@@ -51,6 +51,7 @@ class EngineConfig:
     kv_cache_dtype: str = _default("kv_cache_dtype")
     head_dtype: str = _default("head_dtype")
     speculate: int = _default("speculate")
+    async_scheduling: bool | None = _default("async_scheduling")
     seed: int = _default("seed")
     cards: int = _default("cards")
     tensor_parallel: int = _default("tensor_parallel")
@@ -92,6 +93,16 @@ class EngineConfig:
     def replicas(self) -> int:
         """Copies of the model, each with its own slots and KV cache."""
         return self.cards // self.tensor_parallel
+
+    def why_synchronous(self, device_kind: str) -> str | None:
+        """Why no step is queued before the tokens of the one before it are read; None where that is done."""
+        if self.speculate:
+            return "speculate needs the token first"
+        if self.tensor_parallel > 1:
+            return "tensor_parallel: the other ranks need the token first"
+        if self.async_scheduling is None and device_kind == "cpu":
+            return "a CPU computes every step itself"
+        return "async_scheduling is false" if self.async_scheduling is False else None
 
     def identity(self) -> dict[str, Any]:
         """The part of an identity that stands for an engine and its configuration."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from ascend_kit.device.device import Device
+from ascend_kit.device.graph_inputs import GraphError
 from ascend_kit.device.graphs import memory_reserve
 from ascend_kit.device.ops import select_ops
 from ascend_kit.device.ops.reference import SCALE_BYTES
@@ -19,9 +22,9 @@ from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.loader import load_decoder
 from ascend_kit.engine.profile import Phase, profile_core
-from ascend_kit.engine.runner import ModelRunner
+from ascend_kit.engine.runner import Launched, ModelRunner
 from ascend_kit.engine.sampler import NOT_FINITE
-from ascend_kit.engine.scheduler import Scheduler, StepPace
+from ascend_kit.engine.scheduler import Pending, Scheduler, StepPace, StepPlan
 from ascend_kit.engine.sequence import RequestOutput, Sequence
 from ascend_kit.files import GIB
 from ascend_kit.model.config import DTYPES, ModelConfig
@@ -56,6 +59,15 @@ class Core(Protocol):
     def stats(self) -> dict[str, Any]: ...
     def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]: ...
     def close(self) -> None: ...
+
+
+@dataclass
+class Flight:
+    """A step that the device has and whose tokens are not read yet. Seconds of time.perf_counter()."""
+
+    plan: StepPlan
+    step: Launched
+    started_s: float
 
 
 class EngineCore:
@@ -125,9 +137,13 @@ class EngineCore:
         if settings.graph_mode:
             self.runner.enable_graphs(settings.decode_rows, settings.max_seq_length)
         self.sequences: dict[int, Sequence] = {}
-        names = ("steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens")
+        names = ("steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens",
+                 "async_steps")  # fmt: skip
         self.counts = dict.fromkeys(names, 0)  # decoded_tokens came of so many decodes of a sequence
         self._rounds: deque[tuple[float, list[tuple[Sequence, int]], list[Sequence]]] = deque()
+        self.is_async = settings.why_synchronous(device.kind) is None
+        self._flight: Flight | None = None
+        self._read_s = 0.0  # when tokens were last read
 
     def _pool_size(self, ranks_on_host: int) -> int:
         """Blocks in the pool: what all slots can use at most, within the memory given or found free; plus block 0."""
@@ -187,31 +203,56 @@ class EngineCore:
         return touched
 
     def _compute(self) -> None:
-        """Run one step on the device; what came of it waits in `_rounds`, a round for every token of a sequence."""
-        decoding = len(self.scheduler.running)
-        least_share = self.pace.least_share(decoding) if self.settings.speculate else 0.0
-        plan = self.scheduler.schedule(self.pace.prompt_tokens(), least_share)
-        if not plan.chunks:
-            return
-        started = time.perf_counter()
-        chunks = [(chunk, chunk.sequence) for chunk in plan.chunks if isinstance(chunk.sequence, Sequence)]
-        for _, sequence in chunks:
-            if sequence.timeline.scheduled_s is None:
-                sequence.timeline.scheduled_s = started
-        tokens = self.runner.execute(plan, self.config.eos_token_ids)
+        """Have the tokens of one step; what came of it waits in `_rounds`, a round for every token of a sequence.
+
+        With asynchronous scheduling the next step is queued before the tokens are read. The device computes in order:
+        blocks of a request that ended meanwhile may be given away while a step that still has it is under way. After an
+        error or an interrupt the same step is followed or planned again, with the same result.
+        """
+        flight = self._flight
+        if flight is not None and all(chunk.owner.is_finished for chunk in flight.plan.chunks):
+            flight = self._flight = None
+        if flight is None:
+            decoding = len(self.scheduler.running)
+            least_share = self.pace.least_share(decoding) if self.settings.speculate else 0.0
+            plan = self.scheduler.schedule(self.pace.prompt_tokens(), least_share)
+            if not plan.chunks:
+                return
+            flight = self._launch(plan)
+        plan = self.scheduler.follow(flight.plan) if self.is_async else None
+        following = None if plan is None else self._launch(plan, flight.step)
+        tokens = self.runner.read(flight.step)
+        self._flight = following
+        self.counts["async_steps"] += following is not None
+        self._settle(flight, tokens)
+
+    def _launch(self, plan: StepPlan, before: Launched | None = None) -> Flight:
+        started_s = time.perf_counter()
+        for chunk in plan.chunks:
+            timeline = chunk.owner.timeline
+            timeline.scheduled_s = started_s if timeline.scheduled_s is None else timeline.scheduled_s
+        return Flight(plan, self.runner.launch(plan, self.config.eos_token_ids, before), started_s)
+
+    def _settle(self, flight: Flight, tokens: dict[int, list[int]]) -> None:
+        """Take over what a step has computed for those that did not end while it was under way."""
+        plan, now = flight.plan, time.perf_counter()
         self.counts["steps"] += 1
-        now = time.perf_counter()
-        self.pace.observe(plan.num_decoding, plan.num_prompt_tokens, now - started, plan.num_guesses)
-        for place, (chunk, sequence) in enumerate(chunks):
+        took_s = now - max(flight.started_s, self._read_s)  # a step queued early starts when the one before it ends
+        self._read_s = now
+        self.pace.observe(plan.num_decoding, plan.num_prompt_tokens, took_s, plan.num_guesses)
+        chunks = [(place, chunk, chunk.owner) for place, chunk in enumerate(plan.chunks) if not chunk.owner.is_finished]
+        for place, chunk, sequence in chunks:
             sequence.num_computed = chunk.start + max(chunk.count, len(tokens.get(sequence.id, ())))
+            if isinstance(chunk.sequence, Pending):  # its last token was not known when it was planned
+                self.blocks.register(sequence, sequence.num_computed)
             if chunk.guess and sequence.lookup is not None:
                 sequence.lookup.learn(len(chunk.guess), len(tokens[sequence.id]) - 1)
             if place < plan.num_decoding:
                 self.counts["decodes"] += 1
                 self.counts["decoded_tokens"] += len(tokens[sequence.id])
-        ended = [sequence for chunk, sequence in chunks if sequence.is_scoring and chunk.reaches_end]
+        ended = [sequence for _, chunk, sequence in chunks if sequence.is_scoring and chunk.reaches_end]
         for number in range(max((len(given) for given in tokens.values()), default=1)):
-            given = [(sequence, tokens[sequence.id][number]) for _, sequence in chunks
+            given = [(sequence, tokens[sequence.id][number]) for _, _, sequence in chunks
                      if number < len(tokens.get(sequence.id, ()))]  # fmt: skip
             self._rounds.append((now, given, ended if number == 0 else []))
 
@@ -252,6 +293,10 @@ class EngineCore:
 
     def close(self) -> None:
         """Give the graphs' memory back and let other ranks of this model return from `serve_steps`."""
+        flight, self._flight = self._flight, None
+        if flight is not None:  # nothing may be freed under a step
+            with contextlib.suppress(GraphError):  # one that hangs was reported when it was read
+                self.runner.read(flight.step)
         if self.runner.graphs is not None:
             self.runner.graphs.close()
         if self.runner.channel is not None and self.decoder.parallel.rank == 0:

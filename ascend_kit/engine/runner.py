@@ -1,20 +1,25 @@
-"""Runs planned steps: builds the step's tensors, calls the model, reads back tokens or scores once a step."""
+"""Runs planned steps: builds the step's tensors, calls the model, reads back tokens or scores once a step.
+
+A step is launched and read apart, so that the next one may be queued before the tokens of this one are read.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascend_kit.device.device import Device, upload
-from ascend_kit.device.graphs import DecodeGraphs
+from ascend_kit.device.graphs import DecodeGraphs, wait_until
 from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.parallel import StepChannel
 from ascend_kit.engine.sampler import record_logprobs, sample
-from ascend_kit.engine.scheduler import Chunk, StepPlan
+from ascend_kit.engine.scheduler import Chunk, Pending, StepPlan
 from ascend_kit.engine.sequence import Sequence, TokenScore
 from ascend_kit.engine.speculation import Ahead
 from ascend_kit.model.decoder import Decoder
@@ -24,6 +29,17 @@ SCORED_ROWS = 256  # rows whose logits exist at once while scoring: 256 x 152k x
 
 
 HEADER = 5  # numbers before the lists of a message
+
+
+@dataclass
+class Launched:
+    """A step that was given to the device: who gets a token in it, and the tokens, int64 [R], there and on the host."""
+
+    sequences: list[Sequence | Ahead] = field(default_factory=list)
+    tokens: Tensor | None = None
+    host: Tensor | None = None  # page-locked; filled when `done` is over
+    done: Any = None  # event behind the copy; None on a CPU, where everything is done
+    timeout_s: float = math.inf
 
 
 class ModelRunner:
@@ -61,9 +77,13 @@ class ModelRunner:
         if self.device.kind != "cpu":
             self.graphs.capture()
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, list[int]]:
         """Run one step; the new tokens of each sequence that got some, by sequence id. Scores go to the sequences."""
+        return self.read(self.launch(plan, eos_ids))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, eos_ids: tuple[int, ...], before: Launched | None = None) -> Launched:
+        """Queue one step; `before` is the unread step that a plan of `Scheduler.follow` takes its tokens from."""
         if self._thread != threading.get_ident():  # a stream's thread
             self.device.make_current()
             self._thread = threading.get_ident()
@@ -80,8 +100,38 @@ class ModelRunner:
         )
         if self.channel is not None:
             self.channel.send(inputs.to_message())
-        logits = self._forward(inputs, wanted)
-        return {} if logits is None else self._read_tokens(logits, sampled, eos_ids)
+        logits = self._forward(inputs, wanted, None if before is None else self._unread_tokens(chunks, before))
+        if logits is None:
+            return Launched()
+        sequences = [chunk.sequence for chunk in sampled]
+        tokens = sample(logits, sequences, eos_ids, self.ops)
+        record_logprobs(logits, tokens, sequences)
+        if self.device.kind == "cpu":
+            return Launched(sequences, tokens, tokens)
+        # Copied now: a copy that starts when the tokens are read would wait for every step queued meanwhile.
+        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        done = self.device.backend.Event()
+        done.record()
+        timeout_s = self.graphs.timeout_s if inputs.in_graph and self.graphs is not None else math.inf
+        return Launched(sequences, tokens, host, done, timeout_s)
+
+    def read(self, step: Launched) -> dict[int, list[int]]:
+        """The tokens of a launched step, by sequence id: the step's one synchronisation with the device.
+
+        GraphHang when a recorded step does not end in time.
+        """
+        if step.done is not None:
+            wait_until(step.done.query, step.timeout_s, f"the step on {self.device.torch_device}")
+        found: dict[int, list[int]] = {}
+        for sequence, token in zip(step.sequences, [] if step.host is None else step.host.tolist(), strict=True):
+            written = found.setdefault(sequence.id, [])
+            if isinstance(sequence, Ahead) and not isinstance(sequence, Pending):
+                if written != sequence.guess:
+                    continue  # it follows a wrong guess
+                sequence.sequence.logprobs += sequence.logprobs
+            written.append(token)
+        return found
 
     @torch.inference_mode()
     def serve_steps(self) -> None:
@@ -91,15 +141,29 @@ class ModelRunner:
         while (message := channel.receive()) is not None:
             self._forward(StepInputs.from_message(message))
 
-    def _forward(self, inputs: StepInputs, wanted: list[Scored] | None = None) -> Tensor | None:
+    def _unread_tokens(self, chunks: list[Chunk], before: Launched) -> Tensor:
+        """Token ids [T], int32 on the device, of chunks that go on from `before`."""
+        assert before.tokens is not None
+        rows = [chunk.sequence.row for chunk in chunks if isinstance(chunk.sequence, Pending)]
+        same = rows == list(range(len(before.tokens)))
+        tokens = before.tokens if same else before.tokens.index_select(0, self._ints(rows, torch.int64))
+        return tokens.clamp(min=0).int()  # NOT_FINITE is no token; whoever reads it ends the request
+
+    def _forward(
+        self, inputs: StepInputs, wanted: list[Scored] | None = None, unread: Tensor | None = None
+    ) -> Tensor | None:
         """Logits [R, V] of the rows to sample, or None; scores `wanted` on the rank that has the sequences.
+
+        `unread`: the step's token ids on the device, where the host does not know them.
 
         Every rank runs the same products in the same order: their collectives pair up.
         """
         if inputs.in_graph and self.graphs is not None:
             # Host tensors: the graph copies all of them to its own buffers in one transfer.
-            return self.graphs.run(*inputs.tensors(torch.device("cpu"), self.block_size, self.mask))
+            token_ids, positions, meta = inputs.tensors(torch.device("cpu"), self.block_size, self.mask)
+            return self.graphs.run(token_ids if unread is None else unread, positions, meta)
         token_ids, positions, meta = inputs.tensors(self.device.torch_device, self.block_size, self.mask)
+        token_ids = token_ids if unread is None else unread
         read = inputs.read_rows()
         kept = self._ints(read, torch.int64) if len(read) < token_ids.shape[0] else None
         hidden = self.decoder(token_ids, positions, meta, self.caches, kept)
@@ -117,23 +181,6 @@ class ModelRunner:
 
     def _decode_step(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
         return self.decoder.logits(self.decoder(token_ids, positions, meta, self.caches))
-
-    def _read_tokens(self, logits: Tensor, chunks: list[Chunk], eos_ids: tuple[int, ...]) -> dict[int, list[int]]:
-        sequences = [chunk.sequence for chunk in chunks]
-        tokens = sample(logits, sequences, eos_ids, self.ops)
-        record_logprobs(logits, tokens, sequences)
-        if self.graphs is not None:
-            self.graphs.wait()  # turns a hanging replay into an error; the read below could not be interrupted
-        # The step's one synchronisation with the device.
-        found: dict[int, list[int]] = {}
-        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-            written = found.setdefault(sequence.id, [])
-            if isinstance(sequence, Ahead):
-                if written != sequence.guess:
-                    continue  # it follows a wrong guess
-                sequence.sequence.logprobs += sequence.logprobs
-            written.append(token)
-        return found
 
     def _score(self, logits: Tensor, rows: list[int], wanted: list[Scored]) -> None:
         """Log-probability of the tokens wanted at `rows` and the most probable ones, from float32 logits [rows, V]."""

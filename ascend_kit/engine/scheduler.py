@@ -17,6 +17,14 @@ WEIGHT = 0.5  # of the latest measurement in the running means
 LONG_PROMPT = 512  # tokens; a prompt with more to go leaves half of a step's prompt tokens to those behind it
 
 
+class Pending(Ahead):
+    """A sequence whose latest token no host has read yet: the device has it, in row `row` of the step before."""
+
+    def __init__(self, sequence: Sequence, row: int) -> None:
+        super().__init__(sequence, [0])  # stands for the token
+        self.row = row
+
+
 @dataclass
 class Chunk:
     """`count` tokens of one sequence from position `start`, and those that are guessed to follow."""
@@ -29,6 +37,11 @@ class Chunk:
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def owner(self) -> Sequence:
+        """The request that it is computed for."""
+        return self.sequence.sequence if isinstance(self.sequence, Ahead) else self.sequence
 
     @property
     def reaches_end(self) -> bool:
@@ -139,6 +152,30 @@ class Scheduler:
         if self.num_preemptions == preemptions:
             self._admit(plan, budget)
         return plan
+
+    def follow(self, plan: StepPlan) -> StepPlan | None:
+        """The decode step after `plan`, whose tokens are not read yet; None where it has to wait for them.
+
+        It has to while a prompt is under way or could start, where a choice depends on earlier tokens or the host reads
+        logits, and where blocks are missing. Who ends with the unread token because of a length is left out; who ends
+        for another reason is computed once more, for nothing.
+        """
+        alive = [(row, chunk.owner) for row, chunk in enumerate(plan.chunks) if not chunk.owner.is_finished]
+        is_admitting = self.waiting and len(self.running) < self.max_sequences
+        if is_admitting or not plan.is_decode or len(alive) < len(self.running):
+            return None
+        following = StepPlan()
+        for row, sequence in alive:
+            sampling, length = sequence.sampling, sequence.num_tokens + 1
+            if sampling.logprobs is not None or (sampling.repetition_penalty, sampling.presence_penalty) != (1.0, 0.0):
+                return None
+            if sequence.num_output_tokens + 1 >= sampling.max_new_tokens or length >= self.blocks.max_seq_length:
+                continue
+            if not self.blocks.grow(sequence, length):
+                return None
+            following.chunks.append(Chunk(Pending(sequence, row), length - 1, 1))
+        following.num_decoding = len(following.chunks)
+        return following if following.chunks and all(c.reaches_end for c in plan.chunks) else None
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting sequences, in order of arrival, while there are slots, tokens and blocks."""

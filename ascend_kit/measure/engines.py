@@ -173,7 +173,9 @@ class EngineBackend:
 
     def variant(self) -> dict[str, Any]:
         switches = {switch: getattr(self._experiment, switch) for switch in (*SWITCHES, *OPTIONS)}
+        why = self.engine.settings.why_synchronous(self.device.kind)
         switches |= {"plain_ops": self._experiment.plain_operators}
+        switches |= {"async_scheduling": "on" if why is None else f"off: {why}"}
         return {"precision": self._experiment.precision, "quantize": self._scheme, **switches}
 
     def stats(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ascend_kit.params.values import ParameterError
 OWN_SETTINGS = (
     "precision", "quantize", "use_model", "output_model", "cards", "tensor_parallel", "batch_size", "block_size",
     "max_tokens_per_step", "kv_cache_gib", "graph_mode", "operator_fusion", "memory_optimize", "plain_ops", "speculate",
-    "kv_cache_dtype", "head_dtype",
+    "kv_cache_dtype", "head_dtype", "async_scheduling",
 )  # fmt: skip
 TRANSFORMERS_SETTINGS = ("padding", "batching")  # besides these
 KINDS = ("ascend_kit", "transformers", "openai")

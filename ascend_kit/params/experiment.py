@@ -42,6 +42,7 @@ ENGINE_SWITCHES = (
     "kv_cache_dtype",
     "head_dtype",
     "speculate",
+    "async_scheduling",
     "cards",
     "tensor_parallel",
 )

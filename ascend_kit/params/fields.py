@@ -60,6 +60,9 @@ class StageParameters(ConversionParameters, RunParameters):
         "auto", description="a head tied to the embedding: in `precision`, or with it in W8A8 (cpu only)"
     )
     speculate: int = Field(0, ge=0, le=15, description="tokens guessed per step by prompt lookup; 0 = off, 4 is usual")
+    async_scheduling: bool | None = Field(
+        None, description="queue a step before the last tokens are read; None = on npu and cuda"
+    )
     graph_mode: bool = Field(True, description="captured or compiled decode step")
     operator_fusion: bool = Field(True, description="fused operator table against the plain one")
     memory_optimize: bool = Field(True, description="KV blocks on demand with prefix reuse against a reservation")

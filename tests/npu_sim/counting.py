@@ -67,9 +67,10 @@ def count_step(
     quantize: str = "none",
     graph_mode: bool = False,
     fused: bool = True,
+    async_scheduling: bool | None = None,
 ) -> StepCost:
     """Our engine's decode step at `context` tokens per sequence, in bf16, with int8 linears if `quantize`."""
-    options = (batch, context, quantize, graph_mode, fused)
+    options = (batch, context, quantize, graph_mode, fused, async_scheduling)
     counts, ratio = _run(sim, config, *options)
     shallow, _ = _run(sim, replace(config, num_layers=1), *options)
     kernels = sum(counts.kernels.values())
@@ -80,7 +81,14 @@ def count_step(
 
 
 def _run(
-    sim: Simulator, config: ModelConfig, batch: int, context: int, quantize: str, graph_mode: bool, fused: bool
+    sim: Simulator,
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    quantize: str,
+    graph_mode: bool,
+    fused: bool,
+    async_scheduling: bool | None,
 ) -> tuple[Counts, float]:
     with shapes_only(sim), mock.patch.object(loader, "open_checkpoint", lambda _: _checkpoint(config, quantize)):
         settings = EngineConfig(
@@ -89,6 +97,7 @@ def _run(
             batch_size=batch,
             graph_mode=graph_mode,
             operator_fusion=fused,
+            async_scheduling=async_scheduling,
             max_tokens_per_step=batch * context,  # all prompts in the first step
         )
         core = EngineCore(settings, config, select_device("npu"))
