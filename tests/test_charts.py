@@ -301,6 +301,29 @@ def test_tradeoff_of_many_lengths_has_a_small_panel_for_each():
     assert {text.get_text() for text in figure.axes[0].texts} == {"1", "16"}
 
 
+SEARCHED = (1, 2, 4, 8, 16, 32, 38, 45, 54, 59, 64, 76, 83, 91, 128, 181, 235, 256)
+
+
+@pytest.mark.parametrize("name", ["throughput", "latency", "tradeoff", "speedup", "break_even"])
+def test_no_two_numbers_touch_although_a_search_measured_loads_close_together(name):
+    lengths = ((32, 16), (128, 48))
+    rows = sweep_rows(lengths=lengths, variants=TWO_VARIANTS, concurrency=SEARCHED, repeats=1)
+    if name == "break_even":
+        figure = heat_map(rows.query("backend == 'ascend_kit'").assign(ratio=0.586), "ratio", "Speed", "times")
+    else:
+        figure = getattr(sweep_charts, name)(rows)
+    figure.canvas.draw()
+
+    for axes in figure.axes:
+        left, right = axes.bbox.intervalx
+        seen = [tick for tick in axes.get_xticklabels() if left <= sum(tick.get_window_extent().intervalx) / 2 <= right]
+        for texts in (seen, axes.texts):
+            boxes = [text.get_window_extent() for text in texts if text.get_text()]
+            touching = [(a, b) for number, a in enumerate(boxes) for b in boxes[:number] if a.overlaps(b)]
+            assert not touching
+        assert len(seen) >= 5
+
+
 def test_label_names_only_the_switches_that_differ():
     rows = sweep_rows(variants=({"graph_mode": True}, {"graph_mode": False}))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,7 @@ class Profiler:
         return summarize(spans, trace, is_nested=self.device.kind == "cpu")
 
     def _torch_session(self) -> Any:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else Kineto writes a line to stderr at each start and stop
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.kind == "cuda" else [])

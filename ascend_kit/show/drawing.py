@@ -34,6 +34,9 @@ LENGTHS = ["prompt_len", "output_len"]
 MOST_PANELS = 6  # of more lengths a heat map is drawn
 MOST_DIRECT_LABELS = 6
 RATIO_UNIT = "times (blue: above 1, red: below 1)"
+TICKS_IN_PANEL = 10  # numbers that fit side by side below a panel
+LABEL_WIDTH, LABEL_HEIGHT = 0.09, 0.07  # of a point's number, share of the panel
+LABELLED_BARS = 16  # of more in a panel the numbers above would touch
 LABEL_GAP = 0.075  # least distance of two labels at a line's end, share of the height
 # In the order in which they are looked for: Noto, Adobe, Linux, Windows, macOS.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
@@ -165,12 +168,27 @@ def limit_line(axes: Axes, rows: Table, column: str) -> None:
 
 
 def log2_axis(axes: Axes, values: Table) -> None:
-    ticks = sorted(values.unique())
+    """A logarithmic axis of the concurrencies measured; of those too close for their numbers one is named."""
+    measured = sorted(values.unique())
+    ticks, room = measured[:1], math.log2(measured[-1] * 1.6 / measured[0]) / TICKS_IN_PANEL
+    for value in measured[1:]:
+        if math.log2(value / ticks[-1]) >= room:
+            ticks.append(value)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
+    axes.set_xlim(measured[0] / 1.25, measured[-1] * 1.25)
     axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
+
+
+def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Sequence[str]) -> None:
+    """The text of each point below and to the right of it, but for those that would touch one written before."""
+    written: list[tuple[float, float]] = []
+    for (text, x, y), colour in zip(points, colours, strict=True):
+        across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+        if all(abs(across - a) > LABEL_WIDTH or abs(up - b) > LABEL_HEIGHT for a, b in written):
+            axes.annotate(text, (x, y), (8, -13), textcoords="offset points", color=colour)
+            written.append((across, up))
 
 
 def value_axis(axes: Axes, text: str, *, which: str = "y", log: bool | None = None, zero: bool = True) -> None:
@@ -213,7 +231,9 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
 
     groups = list(with_labels(rows).groupby("_label", sort=True))
     lengths = sorted(rows.groupby(LENGTHS).groups)
-    figure, grid = make_grid(1, len(groups), height=1.5 + 0.42 * len(lengths), width=5.6)
+    columns = max(part["concurrency"].nunique() for _, part in groups)
+    size = {"height": 1.5 + 0.42 * len(lengths), "width": max(5.6, 1.2 + 0.6 * columns)}
+    figure, grid = make_grid(1, len(groups), **size)
     most, least = rows[column].max() * factor, rows[column].min() * factor
     norm = Normalize(0, most if most > least else 2 * most)
     if good == "ratio":

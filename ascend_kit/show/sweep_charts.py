@@ -17,10 +17,12 @@ from ascend_kit.show.drawing import (
     DASHES,
     FONT,
     GREY,
+    LABELLED_BARS,
     LENGTHS,
     PALETTE,
     RATIO_UNIT,
     RED,
+    TICKS_IN_PANEL,
     config_labels,
     config_looks,
     finish,
@@ -28,6 +30,7 @@ from ascend_kit.show.drawing import (
     heat_map,
     is_many,
     known,
+    label_points,
     lengths_text,
     limit_line,
     log2_axis,
@@ -118,6 +121,8 @@ def tradeoff(rows: Table) -> Figure | None:
     figure, panels = make_panels(rows)
     looks = config_looks(config_labels(rows))
     for axes, part in panels:
+        named: list[tuple[str, float, float]] = []
+        colours: list[str] = []
         for label, rest in part.groupby("_label", sort=True):
             one = rest.groupby("concurrency")[["tpot_p50_ms", RATE]].median()
             (line,) = axes.plot(*one.T.to_numpy(), label=label, linewidth=1.8, **looks[label])
@@ -125,13 +130,12 @@ def tradeoff(rows: Table) -> Figure | None:
                 line,
                 [f"{label}, {c} in flight: {cell_text(y)} tokens/s, {cell_text(x)} ms" for c, (x, y) in one.iterrows()],
             )
-            for concurrency, (x, y) in (one.iloc[[0, -1]] if is_many(rows) else one).iterrows():  # room is short
-                axes.annotate(
-                    f"{concurrency}", (x, y), (8, -13), textcoords="offset points", color=looks[label]["color"]
-                )
+            named += [(f"{c}", x, y) for c, (x, y) in (one.iloc[[0, -1]] if is_many(rows) else one).iterrows()]
+            colours += [looks[label]["color"]] * (len(named) - len(colours))
         axes.margins(x=0.12, y=0.15)
         value_axis(axes, "output tokens/s")
         value_axis(axes, "median TPOT, ms", which="x")
+        label_points(axes, named, colours)
     return finish(figure, "Throughput against latency (numbers: requests in flight)", _best_each(rows, looks))
 
 
@@ -177,7 +181,8 @@ def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
                 axes, part[labels.loc[part.index] == name], loads, name, looks[name]["color"], place, len(names)
             )
         axes.axhline(1, color=BASELINES.get(baseline, GREY), linestyle="--", label=baseline)
-        axes.set_xticks(range(len(loads)), [str(c) for c in loads])
+        every = -(-len(loads) // TICKS_IN_PANEL)
+        axes.set_xticks(range(0, len(loads), every), [f"{c:,}" for c in loads[::every]])
         axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
         axes.margins(y=0.15)
         value_axis(axes, f"output tokens/s, multiple of {baseline}", log=False)
@@ -194,7 +199,8 @@ def _ratio_bars(axes: Axes, part: Table, loads: list, name: str, colour: str, pl
         (bar,) = axes.bar(left, middle, width * 0.92, color=colour, label=name)
         tip(bar, [f"{name}: {middle:.2f} times at {concurrency}"])
         axes.plot([left, left], [ratios.min(), ratios.max()], color="#222222", linewidth=1.5)
-        axes.annotate(f"{middle:.1f}x", (left, ratios.max()), (0, 3), textcoords="offset points", ha="center")
+        if len(loads) * count <= LABELLED_BARS:
+            axes.annotate(f"{middle:.1f}x", (left, ratios.max()), (0, 3), textcoords="offset points", ha="center")
 
 
 def request_timeline(requests: Table, max_requests: int = 64) -> Figure | None:
