@@ -6,7 +6,7 @@ import re
 import pandas
 import pytest
 
-from ascend_kit.show import explore
+from ascend_kit.show import explore, history
 from ascend_kit.show.explorer import Explorer
 from ascend_kit.stages import SCHEMA_VERSION
 
@@ -128,7 +128,7 @@ def test_wrong_documents_and_those_that_turned_over_are_found_and_searched(root)
 def test_a_run_whose_repeats_are_all_slower_than_before_is_a_regression_and_the_change_is_named(root):
     runs = explore.find_runs(root)
 
-    table = explore.history(runs.values())
+    table = history.history(runs.values())
     findings = explore.exploring_findings(explore.run_list(runs.values()), table)
 
     assert list(table["run"]) == ["e/old", "e/new"] and list(table["regression"]) == [None, True]
@@ -140,9 +140,9 @@ def test_equal_versions_with_overlapping_repeats_are_no_regression(tmp_path):
     write_run(tmp_path, "e/a", "2026-01-01", [point(900), point(1100, 1)])
     write_run(tmp_path, "e/b", "2026-01-02", [point(850), point(950, 1)])
 
-    table = explore.history(explore.find_runs(tmp_path).values())
+    table = history.history(explore.find_runs(tmp_path).values())
 
-    assert not table["regression"][1] and explore.history([]).empty
+    assert not table["regression"][1] and history.history([]).empty
 
 
 def test_history_joins_only_runs_of_equal_load_and_of_those_the_heaviest_that_most_share(tmp_path):
@@ -152,8 +152,8 @@ def test_history_joins_only_runs_of_equal_load_and_of_those_the_heaviest_that_mo
     write_run(tmp_path, "e/c", "2026-01-03", [point(400, **timed), point(310, 0, 1, **closed, shared_prefix=0.5)])
     write_run(tmp_path, "e/d", "2026-01-04", [point(100, **timed, seed=7)])  # other lengths and arrivals
 
-    table = explore.history(explore.find_runs(tmp_path).values())
-    figure = explore.history_chart(table)
+    table = history.history(explore.find_runs(tmp_path).values())
+    figure = history.history_chart(table)
 
     lines = table[["series", "at", "run", "tokens/s", "regression"]].values.tolist()
     poisson, alone = "poisson 2 requests/s, prompt 64, output 32", "concurrency 1, prompt 64, output 32"

@@ -1,4 +1,4 @@
-"""Any other task of lm-eval, and plain texts for perplexity: from local files, or from the hub where that is allowed.
+"""Any other task of lm-eval: from local files, or from the hub where that is allowed.
 
 A local copy is a folder named like the hub's data set (gsm8k/ for openai/gsm8k), with a file for each split.
 """
@@ -31,7 +31,8 @@ from ascend_kit.evaluation.datasets import (
 )
 from ascend_kit.evaluation.files import SPLITS, DataError, plain_name, set_files, set_folders, subject_key
 from ascend_kit.evaluation.rows import csv_columns
-from ascend_kit.files import one_line, require_regular
+from ascend_kit.evaluation.text_task import TEXT, text_task
+from ascend_kit.files import one_line
 from ascend_kit.identity import hash_value
 from ascend_kit.messages import did_you_mean
 from ascend_kit.params import Experiment
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
 
-TEXT = "text:"
-PAGE_CHARACTERS = 8000  # a text is cut between paragraphs into pages of about this length
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json"}
 SPLIT_KEYS = ("test_split", "validation_split", "training_split", "fewshot_split")
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -89,62 +88,6 @@ class OtherTask(LocalTask):
         if copies:
             settings = settings | {"dataset_path": "parquet", "dataset_kwargs": {"data_files": copies}}
         return {"include": str(self.packaged_yaml), "task": self.task, **settings}
-
-
-@dataclass(frozen=True)
-class TextTask(LocalTask):
-    """A plain text, scored page by page as lm-eval scores WikiText."""
-
-    def config(self, folder: Path) -> dict[str, Any]:
-        """What the task's YAML file says."""
-        metrics = [{"metric": name, "aggregation": "weighted_perplexity"} for name in self.metrics[:2]]
-        return {
-            **self.data_settings(folder),
-            "task": self.task,
-            "output_type": "loglikelihood_rolling",
-            "test_split": "test",
-            "doc_to_text": "",
-            "doc_to_target": "{{page}}",
-            "metric_list": [*metrics, {"metric": self.metrics[2], "aggregation": "bits_per_byte"}],
-            "metadata": {"version": self.version},
-        }
-
-
-def text_task(name: str) -> TextTask:
-    """The task `text:<file>`; DataError where the file is no UTF-8 text."""
-    path = Path(name.removeprefix(TEXT)).expanduser()
-    try:
-        require_regular(path)
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})") from None
-    pages = list(_pages(text))
-    if not pages:
-        raise DataError(f"{name}: holds no text")
-    plain = "text_" + re.sub(r"\W+", "_", path.stem)
-    return TextTask(
-        task=plain,
-        set_name=plain,
-        packaged_yaml=path,
-        files={"test": (path,)},
-        rows={"test": [{"page": page} for page in pages]},
-        eval_split="test",
-        num_fewshot=0,
-        output_type="loglikelihood_rolling",
-        metrics=("word_perplexity", "byte_perplexity", "bits_per_byte"),
-        version=1.0,
-    )
-
-
-def _pages(text: str) -> Iterator[str]:
-    page = ""
-    for paragraph in text.split("\n\n"):
-        page = f"{page}\n\n{paragraph}" if page else paragraph
-        if len(page) >= PAGE_CHARACTERS:
-            yield page
-            page = ""
-    if page.strip():
-        yield page
 
 
 def check_data(experiment: Experiment) -> list[LocalTask]:

@@ -1,10 +1,9 @@
-"""What runs hold, for looking around in it: a list of runs, points, requests, documents, history. Reads files only."""
+"""What runs hold, for looking around in it: a list of runs, points, requests, documents. Reads files only."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,8 @@ from ascend_kit.evaluation.compare import pair_documents
 from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.evaluation.scores import load_scores
 from ascend_kit.files import GIB, Table
-from ascend_kit.identity import MUST_AGREE, Identity, hash_value
 from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
-from ascend_kit.measure.rows import Point, key_of, load_rows
+from ascend_kit.measure.rows import load_rows
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
@@ -23,7 +21,6 @@ from ascend_kit.show.drawing import (
     GREY,
     LENGTHS,
     PALETTE,
-    RED,
     config_looks,
     finish,
     finished_rows,
@@ -59,7 +56,6 @@ AXES = {
 MORE_IS_BETTER = ("output tokens/s", "requests/s", "goodput, requests/s", "share of the ceiling", "MBU", "MFU")
 CEILING = "ceiling_tokens_per_s"
 EXPLORING = "07_explore"
-LEAST_CHANGE = 0.03  # a rate that fell by less is no regression, whatever its repeats say
 VEGA_LITE = "application/vnd.vegalite.v5+json"  # JupyterLab draws it by itself, offline, with hover and zoom
 
 
@@ -297,98 +293,6 @@ def _letter(row: dict[str, Any], value: Any) -> str:
     values, are_places = value if isinstance(value, list) else [value], row.get("choice_logprobs") is not None
     texts = ("" if one is None else str(one) for one in values)
     return ", ".join(chr(65 + int(text)) if are_places and text.isdecimal() else text for text in texts)
-
-
-# --- history ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Repeated:
-    """What one run measured of one load under one engine."""
-
-    run: Run
-    record: RunRecord
-    identity: Identity
-    at: str
-    rates: list[float] = field(default_factory=list)
-
-
-def history(runs: Iterable[Run]) -> Table:
-    """The same load on the same engine over versions of CANN, driver, torch_npu and this package, oldest first.
-
-    A series holds runs whose load and whose identity agree, see MUST_AGREE; of the loads that the same runs share it
-    is the heaviest. `change, %` compares with the run before; `regression` says that all repeats are slower than all
-    of that run's, by more than 3 %.
-    """
-    import pandas
-
-    found: dict[tuple[str, tuple], dict[str, Repeated]] = {}
-    for run in runs:
-        record, known_ids = RunRecord.read(run.folder.path), run.folder.identities()
-        engines = {name: (one, _history_key(one)) for name, one in known_ids.items()}
-        for row in run.sweep:
-            if row.get("identity") in engines:
-                identity, key = engines[row["identity"]]
-                point = Point(*key_of(row))
-                entry = Repeated(run, record, identity, point.place)
-                load = (point.concurrency, point.prompt_len, point.output_len, repr(point.load_parts))
-                found.setdefault((key, load), {}).setdefault(run.name, entry).rates.append(row[RATE])
-    lines: list[dict[str, Any]] = []
-    told: set[tuple[str, str]] = set()
-    for (key, _), entries in sorted(found.items(), key=lambda item: (len(item[1]), item[0][1]), reverse=True):
-        names = {(key, name) for name in entries}
-        if len(entries) > 1 and names - told:
-            told |= names
-            ordered = sorted(entries.values(), key=lambda entry: entry.record.created or "")
-            series = len({line["series"] for line in lines}) + 1
-            lines += [
-                {"series": series, **_line_of_history(now, before)}
-                for before, now in zip([None, *ordered], ordered, strict=False)
-            ]
-    return pandas.DataFrame(lines)
-
-
-def _history_key(identity: Identity) -> str:
-    return hash_value([getattr(identity, part) for part, uses in MUST_AGREE.items() if "history" in uses])
-
-
-def _line_of_history(now: Repeated, before: Repeated | None) -> dict[str, Any]:
-    row = {
-        "at": now.at,
-        "run": now.run.name,
-        "created": (now.record.created or "")[:16].replace("T", " "),
-        "tokens/s": statistics.fmean(now.rates),
-    }
-    if before is None:
-        return row | {"change, %": None, "regression": None, "what changed": ""}
-    change = row["tokens/s"] / statistics.fmean(before.rates) - 1
-    commits = [str(one.record.source.get("commit"))[:10] for one in (before, now)]
-    changed = before.identity.differences(now.identity, "line")
-    changed += [f"commit: {commits[0]} -> {commits[1]}"] if commits[0] != commits[1] else []
-    is_slower = change < -LEAST_CHANGE and max(now.rates) < min(before.rates)
-    return row | {"change, %": 100 * change, "regression": is_slower, "what changed": "; ".join(changed)}
-
-
-def history_chart(table: Table) -> Figure | None:
-    """Output tokens/s of each run of a series, oldest first; regressions are red crosses."""
-    if len(table) < 2:
-        return None
-    figure, ((axes,),) = make_grid(1, 1, height=3.6, width=8)
-    names = table["series"].astype(str) + ": " + table["at"]
-    looks = config_looks(names)
-    for name, part in table.groupby(names, sort=True):
-        places = range(1, len(part) + 1)
-        (line,) = axes.plot(places, part["tokens/s"], label=name, **looks[name])
-        tip(line, [f"{row['run']}: {cell_text(row['tokens/s'])}" for row in part.to_dict("records")])
-        slower = [
-            (x, row["tokens/s"]) for x, row in zip(places, part.to_dict("records"), strict=True) if row["regression"]
-        ]
-        for x, y in slower:
-            axes.plot(x, y, "x", color=RED, markersize=14, markeredgewidth=3, label="regression")
-    axes.set_xticks(range(1, table.groupby("series").size().max() + 1))
-    axes.set_xlabel("run of the series, oldest first", fontsize=FONT)
-    value_axis(axes, "output tokens/s", log=False)
-    return finish(figure, "History", f"{int(table['regression'].eq(True).sum())} regressions")
 
 
 def exploring_findings(listed: Table, table: Table) -> list[Finding]:

@@ -16,7 +16,7 @@ from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.files import Table
 from ascend_kit.messages import phrase, translate
 from ascend_kit.results import RunFolder
-from ascend_kit.show import charts, explore, sweep_charts, tables
+from ascend_kit.show import charts, explore, history, sweep_charts, tables
 from ascend_kit.show.profiles import operator_table, profile_figure
 from ascend_kit.show.progress import in_browser
 
@@ -165,8 +165,8 @@ class Explorer:
         """The table of repeated runs with regressions marked, after its figure; over all runs, not only the chosen."""
         from IPython.display import display
 
-        table = explore.history(self.every.values())
-        figure = self._keep("history", explore.history_chart(table), "Output tokens per second over versions")
+        table = history.history(self.every.values())
+        figure = self._keep("history", history.history_chart(table), "Output tokens per second over versions")
         display(*filter(None, [tables.readable(table, keys=2) if len(table) else None, figure]))
         return table
 
