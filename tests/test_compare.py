@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from chinese_text import english_in
 
@@ -588,7 +589,21 @@ def test_overlapping_speeds_and_short_answers_are_cautions(tmp_path: Path) -> No
 
     assert answer_length_ratio(base, other) == pytest.approx(0.8)
     assert found.best == "e/other" and len(found.cautions) == 2
-    assert "overlap" in found.cautions[0] and "80 % of the baseline's length" in found.cautions[1]
+    overlap, short = map(str, found.cautions)
+    assert "overlap" in overlap and "80 % of the baseline's length" in short
+
+
+def test_the_first_caution_of_a_verdict_names_the_runs_measured_on_a_busy_machine(tmp_path: Path) -> None:
+    base = make_run(tmp_path, "base", {"mmlu": answers(3000)}, rates=[100.0, 130.0])
+    other = make_run(tmp_path, "other", {"mmlu": answers(3000)}, rates=[120.0])
+    busy = {"device_kind": "cpu", "cpu_cores": 2, "own_cpu_cores": 0.9, "other_cpu_cores": 1.1}
+    other.folder.append("rows", sweep_row(125.0, 1, **busy))
+
+    found = Comparison([base, other], baseline=base).verdict
+    first = next(one for one in comparison_findings(found, pandas.DataFrame()) if one.level == "caution")
+
+    assert first.key == "sweep.disturbed" and "1.1 of 2 cores during one measurement" in str(first)
+    assert "e/other 4/64/32 (" in str(first) and "overlap" in str(found.cautions[1])
 
 
 def test_a_run_that_its_sequential_test_stopped_is_named_with_that_verdict(tmp_path: Path) -> None:
@@ -599,7 +614,7 @@ def test_a_run_that_its_sequential_test_stopped_is_named_with_that_verdict(tmp_p
 
     (caution,) = Comparison([base, other]).verdict.cautions
 
-    assert "e/other was stopped by its sequential test after 480 documents (within margin against base)" in caution
+    assert "e/other was stopped by its sequential test after 480 documents (within margin against base)" in str(caution)
 
 
 def test_the_plainest_run_is_the_baseline(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ascend_kit.device import power
+from ascend_kit.device import power, processor_time
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
 from ascend_kit.identity import Identity
 from ascend_kit.measure import engines, sweep
@@ -66,6 +66,7 @@ class StandInEngine:
         self.num_loads = 0
         self.config, self.device, self.max_seq_length = CONFIG, StandInDevice(), 512
         self.model_path = None
+        self.settings = SimpleNamespace(why_synchronous=lambda kind: "a stand-in")
         self.slots, self.break_on, self.short_on, self.step_s = slots, set(break_on), set(short_on), step_s
         self.sequences, self.prompts, self.most_in_flight, self.cancelled = {}, [], 0, []
 
@@ -136,7 +137,8 @@ def opened(experiment):
         yield folder
 
 
-def test_sweep_writes_one_row_per_point_with_units_and_raw_requests(tmp_path):
+def test_sweep_writes_one_row_per_point_with_units_and_raw_requests(tmp_path, monkeypatch):
+    monkeypatch.setattr(processor_time, "SHORTEST_S", 0.0)
     experiment = experiment_for(tmp_path, sweep_repeats=2)
     with opened(experiment) as folder:
         rows = sweep.run_sweep(StandInEngine(step_s=0.001), experiment, folder, ceilings=CEILINGS)
@@ -149,6 +151,8 @@ def test_sweep_writes_one_row_per_point_with_units_and_raw_requests(tmp_path):
     assert rows[["ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms", "e2e_p90_ms", "output_tokens_per_s"]].notna().all(None)
     assert (rows["peak_memory_bytes"] == 12345).all() and (rows["weight_bytes"] == 4000).all()
     assert (rows["decode_floor_ms"] > 0).all() and (rows["ceiling_tokens_per_s"] > 0).all()
+    if sys.platform == "linux":
+        assert (rows["own_cpu_cores"] >= 0).all() and (rows["other_cpu_cores"] >= 0).all()
     joined = rows.merge(requests, on="point_id")
     assert len(joined) == 8 * 4
     assert all(len(times) == 4 for times in requests["token_times_s"])

@@ -27,6 +27,8 @@ from ascend_kit.evaluation.paired import accuracy_interval
 from ascend_kit.evaluation.runs import LAYOUT, POINT, RATE, Point, Run, pick_baseline, pick_point
 from ascend_kit.files import Table
 from ascend_kit.measure.answers import asked_answers
+from ascend_kit.measure.disturbed import disturbance
+from ascend_kit.messages import Finding, say
 from ascend_kit.params import ENGINE_SWITCHES
 
 SHORTEST_ANSWERS = 0.9  # MLPerf: at least 90 % of the reference's generated tokens
@@ -49,7 +51,7 @@ class Verdict:
     baseline: str
     text: str
     table: Table
-    cautions: list[str] = field(default_factory=list)
+    cautions: list[Finding] = field(default_factory=list)
 
 
 class Comparison:
@@ -212,8 +214,8 @@ class Comparison:
             "qualifies": overall["outcome"] == "within margin" and not (lost or pairs.refused or alarms),
         }
 
-    def _cautions(self, best: Row) -> list[str]:
-        found = []
+    def _cautions(self, best: Row) -> list[Finding]:
+        found = list[str]()
         if best["run"] != self.baseline.name:
             low = self._rows[best["run"]].get(f"{RATE}_low")
             high = self._rows[self.baseline.name].get(f"{RATE}_high")
@@ -236,7 +238,8 @@ class Comparison:
                     f"{run.name} writes answers of {100 * share:.0f} % of the baseline's length (MLPerf asks for "
                     "90 %): it may be stopping early"
                 )
-        return found
+        busy = disturbance((run.name, row) for run in self.runs for row in run.sweep)
+        return busy + [say("text", "caution", text=f"{text}.") for text in found]
 
 
 def answer_length_ratio(baseline: Run, candidate: Run) -> float | None:

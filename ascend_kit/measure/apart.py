@@ -86,6 +86,9 @@ class BackendElsewhere:
     def stats(self) -> dict[str, Any]:
         return self._start().call("stats")
 
+    def pids(self) -> Sequence[int] | None:
+        return ()
+
     def variant(self) -> dict[str, Any]:
         return self._start().call("variant")
 

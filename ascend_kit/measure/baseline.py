@@ -114,6 +114,9 @@ class TransformersBackend:
     def stats(self) -> dict[str, Any]:
         return {}
 
+    def pids(self) -> Sequence[int] | None:
+        return ()
+
     def variant(self) -> dict[str, Any]:
         return {"precision": self.precision, "quantize": "none", **dict.fromkeys(SWITCHES, False)}
 

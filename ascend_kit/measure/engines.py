@@ -98,6 +98,10 @@ class Backend(Protocol):
         """Counters and, under `replicas`, a row for each, as the engine's `stats` gives them; {} without such."""
         ...
 
+    def pids(self) -> Sequence[int] | None:
+        """Processes of its own that this one has not started; None where they are not known or not on this machine."""
+        ...
+
     def variant(self) -> dict[str, Any]:
         """Switches that tell this configuration from another, as plain values for a row."""
         ...
@@ -181,6 +185,10 @@ class EngineBackend:
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()
 
+    def pids(self) -> Sequence[int] | None:
+        replicas = self.stats().get("replicas", [])
+        return [pid for row in replicas for pid in row["pids"]] if are_here(replicas) else None
+
     def weight_bytes(self) -> int:
         return int(self.engine.stats()["weight_bytes"])
 
@@ -209,11 +217,16 @@ def watched_cards(backend: Backend, experiment: Experiment) -> list[int]:
     """The cards that a backend computes on, as their maker's tool numbers them; empty where they are elsewhere."""
     kind, first = backend.device.kind, resolve_device(experiment.device, experiment.device_id)[1]
     replicas = backend.stats().get("replicas", [])
-    if {host for row in replicas for host in row["hosts"]} - {own_address(), "127.0.0.1"}:
+    if not are_here(replicas):
         return []
     if backend.cards > 1 and replicas:  # Ray has given them out by the tool's numbers
         return sorted({int(name.split()[-1]) for row in replicas for name in row["card_names"]})
     return physical_cards(kind, range(first, first + backend.cards), os.environ)
+
+
+def are_here(replicas: Sequence[dict[str, Any]]) -> bool:
+    """Whether every process of the replicas, as `stats` gives them, is on this machine."""
+    return not {host for row in replicas for host in row["hosts"]} - {own_address(), "127.0.0.1"}
 
 
 def quantize_scheme(folder: str | Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.device.power import PowerMeter
+from ascend_kit.device.processor_time import ProcessorMeter
 from ascend_kit.measure import metrics
 from ascend_kit.measure.cards import CardMeter
 from ascend_kit.measure.engines import Backend, reckon_weight_bytes, watched_cards
@@ -204,7 +205,8 @@ class PointRunner:
         device = self.backend.device
         device.synchronize()
         before, meter = self.backend.stats(), CardMeter(self.backend)
-        with PowerMeter(device.kind, watched_cards(self.backend, self.experiment)) as power:
+        watched = PowerMeter(device.kind, watched_cards(self.backend, self.experiment))
+        with ProcessorMeter(self.backend.pids()) as processors, watched as power:
             records = self.backend.run(requests, point.concurrency, on_done=_Seconds(len(requests), on_share))
         cards, observed = meter.rows(), self.backend.observed()
         # Before the row: a row without its raw samples would be worse than the reverse.
@@ -221,6 +223,7 @@ class PointRunner:
             "weight_bytes": self.backend.weight_bytes(),
             "peak_memory_bytes": device.peak_memory_bytes(),
             **power.columns(sum(record.num_output_tokens for record in records)),
+            **processors.columns(),
         }
 
     def _append(self, table: str, rows: list[dict[str, Any]]) -> None:

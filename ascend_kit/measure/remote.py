@@ -143,6 +143,9 @@ class EndpointBackend:
     def stats(self) -> dict[str, Any]:
         return {}
 
+    def pids(self) -> Sequence[int] | None:
+        return None if self._process is None else ()  # a server that others started may be here
+
     def variant(self) -> dict[str, Any]:
         return {"precision": self.precision, "quantize": self.spec.quantize, **dict.fromkeys(SWITCHES)}
 

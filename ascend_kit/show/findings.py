@@ -66,6 +66,7 @@ def conversion_findings(manifest: dict[str, Any], conversion: dict[str, Any]) ->
 
 def sweep_findings(rows: Table) -> list[Finding]:
     """Best point of each engine and layout, distance from the ceiling, gain over the baseline, and what failed."""
+    from ascend_kit.measure.disturbed import disturbance
     from ascend_kit.measure.rows import failed_points
 
     if rows.empty:
@@ -74,6 +75,7 @@ def sweep_findings(rows: Table) -> list[Finding]:
     done = done.assign(engine=config_labels(done))
     found = [_best_point(name, group) for name, group in done.groupby("engine", sort=False)]
     found += _gain(done)
+    found += disturbance((row["engine"], row) for row in done.to_dict("records"))
     if "prefix_hit_rate" in done and (done["prefix_hit_rate"].fillna(0) > HIT_RATE_WORTH_A_WORD).any():
         found.append(say("sweep.prefix_hits", "caution", share=float(done["prefix_hit_rate"].max())))
     if "num_preemptions" in done and done["num_preemptions"].fillna(0).sum() > 0:
@@ -193,7 +195,7 @@ def comparison_findings(decision: Verdict, perplexity: Table) -> list[Finding]:
     values = {"best": decision.best, "baseline": decision.baseline, "runs": runs}
     found = [_verdict(decision, line, values) for line in lines[:1]]
     found += [say("text", text=line) for line in lines[1:]]
-    found += [say("text", "caution", text=f"{text}.") for text in decision.cautions]
+    found += decision.cautions
     return found + [
         say("compare.bits_per_byte", candidate=row.candidate, baseline=row.baseline, outcome=row.outcome,
             candidate_bits=float(row.candidate_bits_per_byte), baseline_bits=float(row.baseline_bits_per_byte))

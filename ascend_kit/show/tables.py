@@ -32,7 +32,15 @@ SWEEP = [
     *("backend", "concurrency", "prompt_len", "output_len", "output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"),
     *("ceiling_share", "repeat", "cards", "tensor_parallel", "itl_p99_ms", "e2e_p99_ms", "requests_per_s"),
     *("goodput_requests_per_s", "mbu", "mfu", "kv_use_max", "running_mean", "waiting_mean", "prefix_hit_rate"),
-    *("num_preemptions", "tokens_per_step", "energy_j_per_output_token", "power_w", "status", "error"),
+    *(
+        "num_preemptions",
+        "tokens_per_step",
+        "energy_j_per_output_token",
+        "power_w",
+        "other_cpu_cores",
+        "status",
+        "error",
+    ),
 ]
 EXPECTED = [
     *("cards", "tensor_parallel", "concurrency", "prompt_len", "output_len", "decode_floor_ms", "prefill_floor_ms"),

@@ -1,0 +1,36 @@
+"""Which measurements other processes of the machine may have slowed, as a caution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ascend_kit.device.processor_time import COLUMNS
+from ascend_kit.messages import Finding, say
+
+# Of the cores. An engine on a CPU loses at least the share that others take (numbers in the README), and an eighth of
+# two cores is over half a second twelve ticks of the kernel's counters: far from their rounding.
+SHARE = 1 / 8
+MOST_NAMES = 6
+
+
+def is_disturbed(row: dict[str, Any]) -> bool:
+    """Whether others took more than `SHARE` of the cores. Beside a card they cost nothing while cores are idle: there
+    only where less than that share was left, too. False where it was not counted."""
+    cores, own, other = (row.get(name) or 0 for name in COLUMNS)
+    return other > SHARE * cores and (row.get("device_kind") == "cpu" or own + other > (1 - SHARE) * cores)
+
+
+def disturbance(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Finding]:
+    """A caution that names the points, the worst first, each with the name given for its row; nothing without any."""
+    found = [(name, row) for name, row in rows if row.get("status") == "ok" and is_disturbed(row)]
+    if not found:
+        return []
+    found.sort(key=lambda named: -named[1]["other_cpu_cores"])
+    points = list(dict.fromkeys(
+        f"{name} {row['concurrency']:g}/{row['prompt_len']:g}/{row['output_len']:g}" for name, row in found
+    ))  # fmt: skip
+    worst = found[0][1]
+    return [say("sweep.disturbed", "caution", count=len(found), most=float(worst["other_cpu_cores"]),
+                cores=int(worst["cpu_cores"]),
+                points=", ".join(points[:MOST_NAMES]) + (" …" if len(points) > MOST_NAMES else ""))]  # fmt: skip
