@@ -109,8 +109,19 @@ def test_an_ablation_gives_each_step_and_the_whole_with_intervals():
     assert [one["variant"] for one in found] == list(rates)
     assert [one["gain"] for one in found] == pytest.approx([1.0, 2.0, 1.5])
     assert found[-1]["total"] == pytest.approx(3.0) and found[1]["gain_low"] < 2.0 < found[1]["gain_high"]
-    assert steps.waterfall(pandas.DataFrame(rows), list(rates)) is not None
     assert steps.waterfall(pandas.DataFrame(rows), []) is None
+
+
+def test_a_waterfall_is_linear_and_its_texts_stay_within_the_panel():
+    rates = {"padded": [10, 11, 9], "continuous_batching": [200, 900, 100], "graphs": [3000, 900, 2700]}
+    rows = [row(rate, backend=name, repeat=n) for name, own in rates.items() for n, rate in enumerate(own)]
+
+    figure = steps.waterfall(pandas.DataFrame(rows), list(rates))
+    figure.canvas.draw()
+
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "linear" and axes.get_xlim()[0] == 0
+    assert all(text.get_window_extent().x1 <= axes.bbox.x1 for text in axes.texts)
 
 
 def test_int8_pays_from_the_concurrency_on_after_which_it_is_never_slower():

@@ -55,8 +55,8 @@ def waterfall(rows: pandas.DataFrame, variants: Sequence[str]) -> Figure | None:
             before = rate
         axes.set_yticks(range(len(steps)), [row["variant"].replace("_", " ") for row in steps])
         axes.invert_yaxis()
-        value_axis(axes, "output tokens/s", which="x")
-        axes.set_xlim(0, 1.4 * max(row["high"] or row["output_tokens_per_s"] for row in steps))
+        value_axis(axes, "output tokens/s", which="x", log=False)  # what a step adds is a length: no logarithm
+        axes.set_xlim(0, 1.55 * max(row["high"] or row["output_tokens_per_s"] for row in steps))  # room for the text
         axes.set_title(f"concurrency {concurrency:.0f}, prompt {prompt:.0f}, output {output:.0f}", fontsize=9)
     return finish(figure, "What each step gave", legend=False)
 
