@@ -12,6 +12,8 @@ from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.engine import runner as runner_module
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.sampler import NOT_FINITE
+from ascend_kit.measure.engines import EngineBackend
+from ascend_kit.params import build_experiment
 
 LENGTHS = (3, 20, 50, 33, 7, 90)
 
@@ -241,3 +243,16 @@ def test_the_row_says_why_steps_wait_for_tokens():
     assert why("npu", async_scheduling=False) == "async_scheduling is false"
     assert why("npu", async_scheduling=True, speculate=4) == "speculate needs the token first"
     assert "tensor_parallel" in why("npu", cards=2, tensor_parallel=2)
+
+
+def test_a_row_of_a_sweep_says_whether_steps_waited_and_why(tiny_qwen3_dir):
+    def said(**changes):
+        experiment = build_experiment({
+            "input_model": str(tiny_qwen3_dir), "use_model": "source", "precision": "fp32", "device": "cpu",
+            "max_seq_length": 128, **changes,
+        })  # fmt: skip
+        backend = EngineBackend(AscendInferEngine.from_experiment(experiment), experiment, "ours")
+        return backend.variant()["async_scheduling"]
+
+    assert said() == "off: a CPU computes every step itself" and said(async_scheduling=True) == "on"
+    assert said(async_scheduling=True, speculate=4) == "off: speculate needs the token first"
