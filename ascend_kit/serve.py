@@ -15,6 +15,8 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -26,11 +28,8 @@ from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import SamplingParams, Sequence
 
 Json = dict[str, Any]
-MAX_BODY_BYTES = 64 << 20
-SAME_NAMES = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed", "ignore_eos", "stop",
-    "logprobs",
-)  # fmt: skip
+Sampling = SamplingParams | None  # None: no token is asked for
+SAME_NAMES = [field.name for field in fields(SamplingParams)]  # as clients call them, too, but for the two lengths
 # What would change the answer and is not done here; the value is the one that asks for nothing.
 NOT_DONE: Json = {"n": 1, "best_of": 1, "suffix": None, "frequency_penalty": 0, "logit_bias": None, "tools": None}
 
@@ -56,8 +55,7 @@ class EngineThread(threading.Thread):
         """Step while there is work, until None is called."""
         while True:
             while not self.engine.has_unfinished or not self.calls.empty():
-                call = self.calls.get()
-                if call is None:
+                if not (call := self.calls.get()):
                     return
                 call()
             try:
@@ -66,7 +64,7 @@ class EngineThread(threading.Thread):
                 for tell in list(self.open):
                     tell(error)
 
-    async def follow(self, ids: list[int], sampling: SamplingParams | None) -> AsyncIterator[Step]:
+    async def follow(self, ids: list[int], sampling: Sampling) -> AsyncIterator[Step]:
         """Each step of a request; without `sampling` the prompt's tokens are scored after one another.
 
         Leaving early cancels the request. An error of the request or the engine is raised.
@@ -76,8 +74,8 @@ class EngineThread(threading.Thread):
         put: Callable[[Step | BaseException], object] = partial(loop.call_soon_threadsafe, queue.put_nowait)
 
         def on_step(sequence: Sequence) -> None:
-            new = "" if sequence.is_scoring else pieces.new(sequence)
-            put(Step(sequence, new, sequence.finish_reason, sequence.num_output_tokens))
+            step = Step(sequence, pieces.new(sequence), sequence.finish_reason, sequence.num_output_tokens)
+            put(ValueError(sequence.error) if sequence.error else step)
 
         def start() -> None:
             add = self.engine.add_scored if sampling is None else partial(self.engine.add_request, sampling=sampling)
@@ -95,13 +93,10 @@ class EngineThread(threading.Thread):
                 if isinstance(step, BaseException):
                     raise step
                 reason = step.finish_reason
-                if step.sequence.error:
-                    raise ValueError(step.sequence.error)
                 yield step
         finally:
             self.open.discard(put)
-            if reason is None:
-                self.calls.put(lambda: [self.engine.cancel(number) for number in numbers])
+            self.calls.put(lambda: [self.engine.cancel(number) for number in numbers])  # nothing when it has ended
 
 
 class Server:
@@ -112,11 +107,10 @@ class Server:
 
     def application(self) -> web.Application:
         """The aiohttp application, over a loaded engine."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app = web.Application(client_max_size=64 << 20)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_get("/v1/models", self.models)
-        app.router.add_post("/v1/completions", partial(self.complete, is_chat=False))
-        app.router.add_post("/v1/chat/completions", partial(self.complete, is_chat=True))
+        app.router.add_post("/v1/{kind:(chat/)?completions}", self.complete)
         app.cleanup_ctx.append(self._running)
         return app
 
@@ -145,81 +139,67 @@ class Server:
             values["kv_cache_usage_perc"] = 1 - stats["kv_blocks_free"] / stats["kv_blocks_total"]
         return web.Response(text="".join(f"ascend_kit:{name} {value}\n" for name, value in values.items()))
 
-    async def complete(self, request: web.Request, *, is_chat: bool) -> web.StreamResponse:
+    async def complete(self, request: web.Request) -> web.StreamResponse:
         """Both kinds of completion, whole or streamed. 400 for a request that cannot be served as it is asked."""
+        is_chat = request.match_info["kind"] == "chat/completions"
         try:
-            body = await request.json()
+            body = {key: value for key, value in (await request.json()).items() if value is not None}
             prompts = [self._chat_ids(body)] if is_chat else self._prompts(body["prompt"])
             sampling = sampling_of(body, is_chat, self.engine.max_seq_length - max(map(len, prompts)))
             if body.get("stream") and (body.get("echo") or body.get("logprobs") or len(prompts) != 1):
                 raise ValueError("a stream has one prompt and neither echo nor logprobs")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            return _failed(400, error)
-        kind = "chat.completion" if is_chat else "text_completion"
-        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self.name}
+            return web.json_response(_error(400, error), status=400)
+        kind = "chat.completion" + ".chunk" * bool(body.get("stream")) if is_chat else "text_completion"
+        head = {"id": uuid.uuid4().hex, "object": kind, "created": int(time.time()), "model": self.name}
         if body.get("stream"):
-            head["object"] = f"{kind}.chunk" if is_chat else kind
-            return await self._stream(request, head, prompts[0], sampling, body.get("stream_options") or {})
+            chunks = self._chunks(head, prompts[0], sampling, body.get("stream_options") or {})
+            return await _streamed(request, chunks)
         try:
             both = await asyncio.gather(*(self._choice(n, ids, sampling, body) for n, ids in enumerate(prompts)))
         except Exception as error:
-            return _failed(400 if isinstance(error, ValueError) else 500, error)
-        usage = {key: sum(used[key] for _, used in both) for key in _usage(0, None)}
-        return web.json_response({**head, "object": kind, "choices": [one for one, _ in both], "usage": usage})
+            status = 400 if isinstance(error, ValueError) else 500
+            return web.json_response(_error(status, error), status=status)
+        choices, counts = zip(*both, strict=True)
+        usage = _usage(sum(map(len, prompts)), sum(counts))
+        return web.json_response({**head, "choices": choices, "usage": usage})
 
-    async def _choice(
-        self, index: int, ids: list[int], sampling: SamplingParams | None, body: Json
-    ) -> tuple[Json, Json]:
-        """One answer and its usage."""
+    async def _choice(self, index: int, ids: list[int], sampling: Sampling, body: Json) -> tuple[Json, int]:
+        """One answer and how many tokens it has."""
         answer, last, rows = "", None, []
         if body.get("echo"):
             answer, rows = self.engine.tokenizer.decode(ids), [(ids[0], None, [])]
-            if body.get("logprobs") is not None and len(ids) > 1:
+            if "logprobs" in body and len(ids) > 1:
                 async for step in self.thread.follow(ids, None):
                     scores = step.sequence.target_scores[0]
                     rows += [(token, one.logprob, [one.best]) for token, one in zip(ids[1:], scores, strict=True)]
         if sampling is not None:
             async for last in self.thread.follow(ids, sampling):
                 answer += last.text
-        made = last.sequence.output_ids if last else []
-        if last:
-            rows += [(token, *found) for token, found in zip(made, last.sequence.logprobs, strict=False)]
+        made, scores = (last.sequence.output_ids, last.sequence.logprobs) if last else ([], [])
+        rows += [(token, *found) for token, found in zip(made, scores, strict=False)]
         said: Json = {"message": {"role": "assistant", "content": answer}} if "messages" in body else {"text": answer}
-        if body.get("logprobs") is not None:
+        if "logprobs" in body:
             said["logprobs"] = self._logprobs(rows, body.get("return_tokens_as_token_ids", False))
         if body.get("return_token_ids"):
             said |= {"prompt_token_ids": ids, "token_ids": made}
-        reason = last.finish_reason if last else "length"
-        return {"index": index, **said, "finish_reason": reason}, _usage(len(ids), last)
+        return {"index": index, **said, "finish_reason": last.finish_reason if last else "length"}, len(made)
 
-    async def _stream(
-        self, request: web.Request, head: Json, ids: list[int], sampling: SamplingParams | None, options: Json
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        await response.prepare(request)
-        is_chat, usage, step = "chat" in head["object"], {}, None
-
-        async def send(choices: list[Json], **rest: Any) -> None:
-            value = rest if "error" in rest else {**head, "choices": choices, **rest}
-            await response.write(f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode())
-
+    async def _chunks(self, head: Json, ids: list[int], sampling: Sampling, options: Json) -> AsyncIterator[Json]:
+        """The events of a streamed answer; a failure is the last: the status is out, only the stream can say it."""
+        is_chat, usage = "chat" in head["object"], {}
         try:
             async for step in self.thread.follow(ids, sampling):
-                said: Json = {"delta": {"content": step.text}} if is_chat else {"text": step.text}
-                if is_chat and step.num_tokens <= 1:
-                    said["delta"]["role"] = "assistant"
-                usage = _usage(len(ids), step)
-                counted = {"usage": usage} if options.get("continuous_usage_stats") else {}
-                await send([{"index": 0, **said, "finish_reason": step.finish_reason}], **counted)
-            if step and options.get("include_usage"):
-                usage["prompt_tokens_details"] = {"cached_tokens": step.sequence.num_cached_tokens}
-                await send([], usage=usage)
-        except ConnectionError:
-            return response
-        except Exception as error:  # the status is out: only the stream can say it
-            await send([], error={"message": f"{type(error).__name__}: {error}", "code": 500})
-        await response.write(b"data: [DONE]\n\n")
-        return response
+                role = {"role": "assistant"} if step.num_tokens <= 1 else {}
+                said: Json = {"delta": {**role, "content": step.text}} if is_chat else {"text": step.text}
+                details = {"prompt_tokens_details": {"cached_tokens": step.sequence.num_cached_tokens}}
+                usage = {"usage": _usage(len(ids), step.num_tokens) | details}
+                choice = {"index": 0, **said, "finish_reason": step.finish_reason}
+                yield {**head, "choices": [choice], **(usage if options.get("continuous_usage_stats") else {})}
+            if usage and options.get("include_usage"):
+                yield {**head, "choices": [], **usage}
+        except Exception as error:
+            yield _error(500, error)
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         """Token ids of a text, of ids, or of a list of either."""
@@ -229,10 +209,9 @@ class Server:
         return [text.encode(self.engine.tokenizer, one) for one in every]
 
     def _chat_ids(self, body: Json) -> list[int]:
-        thinking = (body.get("chat_template_kwargs") or {}).get("enable_thinking")
         messages = [{**one, "content": _plain(one.get("content"))} for one in body["messages"]]
-        rendered = self.engine.render_chat(messages, thinking=thinking)
-        return self.engine.tokenizer.encode(rendered, add_special_tokens=False)
+        chat = self.engine.render_chat(messages, thinking=body.get("chat_template_kwargs", {}).get("enable_thinking"))
+        return self.engine.tokenizer.encode(chat, add_special_tokens=False)
 
     def _logprobs(self, rows: list[Any], as_ids: bool) -> Json:
         """The completions form of (token id, log-probability or None, most probable tokens) a token."""
@@ -240,28 +219,24 @@ class Server:
         def name(token: int) -> str:
             return f"token_id:{token}" if as_ids else self.engine.tokenizer.decode([token])
 
-        tops: list[Json | None] = []
-        for token, logprob, best in rows:
-            # The most probable first: of two tokens with one text it is the one that stays.
-            pairs = [*best, (token, logprob)]
-            tops.append(None if logprob is None else {name(t): v for t, v in reversed(pairs)})
+        # The most probable last: of two tokens with one text it is the one that stays.
+        tops = [None if logprob is None else {name(t): v for t, v in ((token, logprob), *reversed(best))}
+                for token, logprob, best in rows]  # fmt: skip
         names, values = [name(token) for token, *_ in rows], [logprob for _, logprob, _ in rows]
         return {"tokens": names, "token_logprobs": values, "top_logprobs": tops}
 
 
-def sampling_of(body: Json, is_chat: bool, room: int) -> SamplingParams | None:
+def sampling_of(body: Json, is_chat: bool, room: int) -> Sampling:
     """How a request is decoded; None where no token is asked for. ValueError for what is not done here."""
-    for key, idle in NOT_DONE.items():
-        if body.get(key, idle) not in (idle, None):
+    for key, idle in (NOT_DONE | ({"logprobs": False} if is_chat else {})).items():
+        if body.get(key, idle) != idle:
             raise ValueError(f"{key}: allowed {idle}, got {body[key]!r}")
-    if is_chat and body.get("logprobs"):
-        raise ValueError("logprobs: only /v1/completions gives them")
-    limit = body.get("max_completion_tokens", body.get("max_tokens"))
-    limit = (max(1, room) if is_chat else 16) if limit is None else limit
+    limit = body.get("max_completion_tokens", body.get("max_tokens", max(1, room) if is_chat else 16))
     if limit == 0 and body.get("echo"):
         return None
-    given: Json = {"temperature": 1.0} | {key: body[key] for key in SAME_NAMES if body.get(key) is not None}
-    return SamplingParams(max_new_tokens=limit, min_new_tokens=body.get("min_tokens") or 0, **given)
+    given: Json = {"temperature": 1.0} | {key: body[key] for key in SAME_NAMES if key in body}
+    given |= {"max_new_tokens": limit, "min_new_tokens": body.get("min_tokens", 0)}
+    return SamplingParams(**given)
 
 
 def _plain(content: Any) -> str:
@@ -269,14 +244,22 @@ def _plain(content: Any) -> str:
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
-def _usage(num_prompt_tokens: int, step: Step | None) -> Json:
-    made = step.num_tokens if step else 0
-    return {"prompt_tokens": num_prompt_tokens, "completion_tokens": made, "total_tokens": num_prompt_tokens + made}
+async def _streamed(request: web.Request, chunks: AsyncIterator[Json]) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    await response.prepare(request)
+    with suppress(ConnectionError):  # the client has left
+        async for chunk in chunks:
+            await response.write(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())
+        await response.write(b"data: [DONE]\n\n")
+    return response
 
 
-def _failed(status: int, error: Exception) -> web.Response:
-    text = f"{type(error).__name__}: {error}"
-    return web.json_response({"error": {"message": text, "type": "error", "code": status}}, status=status)
+def _usage(asked: int, made: int) -> Json:
+    return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+
+
+def _error(code: int, error: Exception) -> Json:
+    return {"error": {"message": f"{type(error).__name__}: {error}", "type": "error", "code": code}}
 
 
 def serve(engine: AscendInferEngine, name: str, host: str, port: int) -> None:

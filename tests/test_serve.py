@@ -126,6 +126,16 @@ def test_chats_are_rendered_and_stop_strings_end_them(served):
     assert "".join(delta["content"] for delta in deltas) == whole[: whole.index(whole[2:4])]
 
 
+def test_null_asks_for_nothing_and_stop_token_ids_end_an_answer(served):
+    body = {"prompt": PROMPT, "max_tokens": None, "suffix": None, "return_token_ids": True, **GREEDY}
+    whole = served.json("/v1/completions", body)["choices"][0]["token_ids"]
+
+    ended = served.json("/v1/completions", {**body, "stop_token_ids": [whole[5]]})["choices"][0]
+
+    assert len(whole) == 16 and ended["finish_reason"] == "stop"
+    assert ended["token_ids"] == whole[: len(ended["token_ids"])] and len(ended["token_ids"]) <= 6
+
+
 def test_a_client_that_leaves_ends_its_request(served):
     async def leave():
         body = {"prompt": PROMPT, "max_tokens": 240, "stream": True, **GREEDY}
