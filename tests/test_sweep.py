@@ -598,15 +598,16 @@ def test_continuous_batching_is_refused_where_it_does_not_run_before_anything_is
 
 @pytest.mark.multiproc
 def test_the_baseline_of_a_notebooks_kernel_runs_in_a_process_of_its_own(tmp_path, tiny_qwen3_dir, monkeypatch):
-    from ascend_kit.measure import baseline
-
-    monkeypatch.setattr(baseline, "needs_process", lambda kind: True)
+    monkeypatch.setattr(sweep, "needs_process", lambda kind: True)
     experiment = experiment_for(
         tmp_path, input_model=str(tiny_qwen3_dir), precision="fp32", device="cpu", max_seq_length=128,
         sweep_concurrency=[2], sweep_prompt_len=[24],
     )  # fmt: skip
-    backend = baseline.baseline_backend(experiment)
-    here = baseline._baseline(experiment, baseline.TRANSFORMERS)
+    (spec,) = [spec for spec in experiment.engine_specs if spec.kind == "transformers"]
+    with opened(experiment) as folder:
+        backend = sweep.open_backend(spec, experiment, folder)
+        monkeypatch.setattr(sweep, "needs_process", lambda kind: False)
+        here = sweep.open_backend(spec, experiment, folder)
     before = time.perf_counter()
     seen: list[int] = []
     records = backend.run(make_requests(3, 24, 4, vocab_size=320), 2, seen.append)

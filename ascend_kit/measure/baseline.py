@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ascend_kit.checkpoint.identity import model_identity
-from ascend_kit.device.device import Device, resolve_device, select_device
-from ascend_kit.engine.processes import needs_process
+from ascend_kit.device.device import Device
 from ascend_kit.identity import Identity
-from ascend_kit.measure.apart import BackendElsewhere
 from ascend_kit.measure.dispatch import Dispatcher
 from ascend_kit.measure.engines import SWITCHES, OnDone
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.workload import Request
 from ascend_kit.model.config import DTYPES, ModelConfig
-from ascend_kit.params.engines import EngineSpec
 
 Padding = Literal["longest", "max"]
-TRANSFORMERS = EngineSpec(name="transformers", kind="transformers")
 
 if TYPE_CHECKING:
     import torch
@@ -159,21 +155,9 @@ class TransformersBackend:
         return ids.to(self.device.torch_device), mask.to(self.device.torch_device)
 
 
-def baseline_backend(experiment: Experiment, spec: EngineSpec = TRANSFORMERS) -> TransformersBackend | BackendElsewhere:
-    """transformers on the experiment's source checkpoint, in the experiment's precision.
-
-    Where our engine runs in a process of its own, so does this one: a ratio of the two is fair then. Raises ValueError
-    for a source that transformers cannot read (Megatron) when no plain converted copy exists, and for
-    continuous batching where it does not run.
-    """
-    if needs_process(resolve_device(experiment.device, experiment.device_id)[0]):
-        return BackendElsewhere(_baseline, experiment, spec)
-    return _baseline(experiment, spec)
-
-
-def _baseline(experiment: Experiment, spec: EngineSpec) -> TransformersBackend:
-    from ascend_kit.measure.continuous import ContinuousBackend, require_continuous
-
+def source_of(experiment: Experiment) -> Path:
+    """The checkpoint that transformers reads: the experiment's own, else its plain converted copy. ValueError where it
+    can read neither (Megatron, and nothing unquantised was converted)."""
     folder = Path(experiment.input_model)
     if not (folder / "config.json").is_file():
         folder = experiment.converted_folder
@@ -182,20 +166,7 @@ def _baseline(experiment: Experiment, spec: EngineSpec) -> TransformersBackend:
                 f"transformers cannot read {experiment.input_model} and there is no unquantised converted "
                 "copy; convert it with quantize: none, or take transformers out of engines"
             )
-    is_continuous = spec.batching == "continuous"
-    if is_continuous:
-        require_continuous(resolve_device(experiment.device, experiment.device_id)[0])
-    backend = (ContinuousBackend if is_continuous else TransformersBackend)(
-        folder,
-        device=select_device(experiment.device, experiment.device_id),
-        precision=experiment.precision,
-        max_seq_length=experiment.max_seq_length,
-        padding=spec.padding,
-        name=spec.name,
-    )
-    if isinstance(backend, ContinuousBackend):
-        backend.max_tokens_per_step = experiment.max_tokens_per_step
-    return backend
+    return folder
 
 
 def _record(request: Request, arrival_s: float, start_s: float, times: Sequence[float]) -> RequestRecord:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.device.device import Device
 from ascend_kit.identity import Identity
 from ascend_kit.measure.baseline import TransformersBackend
 from ascend_kit.measure.dispatch import Dispatcher
@@ -41,8 +43,15 @@ class ContinuousBackend(TransformersBackend):
     the manager does not tell how many were. sdpa attention, as in `generate`: nothing is fetched to replace it.
     """
 
-    max_tokens_per_step: int | None = None
     _made_for = (0, 0)  # requests at a time, blocks of KV cache; of the manager that the model keeps
+
+    def __init__(
+        self, model_path: str | Path, *, device: Device, max_tokens_per_step: int | None = None, **settings: Any
+    ) -> None:
+        """`settings` as of `generate`. ValueError where it does not run."""
+        require_continuous(device.kind)
+        super().__init__(model_path, device=device, **settings)
+        self.max_tokens_per_step = max_tokens_per_step
 
     @property
     def identity(self) -> Identity:

@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.device.device import resolve_device
+from ascend_kit.device.device import resolve_device, select_device
 from ascend_kit.engine.elsewhere import apart
 from ascend_kit.engine.engine import AscendInferEngine
+from ascend_kit.engine.processes import needs_process
 from ascend_kit.identity import Identity
-from ascend_kit.measure.baseline import baseline_backend
+from ascend_kit.measure.apart import BackendElsewhere
+from ascend_kit.measure.baseline import TransformersBackend, source_of
 from ascend_kit.measure.ceilings import measure_ceilings
-from ascend_kit.measure.continuous import require_continuous
+from ascend_kit.measure.continuous import ContinuousBackend, require_continuous
 from ascend_kit.measure.engines import Backend, EngineBackend, Machine, as_backend, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card
 from ascend_kit.measure.grid import estimate_s, shuffled, sweep_points, why_impossible
@@ -109,10 +111,23 @@ def open_backend(
         return EndpointBackend(spec.name, spec.openai, experiment, folder.path)
     plan = experiment.alone(**spec.settings, sweep=experiment.sweep) if spec.settings else experiment
     if spec.kind == "transformers":
-        return baseline_backend(plan, spec)
+        # Where our engine runs in a process of its own, so does this one: a ratio of the two is fair then.
+        is_apart = needs_process(resolve_device(plan.device, plan.device_id)[0])
+        return BackendElsewhere(_transformers, plan, spec) if is_apart else _transformers(plan, spec)
     if spec.settings or engine is None:
         engine = AscendInferEngine.from_experiment(plan)
     return EngineBackend(engine, plan, spec.name)
+
+
+def _transformers(experiment: Experiment, spec: EngineSpec) -> TransformersBackend:
+    settings: dict[str, Any] = {
+        "device": select_device(experiment.device, experiment.device_id), "precision": experiment.precision,
+        "max_seq_length": experiment.max_seq_length, "name": spec.name,
+    }  # fmt: skip
+    if spec.batching == "continuous":
+        settings["max_tokens_per_step"] = experiment.max_tokens_per_step
+        return ContinuousBackend(source_of(experiment), **settings)
+    return TransformersBackend(source_of(experiment), padding=spec.padding, **settings)
 
 
 def run_sweep(
