@@ -13,7 +13,16 @@ import pytest
 from ascend_kit.measure.planner import server_plans
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, sweep_charts
-from ascend_kit.show.drawing import BASELINES, TIP, config_labels, config_looks, heat_map, make_grid, value_axis
+from ascend_kit.show.drawing import (
+    BASELINES,
+    TIP,
+    config_labels,
+    config_looks,
+    heat_map,
+    label_points,
+    make_grid,
+    value_axis,
+)
 
 
 def sweep_rows(lengths=((64, 32),), repeats=2, variants=({},), concurrency=(1, 4, 16)):
@@ -299,6 +308,29 @@ def test_tradeoff_of_many_lengths_has_a_small_panel_for_each():
 
     assert len(figure.axes) == 8 and figure.get_figwidth() < 16
     assert {text.get_text() for text in figure.axes[0].texts} == {"1", "16"}
+
+
+def test_in_a_small_panel_numbers_keep_the_distance_that_their_size_needs():
+    figure, ((axes,),) = make_grid(1, 1, height=1.2)
+    points = [(str(32 + n), 0.2, n * 0.075) for n in range(13)]
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+
+    label_points(axes, points, ["#000000"] * len(points))
+    figure.canvas.draw()
+
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 4
+    assert not [(a, b) for number, a in enumerate(boxes) for b in boxes[:number] if a.overlaps(b)]
+
+
+def test_runs_close_together_are_named_where_no_name_hides_another():
+    table = tradeoff_table()
+    table = pandas.concat([table, table.assign(run=table["run"] + "-again")], ignore_index=True)  # at the same places
+
+    figure = charts.accuracy_vs_throughput(table)
+
+    assert list(figure.axes[0].texts) == []
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {*table["run"]}
 
 
 SEARCHED = (1, 2, 4, 8, 16, 32, 38, 45, 54, 59, 64, 76, 83, 91, 128, 181, 235, 256)

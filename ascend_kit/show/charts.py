@@ -134,10 +134,9 @@ def accuracy_vs_throughput(table: Table) -> Figure | None:
     for row in rows:
         x, y, look = float(row[RATE]), float(row["accuracy_percent"]), looks[row["run"]]
         x_error, y_error = (_reach(row, name) for name in (RATE, "accuracy_percent"))
-        bars = axes.errorbar(x, y, y_error, x_error, fmt=look["marker"], markersize=9, capsize=4, color=look["color"])
+        bars = axes.errorbar(x, y, y_error, x_error, fmt=look["marker"], markersize=9, capsize=4, color=look["color"],
+                             label=row["run"])  # fmt: skip
         tip(bars[0], [f"{row['run']}: {y:.1f} %, {x:,.0f} tokens/s"])
-        axes.annotate(row["run"], (x, y), (9, 8), textcoords="offset points", color=look["color"], fontsize=FONT,
-                      bbox={"facecolor": "#FFFFFF", "edgecolor": "none", "pad": 1})  # fmt: skip
     axes.margins(x=0.25, y=0.2)
     axes.set_ylabel("accuracy, % (95 % interval)", fontsize=FONT)
     value_axis(axes, "output tokens/s (range of repeats)", which="x", log=False, zero=False)

@@ -35,7 +35,7 @@ MOST_PANELS = 6  # of more lengths a heat map is drawn
 MOST_DIRECT_LABELS = 6
 RATIO_UNIT = "times (blue: above 1, red: below 1)"
 TICKS_IN_PANEL = 10  # numbers that fit side by side below a panel
-LABEL_WIDTH, LABEL_HEIGHT = 0.09, 0.07  # of a point's number, share of the panel
+LABEL_WIDTH, LABEL_HEIGHT = 22, 15  # of a point's number, typographic points with some air
 LABELLED_BARS = 16  # of more in a panel the numbers above would touch
 LABEL_GAP = 0.075  # least distance of two labels at a line's end, share of the height
 # In the order in which they are looked for: Noto, Adobe, Linux, Windows, macOS.
@@ -184,8 +184,11 @@ def log2_axis(axes: Axes, values: Table) -> None:
 def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Sequence[str]) -> None:
     """The text of each point below and to the right of it, but for those that would touch one written before."""
     written: list[tuple[float, float]] = []
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    to_points = 72 / figure.dpi  # of the panel before its layout, which changes its size little
     for (text, x, y), colour in zip(points, colours, strict=True):
-        across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+        across, up = to_points * axes.transData.transform((x, y))
         if all(abs(across - a) > LABEL_WIDTH or abs(up - b) > LABEL_HEIGHT for a, b in written):
             axes.annotate(text, (x, y), (8, -13), textcoords="offset points", color=colour)
             written.append((across, up))
