@@ -98,6 +98,25 @@ def test_nothing_is_told_of_a_short_block_of_unknown_processes_and_outside_linux
     assert elsewhere.columns() == nothing
 
 
+@linux
+def test_short_blocks_are_told_with_those_before_them_but_not_with_other_processes(monkeypatch):
+    readings = iter([
+        (0.0, 0.0, 0.0), (0.2, 0.3, 0.1),  # the first block, too short
+        (0.4, 0.6, 0.2), (0.6, 1.2, 0.6),  # the second: 0.6 s since the first began, 1.2 s busy, 0.6 of them ours
+        (0.6, 1.2, 0.6), (0.7, 1.3, 0.7),  # beside a server that the others did not know
+        (9.0, 2.0, 1.0), (9.2, 2.1, 1.1),  # long after
+    ])  # fmt: skip
+    monkeypatch.setattr(processor_time, "_read", lambda roots: next(readings))
+    told, before = [], None
+    for pids in ((), (), (1,), (1,)):
+        with ProcessorMeter(pids, before) as before:
+            pass
+        told.append(before.columns())
+
+    assert told[0] == told[2] == told[3] == dict.fromkeys(COLUMNS)
+    assert (told[1]["own_cpu_cores"], told[1]["other_cpu_cores"]) == pytest.approx((1.0, 1.0))
+
+
 @pytest.mark.parametrize(
     ("kind", "own", "other", "expected"),
     [

@@ -14,18 +14,21 @@ from typing import NamedTuple
 
 PROC = Path("/proc")
 SHORTEST_S = 0.5  # the counters go on in hundredths of a second, and a short block is mostly their rounding
+LONGEST_S = 5.0  # what began longer ago says little of now
 COLUMNS = ("cpu_cores", "own_cpu_cores", "other_cpu_cores")
 
 
 class ProcessorMeter:
     """Counts during a with block, on the cores that this process may use. `pids` are processes of ours that this one
-    has not started; None where ours are not all known, and nothing can be told."""
+    has not started; None where ours are not all known, and nothing can be told. A block shorter than `SHORTEST_S` is
+    told together with those of `before` that began within `LONGEST_S`, and the time between them."""
 
-    def __init__(self, pids: Iterable[int] | None = ()) -> None:
+    def __init__(self, pids: Iterable[int] | None = (), before: ProcessorMeter | None = None) -> None:
         self._roots = None if pids is None or not (PROC / "stat").exists() else {os.getpid(), *pids}
+        self._starts = before._starts[-64:] if before is not None and before._roots == self._roots else []
 
     def __enter__(self) -> ProcessorMeter:
-        self._start = _read(self._roots or set())
+        self._starts.append(_read(self._roots or set()))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,9 +38,13 @@ class ProcessorMeter:
         """Cores that may be used, and how many of them we and others kept busy on average (0 to all of them).
 
         Others' is the busy time less ours: the kernel and guests beside this machine (steal) count among them. None
-        outside Linux and where the block was shorter than `SHORTEST_S`.
+        outside Linux and where all that can be told is shorter than `SHORTEST_S`.
         """
-        wall_s, busy_s, own_s = (after - before for before, after in zip(self._start, self._end, strict=True))
+        *earlier, start = self._starts
+        if self._end[0] - start[0] < SHORTEST_S:
+            ages = ((self._end[0] - one[0], one) for one in reversed(earlier))
+            start = next((one for age, one in ages if SHORTEST_S <= age <= LONGEST_S), start)
+        wall_s, busy_s, own_s = (after - before for before, after in zip(start, self._end, strict=True))
         if self._roots is None or wall_s < SHORTEST_S:
             return dict.fromkeys(COLUMNS)
         return dict(zip(COLUMNS, (len(_cores()), own_s / wall_s, max(0.0, busy_s - own_s) / wall_s), strict=True))

@@ -115,6 +115,7 @@ class PointRunner:
         self._encoder: Encoder | None = None
         self._warm: set[tuple[int, int]] = set()
         self._forecast: PointForecast | None = None
+        self._processors: ProcessorMeter | None = None  # the last one: short repeats are counted together
         self._load_error: Exception | None = None  # an engine that cannot be loaded is not tried for every point
 
     def run(self, points: Sequence[Point], on_progress: Callable[[float, str], None]) -> None:
@@ -161,6 +162,7 @@ class PointRunner:
             text = f"{type(error).__name__}: {error}"
             self._append("rows", [{**ids, **self._facts(point), "status": "failed", "error": text}])
             self._warm.clear()
+            self._processors = None
             with contextlib.suppress(Exception):
                 self.backend.close()
             return f"failed: {text}"
@@ -206,7 +208,8 @@ class PointRunner:
         device.synchronize()
         before, meter = self.backend.stats(), CardMeter(self.backend)
         watched = PowerMeter(device.kind, watched_cards(self.backend, self.experiment))
-        with ProcessorMeter(self.backend.pids()) as processors, watched as power:
+        self._processors = ProcessorMeter(self.backend.pids(), self._processors)
+        with self._processors as processors, watched as power:
             records = self.backend.run(requests, point.concurrency, on_done=_Seconds(len(requests), on_share))
         cards, observed = meter.rows(), self.backend.observed()
         # Before the row: a row without its raw samples would be worse than the reverse.
