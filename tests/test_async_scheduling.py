@@ -7,12 +7,14 @@ import random
 from dataclasses import replace
 
 import pytest
+from chinese_text import english_in
 
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.engine import runner as runner_module
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.sampler import NOT_FINITE
 from ascend_kit.measure.engines import EngineBackend
+from ascend_kit.messages import phrase
 from ascend_kit.params import build_experiment
 
 LENGTHS = (3, 20, 50, 33, 7, 90)
@@ -243,6 +245,9 @@ def test_the_row_says_why_steps_wait_for_tokens():
     assert why("npu", async_scheduling=False) == "async_scheduling is false"
     assert why("npu", async_scheduling=True, speculate=4) == "speculate needs the token first"
     assert "tensor_parallel" in why("npu", cards=2, tensor_parallel=2)
+    reasons = [why("cpu"), why("npu", async_scheduling=False), why("npu", speculate=4),
+               why("npu", cards=2, tensor_parallel=2)]  # fmt: skip
+    assert [english_in(phrase(f"off: {reason}", "zh")) for reason in reasons] == [[]] * 4
 
 
 def test_a_row_of_a_sweep_says_whether_steps_waited_and_why(tiny_qwen3_dir):

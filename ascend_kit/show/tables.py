@@ -63,7 +63,7 @@ SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
 # Columns that hold words of ours and no data: they are shown in the reader's language.
 SPOKEN = frozenset((*CHECKS, "at", "set", "kind", "speedup", "figure", "state", "outcome", "verdict", "decision",
                     "direction", "reason", "cause", "best_for", "note", "unit", "what differs", "how much", "source",
-                    "what changed", "rate_interval", "int8", "lacks"))  # fmt: skip
+                    "what changed", "rate_interval", "int8", "lacks", "limit", "async_scheduling"))  # fmt: skip
 JOINERS = "\u200c\u200d"  # a part of ordinary words and emoji
 
 
