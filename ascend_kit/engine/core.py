@@ -141,7 +141,8 @@ class EngineCore:
                  "async_steps")  # fmt: skip
         self.counts = dict.fromkeys(names, 0)  # decoded_tokens came of so many decodes of a sequence
         self._rounds: deque[tuple[float, list[tuple[Sequence, int]], list[Sequence]]] = deque()
-        self.is_async = settings.why_synchronous(device.kind) is None
+        # The other ranks would need the token first, whichever way they were started.
+        self.is_async = settings.why_synchronous(device.kind) is None and self.decoder.parallel.size == 1
         self._flight: Flight | None = None
         self._read_s = 0.0  # when tokens were last read
 
