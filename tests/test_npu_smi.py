@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from doctor_hosts import sample
 
-from ascend_kit.device.npu_smi import Chip, SmiProcess, parse_info, parse_key_values, parse_topo, parse_usages
+from ascend_kit.device.npu_smi import Chip, SmiProcess, parse_info, parse_topo
 
 
 def test_table_of_a_910b_machine_gives_every_card_with_its_memory():
@@ -18,7 +18,6 @@ def test_table_of_a_910b_machine_gives_every_card_with_its_memory():
         chip=0,
         name="910B3",
         health="OK",
-        bus_id="0000:81:00.0",
         phy_id=None,
         power_w=92.7,
         temperature_c=40.0,
@@ -80,44 +79,18 @@ def test_other_text_is_refused_with_its_beginning(text):
         parse_info(text)
 
 
-def test_usages_are_read_by_key_for_one_chip_and_for_two():
-    (one,) = parse_usages(sample("usages_910b"))
-    assert (one["npu"], one["hbm_capacity_mb"], one["hbm_bandwidth_percent"], one["aicore_percent"]) == (
-        2,
-        65536,
-        41,
-        63,
-    )
+def test_topology_of_a_910b_machine_is_a_full_mesh():
+    links = parse_topo(sample("topo_910b"))
 
-    two = parse_usages(sample("usages_a3"))
-    assert [(chip["npu"], chip["chip"], chip["aicore_percent"]) for chip in two] == [(1, 0, 33), (1, 1, 20)]
-    assert two[1]["npu_percent"] is None  # printed as NA
+    assert len(links) == 8 * 7
+    assert set(links.values()) == {"HCCS"}
 
 
-def test_edge_chip_that_prints_memory_instead_of_hbm_is_understood():
-    (chip,) = parse_usages("NPU ID : 0\nMemory Capacity(MB) : 44280\nMemory Usage Rate(%) : 3\nnonsense line\n")
+def test_topology_of_an_a3_machine_has_its_own_links():
+    links = parse_topo(sample("topo_a3"))
 
-    assert (chip["hbm_capacity_mb"], chip["hbm_usage_percent"], chip["aicore_percent"]) == (44280, 3, None)
-
-
-def test_value_with_colons_stays_whole():
-    assert parse_key_values("PCIe Bus Info : 0000:C1:00.0\n") == [{"PCIe Bus Info": "0000:C1:00.0"}]
+    assert links[0, 1] == "SIO" and links[0, 2] == "HCCS_SW"
 
 
-def test_topology_of_a_910b_machine_is_a_full_mesh_with_cpu_affinity():
-    topology = parse_topo(sample("topo_910b"))
-
-    assert len(topology.links) == 8 * 7
-    assert topology.pairs_without("HCCS") == []
-    assert topology.cpu_affinity[4] == "0-23"
-
-
-def test_topology_of_an_a3_machine_has_its_own_links_and_no_affinity():
-    topology = parse_topo(sample("topo_a3"))
-
-    assert topology.links[0, 1] == "SIO" and topology.links[0, 2] == "HCCS_SW"
-    assert topology.cpu_affinity == {}
-
-
-def test_text_without_a_matrix_gives_an_empty_topology():
-    assert parse_topo("This device does not support querying topo.").links == {}
+def test_text_without_a_matrix_gives_no_links():
+    assert parse_topo("This device does not support querying topo.") == {}

@@ -39,6 +39,7 @@ def meta(table, lengths, new):
 TABLES = [
     pytest.param(reference, id="reference"),
     pytest.param(cpu, id="cpu"),
+    pytest.param(select_ops("cuda", fused=True), id="cuda"),
     pytest.param(
         cpu_native,
         id="cpu_native",

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from ascend_kit.device.npu_smi import parse_info
+from ascend_kit.device.npu_smi import number, parse_info
 
 INTERVAL_S = 1.0
 MARK = "@@"
@@ -115,7 +115,7 @@ def npu_readings(text: str) -> list[Reading]:
 
 def gpu_readings(text: str) -> list[Reading]:
     """From lines of index, power, use, memory and temperature; "[N/A]" is no number."""
-    lines = [[_number(cell) for cell in line.split(",")] for line in text.splitlines()]
+    lines = [[number(cell) for cell in line.split(",")] for line in text.splitlines()]
     return [Reading(int(line[0]), *line[1:]) for line in lines if len(line) == 5 and line[0] is not None]
 
 
@@ -141,10 +141,3 @@ def physical_cards(kind: str, indices: Sequence[int], env: Mapping[str, str]) ->
 
 def _known(readings: Sequence[Reading], name: str) -> list[float]:
     return [value for value in (getattr(one, name) for one in readings) if value is not None]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

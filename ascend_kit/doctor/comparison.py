@@ -5,20 +5,31 @@ T packed tokens, N query heads, K KV heads, H head size, S tokens per KV block.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascend_kit.device.advice import explain
 from ascend_kit.device.device import Device
-from ascend_kit.device.ops import AttentionMeta
+from ascend_kit.device.ops import AttentionMeta, reference
 from ascend_kit.doctor.stages import OpCheck
 
+KEPT_IN_FLOAT32 = ("act_scale", "weight_scale", "dequantization", "scale", "offset", "zero")
+# Operators over weights of a form that the table chooses: what makes it, and out of which arguments.
+PACKS = {
+    "linear": ("pack_linear", "weight"),
+    "int8_matmul": ("pack_int8", "weight"),
+    "int8_weight_matmul": ("pack_int8_weight", "weight"),
+    "int8_static_matmul": ("pack_int8_static", "weight"),
+    "int4_weight_matmul": ("pack_int4", "weight", "scale", "zero"),
+}
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -27,10 +38,16 @@ def bound(dtype: torch.dtype, roundings: int) -> float:
     return max(roundings * ROUNDING[dtype], 2e-5 if dtype == torch.float32 else 0.0)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest wanted value; infinite for a NaN or another shape."""
+    """Largest difference over the largest wanted value, of int8 codes over 127; infinite for a NaN or another shape."""
     if found.shape != wanted.shape:
         return float("inf")
+    if wanted.dtype == torch.int8:
+        return (found.cpu().int() - wanted.int()).abs().max().item() / 127
     difference = (found.detach().cpu().float() - wanted.float()).abs().max().item()
     return float("inf") if math.isnan(difference) else difference / max(wanted.float().abs().max().item(), 1e-30)
 
@@ -53,6 +70,27 @@ class Comparer:
             for tensor in tensors
         ]
 
+    def compare(self, op: str, case: str, tolerance: float, dtype: torch.dtype, *arguments: Any) -> OpCheck:
+        """An operator of the table beside the reference's, which gets the same arguments in float32.
+
+        On the device floats are of `dtype`, but for scales and the like, and so is what the caller asks for (a dtype
+        among the arguments).
+        """
+        plain = dict(zip(inspect.signature(getattr(reference, op)).parameters, arguments, strict=False))
+
+        def placed(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self.place(value, dtype=torch.float32 if name in KEPT_IN_FLOAT32 else dtype)[0]
+            return dtype if isinstance(value, torch.dtype) else value
+
+        def error() -> float:
+            wanted = _call(reference, op, plain)
+            found = _call(self.ops, op, {name: placed(name, value) for name, value in plain.items()})
+            pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple) else [(found, wanted)]
+            return max(relative_error(*pair) for pair in pairs)
+
+        return self.check(op, f"{dtype_name(dtype)} {case}", tolerance, error)
+
     def check(self, op: str, case: str, tolerance: float, measure: Callable[[], float]) -> OpCheck:
         """`measure` returns the error; ok when it is within `tolerance`."""
         start = time.perf_counter()
@@ -66,6 +104,15 @@ class Comparer:
             return OpCheck(self.stage, op, case, "fail", None, tolerance, time.perf_counter() - start, detail)
         status = "ok" if error <= tolerance else "fail"
         return OpCheck(self.stage, op, case, status, error, tolerance, time.perf_counter() - start)
+
+
+def _call(table: ModuleType, op: str, arguments: dict[str, Any]) -> Any:
+    """The operator's result, over a weight in the form that the table wants."""
+    if op in PACKS:
+        name, *parts = PACKS[op]
+        packed = getattr(table, name)(*(arguments[part] for part in parts))
+        arguments = arguments | dict(zip(parts, packed if isinstance(packed, tuple) else [packed], strict=True))
+    return getattr(table, op)(*arguments.values())
 
 
 # Query heads, KV heads, head size of Qwen2.5-7B, Qwen3-8B and Qwen2.5-0.5B (GQA with heads of 64).

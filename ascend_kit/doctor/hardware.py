@@ -298,15 +298,15 @@ def _describe(host: Host, npu: int, pid: int, name: str, memory_mb: int | None) 
 
 def check_links(section: Section, host: Host, found: Installation) -> None:
     """Links between the cards: a 910B machine has HCCS everywhere; slower links hurt tensor parallel."""
-    topology = parse_topo(host.run(["npu-smi", "info", "-t", "topo"], timeout_s=60).stdout)
-    if not topology.links:
+    links = parse_topo(host.run(["npu-smi", "info", "-t", "topo"], timeout_s=60).stdout)
+    if not links:
         section.na("links", "npu-smi info -t topo prints no matrix")
         return
-    slow = [pair for pair in topology.pairs_without("HCCS") if topology.links[pair] not in ("SIO", "HCCS_SW")]
+    slow = sorted((a, b) for (a, b), link in links.items() if a < b and link not in ("HCCS", "SIO", "HCCS_SW"))
     if slow:
-        shown = ", ".join(f"{a}-{b} {topology.links[a, b]}" for a, b in slow[:6]) + (" ..." if len(slow) > 6 else "")
+        shown = ", ".join(f"{a}-{b} {links[a, b]}" for a, b in slow[:6]) + (" ..." if len(slow) > 6 else "")
         section.warn(
             "links", f"{len(slow)} pairs without HCCS: {shown}", "keep tensor_parallel inside a group joined by HCCS"
         )
     else:
-        section.ok("links", f"HCCS between all {len({a for a, _ in topology.links})} cards")
+        section.ok("links", f"HCCS between all {len({a for a, _ in links})} cards")

@@ -28,6 +28,7 @@ from ascend_kit.doctor.comparison import (
     Comparer,
     attention_cases,
     bound,
+    dtype_name,
     make_inputs,
     relative_error,
 )
@@ -42,23 +43,18 @@ DTYPES = {
 CODE_STEP = 1.01 / 127  # one int8 step of the largest value: ties may round either way
 
 
-def _name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-
-
 def run_ops(device: Device, seed: int = 0) -> Iterator[OpCheck]:
     """Every function of the table at several shapes and dtypes; results come one by one."""
     comparer = Comparer(device, select_ops(device.kind, fused=True), "ops", seed)
     for dtype in DTYPES[device.kind]:
         yield from _check_norms(comparer, dtype)
         yield from _check_rotary(comparer, dtype)
-        yield from _check_gather(comparer, dtype)
-        yield from _check_split(comparer, dtype)
+        yield from _check_copies(comparer, dtype)
         yield from _check_argmax(comparer, dtype)
         yield from _check_mlp(comparer, dtype)
         for heads in HEADS:
             yield from _check_attention(comparer, heads, dtype)
-        yield from _check_int8(comparer, dtype)
+        yield from _check_quantized(comparer, dtype)
     if device.kind == "npu":
         yield from _check_alternatives(comparer, torch.bfloat16)
 
@@ -97,26 +93,12 @@ def run_smoke(device: Device) -> Iterator[OpCheck]:
 
 
 def _check_norms(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
-    ops = comparer.ops
     for shape in ((1, 3584), (37, 4096), (64, 32, 128)):
         x, residual = comparer.values(*shape, dtype=dtype), comparer.values(*shape, dtype=dtype)
-        weight = comparer.values(shape[-1], dtype=dtype)
-        case = f"{_name(dtype)} {list(shape)}"
-
-        def plain(x=x, weight=weight) -> float:
-            wanted = reference.rms_norm(x, weight, 1e-6)
-            return relative_error(ops.rms_norm(*comparer.place(x, weight, dtype=dtype), 1e-6), wanted)
-
-        yield comparer.check("rms_norm", case, bound(dtype, 2), plain)
-        if len(shape) == 3:
-            continue
-
-        def added(x=x, residual=residual, weight=weight) -> float:
-            wanted = reference.add_rms_norm(x, residual, weight, 1e-6)
-            found = ops.add_rms_norm(*comparer.place(x, residual, weight, dtype=dtype), 1e-6)
-            return max(relative_error(one, other) for one, other in zip(found, wanted, strict=True))
-
-        yield comparer.check("add_rms_norm", case, bound(dtype, 3), added)
+        weight, case = comparer.values(shape[-1], dtype=dtype), str(list(shape))
+        yield comparer.compare("rms_norm", case, bound(dtype, 2), dtype, x, weight, 1e-6)
+        if len(shape) == 2:
+            yield comparer.compare("add_rms_norm", case, bound(dtype, 3), dtype, x, residual, weight, 1e-6)
 
 
 def _check_rotary(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
@@ -126,37 +108,17 @@ def _check_rotary(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
             q = comparer.values(num_tokens, num_heads, head_size, dtype=dtype)
             k = comparer.values(num_tokens, num_kv_heads, head_size, dtype=dtype)
             cos, sin = (turn(angles).repeat(1, 2).to(dtype).float() for turn in (torch.cos, torch.sin))
-
-            def rotated(q=q, k=k, cos=cos, sin=sin) -> float:
-                wanted = reference.rotary(q, k, cos, sin)
-                found = comparer.ops.rotary(*comparer.place(q, k, cos, sin, dtype=dtype))
-                return max(relative_error(one, other) for one, other in zip(found, wanted, strict=True))
-
-            case = f"{_name(dtype)} T={num_tokens} heads {num_heads}/{num_kv_heads} x {head_size}"
-            yield comparer.check("rotary", case, bound(dtype, 3), rotated)
+            case = f"T={num_tokens} heads {num_heads}/{num_kv_heads} x {head_size}"
+            yield comparer.compare("rotary", case, bound(dtype, 3), dtype, q, k, cos, sin)
 
 
-def _check_gather(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
-    """Embedding rows and rotary tables by int32 ids: a copy, so it must be exact."""
-    table = comparer.values(1000, 128, dtype=dtype)
-    ids = torch.tensor([999, 0, 7, 7, 512], dtype=torch.int32)
-
-    def gathered() -> float:
-        return relative_error(comparer.ops.gather_rows(*comparer.place(table, ids, dtype=dtype)), table[ids])
-
-    yield comparer.check("gather_rows", f"{_name(dtype)} [1000, 128]", 0.0, gathered)
-
-
-def _check_split(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
-    """q, k and v out of one product: a copy, so it must be exact."""
+def _check_copies(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
+    """Embedding rows and rotary tables by int32 ids; q, k and v out of one product: copies, so they must be exact."""
+    table, ids = comparer.values(1000, 128, dtype=dtype), torch.tensor([999, 0, 7, 7, 512], dtype=torch.int32)
+    yield comparer.compare("gather_rows", "[1000, 128]", 0.0, dtype, table, ids)
     for num_tokens in (1, 19):
-        x, widths = comparer.values(num_tokens, 6144, dtype=dtype), [4096, 1024, 1024]
-
-        def split(x=x, widths=widths) -> float:
-            found = comparer.ops.split_columns(*comparer.place(x, dtype=dtype), widths)
-            return max(relative_error(*pair) for pair in zip(found, x.split(widths, 1), strict=True))
-
-        yield comparer.check("split_columns", f"{_name(dtype)} {[num_tokens, 6144]}", 0.0, split)
+        x = comparer.values(num_tokens, 6144, dtype=dtype)
+        yield comparer.compare("split_columns", f"{[num_tokens, 6144]}", 0.0, dtype, x, [4096, 1024, 1024])
 
 
 def _check_argmax(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
@@ -167,17 +129,13 @@ def _check_argmax(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
         found = comparer.ops.argmax(*comparer.place(logits, dtype=dtype)).cpu()
         return relative_error(logits.gather(1, found.unsqueeze(1)), logits.amax(1, keepdim=True))
 
-    yield comparer.check("argmax", f"{_name(dtype)} [5, 151936]", 0.0, loss)
+    yield comparer.check("argmax", f"{dtype_name(dtype)} [5, 151936]", 0.0, loss)
 
 
 def _check_mlp(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
     for num_tokens, width in ((1, 18944), (33, 12288)):
         gate_up = comparer.values(num_tokens, 2 * width, dtype=dtype)
-
-        def gated(gate_up=gate_up) -> float:
-            return relative_error(comparer.ops.swiglu(*comparer.place(gate_up, dtype=dtype)), reference.swiglu(gate_up))
-
-        yield comparer.check("swiglu", f"{_name(dtype)} {[num_tokens, 2 * width]}", bound(dtype, 3), gated)
+        yield comparer.compare("swiglu", f"{[num_tokens, 2 * width]}", bound(dtype, 3), dtype, gate_up)
     yield _linear(comparer, dtype, 1, 3584, 4608, with_bias=True)
     yield _linear(comparer, dtype, 130, 4096, 1024, with_bias=False)
 
@@ -186,21 +144,14 @@ def _linear(
     comparer: Comparer, dtype: torch.dtype, num_tokens: int, width: int, num_out: int, with_bias: bool
 ) -> OpCheck:
     x, weight = comparer.values(num_tokens, width, dtype=dtype), comparer.values(num_out, width, dtype=dtype)
-    bias = comparer.values(num_out, dtype=dtype)
-
-    def product() -> float:
-        on_device = comparer.place(x, weight, bias, dtype=dtype)
-        packed = comparer.ops.pack_linear(on_device[1])
-        found = comparer.ops.linear(on_device[0], packed, on_device[2] if with_bias else None)
-        return relative_error(found, reference.linear(x, weight, bias if with_bias else None))
-
-    case = f"{_name(dtype)} [{num_tokens}, {width}] x [{width}, {num_out}]" + (" + bias" if with_bias else "")
-    return comparer.check("linear", case, bound(dtype, 2), product)
+    bias = comparer.values(num_out, dtype=dtype) if with_bias else None
+    case = f"[{num_tokens}, {width}] x [{width}, {num_out}]" + (" + bias" if with_bias else "")
+    return comparer.compare("linear", case, bound(dtype, 2), dtype, x, weight, bias)
 
 
 def _check_attention(comparer: Comparer, heads: tuple[int, int, int], dtype: torch.dtype) -> Iterator[OpCheck]:
     limits = comparer.ops.validate(*heads, dtype)
-    shape = f"{_name(dtype)} heads {heads[0]}/{heads[1]} x {heads[2]}"
+    shape = f"{dtype_name(dtype)} heads {heads[0]}/{heads[1]} x {heads[2]}"
     if limits:
         yield OpCheck(comparer.stage, "paged_attention", shape, "skip", detail="; ".join(map(str, limits)))
         return
@@ -213,7 +164,7 @@ def _check_case(
 ) -> Iterator[OpCheck]:
     """store_kv must be exact; attention reads the cache the reference wrote: the two are judged apart."""
     inputs = make_inputs(case, heads, comparer.device.default_block_size, dtype)
-    shape = f"{_name(dtype)} {heads[0]}/{heads[1]}x{heads[2]} {case.name}"
+    shape = f"{dtype_name(dtype)} {heads[0]}/{heads[1]}x{heads[2]} {case.name}"
     target = comparer.device.torch_device
     untouched = inputs.to(target, dtype, None)
     reference.store_kv(inputs.k, inputs.v, inputs.k_cache, inputs.v_cache, inputs.meta.slot_mapping)
@@ -236,84 +187,32 @@ def _check_case(
     yield comparer.check("paged_attention", shape, bound(dtype, 4), attended)
 
 
-def _check_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
+def _check_quantized(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
+    """Activations in int8, with a scale a token and with one for all tokens; weights of 8 bits, and of 4 in groups."""
     for num_tokens, width, num_out in ((1, 3584, 512), (32, 4096, 1024)):
-        x = comparer.values(num_tokens, width, dtype=dtype)
+        generator, case = comparer.generator, f"[{num_tokens}, {width}] x [{width}, {num_out}]"
+        x, bias = comparer.values(num_tokens, width, dtype=dtype), comparer.values(num_out, dtype=dtype)
         x[0, 5] = 60.0  # an outlier as activations have them
         codes, act_scale = reference.quantize_per_token(x)
-        weight = torch.randint(-127, 128, (num_out, width), dtype=torch.int8, generator=comparer.generator)
-        weight_scale = torch.rand(num_out, generator=comparer.generator) * 1e-3 + 1e-4
-        bias = comparer.values(num_out, dtype=dtype)
-        case = f"{_name(dtype)} [{num_tokens}, {width}] x [{width}, {num_out}]"
-
-        def quantised(x=x, codes=codes, act_scale=act_scale) -> float:
-            found, scale = comparer.ops.quantize_per_token(*comparer.place(x, dtype=dtype))
-            error = relative_error(scale, act_scale)
-            steps = (found.cpu().int() - codes.int()).abs().max().item() / 127
-            return max(steps, error)
-
-        def multiplied(codes=codes, act_scale=act_scale, weight=weight, weight_scale=weight_scale, bias=bias) -> float:
-            wanted = reference.int8_matmul(codes, act_scale, weight, weight_scale, bias, torch.float32)
-            on_device = comparer.place(codes, act_scale, weight, weight_scale, dtype=torch.float32)
-            packed = comparer.ops.pack_int8(on_device[2])
-            found = comparer.ops.int8_matmul(
-                on_device[0], on_device[1], packed, on_device[3], *comparer.place(bias, dtype=dtype), dtype
-            )
-            return relative_error(found, wanted)
-
-        def weight_only(x=x, weight=weight, weight_scale=weight_scale, bias=bias) -> float:
-            wanted = reference.int8_weight_matmul(x, weight, weight_scale, bias)
-            placed_x, codes_out, placed_bias = comparer.place(x, weight, bias, dtype=dtype)
-            scale_out = weight_scale.to(comparer.device.torch_device)
-            packed = comparer.ops.pack_int8_weight(codes_out)
-            found = comparer.ops.int8_weight_matmul(placed_x, packed, scale_out, placed_bias)
-            return relative_error(found, wanted)
-
-        yield comparer.check("quantize_per_token", case, CODE_STEP, quantised)
-        yield comparer.check("int8_weight_matmul", case, bound(dtype, 3), weight_only)
-        yield comparer.check("int8_matmul", case, bound(dtype, 2), multiplied)
-    yield from _check_static_and_int4(comparer, dtype)
-    yield from _check_fused_int8(comparer, dtype)
-
-
-def _check_static_and_int4(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
-    """Activations with one scale for all tokens, and weights of 4 bits in groups of 128."""
-    for num_tokens, width, num_out in ((1, 3584, 512), (32, 4096, 1024)):
-        x, bias = comparer.values(num_tokens, width, dtype=dtype), comparer.values(num_out, dtype=dtype)
+        weight = torch.randint(-127, 128, (num_out, width), dtype=torch.int8, generator=generator)
+        scale = torch.rand(num_out, generator=generator) * 1e-3 + 1e-4
+        yield comparer.compare("quantize_per_token", case, CODE_STEP, dtype, x)
+        yield comparer.compare("int8_weight_matmul", case, bound(dtype, 3), dtype, x, weight, scale, bias)
+        yield comparer.compare(
+            "int8_matmul", case, bound(dtype, 2), dtype, codes, act_scale, weight, scale, bias, torch.float32
+        )
         step, offset = torch.tensor([0.05]), torch.tensor([3.0])
         codes = reference.quantize_static(x, step, offset)
-        weight = torch.randint(-127, 128, (num_out, width), dtype=torch.int8, generator=comparer.generator)
-        whole = torch.randint(-1000, 1000, (num_out,), dtype=torch.int32, generator=comparer.generator)
-        scale = torch.rand(num_out, generator=comparer.generator) * 1e-3 + 1e-4
-        small = torch.randint(-8, 8, (num_out, width), dtype=torch.int8, generator=comparer.generator)
-        group_scale = torch.rand(num_out, width // 128, generator=comparer.generator) * 1e-2 + 1e-3
-        zero = torch.randint(-8, 8, group_scale.shape, generator=comparer.generator).float()
-        case = f"{_name(dtype)} [{num_tokens}, {width}] x [{width}, {num_out}]"
-
-        def quantised(x=x, step=step, offset=offset, codes=codes) -> float:
-            place = comparer.device.torch_device
-            found = comparer.ops.quantize_static(*comparer.place(x, dtype=dtype), step.to(place), offset.to(place))
-            return (found.cpu().int() - codes.int()).abs().max().item() / 127
-
-        def multiplied(codes=codes, weight=weight, scale=scale, whole=whole) -> float:
-            wanted = reference.int8_static_matmul(codes, weight, scale, whole, torch.float32)
-            on_device = comparer.place(codes, weight, scale, whole, dtype=torch.float32)
-            packed = comparer.ops.pack_int8_static(on_device[1])
-            return relative_error(comparer.ops.int8_static_matmul(on_device[0], packed, *on_device[2:], dtype), wanted)
-
-        def grouped(x=x, small=small, group_scale=group_scale, zero=zero, bias=bias) -> float:
-            wanted = reference.int4_weight_matmul(x, *reference.pack_int4(small, group_scale, zero), bias)
-            packed = comparer.ops.pack_int4(*comparer.place(small, group_scale, zero, dtype=torch.float32))
-            return relative_error(
-                comparer.ops.int4_weight_matmul(
-                    *comparer.place(x, dtype=dtype), *packed, *comparer.place(bias, dtype=dtype)
-                ),
-                wanted,
-            )
-
-        yield comparer.check("quantize_static", case, CODE_STEP, quantised)
-        yield comparer.check("int8_static_matmul", case, bound(dtype, 2), multiplied)
-        yield comparer.check("int4_weight_matmul", case, bound(dtype, 4), grouped)
+        whole = torch.randint(-1000, 1000, (num_out,), dtype=torch.int32, generator=generator)
+        yield comparer.compare("quantize_static", case, CODE_STEP, dtype, x, step, offset)
+        yield comparer.compare(
+            "int8_static_matmul", case, bound(dtype, 2), dtype, codes, weight, scale, whole, torch.float32
+        )
+        small = torch.randint(-8, 8, (num_out, width), dtype=torch.int8, generator=generator)
+        scale = torch.rand(num_out, width // 128, generator=generator) * 1e-2 + 1e-3
+        zero = torch.randint(-8, 8, scale.shape, generator=generator).float()
+        yield comparer.compare("int4_weight_matmul", case, bound(dtype, 4), dtype, x, small, scale, zero, bias)
+    yield from _check_fused_int8(comparer, dtype)
 
 
 def _check_fused_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpCheck]:
@@ -333,7 +232,7 @@ def _check_fused_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpChec
             codes, scale, found = ops.add_rms_norm_quantize(*comparer.place(x, residual, weight, dtype=dtype), 1e-6)
             return max(error(codes, scale, wanted), relative_error(found, total))
 
-        case = f"{_name(dtype)} {[num_tokens, width]}"
+        case = f"{dtype_name(dtype)} {[num_tokens, width]}"
         yield comparer.check("add_rms_norm_quantize", case, CODE_STEP + bound(dtype, 3), normed)
     for num_tokens, width in ((1, 18944), (1, 64), (33, 12288)) if hasattr(ops, "swiglu_quantize") else ():
         gate_up = comparer.values(num_tokens, 2 * width, dtype=dtype)
@@ -342,7 +241,7 @@ def _check_fused_int8(comparer: Comparer, dtype: torch.dtype) -> Iterator[OpChec
             codes, scale = ops.swiglu_quantize(*comparer.place(gate_up, dtype=dtype))
             return error(codes, scale, reference.swiglu(gate_up))
 
-        case = f"{_name(dtype)} {[num_tokens, 2 * width]}"
+        case = f"{dtype_name(dtype)} {[num_tokens, 2 * width]}"
         yield comparer.check("swiglu_quantize", case, CODE_STEP + bound(dtype, 3), gated)
 
 

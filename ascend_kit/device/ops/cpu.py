@@ -12,29 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ascend_kit.device.ops.reference import (  # noqa: F401 - part of this table
-    HOST_LENGTHS,
-    MERGED_QKV,
-    argmax,
-    gather_rows,
-    int4_weight_matmul,
-    int8_static_matmul,
-    int8_weight_matmul,
-    linear,
-    make_mask,
-    pack_int4,
-    pack_int8_static,
-    pack_int8_weight,
-    pack_linear,
-    quantize_per_token,
-    quantize_static,
-    rotary,
-    split_columns,
-    store_kv,
-    swiglu,
-    validate,
-    widened,
-)
+from ascend_kit.device.ops.reference import *  # noqa: F403 - the rest of this table
+from ascend_kit.device.ops.reference import widened
 from ascend_kit.device.ops.table import AttentionMeta
 
 

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.ops import cpu
-from ascend_kit.device.ops.cpu import (  # noqa: F401 - part of this table
-    HOST_LENGTHS,
-    MERGED_QKV,
-    int8_static_matmul,
-    make_mask,
-    pack_int8_static,
-    quantize_static,
-    split_columns,
-)
+from ascend_kit.device.ops.cpu import *  # noqa: F403 - the rest of this table
 from ascend_kit.device.ops.native import DTYPES, Recording, call, empty, packs
 from ascend_kit.device.ops.reference import SCALE_BYTES, widened
 from ascend_kit.device.ops.table import AttentionMeta

@@ -8,7 +8,8 @@ Besides the functions a module states two facts: MERGED_QKV, whether q, k and v 
 HOST_LENGTHS, whether its attention takes the lengths as host lists, which a captured graph then has to be told anew.
 A table may have functions of `FUSED` as well, which do in one kernel what two of `OPS` define; layers use them where
 they are there. `gather_rows` reads what `pack_linear` returns, so that a tied head and embedding are one tensor.
-On a CPU with a C++ compiler the fused table is `cpu_native`, else `cpu`; RECORDS says of its tables whether a decode
+On a CPU with a C++ compiler the fused table is `cpu_native`, else `cpu`, which also serves a GPU (its decode attention
+fits into a CUDA graph); RECORDS says of its tables whether a decode
 step can be recorded: plain attention would read the whole block table, whatever the lengths.
 
 Shape letters: T packed tokens, N query heads, K KV heads, H head size, D hidden, F feed-forward, B sequences,
@@ -79,6 +80,8 @@ def select_ops(device_kind: str, fused: bool, plain_ops: Sequence[str] = ()) -> 
         raise ValueError(f"no operator table for device kind {device_kind!r}; allowed: cpu, cuda, npu")
     if device_kind == "cpu" and import_module("ascend_kit.device.ops.native").library() is not None:
         device_kind = "cpu_native"
+    elif device_kind == "cuda":  # torch's kernels as on a CPU, but its int8 product wants more than 16 rows there
+        device_kind, plain_ops = "cpu", (*plain_ops, "int8_matmul")
     table = import_module(f"ascend_kit.device.ops.{device_kind}")
     return _with_plain(table, plain_ops) if plain_ops else table
 
