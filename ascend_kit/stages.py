@@ -35,7 +35,7 @@ FREE = frozenset({
 GROWING = frozenset({
     "seed", "engines", "variants", "sweep", "sweep_repeats", "sweep_precision", "sweep_max_repeats",
     "sweep_requests_per_point", "load", "rate", "burstiness", "rate_end", "trace_file", "load_prompts",
-    "length_spread", "shared_prefix", "turns", "think_s", "slo", "search", "search_precision", "profile",
+    "length_spread", "shared_prefix", "turns", "think_s", "slo", "search", "search_precision", "profile", "log_to",
     "prompts_file", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "presence_penalty", "sampling",
     "concurrency", "chat_template", "thinking", "eval_datasets", "dataset_path", "eval_batch_size",

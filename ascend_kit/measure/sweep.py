@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ascend_kit.params.engines import EngineSpec
     from ascend_kit.results import RunFolder
 
-TABLES = ("rows", "requests", "cards", "samples", "ceilings", "sweep", "search")
+TABLES = ("rows", "requests", "cards", "samples", "ceilings", "sweep", "search", "mlflow")
 _CACHE_BYTES = 2**28  # weights below this may live in a CPU's cache and are read at its speed
 Progress = Callable[[float, int, str], None]  # points done, points in all, text
 

@@ -37,6 +37,7 @@ USED_BY = {
     "variants": "24",
     "sweep_repeats sweep_precision sweep_max_repeats sweep_requests_per_point search search_precision": "4",
     "load rate burstiness rate_end trace_file load_prompts length_spread shared_prefix turns think_s profile": "4",
+    "log_to": "4",
     "eval_datasets dataset_path eval_batch_size eval_max_seq_length eval_fewshot eval_limit eval_chat_template": "5",
     "allow_download allow_code_execution eval_samples eval_temperature eval_top_p eval_top_k": "5",
     "eval_max_new_tokens eval_thinking_budget eval_endpoint eval_endpoint_model eval_stop_against": "5",

@@ -125,6 +125,7 @@ class StageParameters(ConversionParameters, RunParameters):
     )
     search_precision: float = Field(0.1, gt=0, lt=1, description="width of the search's bracket, share")
     profile: bool = Field(False, description="one prefill and some decode steps under the profiler, traces kept")
+    log_to: Literal["none", "mlflow"] = Field("none", description="where the sweep is logged besides the run folder")
     # evaluation
     eval_datasets: list[str] = Field(
         ["mmlu", "ceval", "agieval", "wikitext"], min_length=1, description="these, any task of lm-eval, text:<file>"

@@ -132,6 +132,11 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
     given = {name for name in names if getattr(experiment, name, None) not in (None, DEMO)}
     with noted():
         _check_written(experiment.run_folder, MIN_FREE_BYTES)
+    if "log_to" in names:
+        from ascend_kit.measure.tracking import require_tracker
+
+        with noted():
+            require_tracker(experiment)
     for key in sorted(given & {"prompts_file", "calibration_file"}):
         with noted():
             read_prompts(getattr(experiment, key), key)
