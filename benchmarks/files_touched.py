@@ -64,14 +64,15 @@ def main() -> None:
         show("a prompt becomes a token", lambda number: engine.generate(prompts[number], short), names)
         show("a tensor becomes a shard", lambda number: convert(values["input_model"], f"{scratch}/m{number}"), names)
         show("a document becomes a row", evaluated, names)
-        show("a row becomes a paired row", lambda number: paired(runs), names)
+        folders = [run.run_folder for run in runs]
+        show("a row becomes a paired row", lambda number: paired(folders), names)
 
 
-def paired(runs: list[Any]) -> None:
+def paired(folders: list[Path]) -> None:
     from ascend_kit.evaluation.compare import compare_accuracy
     from ascend_kit.evaluation.runs import Run
 
-    compare_accuracy(*(Run(RunFolder(run.run_folder)) for run in runs))
+    compare_accuracy(*(Run(RunFolder(folder)) for folder in folders))
 
 
 def show(what: str, work: Callable[[int], object], with_names: bool) -> None:

@@ -13,18 +13,19 @@ import pandas
 import pytest
 from chinese_text import english_in
 
-from ascend_kit.evaluation.compare import compare_accuracy, compare_perplexity, pair_documents
-from ascend_kit.evaluation.evidence import flips
-from ascend_kit.evaluation.gate import gates
-from ascend_kit.evaluation.paired import (
+from ascend_kit.evaluation.compare import (
     PairedCounts,
     accuracy_interval,
-    bootstrap_ratio_difference,
+    compare_accuracy,
     holm,
+    pair_documents,
     paired_counts,
     score_interval,
 )
-from ascend_kit.evaluation.published import reasons
+from ascend_kit.evaluation.evidence import flips
+from ascend_kit.evaluation.gate import gates
+from ascend_kit.evaluation.judge import reasons
+from ascend_kit.evaluation.perplexity import bootstrap_ratio_difference, compare_perplexity
 from ascend_kit.evaluation.runs import CompareError, Run, differences, load_runs, pick_baseline
 from ascend_kit.evaluation.tradeoff import Comparison, answer_length_ratio
 from ascend_kit.identity import Identity

@@ -23,11 +23,10 @@ from ascend_kit.evaluation import judge
 from ascend_kit.evaluation.datasets import SETS, find_tasks, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
-from ascend_kit.evaluation.live import drawn_documents
-from ascend_kit.evaluation.other_tasks import check_data
+from ascend_kit.evaluation.judge import PUBLISHED, published, reasons
 from ascend_kit.evaluation.perplexity import ratio, token_perplexity
-from ascend_kit.evaluation.published import PUBLISHED, published, reasons
-from ascend_kit.evaluation.scores import EvaluationError, load_documents, load_evaluation
+from ascend_kit.evaluation.runs import EvaluationError, load_documents, load_evaluation
+from ascend_kit.evaluation.tasks import check_data, drawn_documents
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder

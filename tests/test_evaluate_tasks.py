@@ -23,14 +23,13 @@ from running_server import Running
 from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation import code_execution
 from ascend_kit.evaluation.compare import pair_documents
-from ascend_kit.evaluation.drawing import allocate, detectable, draw
 from ascend_kit.evaluation.endpoint import EndpointEngine
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
-from ascend_kit.evaluation.other_tasks import check_data
 from ascend_kit.evaluation.rows import csv_columns
 from ascend_kit.evaluation.runs import Run
 from ascend_kit.evaluation.scores import pass_at_k, score_rows
+from ascend_kit.evaluation.tasks import allocate, check_data, detectable, draw
 from ascend_kit.identity import Identity
 from ascend_kit.measure.http import Endpoint, EndpointError
 from ascend_kit.params import Experiment, ParameterError, build_experiment

@@ -1,24 +1,35 @@
 """Documents answered once: lm-eval's requests of all tasks together, known answers given again, each new one handed out
-at once.
+at once, as a row with what was asked, what was answered and how.
 
 Requests stay batched across tasks. A failure is narrowed down to the task that causes it, and the others go on.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
+from lm_eval.utils import handle_non_serializable, hash_string
 
 from ascend_kit.evaluation.adapter import EngineLM, Facts
 from ascend_kit.evaluation.interface import EvaluatedEngine
-from ascend_kit.evaluation.stopping import EnoughEvidence
+from ascend_kit.evaluation.rows import passage_of
+from ascend_kit.evaluation.sequential import EnoughEvidence
 
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+Row = dict[str, Any]
 Key = tuple[str, int]  # task, number of the document in the data
+NO_FILTER = "none"
 NO_ANSWER = {"loglikelihood": (float("nan"), False), "loglikelihood_rolling": float("nan"), "generate_until": ""}
 
 
@@ -162,3 +173,131 @@ def quiet() -> Iterator[None]:
     finally:
         module.tqdm = bar
         logger.setLevel(level)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def hashes(document: Answered) -> Row:
+    """What a document is recognised by, as lm-eval computes it: two runs are paired on these."""
+    request = document.requests[0]
+    text = json.dumps(request.doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return {"doc_id": document.key[1], "doc_hash": hash_string(text), "prompt_hash": hash_string(request.arguments[0])}
+
+
+def document_row(task: ConfigurableTask, document: Answered) -> Row:
+    """Question, choices, expected and given answer, log-probabilities or text, tokens and time of one document."""
+    doc, kind = document.requests[0].doc, document.requests[0].request_type
+    answers = [document.answers[place] for place in range(len(document.requests))]
+    row = {**hashes(document), **_evidence(document), "target": task.doc_to_target(doc)}
+    if kind == "loglikelihood_rolling":
+        metrics = _metrics(task, document, answers)
+        logprob, words = metrics["word_perplexity"]
+        return {**row, "target": None, "logprob": logprob, "words": words, "bytes": metrics["byte_perplexity"][1]}
+    row |= {"question": _plain(task.doc_to_text(doc)), "passage": passage_of(doc)}
+    if kind == "loglikelihood":
+        choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else answers[:1]
+        row |= {
+            "choices": choices if task.OUTPUT_TYPE == "multiple_choice" else None,
+            "choice_logprobs": [logprob for logprob, _ in answers[: len(choices)]],
+            "choice_is_greedy": [greedy for _, greedy in answers[: len(choices)]],
+            "other_logprobs": answers[len(choices) :] or None,
+        }
+        row["prediction"] = max(range(len(choices)), key=row["choice_logprobs"].__getitem__)
+    else:
+        row |= {"answer": answers[0], "answers": answers if len(answers) > 1 else None}
+    values = {name: value for name, value in _metrics(task, document, answers).items() if _is_number(value)}
+    row |= values
+    if kind == "generate_until":
+        row |= _right(values)
+    return row | (_samples(task, document, answers) if len(answers) > 1 and kind == "generate_until" else {})
+
+
+def _right(values: Row) -> Row:
+    """Whether a written answer counts as right when runs are paired, and by which metric: the most lenient filter of
+    shares, else the first; a share counts where it is whole.
+    """
+    shares = [name for name, value in values.items() if 0 <= value <= 1]
+    name = next((name for name in shares if "flexible" in name), next(iter(shares), None))
+    return {} if name is None else {"right": float(values[name] == 1), "right_by": name}
+
+
+def answers_of(row: Row, document: Answered) -> list[Any] | None:
+    """The answers to a document's requests that a row holds; None where the row is about another prompt."""
+    if any(row.get(name) != value for name, value in hashes(document).items()):
+        return None
+    if row.get("choice_logprobs"):
+        pairs = zip(row["choice_logprobs"], row["choice_is_greedy"], strict=True)
+        answers = [*pairs, *map(tuple, row.get("other_logprobs") or [])]
+    elif row.get("logprob") is not None:
+        answers = [row["logprob"]]
+    else:
+        answers = row.get("answers") or [row.get("answer")]
+    return answers if len(answers) == len(document.requests) and None not in answers else None
+
+
+def _evidence(document: Answered) -> Row:
+    """How the answers came about: numbers of one answer, lists of several samples."""
+    facts = [document.facts[place] for place in sorted(document.facts)]
+    names = dict.fromkeys(name for item in facts for name in item)
+    found = {name: [item.get(name) for item in facts] for name in names}
+    is_text = "finish_reason" in found
+    row = {name: values if is_text and len(values) > 1 else values[0] for name, values in found.items()}
+    row["cut_tokens"] = max((item["cut_tokens"] for item in facts), default=0)
+    if is_text:  # one that was cut off makes the document one that was cut off
+        row["finish_reason"] = "length" if "length" in found["finish_reason"] else found["finish_reason"][0]
+    return {**row, "answered_at_s": time.time()}
+
+
+def _metrics(task: ConfigurableTask, document: Answered, answers: Iterable[Any]) -> Row:
+    """Metric -> value of one document, `metric,filter` where the task has named filters."""
+    found: Row = {}
+    copies: dict[int, Instance] = {}  # several samples of one request share it
+    for request, answer in zip(document.requests, answers, strict=False):
+        one = copies.setdefault(id(request), copy.copy(request))
+        if one.resps is request.resps:
+            one.resps, one.filtered_resps = [], {}
+        one.resps.append(answer)
+    instances = sorted(copies.values(), key=lambda one: one.idx)
+    for ensemble in task._filters:
+        ensemble.apply(instances)
+        values = task.process_results(instances[0].doc, [one.filtered_resps[ensemble.name] for one in instances])
+        found |= {metric_name(name, ensemble.name): value for name, value in values.items()}
+    return found
+
+
+def metric_name(metric: str, filter_name: str) -> str:
+    """How a metric is called here: `acc`, or `exact_match,strict-match` where a filter of that name came before."""
+    return metric if filter_name == NO_FILTER else f"{metric},{filter_name}"
+
+
+def _samples(task: ConfigurableTask, document: Answered, answers: list[str]) -> Row:
+    """Each sample by itself: metric -> values, and the value of the most frequent filtered answer (`maj@k`)."""
+    values: dict[str, list[float]] = {}
+    majority: Row = {}
+    single = [_metrics(task, document, [answer]) for answer in answers]
+    for name in single[0]:
+        if _is_number(single[0][name]):
+            values[name] = [float(one[name]) for one in single]
+    votes = [_filtered(task, document, answer) for answer in answers]
+    for name in values:
+        given = [vote.get(name.rpartition(",")[2] if "," in name else NO_FILTER) for vote in votes]
+        winner, _ = Counter(map(str, given)).most_common(1)[0]
+        majority[name] = values[name][[str(item) for item in given].index(winner)]
+    return {"sample_metrics": values, "majority_metrics": majority}
+
+
+def _filtered(task: ConfigurableTask, document: Answered, answer: str) -> Row:
+    one = copy.copy(document.requests[0])
+    one.resps, one.filtered_resps = [answer], {}
+    for ensemble in task._filters:
+        ensemble.apply([one])
+    return one.filtered_resps
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or hasattr(value, "item")
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, list)) else str(value)

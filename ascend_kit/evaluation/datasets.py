@@ -8,12 +8,14 @@ scored.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -22,8 +24,12 @@ from ascend_kit.evaluation.files import DataError, SetFiles, set_files, set_fold
 from ascend_kit.evaluation.rows import Reader, Row, Shape
 from ascend_kit.identity import hash_value
 
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
 MULTIPLE_CHOICE_GROUP = "agieval_multiple_choice"
 FAULTS_SHOWN = 8
+SHUFFLE_SEED = 0  # lm-eval's default: some tasks shuffle their choices with the global generators
 
 
 @dataclass(frozen=True)
@@ -45,38 +51,16 @@ class SetSpec:
         return is_subject or folder_name in self.folder_names
 
 
-SETS = {
-    spec.name: spec
-    for spec in (
-        SetSpec(
-            "mmlu",
-            "mmlu/default",
-            ("mmlu", "cais-mmlu", "mmlu-no-train", "hendrycks-test"),
-            shapes.MMLU,
-            "cais/mmlu",
-            5,
-            False,
-        ),
-        SetSpec(
-            "ceval",
-            "ceval",
-            ("ceval", "ceval-exam", "c-eval", "formal-ceval"),
-            shapes.CEVAL,
-            "ceval/ceval-exam",
-            5,
-            False,
-        ),
-        # lm-eval 0.4.13 cannot build a shot from AGIEval's columns ("Answer is not a string!"): always 0.
-        SetSpec("agieval", "agieval", ("agieval",), shapes.AGIEVAL, "hails/agieval-<name>", default_split="test"),
-        SetSpec(
-            "wikitext",
-            "wikitext",
-            ("wikitext", "wikitext-document-level"),
-            shapes.WIKITEXT,
-            "EleutherAI/wikitext_document_level",
-        ),
-    )
-}
+SETS = {spec.name: spec for spec in (
+    SetSpec("mmlu", "mmlu/default", ("mmlu", "cais-mmlu", "mmlu-no-train", "hendrycks-test"), shapes.MMLU, "cais/mmlu",
+            5, False),
+    SetSpec("ceval", "ceval", ("ceval", "ceval-exam", "c-eval", "formal-ceval"), shapes.CEVAL, "ceval/ceval-exam",
+            5, False),
+    # lm-eval 0.4.13 cannot build a shot from AGIEval's columns ("Answer is not a string!"): always 0.
+    SetSpec("agieval", "agieval", ("agieval",), shapes.AGIEVAL, "hails/agieval-<name>", default_split="test"),
+    SetSpec("wikitext", "wikitext", ("wikitext", "wikitext-document-level"), shapes.WIKITEXT,
+            "EleutherAI/wikitext_document_level"),
+)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -231,7 +215,24 @@ def write_task_folder(tasks: Iterable[LocalTask], folder: str | Path) -> Path:
     return folder
 
 
-# --- the packaged lm-eval tasks -----------------------------------------------------------------------------
+def load_task(folder: str | Path, name: str) -> ConfigurableTask:
+    """lm-eval's task from the YAML files in `folder`: its documents are read once, from a fixed state of the global
+    generators, and stay as they are.
+    """
+    import numpy
+    from lm_eval.tasks import TaskManager
+
+    random.seed(SHUFFLE_SEED)
+    numpy.random.seed(SHUFFLE_SEED)
+    with redirect_stdout(None):  # RULER prints each length that it tries
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
+        documents: list[Any] = list(task.eval_docs)
+    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: documents)
+    return task
+
+
+# --- the packaged lm-eval tasks ---------------------------------------------------------------------------------------
 
 
 class _TaskYaml(yaml.SafeLoader):
@@ -295,7 +296,7 @@ def write_yaml(path: Path, config: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
-# --- the tasks on this disk ---------------------------------------------------------------------------------
+# --- the tasks on this disk -------------------------------------------------------------------------------------------
 
 
 def _find_set(root: Path, spec: SetSpec, num_fewshot: int | None, tasks: list[LocalTask], faults: list[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ascend_kit.evaluation.compare import ALL_SETS, CONFIDENCE, compare_accuracy, compare_perplexity
+from ascend_kit.evaluation.compare import ALL_SETS, CONFIDENCE, compare_accuracy
+from ascend_kit.evaluation.perplexity import compare_perplexity
 from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.evaluation.tradeoff import SHORTEST_ANSWERS, answer_length_ratio
 from ascend_kit.files import Table

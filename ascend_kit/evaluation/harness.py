@@ -20,16 +20,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.evaluation import judge, scores
-from ascend_kit.evaluation.datasets import LocalTask, go_offline, groups_of, write_task_folder
-from ascend_kit.evaluation.export import LmEvalExport
+from ascend_kit.evaluation.datasets import LocalTask, go_offline, groups_of, load_task, write_task_folder
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.interface import EvaluatedEngine
-from ascend_kit.evaluation.live import Live, drawn_documents
-from ascend_kit.evaluation.other_tasks import check_data, load_task, task_manager
 from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
-from ascend_kit.evaluation.published import published
-from ascend_kit.evaluation.scores import EvaluationResult, load_evaluation
-from ascend_kit.evaluation.stopping import EnoughEvidence, Stop
+from ascend_kit.evaluation.runs import EvaluationResult, document_rows, load_evaluation, load_scores
+from ascend_kit.evaluation.sequential import EnoughEvidence, Stop
+from ascend_kit.evaluation.tasks import check_data, drawn_documents
 from ascend_kit.identity import Identity, hash_value
 from ascend_kit.measure.cards import CardMeter
 from ascend_kit.messages import say
@@ -37,8 +34,6 @@ from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
 
 if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
-
     from ascend_kit.evaluation.answering import Answered, DocumentLM
 
 Progress = Callable[[int, int, str], None]  # documents done, documents in all, task
@@ -105,15 +100,16 @@ class _Session:
             "max_gen_toks": experiment.eval_max_new_tokens,
         }
         self.sampling = {name: value for name, value in sampling.items() if value is not None}
+        self.identity = engine.identity
         self.identities = {task.task: self._identity(task) for task in tasks}
         self.drawn = drawn_documents(tasks, experiment)
         self.configured: dict[str, Any] = {}
         self.known = self._known_rows()
-        self.live = Live(self.tasks.values(), self.drawn)
+        self.live = scores.Live(self.tasks.values(), self.drawn)
         self.stop = (
             None if experiment.eval_stop_against is None else Stop(experiment, self.tasks, self.identities, self.drawn)
         )
-        self.export = LmEvalExport(
+        self.export = scores.LmEvalExport(
             folder, experiment.model_name, engine.tokenizer.chat_template if self.uses_chat else None
         )
         self.wall_s: defaultdict[str, float] = defaultdict(float)
@@ -123,7 +119,10 @@ class _Session:
         from ascend_kit.evaluation.answering import DocumentLM
 
         self._write_summary()  # from now on rows of anything else are out of the tables
-        todo = [name for name in self.tasks if not self._is_finished(name)]
+        before: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in load_scores(self.folder).to_dict("records"):
+            before[row["task"]].append(row)
+        todo = [name for name in self.tasks if not scores.is_finished(before[name], self.drawn.get(name))]
         for name in self.tasks.keys() - set(todo):
             self.live.skip(name)
         self.on_progress(*self.live.progress())
@@ -146,7 +145,7 @@ class _Session:
             with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
                 self._evaluate_and_record(lm, todo, scratch)
             rows = [{"task": ALL_TASKS, **row} for row in load.rows()]
-            self.folder.append_all(CARDS, rows, self.engine.identity)
+            self.folder.append_all(CARDS, rows, self.identity)
         self.on_progress(*self.live.progress())
         self._finish()
 
@@ -154,7 +153,7 @@ class _Session:
 
     def _identity(self, task: LocalTask) -> Identity:
         """What the answers to a task depend on: the engine's identity, the data, and how the task is asked."""
-        base: Identity = self.engine.identity
+        base = self.identity
         template = hash_value(self.engine.tokenizer.chat_template) if self.uses_chat else None
         generation = {
             "samples": self.experiment.eval_samples,
@@ -205,7 +204,7 @@ class _Session:
         }
 
     def _known_answers(self, document: Answered) -> list[Any] | None:
-        from ascend_kit.evaluation.documents import answers_of
+        from ascend_kit.evaluation.answering import answers_of
 
         row = self.known.get(document.key)
         answers = None if row is None else answers_of(row, document)
@@ -216,7 +215,7 @@ class _Session:
 
     def _keep(self, documents: list[Answered]) -> None:
         """Write answered documents to the disk, and tell how far the evaluation is."""
-        from ascend_kit.evaluation.documents import document_row
+        from ascend_kit.evaluation.answering import document_row
 
         rows: dict[str, list[dict[str, Any]]] = {}
         for document in documents:
@@ -240,20 +239,13 @@ class _Session:
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
-    def _is_finished(self, task: str) -> bool:
-        rows = [row for row in self._asked_scores() if row["task"] == task]
-        return scores.is_finished(rows, self.drawn.get(task))
-
-    def _asked_scores(self) -> list[dict[str, Any]]:
-        return scores.load_scores(self.folder).to_dict("records")
-
     def _evaluate_and_record(self, lm: DocumentLM, todo: list[str], scratch: str) -> None:
         """Ask all tasks together; where one cannot be asked or scored at all, each by itself, from the same answers."""
         from ascend_kit.evaluation.answering import quiet
 
         write_task_folder(self.tasks.values(), scratch)
         with quiet():
-            errors = self._configure(lm, task_manager(scratch, self.experiment), todo)
+            errors = self._configure(lm, scratch, todo)
             for name, error in errors.items():
                 self._record(self.tasks[name], None, error)
             able = [name for name in todo if name not in errors]
@@ -285,12 +277,12 @@ class _Session:
         self._write_summary()
         return list(self.tasks)
 
-    def _configure(self, lm: DocumentLM, manager: TaskManager, todo: list[str]) -> dict[str, Exception]:
+    def _configure(self, lm: DocumentLM, folder: str, todo: list[str]) -> dict[str, Exception]:
         """Build lm-eval's tasks; what cannot be asked is said before anything is."""
         errors: dict[str, Exception] = {}
         for name in todo:
             try:
-                task = load_task(manager, name)
+                task = load_task(folder, name)
                 task.set_config("num_fewshot", self.tasks[name].num_fewshot)
                 task.set_fewshot_seed(FEWSHOT_SEED)
                 if task.OUTPUT_TYPE == "generate_until":
@@ -369,18 +361,17 @@ class _Session:
         return {**head, **asdict(found)}
 
     def _finish(self) -> None:
-        table, documents = scores.load_scores(self.folder), scores.document_rows(self.folder)
-        groups = [row for group in groups_of(self.tasks.values()) for row in scores.group_rows(group, table)]
+        table, documents, specs = load_scores(self.folder), document_rows(self.folder), groups_of(self.tasks.values())
+        groups = [row for group in specs for row in scores.group_rows(group, table)]
         rows = [*table.to_dict("records"), *groups]
         flags = judge.flags(self.experiment, self.engine, list(self.tasks.values()), rows, documents)
         if self.stop is not None and self.stop.found:
             flags.append(say("evaluation.stopped", "caution", **self.stop.found))
-        members = {group.group: list(group.tasks) for group in groups_of(self.tasks.values())}
-        self.export.write(self.tasks, groups, members)
+        self.export.write(self.tasks, groups, {group.group: list(group.tasks) for group in specs})
         self._write_summary(
             groups=groups,
             flags=[flag.to_row() for flag in flags],
-            published=published(self.experiment, self.engine, rows),
+            published=judge.published(self.experiment, self.engine, rows),
         )
         for flag in flags:
             if flag.level == "alarm":
@@ -388,7 +379,7 @@ class _Session:
 
     def _write_summary(self, **found: Any) -> None:
         identities = {task: identity.id for task, identity in self.identities.items()}
-        identities[ALL_TASKS] = self.engine.identity.id
+        identities[ALL_TASKS] = self.identity.id
         stopped = self.stop.found if self.stop else None
         summary = {"identities": identities, "drawn": self.drawn, "stopped": stopped}
         self.folder.write_json("evaluation", {**summary, **found})

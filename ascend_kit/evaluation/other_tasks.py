@@ -7,40 +7,26 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
-from functools import cache
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from importlib.metadata import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ascend_kit.evaluation import code_execution
-from ascend_kit.evaluation.datasets import (
-    SETS,
-    LocalTask,
-    find_tasks,
-    go_offline,
-    packaged_config,
-    packaged_folder,
-    wanted_folder,
-    write_yaml,
-)
+from ascend_kit.evaluation.datasets import SETS, LocalTask, load_task, packaged_config, packaged_folder, write_yaml
 from ascend_kit.evaluation.files import SPLITS, DataError, plain_name, set_files, set_folders, subject_key
 from ascend_kit.evaluation.rows import csv_columns
-from ascend_kit.evaluation.text_task import TEXT, text_task
 from ascend_kit.files import one_line
 from ascend_kit.identity import hash_value
 from ascend_kit.messages import did_you_mean
 from ascend_kit.params import Experiment
-from ascend_kit.params.experiment import DEMO
 
 if TYPE_CHECKING:
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json"}
@@ -55,13 +41,14 @@ RULER_FROM_WEB = frozenset((
 ))  # fmt: skip
 NEED_SENTENCES = re.compile(r"ifeval|niah_(single_[23]|multikey_1|multivalue|multiquery)$")  # nltk's splitter
 SHOWN = 8  # tasks named in an error
-SHUFFLE_SEED = 0  # lm-eval's default: some tasks shuffle their choices with the global generators
 
 
 @dataclass(frozen=True)
 class OtherTask(LocalTask):
-    """A task whose documents lm-eval itself reads: `settings` replace those of its packaged file. csv files are read
-    here, into `tables` (split -> columns): pandas makes "1.10" 1.1 and "None" nothing.
+    """A task whose documents lm-eval itself reads: `settings` replace those of its packaged file.
+
+    `tables` (split -> columns) are handed over ready: csv files, in which pandas makes "1.10" 1.1 and "None" nothing,
+    and documents that were drawn.
     """
 
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -88,31 +75,6 @@ class OtherTask(LocalTask):
         if copies:
             settings = settings | {"dataset_path": "parquet", "dataset_kwargs": {"data_files": copies}}
         return {"include": str(self.packaged_yaml), "task": self.task, **settings}
-
-
-def check_data(experiment: Experiment) -> list[LocalTask]:
-    """The tasks of an experiment, every file and row of them checked, without a model: DataError with all faults.
-
-    The demo's own data is right when it is built and not looked at. Its questions say nothing about another model: then
-    `dataset_path` must be given, unless everything asked for is a text or may be downloaded.
-    """
-    written = experiment.model_dump()  # the word demo as it was written, wherever the demo lies
-    sets = [name for name in experiment.eval_datasets if name in SETS]
-    others = [name for name in experiment.eval_datasets if name not in SETS]
-    if written["dataset_path"] in (None, DEMO) and written["input_model"] != DEMO and sets:
-        raise DataError(
-            f"dataset_path is not given, and the demo's questions say nothing about {experiment.input_model}: name a "
-            f"folder that holds {', '.join(wanted_folder(SETS[name]) for name in sets)}"
-        )
-    path = experiment.needed("dataset_path") if sets else experiment.dataset_path
-    tasks: list[LocalTask] = []
-    if path != DEMO:
-        tasks += find_tasks(path or ".", sets, num_fewshot=experiment.eval_fewshot)
-    if any(not name.startswith(TEXT) for name in others):
-        go_offline(may_download=experiment.allow_download)
-    for name in others:
-        tasks += [text_task(name)] if name.startswith(TEXT) else other_tasks(name, experiment)
-    return tasks
 
 
 # --- lm-eval's own tasks ----------------------------------------------------------------------------------------------
@@ -187,11 +149,12 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
         )
     if raw.get("unsafe_code"):
         code_execution.replace_code_eval()
+    is_ruler = path.parent.name == "ruler"
     is_generated = bool(raw.get("custom_dataset")) and not raw.get("dataset_path")
     if name in RULER_FROM_WEB and not experiment.allow_download:
         raise DataError(f"{name} is made from texts that lm-eval fetches from the web: set allow_download: true")
     shortest = RULER_ROOM + (RULER_SHORT[-1] if name.startswith("niah_") else RULER_LENGTHS[0])
-    if path.parent.name == "ruler" and experiment.eval_max_seq_length < shortest:
+    if is_ruler and experiment.eval_max_seq_length < shortest:
         raise DataError(
             f"{name}: the shortest prompts take {shortest} tokens, eval_max_seq_length is "
             f"{experiment.eval_max_seq_length}"
@@ -203,8 +166,8 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
             f"{name}: no folder {wanted}/ (a copy of {raw.get('dataset_path')}) in dataset_path "
             f"{experiment.dataset_path!r}; put one there, or set allow_download: true"
         )
-    tables = {}
-    if settings and settings["dataset_path"] == "csv":
+    tables: dict[str, dict[str, list[Any]]] = {}
+    if settings and settings.get("dataset_path") == "csv":
         # GPQA's answers are texts, even where all in a column are numbers.
         files, as_texts = settings["dataset_kwargs"]["data_files"], "gpqa" in path.parts
         tables = {split: csv_columns(paths, as_texts=as_texts) for split, paths in files.items()}
@@ -219,20 +182,21 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
         output_type=str(raw.get("output_type", "")),
         metrics=(),
         version=0.0,
-        settings=settings or {},
+        settings={"custom_dataset": None} if is_ruler else settings or {},
         tables=tables,
     )
 
 
 def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
     """The task with what only lm-eval can tell: its documents, metrics and shots."""
-    from dataclasses import replace
-
     with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
-        write_yaml(Path(scratch) / f"{task.task}.yaml", task.config(Path(scratch)))
         try:
             with _nltk_stays_offline(experiment):
-                built = load_task(task_manager(scratch, experiment), task.task)
+                if "custom_dataset" in task.settings:  # RULER's
+                    tokenizer = experiment.tokenizer_path or experiment.input_model
+                    task = replace(task, tables=_drawn(task, tokenizer, *ruler_lengths(experiment)))
+                write_yaml(Path(scratch) / f"{task.task}.yaml", task.config(Path(scratch)))
+                built = load_task(scratch, task.task)
             documents = list(built.eval_docs)
             built.doc_to_text(documents[0])
             if NEED_SENTENCES.search(task.task):
@@ -284,15 +248,14 @@ def _reason(task: OtherTask, error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def task_manager(folder: str | Path, experiment: Experiment) -> TaskManager:
-    """lm-eval's reader of the YAML files in `folder`; what generates its data (RULER) is told tokenizer and lengths."""
-    from lm_eval.tasks import TaskManager
-
-    facts: Any = {
-        "tokenizer": experiment.tokenizer_path or experiment.input_model,
-        "max_seq_lengths": ruler_lengths(experiment),
-    }
-    return TaskManager(include_path=folder, include_defaults=False, metadata=facts)
+@lru_cache(maxsize=32)
+def _drawn(task: OtherTask, tokenizer: str, *lengths: int) -> dict[str, dict[str, list[Any]]]:
+    """The documents of a task of RULER's, drawn once for all that asks for them: it takes minutes."""
+    whole = replace(task, settings={"dataset_kwargs": {"tokenizer": tokenizer, "max_seq_lengths": list(lengths)}})
+    with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
+        write_yaml(Path(scratch) / f"{task.task}.yaml", whole.config(Path(scratch)))
+        documents = list(load_task(scratch, task.task).eval_docs)
+    return {"test": {name: [document[name] for document in documents] for name in documents[0]}}
 
 
 def ruler_lengths(experiment: Experiment) -> list[int]:
@@ -300,19 +263,6 @@ def ruler_lengths(experiment: Experiment) -> list[int]:
     longest = experiment.eval_max_seq_length - RULER_ROOM
     fitting = [length for length in RULER_LENGTHS if length <= longest]
     return fitting or [length for length in RULER_SHORT if length <= longest][:1]
-
-
-def load_task(manager: TaskManager, name: str) -> ConfigurableTask:
-    """A task whose documents were read once, from a fixed state of the global generators, and stay as they are."""
-    import numpy
-
-    random.seed(SHUFFLE_SEED)
-    numpy.random.seed(SHUFFLE_SEED)
-    with redirect_stdout(None):  # RULER prints each length that it tries
-        task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
-        documents: list[Any] = list(task.eval_docs)
-    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: documents)
-    return task
 
 
 def _local_settings(name: str, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any] | None:

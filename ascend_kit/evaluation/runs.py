@@ -1,18 +1,21 @@
-"""Run folders as a comparison sees them: which ones, what each holds and what it lacks. Reads files only."""
+"""What run folders hold of an evaluation and of a sweep, read back: which runs there are, and what each lacks.
+
+Reads files only: no engine, no lm-eval.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.evaluation.scores import document_rows, load_scores
 from ascend_kit.files import Table
 from ascend_kit.identity import Identity
 from ascend_kit.measure.rows import asked_rows
-from ascend_kit.messages import did_you_mean
+from ascend_kit.messages import Finding, did_you_mean
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder, list_runs, run_parameters
 from ascend_kit.stages import RunRecord
@@ -22,21 +25,125 @@ LAYOUT = ("cards", "tensor_parallel")
 RATE = "output_tokens_per_s"
 ENGINE_BACKEND = "ascend_kit"
 # Parameters that name things or places; they tell nothing about how a run was made.
-NAMES = frozenset(
-    (
-        "experiment",
-        "run",
-        "output_root",
-        "output_model",
-        "output_path",
-        "compare_runs",
-        "if_exists",
-        "if_model_exists",
-        "params_file",
-        "language",
-    )
-)
+NAMES = frozenset((
+    "experiment", "run", "output_root", "output_model", "output_path", "compare_runs", "if_exists", "if_model_exists",
+    "params_file", "language",
+))  # fmt: skip
 Point = tuple[int, int, int]
+COLUMNS = ["task", "kind", "metric", "status", "n"]  # of a table without a row
+
+
+# --- one run's evaluation ---------------------------------------------------------------------------------------------
+
+
+class EvaluationError(RuntimeError):
+    """At least one task failed; the rows say which and why, and the finished ones are kept."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What a run's evaluation holds, read back from its folder.
+
+    `tasks` and `groups`: one row per task or group and metric, with value, unit, stderr and n (documents).
+    `published`: figures of the same model under the same conditions; empty where none is known.
+    """
+
+    tasks: Table
+    groups: Table
+    documents: Table
+    cards: Table
+    flags: list[Finding]
+    published: Table
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Failed task -> error."""
+        if self.tasks.empty:
+            return {}
+        rows = self.tasks[self.tasks["status"] != "ok"]
+        return dict(zip(rows["task"], rows["error"], strict=True))
+
+    @property
+    def ok(self) -> bool:
+        return not self.tasks.empty and not self.failed
+
+    @property
+    def error(self) -> EvaluationError | None:
+        """What ends the stage as failed: an error naming the failed tasks, None where every task was scored."""
+        if not self.failed:
+            return None
+        text = "; ".join(f"{task}: {error}" for task, error in list(self.failed.items())[:3])
+        return EvaluationError(f"{len(self.failed)} of {self.tasks['task'].nunique()} tasks failed ({text})")
+
+    def raise_if_failed(self) -> None:
+        """EvaluationError naming the failed tasks: what ends a notebook or a command with a failure."""
+        if self.error is not None:
+            raise self.error
+
+
+def load_evaluation(folder: RunFolder) -> EvaluationResult:
+    """The evaluation of a run folder, from its files alone: no engine, no lm-eval. Empty where there is none."""
+    import pandas
+
+    summary = folder.read_json("evaluation") or {}
+    return EvaluationResult(
+        tasks=load_scores(folder),
+        groups=_table(summary.get("groups", [])),
+        documents=load_documents(folder),
+        cards=pandas.DataFrame(list(_asked_rows(folder, "evaluation_cards"))),
+        flags=[Finding.from_row(row) for row in summary.get("flags", [])],
+        published=pandas.DataFrame(summary.get("published", [])),
+    )
+
+
+def load_scores(folder: RunFolder) -> Table:
+    """The last outcome of every task that was asked for: a row per metric, or one row of a failure."""
+    latest: dict[str, dict[str | None, dict[str, Any]]] = {}
+    for row in _asked_rows(folder, "scores"):
+        rows = latest.setdefault(row["task"], {})
+        if row["status"] != "ok" or None in rows or row["metric"] in rows:  # the task was scored again
+            rows.clear()
+        rows[row["metric"]] = row
+    return _table([row for rows in latest.values() for row in rows.values()])
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    import pandas
+
+    return pandas.DataFrame(rows, columns=None if rows else COLUMNS)
+
+
+def load_documents(folder: RunFolder) -> Table:
+    """The documents behind `load_scores`, each once: the last answer to each of a task's scored documents."""
+    import pandas
+
+    return pandas.DataFrame(document_rows(folder))
+
+
+def document_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of `load_documents`, without pandas; while an evaluation runs, those answered so far."""
+    summary = folder.read_json("evaluation") or {}
+    drawn = {task: set(numbers) for task, numbers in summary.get("drawn", {}).items()}
+    scores = load_scores(folder)
+    failed = set(scores[scores["status"] != "ok"]["task"]) if len(scores) else set()
+    rows = list(_asked_rows(folder, "documents"))
+    order = {task: place for place, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
+    rows.sort(key=lambda row: (order[row["task"]], row["doc_id"]))  # they stand there as they were answered
+    latest = {(row["task"], row["doc_id"]): row for row in rows}
+    return [
+        row
+        for (task, document), row in latest.items()
+        if task not in failed and (task not in drawn or document in drawn[task])
+    ]
+
+
+def _asked_rows(folder: RunFolder, name: str) -> Iterator[dict[str, Any]]:
+    """The rows that belong to what the run's evaluation was last asked for; all others take part in nothing."""
+    asked = (folder.read_json("evaluation") or {}).get("identities", {})
+    return (row for row in folder.rows(name) if row.get("identity", "") == asked.get(row["task"]))
+
+
+# --- runs beside each other -------------------------------------------------------------------------------------------
 
 
 class CompareError(ValueError):

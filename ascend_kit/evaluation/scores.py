@@ -1,21 +1,25 @@
-"""Rows of an evaluation: from lm-eval's results to plain values, groups of them, and back from a run
-folder.
-"""
+"""Scores: of each set while it is asked, of tasks and groups from lm-eval's results, and in lm-eval's own layout."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
+from ascend_kit.evaluation.compare import Passages, accuracy_interval
 from ascend_kit.evaluation.datasets import GroupSpec, LocalTask
-from ascend_kit.evaluation.paired import Passages
 from ascend_kit.evaluation.perplexity import ratio
-from ascend_kit.files import Table
+from ascend_kit.files import Table, write_atomic
 from ascend_kit.identity import hash_value
-from ascend_kit.messages import Finding
 from ascend_kit.results import RunFolder
+from ascend_kit.stages import RunRecord
+
+if TYPE_CHECKING:
+    from lm_eval.loggers import EvaluationTracker
 
 UNITS = {
     "acc": "fraction",
@@ -25,131 +29,47 @@ UNITS = {
     "bits_per_byte": "bits/byte",
     "token_perplexity": "per token",
 }
-COLUMNS = ["task", "kind", "metric", "status", "n"]
 LOWER_IS_BETTER = frozenset(UNITS) - {"acc", "acc_norm"}
+LIVE_METRICS = ("acc", "exact_match,flexible-extract", "exact_match", "prompt_level_strict_acc", "pass@1")
+PARTS = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
-class EvaluationError(RuntimeError):
-    """At least one task failed; the rows say which and why, and the finished ones are kept."""
+class Live:
+    """How far an evaluation is, and the score of each set with its interval so far."""
+
+    def __init__(self, tasks: Iterable[LocalTask], drawn: dict[str, list[int]]) -> None:
+        self.sets = {task.task: task.set_name for task in tasks}
+        self.sizes = {task.task: len(drawn.get(task.task) or range(task.num_documents)) for task in tasks}
+        self.total, self._skipped = sum(self.sizes.values()), 0
+        self._values: dict[str, list[float]] = {}
+        self._seen: set[tuple[str, int]] = set()
+        self._set = ""
+
+    def skip(self, task: str) -> None:
+        """A task was finished before."""
+        self._skipped += self.sizes[task]
+
+    def add(self, key: tuple[str, int], row: dict[str, Any]) -> None:
+        """A document was answered."""
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self._set = self.sets[key[0]]
+        value = next((row[name] for name in LIVE_METRICS if row.get(name) is not None), None)
+        if value is not None:
+            self._values.setdefault(self._set, []).append(float(value))
+
+    def progress(self) -> tuple[int, int, str]:
+        """Documents done, documents in all, and the set being asked with its score and 95 % interval."""
+        values = self._values.get(self._set, [])
+        text = self._set
+        if values and set(values) <= {0.0, 1.0}:
+            low, high = accuracy_interval(values, [None] * len(values))
+            text += f" {mean(values):.1%} ({low:.1%} to {high:.1%})"
+        return self._skipped + len(self._seen), self.total, text
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What a run's evaluation holds, read back from its folder.
-
-    `tasks` and `groups`: one row per task or group and metric, with value, unit, stderr and n (documents).
-    `published`: figures of the same model under the same conditions; empty where none is known.
-    """
-
-    tasks: Table
-    groups: Table
-    documents: Table
-    cards: Table
-    flags: list[Finding]
-    published: Table
-
-    @property
-    def failed(self) -> dict[str, str]:
-        """Failed task -> error."""
-        if self.tasks.empty:
-            return {}
-        rows = self.tasks[self.tasks["status"] != "ok"]
-        return dict(zip(rows["task"], rows["error"], strict=True))
-
-    @property
-    def ok(self) -> bool:
-        return not self.tasks.empty and not self.failed
-
-    @property
-    def error(self) -> EvaluationError | None:
-        """What ends the stage as failed: an error naming the failed tasks, None where every task was scored."""
-        if not self.failed:
-            return None
-        text = "; ".join(f"{task}: {error}" for task, error in list(self.failed.items())[:3])
-        return EvaluationError(f"{len(self.failed)} of {self.tasks['task'].nunique()} tasks failed ({text})")
-
-    def raise_if_failed(self) -> None:
-        """EvaluationError naming the failed tasks: what ends a notebook or a command with a failure."""
-        if self.error is not None:
-            raise self.error
-
-
-def load_evaluation(folder: RunFolder) -> EvaluationResult:
-    """The evaluation of a run folder, from its files alone: no engine, no lm-eval. Empty where there is none."""
-    import pandas
-
-    summary = folder.read_json("evaluation") or {}
-    return EvaluationResult(
-        tasks=load_scores(folder),
-        groups=with_groups(pandas.DataFrame(columns=COLUMNS), summary.get("groups", [])),
-        documents=load_documents(folder),
-        cards=pandas.DataFrame(list(_asked_rows(folder, "evaluation_cards"))),
-        flags=[Finding.from_row(row) for row in summary.get("flags", [])],
-        published=pandas.DataFrame(summary.get("published", [])),
-    )
-
-
-def load_scores(folder: RunFolder) -> Table:
-    """The last outcome of every task that was asked for: a row per metric, or one row of a failure."""
-    import pandas
-
-    latest: dict[str, dict[str | None, dict[str, Any]]] = {}
-    for row in _asked_rows(folder, "scores"):
-        rows = latest.setdefault(row["task"], {})
-        if row["status"] != "ok" or None in rows or row["metric"] in rows:  # the task was scored again
-            rows.clear()
-        rows[row["metric"]] = row
-    found = [row for rows in latest.values() for row in rows.values()]
-    return pandas.DataFrame(found, columns=None if found else COLUMNS)
-
-
-def load_documents(folder: RunFolder) -> Table:
-    """The documents behind `load_scores`, each once: the last answer to each of a task's scored documents."""
-    import pandas
-
-    return pandas.DataFrame(document_rows(folder))
-
-
-def document_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows of `load_documents`, without pandas; while an evaluation runs, those answered so far."""
-    summary = folder.read_json("evaluation") or {}
-    drawn = {task: set(numbers) for task, numbers in summary.get("drawn", {}).items()}
-    scores = load_scores(folder)
-    failed = set(scores[scores["status"] != "ok"]["task"]) if len(scores) else set()
-    rows = list(_asked_rows(folder, "documents"))
-    order = {task: place for place, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
-    rows.sort(key=lambda row: (order[row["task"]], row["doc_id"]))  # they stand there as they were answered
-    latest = {(row["task"], row["doc_id"]): row for row in rows}
-    return [
-        row
-        for (task, document), row in latest.items()
-        if task not in failed and (task not in drawn or document in drawn[task])
-    ]
-
-
-def is_finished(rows: list[dict[str, Any]], drawn: list[int] | None) -> bool:
-    """Whether the last score rows of a task are complete and about these documents (None: all)."""
-    return bool(rows) and all(
-        row["status"] == "ok" and row["num_rows"] == len(rows) and row["drawn"] == drawn_key(drawn) for row in rows
-    )
-
-
-def drawn_key(drawn: list[int] | None) -> str | None:
-    """What stands in a score row for the documents that were drawn: a short hash, None where all count."""
-    return None if drawn is None else hash_value(drawn)[:12]
-
-
-def with_groups(table: Table, groups: list[dict[str, Any]]) -> Table:
-    """`table` with rows of groups below it."""
-    import pandas
-
-    return pandas.concat([table, pandas.DataFrame(groups)], ignore_index=True) if groups else table
-
-
-def _asked_rows(folder: RunFolder, name: str) -> Iterator[dict[str, Any]]:
-    """The rows that belong to what the run's evaluation was last asked for; all others take part in nothing."""
-    asked = (folder.read_json("evaluation") or {}).get("identities", {})
-    return (row for row in folder.rows(name) if row.get("identity", "") == asked.get(row["task"]))
+# --- rows of tasks and groups -----------------------------------------------------------------------------------------
 
 
 def score_rows(task: LocalTask, results: dict[str, Any], documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -269,3 +189,100 @@ def _perplexity_stderr(metric: str, value: float, documents: list[dict[str, Any]
     if stderr is None:
         return None
     return stderr / math.log(2) if metric == "bits_per_byte" else value * stderr
+
+
+def is_finished(rows: list[dict[str, Any]], drawn: list[int] | None) -> bool:
+    """Whether the last score rows of a task are complete and about these documents (None: all)."""
+    return bool(rows) and all(
+        row["status"] == "ok" and row["num_rows"] == len(rows) and row["drawn"] == drawn_key(drawn) for row in rows
+    )
+
+
+def drawn_key(drawn: list[int] | None) -> str | None:
+    """What stands in a score row for the documents that were drawn: a short hash, None where all count."""
+    return None if drawn is None else hash_value(drawn)[:12]
+
+
+# --- lm-eval's files --------------------------------------------------------------------------------------------------
+
+
+class LmEvalExport:
+    """lm-eval's files of one run folder."""
+
+    def __init__(self, folder: RunFolder, model_name: str, chat_template: str | None) -> None:
+        self.root, self.model_name, self.chat_template = folder.path / "lm_eval", model_name, chat_template
+        record = RunRecord.read(folder.path)
+        self.date = str(record.created or "").replace(":", "-").partition("+")[0]
+
+    def keep(self, found: dict[str, Any]) -> None:
+        """What `evaluate` returned: its samples, and for each task its part of the results."""
+        tracker = self._tracker()
+        for task, samples in found["samples"].items():
+            file = self.root / str(tracker.general_config_tracker.model_name_sanitized)
+            file = file / f"samples_{task}_{self.date}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)
+            tracker.save_results_samples(task_name=task, samples=samples)
+            part = {name: found[name].get(task) for name in PARTS}
+            hashes = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in samples)
+            _write(self._part(task), {**part, "task_hash": _hash(hashes)})
+
+    def write(
+        self, tasks: Iterable[str], groups: Iterable[dict[str, Any]], members: dict[str, list[str]]
+    ) -> Path | None:
+        """The results of the tasks that were scored, and of the groups (rows as in `evaluation.json`)."""
+        parts = {task: json.loads(self._part(task).read_text()) for task in tasks if self._part(task).exists()}
+        if not parts:
+            return None
+        merged: dict[str, Any] = {name: {task: part[name] for task, part in parts.items()} for name in PARTS}
+        found: dict[str, dict[str, Any]] = {}
+        for row in groups:
+            if row["status"] == "ok":
+                entry = found.setdefault(row["task"], {"alias": row["task"]})
+                name, _, filter_name = row["metric"].partition(",")
+                entry[f"{name},{filter_name or 'none'}"] = row["value"]
+                entry[f"{name}_stderr,{filter_name or 'none'}"] = "N/A" if row["stderr"] is None else row["stderr"]
+        merged["results"] |= found
+        merged |= {
+            "groups": found,
+            "group_subtasks": {name: members[name] for name in found},
+            "config": {"model": "ascend_kit", "model_args": f"pretrained={self.model_name}"},
+            "date": self.date,
+            "task_hashes": {task: part["task_hash"] for task, part in parts.items()},
+        }
+        for name in found:
+            merged["versions"][name] = None
+            merged["n-shot"][name] = 0
+            first = members[name][0]
+            merged["higher_is_better"][name] = merged["higher_is_better"].get(first)
+        tracker = self._tracker()
+        merged |= asdict(tracker.general_config_tracker)
+        path = self.root / str(tracker.general_config_tracker.model_name_sanitized) / f"results_{self.date}.json"
+        _write(path, merged)
+        return path
+
+    def _tracker(self) -> EvaluationTracker:
+        from lm_eval.loggers import EvaluationTracker
+
+        tracker = EvaluationTracker(output_path=str(self.root))
+        tracker.general_config_tracker.log_experiment_args(
+            "ascend_kit", f"pretrained={self.model_name}", None, self.chat_template, self.chat_template is not None
+        )
+        tracker.date_id = self.date
+        return tracker
+
+    def _part(self, task: str) -> Path:
+        return self.root / "parts" / f"{task}.json"
+
+
+def _hash(text: str) -> str:
+    from lm_eval.utils import hash_string
+
+    return hash_string(text)
+
+
+def _write(path: Path, value: Any) -> None:
+    from lm_eval.utils import handle_non_serializable
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(value, indent=2, default=handle_non_serializable, ensure_ascii=False))

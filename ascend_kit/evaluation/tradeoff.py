@@ -18,12 +18,12 @@ from ascend_kit.evaluation.compare import (
     PAIR_ON,
     Pairs,
     Row,
+    accuracy_interval,
     compare_accuracy,
-    compare_perplexity,
     pair_documents,
     passage_of,
 )
-from ascend_kit.evaluation.paired import accuracy_interval
+from ascend_kit.evaluation.perplexity import compare_perplexity
 from ascend_kit.evaluation.runs import LAYOUT, POINT, RATE, Point, Run, pick_baseline, pick_point
 from ascend_kit.files import Table
 from ascend_kit.measure.answers import asked_answers

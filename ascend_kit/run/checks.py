@@ -141,7 +141,7 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
         with noted():
             read_prompts(getattr(experiment, key), key)
     if "dataset_path" in names:
-        from ascend_kit.evaluation.other_tasks import check_data
+        from ascend_kit.evaluation.tasks import check_data
 
         with noted("dataset_path: "):
             check_data(experiment)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.evaluation.compare import pair_documents
-from ascend_kit.evaluation.runs import RATE, Run
-from ascend_kit.evaluation.scores import load_scores
+from ascend_kit.evaluation.runs import RATE, Run, load_scores
 from ascend_kit.files import GIB, Table
 from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
 from ascend_kit.measure.rows import load_rows
