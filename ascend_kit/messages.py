@@ -7,12 +7,13 @@ notebooks' prose, charts, names of columns, the meaning of parameters and what t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gettext
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import resources
@@ -69,6 +70,17 @@ def use_language(language: str) -> None:
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}, allowed: {', '.join(LANGUAGES)}")
     _in_use = language
+
+
+@contextlib.contextmanager
+def in_language(language: str) -> Iterator[None]:
+    """Texts are in `language` inside, and in the one before afterwards."""
+    before = _in_use
+    use_language(language)
+    try:
+        yield
+    finally:
+        use_language(before)
 
 
 def language_in_use() -> str:

@@ -160,7 +160,7 @@ def test_a_sweep_names_the_points_that_others_disturbed_the_worst_first():
 
     assert found.level == "caution"
     assert "up to 1.2 of 2 cores during 3 measurements" in str(found)
-    assert "ascend_kit 16/64/32, ascend_kit 4/64/32 (" in str(found)
+    assert "ascend_kit 16/64/32, 4/64/32 (" in str(found)
     assert english_in(found.text("zh"), "ascend_kit", "if_exists", "overwrite") == []
     assert disturbance([("a", rows[0])]) == []
     many = disturbance([(f"run{n}", row(1.0, 4)) for n in range(9)])

@@ -10,6 +10,7 @@ from html import unescape
 import nbformat
 import pandas
 import pytest
+from chinese_text import english_in
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_charts import sweep_rows
 
@@ -389,6 +390,39 @@ def test_index_lists_all_runs_newest_first_with_their_verdicts(tmp_path):
     page = (tmp_path / "index.html").read_text()
 
     assert page.index("e/new/report.html") < page.index("e/old/report.html") and "900" in page and "torn" not in page
+
+
+def test_the_index_is_in_one_language_whatever_its_reports_are_in_and_each_number_is_in_its_column(tmp_path):
+    score = say("scores.percent", task="mmlu", metric="acc", count=72, unit="fraction", value=63.9).to_row()
+    write_report(write_run(tmp_path / "e/en", {"05_evaluate": STAGE}, **{"05_evaluate": {"findings": [score]}}))
+    compared = {"run": "e/zh", "accuracy_percent": 72.8, "difference_points": -0.44, "low_points": -2, "high_points": 1}
+    verdict = say("compare.verdict", text="Use e/zh.", best="e/zh", baseline="e/en", runs=[compared]).to_row()
+    stage = {**STAGE, "parameters": {**PARAMETERS, "language": "zh"}}
+    told = {"rows": [point(9)], "06_compare": {"findings": [verdict]}}
+    folder = write_run(tmp_path / "e/zh", {"06_compare": stage}, **told)
+
+    try:
+        write_report(folder)
+    finally:
+        use_language("en")
+
+    page = (tmp_path / "index.html").read_text()
+    lines = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall("(?s)<tr>(.*?)</tr>", page)[1:]]
+    assert english_in(page, "zh", "bf16", "graph", "mode", "Qwen3", "Use") == [] and "未比较" not in page
+    assert sorted(line[2:6] for line in lines) == [["", "", "", "63.9 %"], ["9", "20 ms", "1.5 ms", "72.8 %"]]
+
+
+def test_of_equal_cautions_about_a_busy_machine_the_last_stands_on_the_first_screen_the_other_below(tmp_path):
+    busy = {"count": 2, "most": 1.5, "cores": 2}
+    first, last = (say("sweep.disturbed", "caution", points=name, **busy) for name in ("ours 1/2/3", "e/r 1/2/3"))
+    stages = {"04_throughput": STAGE, "06_compare": STAGE}
+    told = {"04_throughput": {"findings": [first.to_row()]}, "06_compare": {"findings": [last.to_row()]}}
+    folder = write_run(tmp_path / "e/r", stages, **told)
+
+    screen = first_screen(folder)
+
+    assert "e/r 1/2/3" in screen and "ours 1/2/3" not in screen
+    assert (folder / "report.html").read_text().count("ours 1/2/3") == 1
 
 
 def test_empty_cells_leave_nothing_behind_and_findings_stand_once(tmp_path):

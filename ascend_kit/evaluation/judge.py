@@ -84,11 +84,14 @@ def _settings(experiment: Experiment, tasks: Iterable[LocalTask]) -> Iterator[Fi
 
 
 def _coverage(scores: Iterable[Row]) -> Iterator[Finding]:
-    for row in scores:
-        if row["kind"] == "group" and row["task"] in WHOLE_SETS and row["metric"] == "acc":
-            here, whole = row["num_tasks"], row["num_packaged_tasks"]
-            if here < whole:
-                yield say("evaluation.part_of_tasks", "caution", group=row["task"], here=here, whole=whole)
+    groups = [row for row in scores if row["kind"] == "group" and row["task"] in WHOLE_SETS and row["metric"] == "acc"]
+    parts = [
+        f"{row['task']} {row['num_tasks']}/{row['num_packaged_tasks']}"
+        for row in groups
+        if row["num_tasks"] < row["num_packaged_tasks"]
+    ]
+    if parts:
+        yield say("evaluation.partial_copies", "caution", parts=", ".join(parts))
 
 
 def _thinking(experiment: Experiment, engine: EvaluatedEngine) -> Iterator[Finding]:

@@ -28,9 +28,13 @@ def disturbance(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Finding]:
         return []
     found.sort(key=lambda named: -named[1]["other_cpu_cores"])
     points = list(dict.fromkeys(
-        f"{name} {row['concurrency']:g}/{row['prompt_len']:g}/{row['output_len']:g}" for name, row in found
+        (name, f"{row['concurrency']:g}/{row['prompt_len']:g}/{row['output_len']:g}") for name, row in found
     ))  # fmt: skip
+    places: dict[str, list[str]] = {}
+    for name, place in points[:MOST_NAMES]:
+        places.setdefault(name, []).append(place)
+    named = "; ".join(f"{name} {', '.join(each)}" for name, each in places.items())
     worst = found[0][1]
     return [say("sweep.disturbed", "caution", count=len(found), most=float(worst["other_cpu_cores"]),
                 cores=int(worst["cpu_cores"]),
-                points=", ".join(points[:MOST_NAMES]) + (" …" if len(points) > MOST_NAMES else ""))]  # fmt: skip
+                points=named + (" …" if len(points) > MOST_NAMES else ""))]  # fmt: skip

@@ -15,6 +15,7 @@ VERDICTS = ("compare.verdict", "compare.use", "compare.use_baseline")
 NUMBERS = ("rate", "ttft", "tpot", "accuracy")
 POINT = ("concurrency", "prompt_len", "output_len")
 SERIOUS_FIRST = ("failed", "alarm", "caution")
+LAST_SAYS_IT = "sweep.disturbed"  # 04 says it of its own points, 06 of all that it compares
 
 
 def about(run: RunRecord, parameters: dict[str, Any]) -> dict[str, str]:
@@ -37,11 +38,19 @@ def about(run: RunRecord, parameters: dict[str, Any]) -> dict[str, str]:
     return {translate(f"about.{name}"): str(text) for name, text in values.items() if text}
 
 
+def serious(findings: list[Finding]) -> list[Finding]:
+    """What stands on the first screen: cautions and worse, each said once."""
+    told_again = [finding for finding in findings if finding.key == LAST_SAYS_IT][:-1]
+    return [finding for finding in findings if finding.level != "note" and finding not in told_again]
+
+
 def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> dict[str, Any]:
-    """`verdict` and its `level`, `numbers` (name, text, note) and `warnings` (level, text), the serious ones first."""
+    """`verdict` and its `level`, `numbers` (key, name, text, note; `listed` in the index) and `warnings` (level, text),
+    the serious ones first."""
     compared = next((finding for finding in findings if finding.key in VERDICTS), None)
-    numbers = [*_speed(folder), _accuracy(folder, compared, findings)]
-    warnings = {str(f): f.level for f in findings if f.level != "note"}
+    accuracy, note, percent = _accuracy(folder, compared, findings)
+    numbers = [*_speed(folder), (accuracy, note)]
+    warnings = {str(finding): finding.level for finding in serious(findings)}
     warnings |= {phrase(alarm["text"]): "alarm" for stage in run.stages.values() for alarm in stage.alarms}
     warnings |= {f"{stage.name}: {stage.error}": "failed" for stage in run.stages.values() if stage.error}
     ordered = sorted(warnings.items(), key=lambda item: SERIOUS_FIRST.index(item[1]))
@@ -49,10 +58,11 @@ def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> 
     told = [f"{stage.name}: {stage.error}" for stage in run.stages.values() if stage.state == "failed"][:1]
     shown = [{"level": kind, "text": text} for text, kind in ordered if text not in told and text not in verdict]
     named = [
-        {"name": translate(f"number.{name}"), "text": text, "note": note}
+        {"key": name, "name": translate(f"number.{name}"), "text": text, "note": note,
+         "listed": percent if name == "accuracy" else text}
         for name, (text, note) in zip(NUMBERS, numbers, strict=True)
         if text
-    ]
+    ]  # fmt: skip
     return {"verdict": verdict, "level": level, "numbers": named, "warnings": shown}
 
 
@@ -94,20 +104,21 @@ def _speed(folder: RunFolder) -> list[tuple[str, str]]:
     ]
 
 
-def _accuracy(folder: RunFolder, compared: Finding | None, findings: list[Finding]) -> tuple[str, str]:
-    """The difference to the baseline where this run was compared with one, else the accuracy of its sets."""
+def _accuracy(folder: RunFolder, compared: Finding | None, findings: list[Finding]) -> tuple[str, str, str]:
+    """(text, note, percent): the difference to the baseline where this run was compared with one, else the percent."""
     name = f"{folder.path.parent.name}/{folder.path.name}"
     values = compared.values if compared else {}
     for row in values.get("runs", []):
         if row["run"] == name and row.get("accuracy_percent") is not None:
+            percent = f"{row['accuracy_percent']:.1f} %"
             if row.get("low_points") is None:
-                return f"{row['accuracy_percent']:.1f} %", translate("number.is_baseline")
+                return percent, translate("number.is_baseline"), percent
             note = translate("number.against", **row, baseline=values["baseline"])
-            return translate("number.points", points=row["difference_points"]), note
+            return translate("number.points", points=row["difference_points"]), note, percent
     sets = [f for f in findings if f.key.startswith("scores.percent")]
     if not sets:
-        return "", ""
+        return "", "", ""
     total = sum(f.values["count"] for f in sets)
     mean = sum(f.values["value"] * f.values["count"] for f in sets) / total
     parts = ", ".join(f"{f.values['task']} {f.values['value']:.1f}" for f in sets)
-    return f"{mean:.1f} %", translate("number.sets", sets=parts, count=total)
+    return f"{mean:.1f} %", translate("number.sets", sets=parts, count=total), f"{mean:.1f} %"

@@ -16,7 +16,10 @@ document.addEventListener("mousemove", (event) => {
 for (const drawing of document.querySelectorAll("figure .drawing"))
   drawing.addEventListener("click", () => drawing.classList.toggle("large"));
 const value = (row, column) => (row.cells[column] ? row.cells[column].textContent.trim() : "");
-const number = (text) => Number(text.replace(/[,%]/g, ""));
+const number = (text) => {  // 1,200 and 73.05 ms and 72.8 % are numbers, a date and a name with digits are none
+  const found = text.match(/^([-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?)\D*$/);
+  return found ? Number(found[1].replace(/,/g, "")) : NaN;
+};
 for (const head of document.querySelectorAll("thead th")) {
   head.tabIndex = 0;
   const sort = () => {
@@ -26,6 +29,7 @@ for (const head of document.querySelectorAll("thead th")) {
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     const rows = [...body.rows].sort((a, b) => {
       const x = value(a, column), y = value(b, column), d = number(x) - number(y);
+      if (!x || !y) return (!x - !y) * (down ? -1 : 1);  // empty ones are last either way
       return Number.isNaN(d) ? x.localeCompare(y) : d;
     });
     if (down) rows.reverse();

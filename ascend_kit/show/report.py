@@ -22,7 +22,7 @@ import yaml
 from markupsafe import Markup
 
 from ascend_kit.files import Table, to_json, write_atomic
-from ascend_kit.messages import Finding, language_in_use, phrase, translate, use_language
+from ascend_kit.messages import LANGUAGES, Finding, in_language, language_in_use, phrase, translate, use_language
 from ascend_kit.params.notebook import tagged
 from ascend_kit.results import RunFolder, RunFolderError, run_parameters
 from ascend_kit.show import headline, render, tables
@@ -87,7 +87,7 @@ class Figures:
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write report.html, report.json (its first screen) and the index beside it; returns the report's path."""
+    """Write report.html, report.json (its first screen in each language) and the index beside it; returns the path."""
     folder = Path(run_folder).resolve()
     run, saved = RunRecord.read(folder), RunFolder(folder)
     parameters = run_parameters(saved)
@@ -97,17 +97,21 @@ def write_report(run_folder: str | Path) -> Path:
     names = sorted({*(path.stem for path in folder.glob("*.ipynb")), *run.stages})
     sections = [_section(figures, name, run.stages.get(name) or Stage(name, "unknown")) for name in names]
     found = {name: _findings(folder, name) for name in names}
-    first = headline.first_screen(saved, run, [finding for some in found.values() for finding in some])
+    every = [finding for some in found.values() for finding in some]
+    above, screens = headline.serious(every), {}
     for section in sections:
-        section.findings = [str(finding) for finding in found[section.name] if finding.level == "note"]
-    write_atomic(folder / "report.json", to_json({**first, "about": about, "updated": run.updated}, indent=1) + "\n")
+        section.findings = [str(finding) for finding in found[section.name] if finding not in above]
+    for language in LANGUAGES:
+        with in_language(language):
+            screens[language] = headline.first_screen(saved, run, every) | {"about": headline.about(run, parameters)}
+    first = screens[language_in_use()]
+    write_atomic(folder / "report.json", to_json({"updated": run.updated, **screens}, indent=1) + "\n")
     for name in AS_CSV:
         _write_csv(saved, name)
     drawn = (figures.drawing(name, figures.alts.get(name, name), "top") for name in ("comparison", "tradeoff"))
     chart = next(filter(None, drawn), "")
     report = {
         **first,
-        "about": about,
         "state": run.state if run.stages else "unknown",
         "updated": run.updated or "",
         "sections": sections,
@@ -125,22 +129,22 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def write_index(root: Path) -> Path:
-    """Write index.html: every run below `root`, newest first, with what its report says first."""
+    """Write index.html in the language in use: every run below `root`, newest first, with its first screen."""
     runs = []
     for path in root.glob("*/*/run.json"):
         try:
             run = RunRecord.read(path.parent)
         except RunFolderError:
             continue
-        first = _read_json(path.parent / "report.json")
-        numbers = [entry["text"] for entry in first.get("numbers", [])]
+        first = _read_json(path.parent / "report.json").get(language_in_use(), {})
+        numbers = {entry["key"]: entry["listed"] for entry in first.get("numbers", [])}
         name = f"{path.parent.parent.name}/{path.parent.name}"
         link = quote(f"{name}/report.html") if (path.parent / "report.html").is_file() else ""
         updated = (run.updated or "")[:16].replace("T", " ")
         runs.append({
             "name": name, "state": run.state, "updated": updated, "verdict": first.get("verdict", ""),
             "link": link, "about": ", ".join(first.get("about", {}).values()),
-            "numbers": numbers + [""] * (len(headline.NUMBERS) - len(numbers)),
+            "numbers": [numbers.get(name, "") for name in headline.NUMBERS],
         })  # fmt: skip
     runs.sort(key=lambda run: run["updated"], reverse=True)
     columns = [*(translate(f"index.{name}") for name in ("run", "state", "changed")),
