@@ -74,6 +74,7 @@ def test_interrupted_batch_goes_on_with_the_missing_prompts(experiment, engine):
     answers = load_answers(folder)
     assert list(answers["prompt"]) == PROMPTS
     metrics = load_metrics(answers)
+    assert list(metrics.index) == ["start 1", "start 2"]
     assert list(metrics["num_completed"]) == [2, 3], "sessions are summarised apart: their clocks differ"
 
 

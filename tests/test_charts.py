@@ -277,6 +277,33 @@ def test_what_was_held_over_time_is_that_of_the_fastest_point():
     assert sweep_charts.over_time(other, rows) is None
 
 
+def test_over_time_the_names_stand_in_the_panel_they_are_of_and_level_lines_stay_apart_from_the_frame():
+    rows = held_rows()
+    figure = sweep_charts.over_time(held_samples(fastest(rows)).assign(memory_bytes=2**30), rows)
+
+    requests, kv, memory = figure.axes
+    assert {"running", "waiting"} == {text.get_text() for text in requests.texts} and not figure.legends
+    assert memory.get_ylim()[1] == pytest.approx(1.15) and not kv.texts
+
+
+def test_in_the_legend_of_latencies_an_engine_has_its_medians_line():
+    figure = sweep_charts.latency(sweep_rows())
+
+    (legend,) = figure.legends
+    drawn = dict(zip((text.get_text() for text in legend.get_texts()), legend.get_lines(), strict=True))
+    assert {name: drawn[name].get_linestyle() for name in ("ascend_kit", "transformers", "p90", "p99")} == {
+        "ascend_kit": "-", "transformers": "-", "p90": "--", "p99": ":"}  # fmt: skip
+
+
+def test_the_number_of_a_point_near_the_axis_stands_above_it():
+    _, ((axes,),) = make_grid(1, 1, height=3)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+
+    label_points(axes, [("1", 0.2, 0.02), ("4", 0.6, 0.5)], ["#000000"] * 2)
+
+    assert [text.get_position()[1] > 0 for text in axes.texts] == [True, False]
+
+
 def test_configuration_has_one_colour_in_every_figure():
     rows = sweep_rows(variants=TWO_VARIANTS)
     seen = {}

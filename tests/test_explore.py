@@ -6,7 +6,8 @@ import re
 import pandas
 import pytest
 
-from ascend_kit.show import explore, history
+from ascend_kit.messages import translate
+from ascend_kit.show import explore, history, tables
 from ascend_kit.show.explorer import Explorer
 from ascend_kit.stages import SCHEMA_VERSION
 
@@ -67,7 +68,17 @@ def test_runs_are_listed_newest_first_with_their_best_point_and_accuracy(root):
 
     assert list(table["run"]) == ["e/new", "e/old"]  # neither the torn record nor the run that explores
     old = table.iloc[1]
-    assert (old["tokens/s"], old["accuracy, %"], old["switches"], old["engine"]) == (1100, 50, "graph_mode", "bf16")
+    assert (old["tokens/s"], old["accuracy, %"]) == (1000, 50)  # the mean of 900 and 1,100, not the luckier repeat
+    assert (old["model"], old["engine"], old["switches"]) == ("Qwen3-8B, bf16", "ascend_kit", "graph_mode")
+
+
+def test_a_run_that_is_only_looked_around_in_just_now_is_as_it_was(root):
+    path = root / "e/new/run.json"
+    record = json.loads(path.read_text())
+    record["stages"]["07_explore"] = {"state": "running"}
+    path.write_text(json.dumps(record))  # nobody runs it: interrupted
+
+    assert list(explore.run_list(explore.find_runs(root).values())["state"]) == ["ok", "ok"]
 
 
 def test_points_become_means_with_the_range_of_their_repeats(root):
@@ -175,7 +186,8 @@ def test_headless_every_view_shows_its_first_choice_and_escapes_what_is_in_it(ro
     texts = "".join(part.data for part in shown if hasattr(part, "data") and isinstance(part.data, str))
     assert explorer.chosen == ["e/new", "e/old"]
     assert "<script>" not in texts
-    for text in ("&lt;script&gt;question 1", "1100", "p41"):
+    for text in ("&lt;script&gt;question 1", "1100", "p41", "<p>e/new, mmlu_anatomy, wrong documents of the run</p>",
+                 "<p>e/old: concurrency 4, prompt 64, output 32, repeat 1</p>"):  # fmt: skip
         assert text in texts, text
 
 
@@ -194,10 +206,11 @@ def test_the_profile_of_a_run_shows_operators_and_the_hosts_gap(root, monkeypatc
     found = len(shown)
     Explorer(root, ["e/old"], browser=False).profile()
 
-    lines = [re.findall(">([^<]+)</t[dh]>", line) for line in shown[0].data.split("<tr>")[2:]]
+    lines = [re.findall(">([^<]+)</t[dh]>", line) for line in shown[1].data.split("<tr>")[2:]]
     assert [line[1] for line in lines] == ["MatMul", "host gap", "Copy"]
     assert lines[0] == ["decode", "MatMul", "product", "1", "0.5", "7"]
-    assert found == 2 and len(shown) == found  # a run that was not profiled has nothing to show
+    assert [part.data for part in shown[found:]] == [f"<p>{translate('explore.no_profile')}</p>"]
+    assert found == 3 and shown[0].data == "<p>e/new</p>"
 
 
 def test_a_folder_without_runs_is_no_error(tmp_path, monkeypatch):
@@ -209,3 +222,7 @@ def test_a_folder_without_runs_is_no_error(tmp_path, monkeypatch):
         view()
 
     assert explorer.listed.empty and isinstance(explorer.listed, pandas.DataFrame)
+    why = ("explore.no_point", "explore.no_documents", "explore.no_runs_again")
+    assert [part.data for part in shown if part is not None] == [
+        f"<p>{tables.markup(translate(key))}</p>" for key in why
+    ]

@@ -196,7 +196,7 @@ def columns_of(markup):
 
 
 def test_table_shows_eight_columns_and_the_rest_in_a_fold_with_the_key_again():
-    table = pandas.DataFrame([{f"column_{i}": i for i in range(17)}])
+    table = pandas.DataFrame(2 * [{f"column_{i}": i for i in range(17)}])
 
     markup = readable(table).data
 
@@ -204,6 +204,28 @@ def test_table_shows_eight_columns_and_the_rest_in_a_fold_with_the_key_again():
     shown, folded = markup.split("<details>")
     assert "column_<wbr>7" in shown and "column_<wbr>8" not in shown and "9 more columns" in folded
     assert folded.count("column_<wbr>0<") == 2
+
+
+def test_of_a_single_line_the_columns_in_the_fold_stand_upright_with_their_names():
+    markup = readable(pandas.DataFrame([{f"c{n}": n for n in range(20)} | {"outcome": "undecided"}])).data
+
+    shown, folded = markup.split("<details>")
+    assert shown.count("<tr>") == 2 and folded.count("<tr>") == 14 and "13 more columns" in folded
+    assert re.search(r'scope="row"[^>]*>c8</th><td[^>]*>8</td>', folded)
+
+
+def test_repeats_of_a_point_stand_below_each_other_and_settings_that_were_swept_are_named():
+    rows = [
+        point(n, load, repeat=n // 4, graph_mode=mode)
+        for n, (load, mode) in enumerate(2 * [(16, False), (16, True), (4, True), (4, False)])
+    ]
+
+    shown = tables.sweep(pandas.DataFrame(rows)).data.split("<details>")[0].split("<tr>")[2:]
+    lines = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in shown]
+
+    named = [("ascend_kit, graph_mode", 4, 2), ("ascend_kit, graph_mode", 4, 6), ("ascend_kit, graph_mode", 16, 1)]
+    assert [(line[0], int(line[1]), int(line[4])) for line in lines[:3]] == named
+    assert lines[-1][0] == "ascend_kit, no graph_mode"
 
 
 def test_columns_without_a_value_are_left_out():
@@ -270,6 +292,12 @@ def test_facts_unfold_inner_mappings():
     assert "versions.<wbr>torch" in markup and "2.13" in markup and "left out" not in markup
 
 
+def test_short_lists_are_shown_and_of_long_ones_how_much_they_hold():
+    markup = facts({"sizes": [1, 2, 4], "kept": [f"model.layers.{n}.self_attn.q_proj" for n in range(35)]}).data
+
+    assert ">1, 2, 4<" in markup and ">35 entries<" in markup
+
+
 def test_in_chinese_names_of_columns_and_our_own_words_are_chinese_and_data_stays():
     use_language("zh")
     try:
@@ -331,6 +359,15 @@ def test_first_screen_is_verdict_model_device_and_four_numbers(tmp_path):
                  "1,000", "mean, 900 to 1,100 in 2 repeats", "20 ms", "1.5 ms", "-0.44",
                  "95 % interval -1.91 to +1.04"):  # fmt: skip
         assert text in screen, text
+
+
+def test_the_best_point_is_of_one_engine_under_one_identity_and_never_anothers(tmp_path):
+    rows = [point(900, identity="graphs"), point(1100, identity="graphs"), point(300, identity="plain"),
+            point(9000, backend="vllm"), point(None, identity="odd")]  # fmt: skip
+
+    screen = first_screen(write_run(tmp_path / "e/r", {"04_throughput": STAGE}, rows=rows))
+
+    assert "mean, 900 to 1,100 in 2 repeats" in screen and "9,000" not in screen
 
 
 @pytest.mark.parametrize(

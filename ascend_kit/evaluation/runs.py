@@ -14,7 +14,7 @@ from typing import Any
 
 from ascend_kit.files import Table
 from ascend_kit.identity import Identity
-from ascend_kit.measure.rows import asked_rows
+from ascend_kit.measure.rows import RATE, asked_rows
 from ascend_kit.messages import Finding, did_you_mean
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder, list_runs, run_parameters
@@ -22,7 +22,6 @@ from ascend_kit.stages import RunRecord
 
 POINT = ("concurrency", "prompt_len", "output_len")
 LAYOUT = ("cards", "tensor_parallel")
-RATE = "output_tokens_per_s"
 ENGINE_BACKEND = "ascend_kit"
 # Parameters that name things or places; they tell nothing about how a run was made.
 NAMES = frozenset((

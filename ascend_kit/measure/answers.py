@@ -52,17 +52,17 @@ def asked_answers(folder: RunFolder) -> list[dict[str, Any]]:
 
 def load_metrics(answers: pandas.DataFrame) -> pandas.DataFrame:
     """`summarize` of each session's requests. Clocks of different processes do not compare, so a resumed run
-    has one row for each time it was started.
+    has one row for each time it was started, called `start 1`, `start 2` and so on; else `value`.
     """
     import pandas
 
     sessions = answers.groupby("session", sort=False) if len(answers) else []
     rows = [
         {
-            "session": name,
             **summarize([RequestRecord.from_row(row) for row in group.to_dict("records")]),
             "plain_ops": group["plain_ops"].iloc[0] if "plain_ops" in group else None,
         }
-        for name, group in sessions
+        for _, group in sessions
     ]
-    return pandas.DataFrame(rows)
+    names = [f"start {place}" for place in range(1, len(rows) + 1)]
+    return pandas.DataFrame(rows, index=names if len(rows) > 1 else ["value"] * len(rows))

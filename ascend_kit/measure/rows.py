@@ -5,6 +5,8 @@ Reads files only: results are shown without a device, and need no torch.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,7 @@ class Point:
         return Limits(self.ttft_limit_ms, self.tpot_limit_ms, self.itl_limit_ms, self.e2e_limit_ms)
 
 
+RATE = "output_tokens_per_s"
 KEY = tuple(item.name for item in fields(Point))
 DEFAULTS = {item.name: item.default for item in fields(Point)}
 
@@ -106,6 +109,26 @@ def asked_rows(folder: RunFolder) -> list[dict[str, Any]]:
             found = newest_rows(own, KEY)
             rows += [found[key] for key in map(key_of, points) if key in found]
     return rows
+
+
+def best_repeats(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The repeats of the point that wrote the most output tokens/s in their mean: of one engine under one identity.
+
+    Rows of another status, or without a rate, as other tools may write, take no part; a single lucky repeat is no best.
+    """
+    points: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("status") == "ok" and row.get(RATE) is not None:
+            engine = (row.get("backend"), row.get("identity"), row.get("cards"), row.get("tensor_parallel"))
+            load = tuple(row.get(name) for name in KEY if name != "repeat")
+            points.setdefault((*engine, *load), []).append(row)
+    return max(points.values(), key=lambda found: statistics.fmean(row[RATE] for row in found), default=[])
+
+
+def mean_of(rows: Iterable[dict[str, Any]], name: str) -> float | None:
+    """Mean of a column over those rows that know it."""
+    known = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.fmean(known) if known else None
 
 
 def load_cards(folder: RunFolder) -> pandas.DataFrame:

@@ -39,8 +39,11 @@ PAGE_SCALE = 0.58
 BEST_AND_WORST = 10
 
 
-def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str) -> Any:
-    """Save figures/<name>.png and .svg and return the picture for display; None, and no file, without a figure."""
+def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str, *, of_this_run: bool = True) -> Any:
+    """Save figures/<name>.png and .svg and return the picture for display; None, and no file, without a figure.
+
+    The report's caption tells this run's conditions too, but for a figure of several runs, or of another.
+    """
     from IPython.display import Image
     from matplotlib import rc_context
 
@@ -56,7 +59,7 @@ def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str) -> A
     write_atomic(path.with_suffix(".svg"), vector.getvalue())
     (pixels,) = struct.unpack(">I", data[16:20])  # width in the PNG header
     alt = ": ".join(filter(None, (caption, str(figure.get_label()))))
-    about = {"figure": name, "caption": caption}
+    about = {"figure": name, "caption": caption, "of_this_run": of_this_run}
     return Image(data=data, format="png", width=round(pixels * PAGE_SCALE), alt=alt, metadata=about)
 
 

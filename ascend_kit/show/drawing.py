@@ -37,7 +37,7 @@ RATIO_UNIT = "times (blue: above 1, red: below 1)"
 TICKS_IN_PANEL = 10  # numbers that fit side by side below a panel
 LABEL_WIDTH, LABEL_HEIGHT = 22, 15  # of a point's number, typographic points with some air
 LABELLED_BARS = 16  # of more in a panel the numbers above would touch
-LABEL_GAP = 0.075  # least distance of two labels at a line's end, share of the height
+LABEL_GAP = 0.27  # least distance of two labels at a line's end, inches
 # In the order in which they are looked for: Noto, Adobe, Linux, Windows, macOS.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
                  "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC")  # fmt: skip
@@ -182,15 +182,20 @@ def log2_axis(axes: Axes, values: Table) -> None:
 
 
 def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Sequence[str]) -> None:
-    """The text of each point below and to the right of it, but for those that would touch one written before."""
+    """The text of each point below and to the right of it, above where the axis is near, but for those that would touch
+    one written before.
+    """
     written: list[tuple[float, float]] = []
     figure = axes.get_figure(root=True)
     assert figure is not None
     to_points = 72 / figure.dpi  # of the panel before its layout, which changes its size little
+    floor = to_points * axes.transAxes.transform((0, 0))[1]
     for (text, x, y), colour in zip(points, colours, strict=True):
-        across, up = to_points * axes.transData.transform((x, y))
+        across, height = to_points * axes.transData.transform((x, y))
+        offset = -13 if height - floor > LABEL_HEIGHT + 3 else 4
+        up = height + offset
         if all(abs(across - a) > LABEL_WIDTH or abs(up - b) > LABEL_HEIGHT for a, b in written):
-            axes.annotate(text, (x, y), (8, -13), textcoords="offset points", color=colour)
+            axes.annotate(text, (x, y), (8, offset), textcoords="offset points", color=colour)
             written.append((across, up))
 
 
@@ -281,11 +286,14 @@ def finish(figure: Figure, title: str, alt: str = "", legend: bool = True) -> Fi
 
 
 def _with_legend(figure: Figure, legend: bool) -> Figure:
-    found = [axes.get_legend_handles_labels() for axes in figure.axes]
-    entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)  # of several lines with one name the first: the median, solid
     if not legend or not entries:
         return figure
-    if len(figure.axes) == 1 and len(entries) <= MOST_DIRECT_LABELS and _label_ends(figure.axes[0], entries):
+    named = [axes for axes in figure.axes if axes.get_legend_handles_labels()[1]]
+    if len(named) == 1 and len(entries) <= MOST_DIRECT_LABELS and _label_ends(named[0], entries):
         return figure
     columns = _legend_columns(list(entries), figure.get_figwidth())
     figure.legend(
@@ -329,9 +337,11 @@ def _label_ends(axes: Axes, entries: dict[str, Any]) -> bool:
             return False
         height = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))[1]
         ends.append((float(height), label, line.get_color()))
-    place = -math.inf
+    figure, place = axes.get_figure(root=True), -math.inf
+    assert figure is not None
+    gap = LABEL_GAP / (figure.get_figheight() * axes.get_position().height)
     for height, label, colour in sorted(ends):
-        place = max(height, place + LABEL_GAP)
+        place = max(height, place + gap)
         axes.text(1.01, place, label, color=colour, transform=axes.transAxes, va="center", fontsize=FONT)
     return True
 

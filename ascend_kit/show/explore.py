@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from ascend_kit.evaluation.compare import pair_documents
 from ascend_kit.evaluation.runs import RATE, Run, load_scores
 from ascend_kit.files import GIB, Table
 from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
-from ascend_kit.measure.rows import load_rows
+from ascend_kit.measure.rows import Point, best_repeats, key_of, load_rows, mean_of
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
@@ -82,21 +83,21 @@ def run_list(runs: Iterable[Run]) -> Table:
 
 def _line(run: Run) -> dict[str, Any]:
     record, values = RunRecord.read(run.folder.path), run.parameters
-    best = max(run.sweep, key=lambda row: row[RATE], default={})
+    best = best_repeats(run.sweep)
     scores = load_scores(run.folder)
     right = scores[(scores["metric"] == "acc") & (scores["status"] == "ok")]
     return {
         "run": run.name,
-        "model": values.get("model_name"),
-        "engine": ", ".join(
-            str(values[name]) for name in ("precision", "quantize") if values.get(name, "none") != "none"
+        "model": ", ".join(
+            str(values[name]) for name in ("model_name", "precision", "quantize") if values.get(name, "none") != "none"
         ),
+        "engine": ", ".join([best[0]["backend"]] if best else []),
         "switches": ", ".join(name for name in ENGINE_SWITCHES if values.get(name) is True),
-        "tokens/s": best.get(RATE),
-        "TTFT, ms": best.get("ttft_p50_ms"),
+        "tokens/s": mean_of(best, RATE),
+        "TTFT, ms": mean_of(best, "ttft_p50_ms"),
         "accuracy, %": 100 * (right["value"] * right["n"]).sum() / right["n"].sum() if len(right) else None,
         "changed": (record.updated or "")[:16].replace("T", " "),
-        "state": record.state,
+        "state": replace(record, stages={name: one for name, one in record.stages.items() if name != EXPLORING}).state,
     }
 
 
@@ -138,7 +139,11 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
         return None
     if is_many(found) and AXES[x] == "concurrency":
         return heat_map(
-            found.assign(backend=found["label"]), "y", f"{y} / {x}", y, good="high" if y in MORE_IS_BETTER else "low"
+            found.assign(backend=found["label"]),
+            "y",
+            f"{y} against {x}",
+            y,
+            good="high" if y in MORE_IS_BETTER else "low",
         )
     figure, panels = make_panels(found.assign(backend=found["label"]))
     looks = config_looks(found["label"])
@@ -154,7 +159,7 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
         else:
             value_axis(axes, x, which="x", zero=False)
         value_axis(axes, y)
-    return finish(figure, f"{y} / {x}", f"{len(found)} points; {found['label'].nunique()} lines")
+    return finish(figure, f"{y} against {x}", f"{len(found)} points; {found['label'].nunique()} lines")
 
 
 def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
@@ -207,11 +212,7 @@ def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
 
 def point_names(table: Table) -> dict[str, int]:
     """A point in words -> its line in `points`."""
-    return {
-        f"{row['label']}: {row['concurrency']} in flight, {lengths_text([row['prompt_len'], row['output_len']])}, "
-        f"repeat {row['repeat']}": place
-        for place, row in enumerate(table.to_dict("records"))
-    }
+    return {f"{row['label']}: {Point(*key_of(row))}": place for place, row in enumerate(table.to_dict("records"))}
 
 
 def lines_of(run: Run, table: str, point_id: str) -> Table:

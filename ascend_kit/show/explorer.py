@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FIRST_CHOSEN = 4
 MOST_LISTED = 60
 MOST_DOCUMENTS = 100
+EMPTY = "<p></p>"  # the note in place of a part that is not there
 VIEWS = {"throughput": ("requests in flight", "output tokens/s"), "latency": ("requests in flight", "median TTFT, ms"),
          "pareto": ("median TPOT, ms", "output tokens/s")}  # fmt: skip
 Draw = Callable[..., Sequence[Any]]  # values of the controls -> the parts to display, None for an empty one
@@ -87,11 +88,15 @@ class Explorer:
 
         if self._browser:
             axes = list(explore.AXES)
-            self._show({"axis_x": axes, "axis_y": [axes[1], axes[0], *axes[2:]]}, self._chart)
+            self._show("chart", {"axis_x": axes, "axis_y": [axes[1], axes[0], *axes[2:]]}, self._chart)
             return
         table = explore.points(self.runs)
         for name, (x, y) in VIEWS.items():
-            display(*filter(None, [self._keep(name, explore.chart(table, x, y) if len(table) else None, f"{y} / {x}")]))
+            display(
+                *filter(
+                    None, [self._keep(name, explore.chart(table, x, y) if len(table) else None, f"{y} against {x}")]
+                )
+            )
 
     def _chart(self, axis_x: str, axis_y: str) -> list[Any]:
         table = explore.points(self.runs)
@@ -104,7 +109,7 @@ class Explorer:
 
     def point(self) -> None:
         """One point: its row, the spread of TTFT and ITL, when each request waited and ran, what was held meanwhile."""
-        self._show({"point": lambda: list(explore.point_names(self._points()))}, self._point)
+        self._show("point", {"point": lambda: list(explore.point_names(self._points()))}, self._point)
 
     def _points(self) -> Table:
         table = explore.points(self.runs)
@@ -126,14 +131,14 @@ class Explorer:
         over_time = sweep_charts.over_time(samples, pandas.DataFrame([row]))
         return [
             tables.readable(pandas.DataFrame([first]), keys=1),
-            self._keep("histograms", spread, "TTFT and ITL of one point"),
-            self._keep("timeline", timeline, "Requests of one point over time"),
-            self._keep("over_time", over_time, "Requests, KV cache and memory over time"),
+            self._keep("histograms", spread, f"TTFT and ITL of one point: {point}"),
+            self._keep("timeline", timeline, f"Requests of one point over time: {point}"),
+            self._keep("over_time", over_time, f"Requests, KV cache and memory over time: {point}"),
         ]
 
     def profile(self) -> None:
         """Where a run's prefill and decode steps spend their time: operators, launches, the host's gap."""
-        self._show({"profiled": self._profiled}, self._profile)
+        self._show("profile", {"profiled": self._profiled}, self._profile)
 
     def _profiled(self) -> list[str]:
         return [run.name for run in self.runs if len(operator_table(run.folder))]
@@ -150,7 +155,7 @@ class Explorer:
         controls: Controls = {"run": lambda: [run.name for run in self.runs if run.has("acc")], "task": self._tasks,
                     "other": lambda: [translate("explore.wrong"), *(run.name for run in self.runs if run.has("acc"))],
                     "search": ""}  # fmt: skip
-        self._show(controls, self._documents)
+        self._show("documents", controls, self._documents)
 
     def _tasks(self) -> list[str]:
         return sorted({task for run in self.runs for task in run.answers("acc")})
@@ -167,33 +172,39 @@ class Explorer:
 
         table = history.history(self.every.values())
         figure = self._keep("history", history.history_chart(table), "Output tokens per second over versions")
-        display(*filter(None, [tables.readable(table, keys=2) if len(table) else None, figure]))
+        shown = (
+            [tables.readable(table, keys=2), figure]
+            if len(table)
+            else [tables.note(translate("explore.no_runs_again"))]
+        )
+        display(*filter(None, shown))
         return table
 
     def _keep(self, name: str, figure: Figure | None, caption: str) -> Any:
         if self.folder is not None and not self._browser:
-            return charts.keep(self.folder, f"explore_{name}", figure, caption)
+            return charts.keep(self.folder, f"explore_{name}", figure, caption, of_this_run=False)
         return None if figure is None else _Bundle({"image/png": _png(figure)})
 
-    def _show(self, controls: Controls, draw: Draw) -> None:
-        self._views.append(_View(controls, draw, self._browser))
+    def _show(self, name: str, controls: Controls, draw: Draw) -> None:
+        self._views.append(_View(name, controls, draw, self._browser))
 
 
 class _View:
-    """Controls and what is drawn for their values, one output for each part."""
+    """Controls and what is drawn for their values, one output for each part; headless the values stand above."""
 
-    def __init__(self, controls: Controls, draw: Draw, browser: bool) -> None:
+    def __init__(self, name: str, controls: Controls, draw: Draw, browser: bool) -> None:
         from IPython.display import display
 
-        self.controls, self.draw = controls, draw
+        self.name, self.controls, self.draw = name, controls, draw
         self.fields: dict[str, Any] = {}
         if browser:
             self._make_fields()
-        parts = draw(**self.values())
+        parts = self._parts()
         if not browser:
-            display(*[part for part in parts if part is not None])
+            chosen = ", ".join(map(phrase, filter(None, self.values().values()))) if self._has_choice() else ""
+            display(*[part for part in (tables.note(chosen), *parts) if part.data != EMPTY])
             return
-        self.handles = [cast(Any, display(part, display_id=True)) for part in _shown(parts)]
+        self.handles = [cast(Any, display(part, display_id=True)) for part in parts]
 
     def values(self) -> dict[str, str]:
         """The choice of each control; the first of what there is where nothing was chosen."""
@@ -209,8 +220,18 @@ class _View:
                 kept = field.value
                 field.options = _titled(options)
                 field.value = kept if kept in options else next(iter(options), None)
-        for handle, part in zip(self.handles, _shown(self.draw(**self.values())), strict=True):
+        for handle, part in zip(self.handles, self._parts(), strict=True):
             handle.update(part)
+
+    def _has_choice(self) -> bool:
+        return bool(next(iter(self.values().values())))
+
+    def _parts(self) -> list[Any]:
+        """What is drawn, with nothing in place of empty parts; where all are empty, one sentence says why."""
+        parts = self.draw(**self.values())
+        why = "explore.none" if self._has_choice() else f"explore.no_{self.name}"
+        told = translate(why) if all(part is None for part in parts) else ""
+        return [tables.note(told if place == 0 else "") if part is None else part for place, part in enumerate(parts)]
 
     def _make_fields(self) -> None:
         import ipywidgets as w
@@ -244,13 +265,6 @@ def _options(found: Callable[[], list[str]] | list[str] | str) -> list[str]:
 
 def _titled(options: list[str]) -> list[tuple[str, str]]:
     return [(phrase(option), option) for option in options]
-
-
-def _shown(parts: Sequence[Any]) -> list[Any]:
-    """The parts with nothing in place of empty ones, or one sentence where all are empty."""
-    if all(part is None for part in parts):
-        return [tables.note(translate("explore.none")), *[tables.note("")] * (len(parts) - 1)]
-    return [tables.note("") if part is None else part for part in parts]
 
 
 def _display_widget(widget: Any, fallback: Any) -> None:

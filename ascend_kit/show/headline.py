@@ -85,22 +85,19 @@ def _verdict(run: RunRecord, compared: Finding | None, numbers: list[tuple[str, 
 
 def _speed(folder: RunFolder) -> list[tuple[str, str]]:
     """(text, note) of output tokens/s, TTFT and TPOT at the engine's best point, by the mean of its repeats."""
-    from ascend_kit.measure.rows import load_rows
+    from ascend_kit.measure.rows import asked_rows, best_repeats, mean_of
 
-    points: dict[tuple, list[dict[str, Any]]] = {}
-    for row in load_rows(folder).to_dict("records"):
-        measured = row.get("status") == "ok" and "output_tokens_per_s" in row  # other tools may write rows of their own
-        if measured and row.get("backend") != "transformers":
-            points.setdefault(tuple(row[name] for name in (*POINT, "cards") if name in row), []).append(row)
-    if not points:
+    rows = [row for row in asked_rows(folder) if row.get("backend") != "transformers"]
+    own = [row for row in rows if row.get("backend") == "ascend_kit"]  # another engine's only where ours has none
+    best = best_repeats(own or rows)
+    if not best:
         return [("", "")] * 3
-    best = max(points.values(), key=lambda rows: statistics.fmean(row["output_tokens_per_s"] for row in rows))
     rates = [row["output_tokens_per_s"] for row in best]
     place = translate("number.at", **{name: best[0][name] for name in POINT})
     spread = translate("number.range", low=min(rates), high=max(rates), count=len(rates))
-    times = [statistics.fmean(row[f"{name}_p50_ms"] for row in best) for name in ("ttft", "tpot")]
+    times = [mean_of(best, f"{name}_p50_ms") for name in ("ttft", "tpot")]
     return [(f"{statistics.fmean(rates):,.0f}", f"{spread}, {place}")] + [
-        (f"{cell_text(value)} ms" if value == value else "", translate("number.median")) for value in times
+        ("" if value is None else f"{cell_text(value)} ms", translate("number.median")) for value in times
     ]
 
 

@@ -73,7 +73,8 @@ class Figures:
         picture = drawing or f'<img src="{url}" alt="{tables.markup(alt)}"{size}>'
         link = f' <a href="figures/{quote(name)}.png">PNG</a>' if drawing else ""
         title = translate("report.figure", number=self.count, caption=about.get("caption", alt))
-        return f"<figure>{picture}<figcaption>{tables.markup(f'{title} {self.conditions}')}{link}</figcaption></figure>"
+        told = f"{title} {self.conditions}" if about.get("of_this_run", True) else title
+        return f"<figure>{picture}<figcaption>{tables.markup(told)}{link}</figcaption></figure>"
 
     def drawing(self, name: str, alt: str, prefix: str) -> str:
         """The saved SVG of that name for use inside the page; nothing where there is none."""

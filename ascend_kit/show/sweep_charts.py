@@ -244,6 +244,7 @@ def over_time(samples: Table, rows: Table) -> Figure | None:
             axes.plot(seconds, own[name] * factor, drawstyle="steps-post", linestyle=DASHES[place],
                       label=name if len(names) > 1 else None, color=PALETTE[place])  # fmt: skip
         value_axis(axes, unit, log=False)
+        axes.set_ylim(0, 1.15 * axes.dataLim.y1 or 1)  # a level line stays apart from the frame
         axes.set_xlim(0, seconds.max())
         axes.set_xlabel("time, s", fontsize=FONT)
     place = f"{point['backend']}, {point['concurrency']} in flight, {lengths_text(point[LENGTHS].tolist())}"

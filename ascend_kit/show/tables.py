@@ -50,8 +50,9 @@ SCORES = [
     *("set", "task", "metric", "value", "stderr", "unit", "n", "num_fewshot", "plain_ops", "kind", "status", "error")
 ]
 PAIRED = [
-    *("candidate", "set", "n", "difference_points", "low_points", "high_points", "p_holm", "outcome"),
-    *("baseline_percent", "candidate_percent"),
+    *("candidate", "set", "n", "difference_points", "low_points", "high_points", "p_holm"),
+    *("difference_bits_per_byte", "low_bits_per_byte", "high_bits_per_byte", "outcome"),
+    *("baseline_percent", "candidate_percent", "baseline_bits_per_byte", "candidate_bits_per_byte"),
 ]
 VERDICT = [
     *("run", "output_tokens_per_s", "speedup", "accuracy_percent", "difference_points", "outcome", "qualifies"),
@@ -79,10 +80,24 @@ def readable(table: Table, *, keys: int = 1) -> HTML | None:
         return None
     names = list(table.columns)
     shown = table[names[:MOST_COLUMNS]]
+    if len(table) == 1 and len(names) > MOST_COLUMNS:
+        return HTML(_lines(shown) + fold(_more_columns(names), _upright(table[names[MOST_COLUMNS:]])))
     step = max(1, MOST_COLUMNS - keys)
     rest = [names[:keys] + names[at : at + step] for at in range(MOST_COLUMNS, len(names), step)]
-    folded = fold(translate("table.more_columns", count=len(names) - MOST_COLUMNS), *(_lines(table[c]) for c in rest))
+    folded = fold(_more_columns(names), *(_lines(table[columns]) for columns in rest))
     return HTML(_lines(shown) + (folded if rest else ""))
+
+
+def _more_columns(names: list[Any]) -> str:
+    return translate("table.more_columns", count=len(names) - MOST_COLUMNS)
+
+
+def _upright(line: Table) -> str:
+    """A single line as two columns, name and value."""
+    import pandas
+
+    values = {name: phrase(cell_text(value)) if name in SPOKEN else value for name, value in line.iloc[0].items()}
+    return _html(pandas.DataFrame({"value": values}, dtype=object))
 
 
 def _lines(table: Table) -> str:
@@ -229,8 +244,10 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) ->
             continue
         if isinstance(value, dict) and depth > 1:
             rows |= _flat(value, f"{prefix}{key}.", depth - 1)
-        elif isinstance(value, dict) and len(str(value)) > LONGEST_TEXT:
+        elif isinstance(value, (dict, list, tuple)) and len(str(value)) > LONGEST_TEXT:
             rows[f"{prefix}{key}"] = phrase(f"{len(value)} entries")
+        elif isinstance(value, (list, tuple)):
+            rows[f"{prefix}{key}"] = ", ".join(map(cell_text, value))
         else:
             rows[f"{prefix}{key}"] = value
     return rows
@@ -240,8 +257,15 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) ->
 
 
 def sweep(rows: Table) -> HTML | None:
-    """The columns of a sweep that answer its question; everything else stays in the file."""
-    return readable(_chosen(rows, SWEEP), keys=4)
+    """The columns of a sweep that answer its question, repeats of a point below each other; all else is in the file."""
+    from ascend_kit.show.drawing import config_labels
+
+    if rows.empty:
+        return None
+    by = [name for name in ("prompt_len", "output_len", "concurrency", "repeat") if name in rows]
+    named = rows.assign(backend=config_labels(rows), _place=rows["backend"].factorize()[0])  # engines as measured
+    ranked = named.sort_values(["_place", "backend", *by], kind="stable", ignore_index=True)
+    return readable(_chosen(ranked, SWEEP), keys=4)
 
 
 def expected(limits: Table) -> HTML | None:
@@ -285,7 +309,7 @@ def answers(table: Table) -> HTML | None:
 
 
 def paired(table: Table) -> HTML | None:
-    """Each run against the baseline per set: points with their interval, corrected p-value, then the percentages."""
+    """Each run against the baseline, per set or over running text: difference with its interval, outcome, then both."""
     return readable(_chosen(table, PAIRED), keys=2)
 
 
