@@ -66,9 +66,12 @@ void attend_token(const X *query, Head keys, Head values, i64 length, X *out, i6
 }
 
 #ifdef AK_TILES
-// scores[t] -> 2^(scores[t] * scale - most) as bf16 for t < count, then 0 up to a multiple of 32. `most`, the largest scaled
-// score so far, and `sum` are carried on; returns what earlier results are to be multiplied by.
-inline float softmax_row(float *scores, i64 count, float scale, float &most, float &sum, bf16 *out) {
+inline void store32(bf16 *to, __m512 low, __m512 high) { store_bf16(to, low, high); }
+inline void store32(float *to, __m512 low, __m512 high) { _mm512_storeu_ps(to, low), _mm512_storeu_ps(to + 16, high); }
+
+// scores[t] -> 2^(scores[t] * scale - most) for t < count, then 0 up to a multiple of 32; `out` may be `scores`. `most`, the
+// largest scaled score so far, and `sum` are carried on; returns what earlier results are to be multiplied by.
+template <class X> float softmax_row(float *scores, i64 count, float scale, float &most, float &sum, X *out) {
     const i64 padded = (count + 31) / 32 * 32;
     for (i64 t = count; t < padded; t++) scores[t] = -INFINITY;
     __m512 best = _mm512_max_ps(_mm512_loadu_ps(scores), _mm512_loadu_ps(scores + 16));
@@ -82,7 +85,7 @@ inline float softmax_row(float *scores, i64 count, float scale, float &most, flo
         const __m512 low = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t), factor, shift));
         const __m512 high = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t + 16), factor, shift));
         total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-        store_bf16(out + t, low, high);
+        store32(out + t, low, high);
     }
     const float shrink = most == before ? 1.0f : std::exp2(before - most);
     sum = sum * shrink + _mm512_reduce_add_ps(total);
@@ -136,15 +139,85 @@ template <class W> struct Ahead {
     }
 };
 
-// Scores of a group by the scales of its keys, and weights by those of its values; caches of bf16 have none.
-inline void by_scales(float *, const bf16 *, const Rows &, i64) {}
-inline void by_scales(float *scores, const int8_t *cache, const Rows &rows, i64 kv) {
-    for (i64 i = 0; i < rows.count; i++) scores[i] *= ((const float *)(cache + rows.scale_at[i]))[kv];
+// How an AVX-512 register of a cache's row is multiplied and summed: `code` is what queries and weights are then.
+template <class W> struct Arithmetic;
+template <> struct Arithmetic<bf16> {
+    typedef bf16 code;
+    static __m512i row(const bf16 *p) { return load(p); }
+    static __m512i step(__m512i acc, __m512i a, __m512i b) { return Bf16Step::step(acc, a, b); }
+    static __m512 floats(__m512i sums) { return (__m512)sums; }
+    static __m512i begin(const float *acc) { return load(acc); }
+    static void end(float *acc, __m512i total, float) { _mm512_storeu_si512(acc, total); }
+};
+// int8 codes are multiplied as integers of 16 bits, which costs half of making bf16 of them. Queries and weights are
+// rounded to 16 bits of their largest, finer than bf16. A group's sum stays below 2^31: 32 * 32767 * 127.
+template <> struct Arithmetic<int8_t> {
+    typedef int16_t code;
+    static __m512i row(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+    static __m512i step(__m512i acc, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(acc, a, b); }
+    static __m512 floats(__m512i sums) { return _mm512_cvtepi32_ps(sums); }
+    static __m512i begin(const float *) { return _mm512_setzero_si512(); }
+    static void end(float *acc, __m512i total, float unit) {
+        _mm512_storeu_ps(acc, _mm512_fmadd_ps(floats(total), _mm512_set1_ps(unit), _mm512_loadu_ps(acc)));
+    }
+};
+
+inline __m512i codes_of(__m512 x, __m512 by) { return _mm512_cvtps_epi32(_mm512_mul_ps(x, by)); }
+
+// 32 C numbers from x() -> codes; returns what a code of 1 stands for: NaN when one of them is, so that it is not lost.
+template <int C, class Numbers> float to_codes(const Numbers &x, int16_t *codes) {
+    __m512i most = _mm512_setzero_si512();  // bits of magnitudes order as numbers do, NaN above all
+    for (int c = 0; c < 2 * C; c++)
+        most = _mm512_max_epi32(most, _mm512_and_si512((__m512i)x(c), _mm512_set1_epi32(0x7fffffff)));
+    const float largest = from_bits(_mm512_reduce_max_epi32(most));
+    const __m512 by = _mm512_set1_ps(largest == 0 ? 0.0f : 32767 / largest);
+    for (int c = 0; c < 2 * C; c++)
+        _mm256_storeu_si256((__m256i *)(codes + 16 * c), _mm512_cvtepi32_epi16(codes_of(x(c), by)));
+    return largest / 32767;
 }
-inline void by_scales(bf16 *, const bf16 *, const Rows &, i64) {}
-inline void by_scales(bf16 *weights, const int8_t *cache, const Rows &rows, i64 kv) {
-    for (i64 i = 0; i < rows.count; i++)
-        narrow(widen(weights[i]) * ((const float *)(cache + rows.scale_at[i]))[kv], weights + i);
+
+// All N heads [N, 32 C] of a query as they are multiplied with keys, and what their numbers stand for.
+template <int C> const bf16 *query_codes(const bf16 *query, i64 N, std::vector<float> &units, const bf16 *) {
+    units.assign(N, 1.0f);
+    return query;
+}
+template <int C> const int16_t *query_codes(const bf16 *query, i64 N, std::vector<float> &units, const int8_t *) {
+    static thread_local Scratch<int16_t> of_codes;
+    int16_t *codes = of_codes.room(N * 32 * C);
+    units.clear();
+    for (i64 n = 0; n < N; n++) {
+        const auto part = [&](int c) {
+            const __m256i bits = _mm256_loadu_si256((const __m256i *)(query + (n * 2 * C + c) * 16));
+            return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+        };
+        units.push_back(to_codes<C>(part, codes + n * 32 * C));
+    }
+    return codes;
+}
+
+// The scales of a group's tokens under one KV head; a cache of bf16 has none.
+struct Scales {
+    alignas(64) float of[GROUP];
+    void find(const bf16 *, const Rows &, i64) {}
+    void find(const int8_t *cache, const Rows &rows, i64 kv) {
+        for (i64 i = 0; i < GROUP; i++) of[i] = ((const float *)(cache + rows.scale_at[i]))[kv];
+    }
+};
+
+// A group's scores of one head -> its weights [32]; `unit` is what a weight of 1 stands for. Returns as softmax_row does.
+inline float weigh(float *scores, i64 count, float scale, float &most, float &sum, const Scales &, const Scales &,
+                   bf16 *weights, float &unit) {
+    unit = 1.0f;
+    return softmax_row(scores, count, scale, most, sum, weights);
+}
+inline float weigh(float *scores, i64 count, float scale, float &most, float &sum, const Scales &keys, const Scales &values,
+                   int16_t *weights, float &unit) {
+    for (i64 i = 0; i < GROUP; i += 16)
+        _mm512_storeu_ps(scores + i, _mm512_mul_ps(_mm512_loadu_ps(scores + i), _mm512_load_ps(keys.of + i)));
+    const float shrink = softmax_row(scores, count, scale, most, sum, scores);
+    const auto part = [&](int c) { return _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * c), _mm512_load_ps(values.of + 16 * c)); };
+    unit = to_codes<GROUP / 32>(part, weights);
+    return shrink;
 }
 
 // 16 registers of 16 floats -> their 16 sums.
@@ -170,14 +243,18 @@ inline __m512 sums16(const __m512 r[16]) {
 template <int C, class W>
 void attend_span(const bf16 *query, const W *keys, const W *values, Span span, Span next, Partial part, i64 N, i64 K,
                  i64 S, float scale) {
+    typedef Arithmetic<W> With;
     constexpr i64 H = 32 * C;
     const i64 G = N / K, pairs = (G + 1) / 2;
-    alignas(64) bf16 weights[2 * GROUP];
+    alignas(64) typename With::code weights[2 * GROUP];
     alignas(64) float scores[2 * GROUP];
+    static thread_local std::vector<float> units;
+    const typename With::code *codes = query_codes<C>(query, N, units, keys);
     std::fill(part.acc, part.acc + N * H, 0.0f);
     std::fill(part.most, part.most + N, -INFINITY);
     std::fill(part.sum, part.sum + N, 0.0f);
     Rows group[2];
+    Scales key_scales, value_scales;
     const i64 block_size = block_size_of(keys, S, K, H);
     group[0].find(span, S, K * H, block_size, K);
     for (int turn = 0; span.t0 < span.end; turn ^= 1) {
@@ -185,69 +262,71 @@ void attend_span(const bf16 *query, const W *keys, const W *values, Span span, S
         span.t0 += GROUP;
         group[turn ^ 1].find(span.t0 < span.end ? span : next, S, K * H, block_size, K);
         Ahead<W> ahead{keys, values, group[turn ^ 1], K * H, 0, 0};
-        const i64 lines = ahead.rows.count * C * 2 / (pairs * ((rows.count + 1) / 2) * 3 / 2) + 1;  // at every fetch below
+        const i64 lines = ahead.rows.count * C * i64(sizeof(W)) / (pairs * ((rows.count + 1) / 2) * 3 / 2) + 1;  // at every fetch below
         for (i64 kv = 0; kv < K; kv++) {
             const W *key = keys + kv * H, *value = values + kv * H;
+            key_scales.find(keys, rows, kv), value_scales.find(values, rows, kv);
             for (i64 pair = 0; pair < pairs; pair++) {  // two heads at a time fit the registers; a last one alone runs twice
                 const i64 head = kv * G + 2 * pair, other = std::min(head + 1, kv * G + G - 1);
-                __m512bh q[2][C];
+                __m512i q[2][C];
 #pragma GCC unroll 4
                 for (int c = 0; c < C; c++) {
-                    q[0][c] = as_bh(load(query + head * H + 32 * c));
-                    q[1][c] = as_bh(load(query + other * H + 32 * c));
+                    q[0][c] = load(codes + head * H + 32 * c);
+                    q[1][c] = load(codes + other * H + 32 * c);
                 }
                 for (i64 i0 = 0; i0 < rows.count; i0 += 8) {
                     ahead.fetch(2 * lines);
                     __m512 dots[16];
 #pragma GCC unroll 8
                     for (int i = 0; i < 8; i++) {
-                        dots[i] = dots[8 + i] = _mm512_setzero_ps();
+                        __m512i first = _mm512_setzero_si512(), second = first;
 #pragma GCC unroll 4
                         for (int c = 0; c < C; c++) {
-                            const __m512bh part_of_key = load32(key + rows.at[i0 + i] + 32 * c);
-                            dots[i] = _mm512_dpbf16_ps(dots[i], q[0][c], part_of_key);
-                            dots[8 + i] = _mm512_dpbf16_ps(dots[8 + i], q[1][c], part_of_key);
+                            const __m512i part_of_key = With::row(key + rows.at[i0 + i] + 32 * c);
+                            first = With::step(first, q[0][c], part_of_key);
+                            second = With::step(second, q[1][c], part_of_key);
                         }
+                        dots[i] = With::floats(first), dots[8 + i] = With::floats(second);
                     }
                     const __m512 sums = sums16(dots);
                     _mm256_storeu_ps(scores + i0, _mm512_castps512_ps256(sums));
                     _mm256_storeu_ps(scores + GROUP + i0, _mm512_extractf32x8_ps(sums, 1));
                 }
+                float unit[2];
                 for (int j = 0; j < 1 + (other != head); j++) {
-                    by_scales(scores + j * GROUP, keys, rows, kv);
-                    const float shrink = softmax_row(scores + j * GROUP, rows.count, scale * LOG2_E, part.most[head + j],
-                                                     part.sum[head + j], weights + j * GROUP);
-                    by_scales(weights + j * GROUP, values, rows, kv);
+                    const float shrink =
+                        weigh(scores + j * GROUP, rows.count, scale * LOG2_E * units[head + j], part.most[head + j],
+                              part.sum[head + j], key_scales, value_scales, weights + j * GROUP, unit[j]);
                     if (shrink != 1.0f) multiply(part.acc + (head + j) * H, H, shrink);
                 }
                 float *acc[2] = {part.acc + head * H, part.acc + other * H};
-                __m512 total[2][2 * C];
+                __m512i total[2][2 * C];
 #pragma GCC unroll 8
                 for (int c = 0; c < 2 * C; c++) {
-                    total[0][c] = _mm512_loadu_ps(acc[0] + 16 * c);
-                    total[1][c] = _mm512_loadu_ps(acc[1] + 16 * c);
+                    total[0][c] = With::begin(acc[0] + 16 * c);
+                    total[1][c] = With::begin(acc[1] + 16 * c);
                 }
                 for (i64 i = 0; i < rows.count; i += 2) {
                     ahead.fetch(lines);
                     int32_t weight[2];
                     std::memcpy(&weight[0], &weights[i], 4);
                     std::memcpy(&weight[1], &weights[GROUP + i], 4);
-                    const __m512bh first = as_bh(_mm512_set1_epi32(weight[0])), second = as_bh(_mm512_set1_epi32(weight[1]));
+                    const __m512i first = _mm512_set1_epi32(weight[0]), second = _mm512_set1_epi32(weight[1]);
 #pragma GCC unroll 4
                     for (int c = 0; c < C; c++) {
-                        const __m512i a = (__m512i)load32(value + rows.at[i] + 32 * c);
-                        const __m512i b = (__m512i)load32(value + rows.at[i + 1] + 32 * c);
-                        const __m512bh low = as_bh(_mm512_unpacklo_epi16(a, b)), high = as_bh(_mm512_unpackhi_epi16(a, b));
-                        total[0][2 * c] = _mm512_dpbf16_ps(total[0][2 * c], low, first);
-                        total[0][2 * c + 1] = _mm512_dpbf16_ps(total[0][2 * c + 1], high, first);
-                        total[1][2 * c] = _mm512_dpbf16_ps(total[1][2 * c], low, second);
-                        total[1][2 * c + 1] = _mm512_dpbf16_ps(total[1][2 * c + 1], high, second);
+                        const __m512i a = With::row(value + rows.at[i] + 32 * c);
+                        const __m512i b = With::row(value + rows.at[i + 1] + 32 * c);
+                        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+                        total[0][2 * c] = With::step(total[0][2 * c], low, first);
+                        total[0][2 * c + 1] = With::step(total[0][2 * c + 1], high, first);
+                        total[1][2 * c] = With::step(total[1][2 * c], low, second);
+                        total[1][2 * c + 1] = With::step(total[1][2 * c + 1], high, second);
                     }
                 }
 #pragma GCC unroll 8
                 for (int c = 0; c < 2 * C; c++) {
-                    if (other != head) _mm512_storeu_ps(acc[1] + 16 * c, total[1][c]);
-                    _mm512_storeu_ps(acc[0] + 16 * c, total[0][c]);
+                    if (other != head) With::end(acc[1] + 16 * c, total[1][c], unit[1]);
+                    With::end(acc[0] + 16 * c, total[0][c], unit[0]);
                 }
             }
         }
