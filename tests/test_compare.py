@@ -607,6 +607,18 @@ def test_the_first_caution_of_a_verdict_names_the_runs_measured_on_a_busy_machin
     assert "e/other 4/64/32 (" in str(first) and "overlap" in str(found.cautions[1])
 
 
+def test_without_a_verdict_the_runs_measured_on_a_busy_machine_are_named_all_the_same(tmp_path: Path) -> None:
+    busy = {"device_kind": "cpu", "cpu_cores": 2, "own_cpu_cores": 0.9, "other_cpu_cores": 1.1}
+    runs = [make_run(tmp_path, name, {}, rates=[]) for name in ("base", "other")]
+    runs[1].folder.append("rows", sweep_row(125.0, 0, **busy))
+
+    found = Comparison(runs, baseline=runs[0]).verdict
+
+    assert found.best == "none" and "No verdict" in found.text
+    (caution,) = found.cautions
+    assert caution.key == "sweep.disturbed" and "e/other 4/64/32" in str(caution)
+
+
 def test_a_run_that_its_sequential_test_stopped_is_named_with_that_verdict(tmp_path: Path) -> None:
     base = make_run(tmp_path, "base", {"mmlu": answers(2000)}, rates=[100.0, 101.0])
     other = make_run(tmp_path, "other", {"mmlu": answers(2000)}, rates=[200.0, 201.0], quantize="w8a8")

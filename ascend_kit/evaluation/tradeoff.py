@@ -119,7 +119,7 @@ class Comparison:
         able = [row for row in rows if row["qualifies"] and row[RATE] is not None]
         if not able or self._rows[self.baseline.name][RATE] is None or not self.baseline.has("acc"):
             text = f"No verdict: the baseline {self.baseline.name} lacks something ({'; '.join(lacking)})."
-            return Verdict("none", self.baseline.name, text, table)
+            return Verdict("none", self.baseline.name, text, table, self._cautions(None))
         best = max(able, key=lambda row: row[RATE])
         text = [_best_text(best, self.baseline.name, self.margin)]
         text += [_faster_text(row) for row in rows if not row["qualifies"] and row["speedup"] > best["speedup"]]
@@ -214,9 +214,9 @@ class Comparison:
             "qualifies": overall["outcome"] == "within margin" and not (lost or pairs.refused or alarms),
         }
 
-    def _cautions(self, best: Row) -> list[Finding]:
+    def _cautions(self, best: Row | None) -> list[Finding]:
         found = list[str]()
-        if best["run"] != self.baseline.name:
+        if best is not None and best["run"] != self.baseline.name:
             low = self._rows[best["run"]].get(f"{RATE}_low")
             high = self._rows[self.baseline.name].get(f"{RATE}_high")
             if low is None or high is None or not low > high:
