@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ascend_kit.checkpoint.huggingface import open_checkpoint
-from ascend_kit.checkpoint.int8_tensors import pack_int8
+from ascend_kit.checkpoint.quantized_tensors import pack_int8
 from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile
 from ascend_kit.checkpoint.torch_file import TorchFile
 

@@ -12,7 +12,7 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 from ascend_kit.checkpoint.convert import convert
-from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor, open_checkpoint
+from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, verify
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.model.int8 import dequantize_weight
@@ -187,7 +187,7 @@ def test_transformers_loads_the_int8_result_and_computes_the_same(tiny_model_dir
     ours = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     for linear, kind in checkpoint.quantization.schemes.items():
         assert kind == scheme and not linear.endswith("down_proj")
-        weight = DequantizedTensor(checkpoint, linear).read()
+        weight = checkpoint.dequantized(linear).read()
         ours.get_submodule(linear).weight.data = weight
         if scheme == "w8a8":
             ours.get_submodule(linear).register_forward_pre_hook(_round_inputs)
@@ -221,11 +221,11 @@ def test_4_bit_result_is_no_further_from_the_source_than_plain_rounding_and_half
         assert grouped.shape[2] in (32, 64)  # whichever divides all widths
         step = grouped.abs().amax(-1, keepdim=True) / 7
         plain = (torch.round(grouped / step) * step).reshape(weight.shape)
-        found = DequantizedTensor(checkpoint, linear).read()
+        found = checkpoint.dequantized(linear).read()
         assert (found - weight).square().sum() <= 1.02 * (plain - weight).square().sum()  # scales are bf16 numbers
     again = convert(folder, tmp_path / "float", precision="fp32").folder
     name = "model.layers.0.mlp.up_proj"
-    assert torch.equal(read_all(again)[f"{name}.weight"], DequantizedTensor(checkpoint, name).read())
+    assert torch.equal(read_all(again)[f"{name}.weight"], checkpoint.dequantized(name).read())
 
 
 def test_int8_result_converts_back_to_float_and_again_to_the_same_codes(tiny_qwen3_dir: Path, tmp_path: Path):

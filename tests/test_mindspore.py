@@ -18,7 +18,7 @@ from ascend_kit.checkpoint.convert import convert, open_source
 from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.mindspore import open_mindspore
 from ascend_kit.checkpoint.mindspore_file import MindSporeFile, check_mindspore_file
-from ascend_kit.checkpoint.pieces import SameOnAllRanks
+from ascend_kit.checkpoint.pieces import same_on_all_ranks
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 
 SHAPE = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 304}
@@ -112,7 +112,7 @@ class CountedRows:
 def test_a_tensor_that_every_rank_holds_is_read_once_however_many_blocks_it_is_read_in():
     values = torch.arange(300.0).reshape(100, 3)
     ranks = [CountedRows(values), CountedRows(values.clone())]
-    whole = SameOnAllRanks("tok_embeddings", ranks)
+    whole = same_on_all_ranks("tok_embeddings", ranks)
 
     read = torch.cat([whole.read_slice(0, start, start + 10) for start in range(0, 100, 10)])
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.checkpoint.check import check_tensors
 from ascend_kit.checkpoint.convert import convert
-from ascend_kit.checkpoint.huggingface import DequantizedTensor, open_checkpoint
+from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.device.device import select_device
 from ascend_kit.device.ops import select_ops
@@ -108,7 +108,7 @@ def test_4_bit_layouts_compute_what_they_mean(layout: str, source: Path, tmp_pat
     checkpoint = open_checkpoint(tmp_path / "q")
     for name, tensor in meant.items():
         if name.endswith("_proj.weight"):
-            found = DequantizedTensor(checkpoint, name.removesuffix(".weight"))
+            found = checkpoint.dequantized(name.removesuffix(".weight"))
             torch.testing.assert_close(found.read(), tensor, rtol=1e-6, atol=1e-6, msg=name)
             torch.testing.assert_close(found.read_slice(1, 5, 21), tensor[:, 5:21], rtol=1e-6, atol=1e-6, msg=name)
             assert torch.equal(checkpoint.read_slice(name, 0, 3, 19), checkpoint.read(name)[3:19])

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_kit.checkpoint.huggingface import Checkpoint
-from ascend_kit.checkpoint.patterns import pattern_fits
-from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, SafetensorsFile, TensorSource, read_json
-from ascend_kit.checkpoint.torch_file import TorchFile
+from ascend_kit.checkpoint.huggingface import Checkpoint, open_weights
+from ascend_kit.checkpoint.quantized_tensors import pattern_fits, refuse_unknown
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource, read_json
 from ascend_kit.model.tensors import EMBEDDING, HEAD
 
 CONFIG_NAME, WEIGHT_NAMES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -36,6 +35,7 @@ _HARMLESS_WORDS = (
     "init_lora_weights exclude_modules layers_to_transform layers_pattern megatron_config megatron_core loftq_config "
     "eva_config corda_config lora_ga_config runtime_config ensure_weight_tying qalora_group_size"
 )
+MERGE_WITH_PEFT = "merge it with peft (merge_and_unload) and use that folder"
 KNOWN_KEYS = frozenset((*_READ_WORDS.split(), *_HARMLESS_WORDS.split()))
 
 
@@ -49,33 +49,22 @@ class LowRank:
     magnitude: Tensor | None = None
 
 
-class AdaptedTensor(ByRows):
-    """A weight with a low-rank change added, in float32; only the rows asked for are read and computed."""
+def _adapted(inner: TensorSource, change: LowRank) -> ByRows:
+    """A weight with a low-rank change added, in float32."""
 
-    dtype = torch.float32
-
-    def __init__(self, inner: TensorSource, change: LowRank) -> None:
-        self.inner, self.change, self.shape, self.origin = inner, change, inner.shape, inner.origin
-
-    def _rows(self, start: int, stop: int) -> Tensor:
-        change = self.change
-        rows = self.inner.read_slice(0, start, stop).float()
-        rows = rows + change.scaling * (change.up[start:stop] @ change.down)
+    def rows(start: int, stop: int) -> Tensor:
+        found = inner.read_slice(0, start, stop).float() + change.scaling * (change.up[start:stop] @ change.down)
         if change.magnitude is None:
-            return rows
-        return rows * (change.magnitude[start:stop] / rows.norm(dim=1)).unsqueeze(1)
+            return found
+        return found * (change.magnitude[start:stop] / found.norm(dim=1)).unsqueeze(1)
+
+    return ByRows(rows, torch.float32, inner.shape, inner.origin)
 
 
-class AdaptedBias(ByRows):
+def _with_added(inner: TensorSource, added: Tensor) -> ByRows:
     """A bias with another one added to it, in float32."""
-
-    dtype = torch.float32
-
-    def __init__(self, inner: TensorSource, added: Tensor) -> None:
-        self.inner, self.added, self.shape, self.origin = inner, added, inner.shape, inner.origin
-
-    def _rows(self, start: int, stop: int) -> Tensor:
-        return self.inner.read_slice(0, start, stop).float() + self.added[start:stop]
+    rows = lambda start, stop: inner.read_slice(0, start, stop).float() + added[start:stop]  # noqa: E731
+    return ByRows(rows, torch.float32, inner.shape, inner.origin)
 
 
 def adapter_digest(folder: Path) -> str:
@@ -123,22 +112,14 @@ def _check_config(folder: Path) -> dict[str, Any]:
     config = read_json(path, "an adapter folder of PEFT needs it")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type={config.get('peft_type')!r}; only LORA (and DoRA) is merged")
-    for key, value in config.items():
-        if key not in KNOWN_KEYS and value not in (None, False, 0, "", [], {}):
-            raise CheckpointError(
-                f"{path}: {key}={value!r:.80} is not merged; merge it with peft (merge_and_unload) and use that folder"
-            )
+    refuse_unknown(path, config, KNOWN_KEYS, f"is not merged; {MERGE_WITH_PEFT}")
     return config
 
 
 def _tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, TensorSource]]:
     """(module -> its parts in float32, tensor name -> what replaces it)."""
     path = _weights(folder)
-    if path.suffix == ".safetensors":
-        sources: Mapping[str, TensorSource] = dict(SafetensorsFile(path).tensors)
-    else:
-        file = TorchFile(path)
-        sources = file.tensors(file.content if isinstance(file.content, dict) else {})
+    sources = open_weights(path)
     if not sources:
         raise CheckpointError(f"{path} holds no tensors")
     modules: dict[str, dict[str, Tensor]] = {}
@@ -164,8 +145,7 @@ def _check_place(folder: Path, checkpoint: Checkpoint, name: str, shape: tuple[i
         )
     if checkpoint.config.get("tie_word_embeddings") and name in (EMBEDDING, HEAD):
         raise CheckpointError(
-            f"{_weights(folder)} changes {name}, which this model uses for embedding and head alike; merge it "
-            "with peft (merge_and_unload) and use that folder"
+            f"{_weights(folder)} changes {name}, which this model uses for embedding and head alike; {MERGE_WITH_PEFT}"
         )
 
 
@@ -195,11 +175,11 @@ def _apply(
     if bool(config.get("use_dora")) != (magnitude is not None):
         raise CheckpointError(f"{_weights(folder)}: use_dora={config.get('use_dora')}, but {module} says otherwise")
     change = LowRank(down, up, scaling, None if magnitude is None else magnitude.reshape(-1))
-    sources[weight] = AdaptedTensor(checkpoint.source(weight), change)
+    sources[weight] = _adapted(checkpoint.source(weight), change)
     if "lora_B.bias" in parts:
         bias = f"{module}.bias"
         _check_place(folder, checkpoint, bias, tuple(parts["lora_B.bias"].shape))
-        sources[bias] = AdaptedBias(checkpoint.source(bias), scaling * parts["lora_B.bias"])
+        sources[bias] = _with_added(checkpoint.source(bias), scaling * parts["lora_B.bias"])
 
 
 def _of_pattern(folder: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Linears of compressed-tensors, int8 and 4-bit, in the common form of int8_tensors (facts: version 0.20)."""
+"""Linears of compressed-tensors, int8 and 4-bit, in the common form of quantized_tensors (facts: version 0.20).
+
+Of 4 bits: weight_packed [out, in/8], nibble = value + 8, the lowest first;  weight_zero_point [out/8, groups] alike.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,22 @@ import torch
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from ascend_kit.checkpoint.int4_layouts import present_packed
-from ascend_kit.checkpoint.int8_tensors import W4A8, PackedInt8, ScaleColumn, add_static, check_linear
-from ascend_kit.checkpoint.kv_scales import COMPRESSED_TENSORS, present_kv_scales
-from ascend_kit.checkpoint.patterns import pattern_fits
+from ascend_kit.checkpoint.quantized_tensors import (
+    COMPRESSED_TENSORS,
+    W4A8,
+    Unpacked,
+    add_static,
+    check_groups,
+    check_linear,
+    check_shapes,
+    in_float32,
+    nibbles,
+    packed_int8,
+    pattern_fits,
+    present_kv_scales,
+    refuse_unknown,
+    scale_column,
+)
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.files import one_line
 
@@ -39,18 +54,10 @@ KV_CACHE = WEIGHTS | {"symmetric": (True, False), "strategy": ("tensor", "attn_h
 STATIC_INPUTS = INPUTS | {"symmetric": (True, False), "strategy": ("tensor",), "dynamic": (False,)}
 ARGS_UNUSED = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
 GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "format"})
-CONFIG_KEYS = frozenset(
-    {
-        "quant_method",
-        "version",
-        "config_groups",
-        "format",
-        "quantization_status",
-        "global_compression_ratio",
-        "ignore",
-        "kv_cache_scheme",
-    }
-)
+CONFIG_KEYS = frozenset((
+    "quant_method", "version", "config_groups", "format", "quantization_status", "global_compression_ratio", "ignore",
+    "kv_cache_scheme",
+))  # fmt: skip
 
 
 class _Group(TypedDict, total=False):
@@ -77,7 +84,7 @@ def present_compressed_tensors(where: Path, stored: dict[str, Any], sources: dic
     except ValueError as error:
         raise CheckpointError(f"{place}: {one_line(error)}") from None
     is_dense = (stored.get("sparsity_config") or {}).get("format") == "dense"
-    _refuse_others(place, stored, CONFIG_KEYS | ({"sparsity_config"} if is_dense else set()))
+    refuse_unknown(place, stored, CONFIG_KEYS | ({"sparsity_config"} if is_dense else set()))
     _check_format(place, stored, "mixed-precision")
     groups: list[tuple[str, list[str]]] = []
     sizes: list[int | None] = []
@@ -99,13 +106,6 @@ def present_compressed_tensors(where: Path, stored: dict[str, Any], sources: dic
     return schemes
 
 
-def _refuse_others(where: str, found: Mapping[str, Any], known: frozenset[str]) -> None:
-    """CheckpointError for a setting that is not understood; null, false and empty settings say nothing."""
-    for key, value in found.items():
-        if key not in known and value not in (None, False, {}, []):
-            raise CheckpointError(f"{where}: {key}={value!r} is not supported")
-
-
 def _check_format(where: str, found: Mapping[str, Any], *more: str) -> None:
     allowed = (*FORMATS.values(), "naive-quantized", *more)
     if found.get("format") not in (None, *allowed):
@@ -113,7 +113,7 @@ def _check_format(where: str, found: Mapping[str, Any], *more: str) -> None:
 
 
 def _group_scheme(where: str, group: dict[str, Any]) -> str:
-    _refuse_others(where, group, GROUP_KEYS)
+    refuse_unknown(where, group, GROUP_KEYS)
     _check_format(where, group)
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
     has_four = weights.get("num_bits") == 4
@@ -137,7 +137,7 @@ def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, 
                 "activations in float, dynamic per token or static per tensor, 4-bit weights in groups with float "
                 "activations, and an int8 KV cache with a static scale a tensor or head"
             )
-    _refuse_others(where, args, ARGS_UNUSED | allowed.keys())
+    refuse_unknown(where, args, ARGS_UNUSED | allowed.keys())
 
 
 def _names(target: str, linear: str) -> bool:
@@ -164,7 +164,7 @@ def _present_linear(
     if f"{linear}.weight_packed" in result:
         shape = _shape_of_packed(linear, result)
         if scheme == "w4a16":
-            present_packed(linear, result, shape, None if group_size in (None, -1) else group_size)
+            _present_packed(linear, result, shape, None if group_size in (None, -1) else group_size)
             return
         packed = result.pop(f"{linear}.weight_packed")
         if packed.dtype != torch.int32 or packed.shape != (shape[0], (shape[1] + 3) // 4):
@@ -172,11 +172,11 @@ def _present_linear(
                 f"{packed.origin}: {linear}.weight_packed is {packed.dtype} {list(packed.shape)}, expected int32 with "
                 f"four numbers an element for weight_shape {list(shape)}"
             )
-        result[f"{linear}.weight"] = PackedInt8(packed, shape)
+        result[f"{linear}.weight"] = packed_int8(packed, shape)
     elif scheme == "w4a16":
         raise CheckpointError(f"{folder}: {linear}.weight_packed is missing; 4 bits are read packed only")
     check_linear(folder, linear, result)
-    result[f"{linear}.weight_scale"] = ScaleColumn(result[f"{linear}.weight_scale"])
+    result[f"{linear}.weight_scale"] = scale_column(result[f"{linear}.weight_scale"])
     if scheme == "w8a8_static":
         offset = result.pop(f"{linear}.input_zero_point", None)
         add_static(folder, linear, result.get(f"{linear}.input_scale"), offset, result)
@@ -189,3 +189,22 @@ def _shape_of_packed(linear: str, result: dict[str, TensorSource]) -> tuple[int,
         origin = result[f"{linear}.weight_packed"].origin
         raise CheckpointError(f"{origin}: {linear}.weight_shape is {shape}, expected two numbers beside weight_packed")
     return shape[0], shape[1]
+
+
+def _present_packed(
+    linear: str, sources: dict[str, TensorSource], shape: tuple[int, int], group_size: int | None
+) -> None:
+    """Replace one 4-bit linear by the common form."""
+    name = f"{linear}.weight"
+    words, scale = sources.pop(f"{name}_packed"), sources[f"{name}_scale"]
+    table = (shape[0], 1 if group_size is None else -(-shape[1] // group_size))
+    check_shapes(linear, {"weight_packed": (words, (shape[0], -(-shape[1] // 8))), "weight_scale": (scale, table)})
+    check_groups(linear, words, {"group_size": group_size or -1}, shape, table[1])
+    sources[name] = Unpacked(words, shape, lambda w: nibbles(w).flatten(1) - 8, packed_dim=1)
+    sources[f"{name}_scale"] = in_float32(scale, table)
+    if (zeros := sources.get(f"{name}_zero_point")) is not None:
+        check_shapes(linear, {"weight_zero_point": (zeros, (-(-shape[0] // 8), table[1]))})
+        unpack = lambda w: nibbles(w).transpose(1, 2).flatten(0, 1) - 8  # noqa: E731
+        sources[f"{name}_zero_point"] = Unpacked(zeros, table, unpack, packed_dim=0, dtype=torch.float32)
+    if (group_of := sources.get(f"{name}_g_idx")) is not None:
+        check_shapes(linear, {"weight_g_idx": (group_of, (shape[1],))})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ascend_kit.checkpoint.compressed_tensors import present_compressed_tensors
-from ascend_kit.checkpoint.int4_layouts import present_awq, present_gptq
+from ascend_kit.checkpoint.gptq_awq import present_awq, present_gptq
 from ascend_kit.checkpoint.mindspore_file import check_mindspore_file
 from ascend_kit.checkpoint.msmodelslim import present_msmodelslim
 from ascend_kit.checkpoint.source import find_weights
@@ -63,7 +63,7 @@ class Checkpoint:
     """Named tensors of one model, read on demand. Reads are safe from several threads.
 
     Whatever the files hold, names are Hugging Face's; quantised linears have the form that
-    `int8_tensors` describes, and `quantization` says which they are.
+    `quantized_tensors` describes, and `quantization` says which they are.
     """
 
     def __init__(
@@ -121,29 +121,19 @@ class Checkpoint:
         """Elements [start, stop) along `dim`, contiguous; only that part is read from disk."""
         return self.source(name).read_slice(dim, start, stop)
 
+    def dequantized(self, linear: str) -> ByRows:
+        """A quantised linear's weight as float32 [out, in], computed by rows as it is read."""
+        name = f"{linear}.weight"
+        zero, group_of = f"{name}_zero_point", f"{name}_g_idx"
 
-class DequantizedTensor(ByRows):
-    """A quantised linear's weight as float32 [out, in], computed by rows as it is read."""
+        def rows(start: int, stop: int) -> torch.Tensor:
+            codes, scale = self.read_slice(name, 0, start, stop), self.read_slice(f"{name}_scale", 0, start, stop)
+            if self.quantization.scheme(linear) != "w4a16":
+                return dequantize_weight(codes, scale)
+            zeros = self.read_slice(zero, 0, start, stop) if zero in self else None
+            return dequantize_groups(codes, scale, zeros, self.read(group_of) if group_of in self else None)
 
-    dtype = torch.float32
-
-    def __init__(self, checkpoint: Checkpoint, linear: str) -> None:
-        self.checkpoint, self.linear = checkpoint, linear
-        weight = checkpoint.source(f"{linear}.weight")
-        self.shape, self.origin = weight.shape, weight.origin
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        read, linear = self.checkpoint.read_slice, self.linear
-        codes, scale = read(f"{linear}.weight", 0, start, stop), read(f"{linear}.weight_scale", 0, start, stop)
-        if self.checkpoint.quantization.scheme(linear) != "w4a16":
-            return dequantize_weight(codes, scale)
-        zero, group_of = f"{linear}.weight_zero_point", f"{linear}.weight_g_idx"
-        return dequantize_groups(
-            codes,
-            scale,
-            read(zero, 0, start, stop) if zero in self.checkpoint else None,
-            self.checkpoint.read(group_of) if group_of in self.checkpoint else None,
-        )
+        return ByRows(rows, torch.float32, self.shape(name), self.source(name).origin)
 
 
 def check_contents(path: Path) -> None:
@@ -165,7 +155,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     index, files = find_weights(folder)
     sources: dict[str, TensorSource] = {}
     for path in files:
-        for name, source in _open_weights(path).items():
+        for name, source in open_weights(path).items():
             if name in sources:
                 raise CheckpointError(f"tensor {name} is in {sources[name].origin} and again in {path}")
             sources[name] = source
@@ -214,7 +204,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", "a Hugging Face model folder needs it")
 
 
-def _open_weights(path: Path) -> dict[str, TensorSource]:
+def open_weights(path: Path) -> dict[str, TensorSource]:
+    """The tensors of one safetensors or .bin file by their names."""
     if path.suffix == ".safetensors":
         return dict(SafetensorsFile(path).tensors)
     file = TorchFile(path)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor
+from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange
 from ascend_kit.device.ops import AttentionMeta, reference
 from ascend_kit.device.parallel import TensorParallel
@@ -81,7 +81,7 @@ class LayerwiseModel:
         """A tensor in float32 on the device, dequantised and changed where that applies."""
         linear = name.removesuffix(".weight")
         is_quantised = name.endswith(".weight") and self.checkpoint.quantization.scheme(linear) != "none"
-        source = DequantizedTensor(self.checkpoint, linear) if is_quantised else self.checkpoint.source(name)
+        source = self.checkpoint.dequantized(linear) if is_quantised else self.checkpoint.source(name)
         tensor = source.read().float()
         if name in self.changes:
             tensor = self.changes[name](tensor, 0, tensor.shape[0])

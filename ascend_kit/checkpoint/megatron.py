@@ -26,8 +26,8 @@ from ascend_kit.checkpoint.pieces import (
     MERGED_QKV,
     OUTER_NAMES,
     Renamed,
-    RowPieces,
     joined,
+    row_pieces,
     split_qkv,
     unknown_tensor,
 )
@@ -236,7 +236,7 @@ class _Merger:
                     f"{whole.origin}: {name} has {whole.shape[0]} rows over all ranks, config.json says "
                     f"vocab_size {self.model.vocab_size}"
                 )
-            whole = RowPieces([(whole, 0, self.model.vocab_size)])  # without the rows of padding
+            whole = row_pieces([(whole, 0, self.model.vocab_size)])  # without the rows of padding
         self.result.add(target, whole)
 
     def _add_layer_tensor(self, prefix: str, name: str, parts: list[TensorSource]) -> None:
@@ -247,8 +247,8 @@ class _Merger:
             self.result.add_qkv(prefix, kind, split_qkv(self.model, name, parts))
         elif part in MERGED_GATE_UP:
             halves = [(part, part.shape[0] // 2) for part in parts]
-            gate = RowPieces([(part, 0, half) for part, half in halves])
-            self.result.add_gate_up(prefix, kind, gate, RowPieces([(part, half, 2 * half) for part, half in halves]))
+            gate = row_pieces([(part, 0, half) for part, half in halves])
+            self.result.add_gate_up(prefix, kind, gate, row_pieces([(part, half, 2 * half) for part, half in halves]))
         elif part in LAYER_NAMES:
             spec = self.tensors.get(target := f"{LAYER_NAMES[part]}.{kind}")
             self.result.add(prefix + target, joined(name, parts, spec.split if spec else None))

@@ -28,10 +28,10 @@ from ascend_kit.checkpoint.pieces import (
     MERGED_GATE_UP,
     MERGED_QKV,
     OUTER_NAMES,
-    EveryOtherRow,
     Renamed,
-    RowPieces,
+    every_other_row,
     joined,
+    row_pieces,
     split_qkv,
     unknown_tensor,
 )
@@ -141,16 +141,16 @@ class _Names:
         whole, ends = self._joined(name, shape, pieces), [0, rows[0], rows[0] + rows[1], sum(rows)]
         found: Mapping[str, TensorSource] = split_qkv(self.model, name, [whole])
         if self.contiguous_qkv:
-            found = {letter: RowPieces([(whole, ends[at], ends[at + 1])]) for at, letter in enumerate("qkv")}
+            found = {letter: row_pieces([(whole, ends[at], ends[at + 1])]) for at, letter in enumerate("qkv")}
         self.result.add_qkv(prefix, kind, found)
 
     def _add_gate_up(self, name: str, prefix: str, kind: str, pieces: list[TensorSource]) -> None:
         half = self.model.intermediate_size
         shape = (2 * half, *([self.model.hidden_size] if kind == "weight" else []))
         whole = self._joined(name, shape, pieces)
-        gate, up = (EveryOtherRow(whole, 0), EveryOtherRow(whole, 1))
+        gate, up = (every_other_row(whole, 0), every_other_row(whole, 1))
         if not self.interleaved:
-            gate, up = RowPieces([(whole, 0, half)]), RowPieces([(whole, half, 2 * half)])
+            gate, up = row_pieces([(whole, 0, half)]), row_pieces([(whole, half, 2 * half)])
         self.result.add_gate_up(prefix, kind, gate, up)
 
     def _whole(self, name: str, target: str, pieces: list[TensorSource]) -> TensorSource:

@@ -37,25 +37,21 @@ CHECKSUM_MARK, CHECKSUM_BYTES = b"crc_num", 17
 BLOCK_BYTES = 4 << 20
 
 
-class SlicedTensor(ByRows):
-    """A tensor whose bytes lie in several runs of one file."""
+def sliced_tensor(dtype: torch.dtype, shape: tuple[int, ...], runs: list[RawTensor]) -> ByRows:
+    """A tensor whose bytes lie in several runs of one file; a run need not end between two numbers."""
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], runs: list[RawTensor]) -> None:
-        self.dtype, self.shape, self.runs, self.origin = dtype, shape, runs, runs[0].origin
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        row = math.prod(self.shape[1:])
-        return self._elements(start * row, stop * row).view(self.dtype).reshape(stop - start, *self.shape[1:])
-
-    def _elements(self, start: int, stop: int) -> torch.Tensor:
-        """uint8 bytes of elements [start, stop); a slice need not end between two of them."""
-        first, last, position, parts = start * self.dtype.itemsize, stop * self.dtype.itemsize, 0, []
-        for run in self.runs:
+    def rows(start: int, stop: int) -> torch.Tensor:
+        first, last, position = start * row_bytes, stop * row_bytes, 0
+        parts = [torch.empty(0, dtype=torch.uint8)]
+        for run in runs:
             low, high = max(first, position), min(last, position + run.nbytes)
             if low < high:
                 parts.append(run.read_slice(0, low - position, high - position))
             position += run.nbytes
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        return torch.cat(parts).view(dtype).reshape(stop - start, *shape[1:])
+
+    return ByRows(rows, dtype, shape, runs[0].origin)
 
 
 class Messages:
@@ -194,7 +190,7 @@ class MindSporeFile:
             raise self._proto.damaged(f"{name} has {size} bytes, its shape {list(shape)} of {dtype} needs {wanted}")
         if len(runs) == 1:
             return RawTensor(self.file, name, dtype, shape, runs[0].offset)
-        return SlicedTensor(dtype, shape, runs)
+        return sliced_tensor(dtype, shape, runs)
 
 
 def checksum_bytes(file: ReadFile) -> int:

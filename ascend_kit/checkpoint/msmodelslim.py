@@ -1,6 +1,7 @@
-"""Linears of msModelSlim, int8 and 4-bit, in the common form of int8_tensors.
+"""Linears of msModelSlim, int8 and 4-bit, in the common form of quantized_tensors.
 
-Of static W8A8 the weight scale and the bias are recovered from the folded `deq_scale` and `quant_bias`. Facts:
+Of 4 bits: two's complement nibbles in bytes, along inputs (per channel) or outputs (per group), or one a byte. Of
+static W8A8 the weight scale and the bias are recovered from the folded `deq_scale` and `quant_bias`. Facts:
 Ascend/msmodelslim, https://www.hiascend.com/document/detail/zh/mindie/230/mindiellm/llmdev/mindie_llm0288.html (tensor
 names, dtypes and shapes of W8A8).
 """
@@ -12,9 +13,17 @@ from typing import Any
 
 import torch
 
-from ascend_kit.checkpoint.int4_layouts import present_bytes
-from ascend_kit.checkpoint.int8_tensors import W4A8, ScaleColumn, add_static, check_linear
-from ascend_kit.checkpoint.kv_scales import MSMODELSLIM, present_kv_scales
+from ascend_kit.checkpoint.quantized_tensors import (
+    MSMODELSLIM,
+    W4A8,
+    Unpacked,
+    add_static,
+    check_linear,
+    check_shapes,
+    in_float32,
+    present_kv_scales,
+    scale_column,
+)
 from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import expected_shapes
@@ -23,43 +32,36 @@ SCHEMES = {"W8A8": "w8a8_static", "W8A8_DYNAMIC": "w8a8", "W8A8_MIX": "w8a8", "W
            "W4A16": "w4a16", "FLOAT": "none"}  # fmt: skip
 
 
-class RecoveredScale(ByRows):
+def _dequantization(deq_scale: TensorSource, start: int, stop: int) -> torch.Tensor:
+    """deq_scale as float32; int64 storage carries the float's bit pattern in its low half."""
+    raw = deq_scale.read_slice(0, start, stop).reshape(-1)
+    return (raw & 0xFFFFFFFF).to(torch.int32).view(torch.float32) if raw.dtype == torch.int64 else raw.float()
+
+
+def _recovered_scale(deq_scale: TensorSource, input_scale: TensorSource) -> ByRows:
     """Weight scale of a static W8A8 linear: deq_scale / input_scale, float32 [out]."""
 
-    dtype = torch.float32
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return _dequantization(deq_scale, start, stop) / input_scale.read().reshape(-1).float()
 
-    def __init__(self, deq_scale: TensorSource, input_scale: TensorSource) -> None:
-        self.deq_scale, self.input_scale = deq_scale, input_scale
-        self.shape, self.origin = (deq_scale.shape[0],), deq_scale.origin
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.dequantization(start, stop) / self.input_scale.read().reshape(-1).float()
-
-    def dequantization(self, start: int, stop: int) -> torch.Tensor:
-        """deq_scale as float32; int64 storage carries the float's bit pattern in its low half."""
-        raw = self.deq_scale.read_slice(0, start, stop).reshape(-1)
-        return (raw & 0xFFFFFFFF).to(torch.int32).view(torch.float32) if raw.dtype == torch.int64 else raw.float()
+    return ByRows(rows, torch.float32, (deq_scale.shape[0],), deq_scale.origin)
 
 
-class RecoveredBias(ByRows):
+def _recovered_bias(
+    quant_bias: TensorSource, input_offset: TensorSource, weight: TensorSource, deq_scale: TensorSource
+) -> ByRows:
     """Float bias of a static W8A8 linear, float32 [out].
 
     Stored is quant_bias = bias / deq_scale - input_offset * (row sum of the int8 weight).
     """
 
-    dtype = torch.float32
+    def rows(start: int, stop: int) -> torch.Tensor:
+        row_sums = weight.read_slice(0, start, stop).sum(dim=1, dtype=torch.int64)
+        offset = int(input_offset.read().float().round().item())
+        total = quant_bias.read_slice(0, start, stop).reshape(-1).to(torch.int64) + offset * row_sums
+        return (total.double() * _dequantization(deq_scale, start, stop).double()).float()
 
-    def __init__(
-        self, quant_bias: TensorSource, input_offset: TensorSource, weight: TensorSource, scale: RecoveredScale
-    ) -> None:
-        self.quant_bias, self.input_offset, self.weight, self.scale = quant_bias, input_offset, weight, scale
-        self.shape, self.origin = (quant_bias.shape[0],), quant_bias.origin
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        row_sums = self.weight.read_slice(0, start, stop).sum(dim=1, dtype=torch.int64)
-        offset = int(self.input_offset.read().float().round().item())
-        total = self.quant_bias.read_slice(0, start, stop).reshape(-1).to(torch.int64) + offset * row_sums
-        return (total.double() * self.scale.dequantization(start, stop).double()).float()
+    return ByRows(rows, torch.float32, (quant_bias.shape[0],), quant_bias.origin)
 
 
 def present_msmodelslim(
@@ -82,7 +84,7 @@ def present_msmodelslim(
         shape = expected_shapes(ModelConfig.from_dict(config, where=f"{path.parent}/config.json")).get(name)
         if shape is None or f"{linear}.weight_scale" not in sources:
             raise CheckpointError(f"{path}: {name} is stored as W4A16 and has no weight_scale, or fits no linear")
-        present_bytes(linear, sources, (shape[0], shape[1]))
+        _present_bytes(linear, sources, (shape[0], shape[1]))
     return schemes
 
 
@@ -99,7 +101,7 @@ def _present_linear(path: Path, linear: str, kind: str, result: dict[str, Tensor
         result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")
     )
     if scale is not None and kind != "W8A8":  # W8A8_MIX holds both
-        result[f"{linear}.weight_scale"] = ScaleColumn(scale)
+        result[f"{linear}.weight_scale"] = scale_column(scale)
         return
     if deq is None or input_scale is None or input_offset is None or quant_bias is None:
         raise CheckpointError(
@@ -111,8 +113,33 @@ def _present_linear(path: Path, linear: str, kind: str, result: dict[str, Tensor
             raise CheckpointError(
                 f"{part.origin}: a part of static {linear} has shape {list(part.shape)}, expected {count} numbers"
             )
-    recovered = RecoveredScale(deq, input_scale)
-    result[f"{linear}.weight_scale"] = recovered
-    result[f"{linear}.bias"] = RecoveredBias(quant_bias, input_offset, result[f"{linear}.weight"], recovered)
+    result[f"{linear}.weight_scale"] = _recovered_scale(deq, input_scale)
+    result[f"{linear}.bias"] = _recovered_bias(quant_bias, input_offset, result[f"{linear}.weight"], deq)
     if kind == "W8A8":
         add_static(path.parent, linear, input_scale, input_offset, result)
+
+
+def _present_bytes(linear: str, sources: dict[str, TensorSource], shape: tuple[int, int]) -> None:
+    """Replace one W4A16 linear (two nibbles a byte, or one) by the common form."""
+    weight, scale = sources[f"{linear}.weight"], sources[f"{linear}.weight_scale"]
+    offset = sources.pop(f"{linear}.weight_offset", None)
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    forms: dict[tuple[int, ...], int | None] = {shape: None, (shape[0], shape[1] // 2): 1, (shape[0] // 2, shape[1]): 0}
+    if weight.dtype not in (torch.int8, torch.uint8) or weight.shape not in forms or shape[1] % groups:
+        raise CheckpointError(
+            f"{weight.origin}: {linear}.weight is {weight.dtype} {list(weight.shape)} with {groups} groups; W4A16 of "
+            f"shape {list(shape)} is stored as int8 of {', '.join(str(list(form)) for form in forms)}"
+        )
+    dim = forms[weight.shape]
+
+    def signed(block: torch.Tensor) -> torch.Tensor:
+        if dim is None:
+            return block
+        low, high = (block.view(torch.int8) << 4) >> 4, block.view(torch.int8) >> 4
+        return torch.stack([low, high], dim + 1).flatten(dim, dim + 1)
+
+    sources[f"{linear}.weight"] = Unpacked(weight, shape, signed, packed_dim=dim, pack=2)
+    for name, source in (("weight_scale", scale), ("weight_zero_point", offset)):
+        if source is not None:
+            check_shapes(linear, {name: (source, (shape[0], groups))})
+            sources[f"{linear}.{name}"] = in_float32(source, (shape[0], groups))

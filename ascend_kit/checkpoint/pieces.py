@@ -52,63 +52,50 @@ MERGED_QKV = ("attention.w_qkv", "self_attention.linear_qkv")
 MERGED_GATE_UP = ("feed_forward.w_gate_hidden", "mlp.linear_fc1")
 
 
-class RowPieces(ByRows):
+def row_pieces(pieces: Sequence[tuple[TensorSource, int, int]]) -> ByRows:
     """Rows [start, stop) of several tensors, one below the other."""
+    first, filled = pieces[0][0], [piece for piece in pieces if piece[2] > piece[1]]
 
-    def __init__(self, pieces: Sequence[tuple[TensorSource, int, int]]) -> None:
-        self.pieces = [piece for piece in pieces if piece[2] > piece[1]]
-        first = pieces[0][0]
-        self.dtype, self.origin = first.dtype, first.origin
-        self.shape = (sum(stop - start for _, start, stop in pieces), *first.shape[1:])
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
+    def rows(start: int, stop: int) -> torch.Tensor:
         parts, position = [], 0
-        for source, first, last in self.pieces:
-            low, high = max(start, position), min(stop, position + last - first)
+        for source, begin, end in filled:
+            low, high = max(start, position), min(stop, position + end - begin)
             if low < high:
-                parts.append(source.read_slice(0, first + low - position, first + high - position))
-            position += last - first
+                parts.append(source.read_slice(0, begin + low - position, begin + high - position))
+            position += end - begin
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
-
-class ColumnPieces(ByRows):
-    """Tensors [out, in_r] side by side: [out, sum of in_r]."""
-
-    def __init__(self, parts: Sequence[TensorSource]) -> None:
-        self.parts, self.dtype, self.origin = parts, parts[0].dtype, parts[0].origin
-        self.shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        return torch.cat([part.read_slice(0, start, stop) for part in self.parts], dim=1)
+    return ByRows(rows, first.dtype, (sum(stop - start for _, start, stop in pieces), *first.shape[1:]), first.origin)
 
 
-class SameOnAllRanks(ByRows):
+def _side_by_side(parts: Sequence[TensorSource]) -> ByRows:
+    """Tensors [out, in_r] as one: [out, sum of in_r]."""
+    rows = lambda start, stop: torch.cat([part.read_slice(0, start, stop) for part in parts], dim=1)  # noqa: E731
+    shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
+    return ByRows(rows, parts[0].dtype, shape, parts[0].origin)
+
+
+def same_on_all_ranks(name: str, parts: Sequence[TensorSource]) -> ByRows:
     """A tensor that every tensor-parallel rank holds; a difference is an error, found when its rows are read."""
+    shape, origin = parts[0].shape, parts[0].origin
 
-    def __init__(self, name: str, parts: Sequence[TensorSource]) -> None:
-        self.name, self.parts = name, parts
-        self.dtype, self.shape, self.origin = parts[0].dtype, parts[0].shape, parts[0].origin
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        first = self.parts[0].read_slice(0, start, stop)
-        for part in self.parts[1:]:
-            if part.shape != self.shape or not torch.equal(first, part.read_slice(0, start, stop)):
+    def rows(start: int, stop: int) -> torch.Tensor:
+        first = parts[0].read_slice(0, start, stop)
+        for part in parts[1:]:
+            if part.shape != shape or not torch.equal(first, part.read_slice(0, start, stop)):
                 raise CheckpointError(
-                    f"{part.origin}: {self.name} differs from the copy in {self.origin}; the shards are from "
+                    f"{part.origin}: {name} differs from the copy in {origin}; the shards are from "
                     "different checkpoints or are damaged"
                 )
         return first
 
+    return ByRows(rows, parts[0].dtype, shape, origin)
 
-class EveryOtherRow(ByRows):
+
+def every_other_row(inner: TensorSource, first: int) -> ByRows:
     """Rows 0, 2, 4, ... of a tensor, or 1, 3, 5, ...: one of two matrices whose rows alternate."""
-
-    def __init__(self, inner: TensorSource, first: int) -> None:
-        self.inner, self.first, self.dtype, self.origin = inner, first, inner.dtype, inner.origin
-        self.shape = (inner.shape[0] // 2, *inner.shape[1:])
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.inner.read_slice(0, 2 * start, 2 * stop)[self.first :: 2].contiguous()
+    rows = lambda start, stop: inner.read_slice(0, 2 * start, 2 * stop)[first::2].contiguous()  # noqa: E731
+    return ByRows(rows, inner.dtype, (inner.shape[0] // 2, *inner.shape[1:]), inner.origin)
 
 
 def joined(name: str, parts: Sequence[TensorSource], split: int | None) -> TensorSource:
@@ -116,11 +103,11 @@ def joined(name: str, parts: Sequence[TensorSource], split: int | None) -> Tenso
     if len(parts) == 1:
         return parts[0]
     if split is None:
-        return SameOnAllRanks(name, parts)
-    return ColumnPieces(parts) if split else RowPieces([(part, 0, part.shape[0]) for part in parts])
+        return same_on_all_ranks(name, parts)
+    return _side_by_side(parts) if split else row_pieces([(part, 0, part.shape[0]) for part in parts])
 
 
-def split_qkv(model: ModelConfig, name: str, parts: Sequence[TensorSource]) -> dict[str, RowPieces]:
+def split_qkv(model: ModelConfig, name: str, parts: Sequence[TensorSource]) -> dict[str, ByRows]:
     """q, k and v out of a merged tensor of whole KV groups: rows of the group's queries, its key, its value; group
     after group, over all `parts` (tensor ranks)."""
     head, per_group = model.head_dim, model.num_heads // model.num_kv_heads
@@ -133,7 +120,7 @@ def split_qkv(model: ModelConfig, name: str, parts: Sequence[TensorSource]) -> d
             )
     spans = {"q": (0, per_group), "k": (per_group, per_group + 1), "v": (per_group + 1, per_group + 2)}
     return {
-        letter: RowPieces(
+        letter: row_pieces(
             [
                 (part, group * group_rows + first * head, group * group_rows + last * head)
                 for part in parts

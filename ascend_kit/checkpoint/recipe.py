@@ -19,7 +19,7 @@ from ascend_kit.checkpoint.calibration import (
     tokenize_texts,
 )
 from ascend_kit.checkpoint.compressed_tensors import FORMATS
-from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor
+from ascend_kit.checkpoint.huggingface import Checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
 from ascend_kit.checkpoint.tensor_file import CheckpointError
@@ -133,7 +133,7 @@ def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
     if kept:  # codes of 8 bits are taken over as they are
         return RepackJob(linear, source, checkpoint.source(f"{linear}.weight_scale"), target)
     if stored != "none":
-        source = DequantizedTensor(checkpoint, linear)
+        source = checkpoint.dequantized(linear)
     if target == "none":
         return CastJob(name, source, recipe.dtype, recipe.changes.get(name))
     return QuantizeJob(linear, source, target, recipe.quantizer, recipe.changes.get(name))

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -212,11 +212,13 @@ def check_slice(name: str, shape: tuple[int, ...], dim: int, start: int, stop: i
 
 
 class ByRows:
-    """A tensor of which any rows can be had alone, by `_rows`; slices of other dimensions are cut out of the whole."""
+    """A tensor that is computed as it is read: `rows(start, stop)` gives any of its rows, contiguous; slices of other
+    dimensions are cut out of the whole."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    origin: str
+    def __init__(
+        self, rows: Callable[[int, int], torch.Tensor], dtype: torch.dtype, shape: tuple[int, ...], origin: str
+    ) -> None:
+        self._rows, self.dtype, self.shape, self.origin = rows, dtype, shape, origin
 
     def read(self) -> torch.Tensor:
         return self._rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
@@ -224,10 +226,6 @@ class ByRows:
     def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
         check_slice(f"from {self.origin}", self.shape, dim, start, stop)
         return self._rows(start, stop) if dim == 0 else self.read().narrow(dim, start, stop - start).contiguous()
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop), contiguous."""
-        raise NotImplementedError
 
 
 class SafetensorsFile:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ascend_kit.checkpoint.check import KV_SCALES, check_tensors
-from ascend_kit.checkpoint.huggingface import Checkpoint, DequantizedTensor, open_checkpoint
-from ascend_kit.checkpoint.kv_scales import kv_scales
+from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
+from ascend_kit.checkpoint.quantized_tensors import kv_scales
 from ascend_kit.device.device import Device
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
@@ -244,7 +244,7 @@ class _Loader:
         """This rank's part of a weight in the model's dtype, however it is stored."""
         if self.checkpoint.quantization.scheme(name) == "none":
             return self._float(f"{name}.weight")
-        source, spec = DequantizedTensor(self.checkpoint, name), self._spec(f"{name}.weight")
+        source, spec = self.checkpoint.dequantized(name), self._spec(f"{name}.weight")
         whole = self.parallel.size == 1 or spec.split is None
         found = source.read() if whole else source.read_slice(spec.split or 0, *self._share(spec))
         return found.to(self.target, self.dtype)
