@@ -231,7 +231,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _notebooks(arguments: argparse.Namespace) -> int:
-    from ascend_kit.params.cells import write_cells
+    from ascend_kit.params.notebook import write_cells
 
     differences = write_cells(Path(arguments.notebooks), check=arguments.check)
     for text in differences:
@@ -255,7 +255,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from ascend_kit.checkpoint.parity import ParityError
     from ascend_kit.demo import resolve
     from ascend_kit.measure.agreement import ParityCheck
-    from ascend_kit.params.cells import parameters_of
+    from ascend_kit.params.notebook import parameters_of
     from ascend_kit.params.paths import check_paths
     from ascend_kit.params.yaml_file import naming_lines
     from ascend_kit.show.progress import Progress

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.files import append_lines, one_line, strict_json, to_json, write_atomic
 from ascend_kit.identity import Identity, Use
 from ascend_kit.params import Experiment
-from ascend_kit.params.cells import parameters_of
+from ascend_kit.params.notebook import parameters_of
 from ascend_kit.stages import DONE, RunFolderError, RunRecord, Stage, StageLock, admit, changing_stage
 
 if TYPE_CHECKING:

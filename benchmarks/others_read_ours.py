@@ -16,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ascend_kit import AscendInferEngine, SamplingParams, convert
-from ascend_kit.checkpoint.calibration import tokenize_texts
+from ascend_kit.checkpoint.recipe import tokenize_texts
 from ascend_kit.model.config import end_ids_in
 from ascend_kit.prompts import read_prompts
 

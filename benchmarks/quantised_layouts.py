@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 
 from ascend_kit import AscendInferEngine, SamplingParams, convert
-from ascend_kit.checkpoint.calibration import tokenize_texts
 from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel
+from ascend_kit.checkpoint.recipe import tokenize_texts
 from ascend_kit.checkpoint.sensitivity import Divergence, compare_variants
 from ascend_kit.checkpoint.tensor_jobs import Quantizer
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.int4 import group_size_for
+from ascend_kit.model.quantize import group_size_for
 from ascend_kit.model.tensors import expected_shapes, uniform_schemes
 from ascend_kit.prompts import read_prompts
 

@@ -35,8 +35,7 @@ from ascend_kit import convert
 from ascend_kit.checkpoint.adapter import adapter_digest, with_adapter
 from ascend_kit.checkpoint.convert import check_model, open_source
 from ascend_kit.checkpoint.huggingface import open_checkpoint
-from ascend_kit.checkpoint.identity import check_converted, model_identity
-from ascend_kit.checkpoint.manifest import verify
+from ascend_kit.checkpoint.manifest import check_converted, model_identity, verify
 from ascend_kit.evaluation.datasets import find_tasks
 from ascend_kit.identity import Identity
 from ascend_kit.measure.loads import read_load_prompts, read_trace

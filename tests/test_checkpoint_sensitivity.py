@@ -10,15 +10,21 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 
-from ascend_kit.checkpoint.calibration import collect_statistics, plan_smoothing, smoothing_factors, tokenize_texts
 from ascend_kit.checkpoint.conversion import Conversion
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.huggingface import companion_files, open_checkpoint
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts
-from ascend_kit.checkpoint.recipe import Recipe, limit_tokens
+from ascend_kit.checkpoint.recipe import (
+    Recipe,
+    collect_statistics,
+    limit_tokens,
+    plan_smoothing,
+    smoothing_factors,
+    tokenize_texts,
+)
 from ascend_kit.checkpoint.sensitivity import choose_mix, compare_variants, measure_sensitivity
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.int8 import dequantize_weight, quantize_weight
+from ascend_kit.model.quantize import dequantize_weight, quantize_weight
 from ascend_kit.model.tensors import linear_names, weight_bytes
 
 TEXTS = [

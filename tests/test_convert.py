@@ -15,7 +15,7 @@ from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, verify
 from ascend_kit.checkpoint.tensor_file import CheckpointError
-from ascend_kit.model.int8 import dequantize_weight
+from ascend_kit.model.quantize import dequantize_weight
 from ascend_kit.params import Experiment
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from ascend_kit.__main__ import main
 from ascend_kit.params import ParameterError, build_experiment, load_experiment, parse_overrides
-from ascend_kit.params.cells import cell_source, write_cells
+from ascend_kit.params.notebook import cell_source, write_cells
 from ascend_kit.params.paths import check_paths
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ascend_kit.model.int8 import dequantize_weight, encode, on_grid, quantize_weight, search_clip, weight_scale
+from ascend_kit.model.quantize import dequantize_weight, encode, on_grid, quantize_weight, search_clip, weight_scale
 
 
 def random_weight(rows: int = 24, columns: int = 40, seed: int = 0) -> torch.Tensor:

@@ -22,8 +22,7 @@ from ascend_kit.checkpoint.huggingface import (
     load_tokenizer,
     open_checkpoint,
 )
-from ascend_kit.checkpoint.identity import check_converted
-from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, read_manifest, verify
+from ascend_kit.checkpoint.manifest import MANIFEST_NAME, changed_sources, check_converted, read_manifest, verify
 from ascend_kit.checkpoint.recipe import plan_recipe
 from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.checkpoint.source import framework_of

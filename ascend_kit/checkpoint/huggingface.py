@@ -19,8 +19,7 @@ from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, Safetenso
 from ascend_kit.checkpoint.torch_file import TorchFile, check_torch_file
 from ascend_kit.messages import did_you_mean
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.int4 import dequantize_groups
-from ascend_kit.model.int8 import dequantize_weight
+from ascend_kit.model.quantize import dequantize_groups, dequantize_weight
 
 COPIED_SUFFIXES = (".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".md")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")

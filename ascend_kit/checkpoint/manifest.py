@@ -1,4 +1,5 @@
-"""ascend_manifest.json: what a converted folder was made from, how, and hashes that show it is still that.
+"""ascend_manifest.json: what a converted folder was made from, how, and hashes that show it is still that;
+which weights, tokenizer and template any folder holds.
 
 Hashes are XXH3 with 128 bits. They find damage and mix-ups, which is all that a manifest lying beside its
 files can do (whoever changes a file on purpose can change the manifest too), and unlike sha256 they keep up
@@ -12,7 +13,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import torch
 import xxhash
@@ -20,9 +21,12 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on
 
 from ascend_kit import __version__
-from ascend_kit.checkpoint.tensor_file import MAX_HEADER_BYTES, CheckpointError
+from ascend_kit.checkpoint.adapter import adapter_digest
+from ascend_kit.checkpoint.huggingface import TEMPLATE_FILES, TOKENIZER_FILES, companion_files
+from ascend_kit.checkpoint.source import config_folder, weight_files
+from ascend_kit.checkpoint.tensor_file import MAX_HEADER_BYTES, CheckpointError, read_json
 from ascend_kit.files import one_line, strict_json
-from ascend_kit.identity import file_hash, hash_file
+from ascend_kit.identity import Identity, file_hash, hash_file, hash_value
 
 MANIFEST_NAME = "ascend_manifest.json"
 SCHEMA_VERSION = 1
@@ -182,3 +186,112 @@ def _is_same_file(path: Path, entry: dict[str, Any], content: bool) -> bool:
 def source_name(folder: Path, path: Path) -> str:
     """A source file's name in the manifest, relative to the checkpoint when it lies inside."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+if TYPE_CHECKING:
+    from ascend_kit.params import Experiment
+
+# --- what a folder holds, and whether it belongs to its source --------------------------------------------------------
+
+# Keys of config.json that say where a model comes from and not what it computes.
+ORIGIN_KEYS = frozenset({"_name_or_path", "transformers_version", "architectures", "auto_map", "use_cache"})
+
+AGAIN = "Run 02_convert again with if_model_exists: overwrite, choose another model_name, or set use_model: source"
+
+
+def model_identity(model_path: str | Path, tokenizer_path: str | Path | None = None) -> Identity:
+    """Content hashes of the weights with their config.json, of the tokenizer and of the chat template.
+
+    A converted folder's weights are taken from its manifest once sizes, headers and times agree with it; other files
+    are read, and remembered by stat. CheckpointError for a folder without weights or not as its manifest says.
+    """
+    folder = Path(model_path)
+    texts = Path(tokenizer_path) if tokenizer_path else folder
+    config = read_json(
+        config_folder(folder, Path(tokenizer_path) if tokenizer_path else None) / "config.json",
+        "a model folder needs it",
+    )
+    weights = {
+        "files": weight_hashes(folder),
+        "config": {key: value for key, value in config.items() if key not in ORIGIN_KEYS},
+    }
+    template = _chat_template(texts)
+    return Identity(
+        weights=hash_value(weights),
+        tokenizer=hash_value(_tokenizer_parts(texts)),
+        chat_template=None if template is None else hash_value(template),
+    )
+
+
+def weight_hashes(folder: Path) -> list[tuple[str, str]]:
+    """(name in the folder, content hash) of every weight file, by name."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        verify(folder)
+    recorded = {entry["name"]: entry for entry in manifest["files"]} if manifest else {}
+    found = []
+    for path in weight_files(folder):
+        name = path.relative_to(folder).as_posix()
+        entry = recorded.get(name)
+        untouched = entry is not None and entry["mtime_ns"] == path.stat().st_mtime_ns
+        value = entry["hash"] if entry and untouched else file_hash(path)
+        if entry is not None and value != entry["hash"]:
+            raise CheckpointError(
+                f"{path} does not have the hash in its {MANIFEST_NAME}: it was changed after the conversion"
+            )
+        found.append((name, value))
+    return sorted(found)
+
+
+def _tokenizer_parts(folder: Path) -> dict[str, Any]:
+    names = [name for name in TOKENIZER_FILES if name not in TEMPLATE_FILES and (folder / name).is_file()]
+    parts: dict[str, Any] = {name: file_hash(folder / name) for name in names}
+    if "tokenizer_config.json" in parts:  # the template has a place of its own
+        settings = read_json(folder / "tokenizer_config.json", "the tokenizer's settings")
+        parts["tokenizer_config.json"] = {key: value for key, value in settings.items() if key != "chat_template"}
+    return parts
+
+
+def _chat_template(folder: Path) -> Any:
+    """The template that the tokenizer would use; None when there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json(folder / name, "chat template").get("chat_template") if (folder / name).is_file() else None
+        if template is not None:
+            return template
+    return None
+
+
+def check_converted(experiment: Experiment, *, content: bool = True) -> None:
+    """CheckpointError naming both unless the converted folder, where it is to be used, was made from `input_model`.
+
+    Equal content is the same source, wherever it lies. With `content` a source file that was touched since is read
+    (once, the hash is remembered); without, headers and stat decide and an undecided file passes.
+    """
+    if experiment.use_model != "converted":
+        return
+    converted, source = experiment.converted_folder, Path(experiment.input_model)
+    texts = Path(experiment.tokenizer_path) if experiment.tokenizer_path else None
+    manifest = read_manifest(converted)
+    if manifest is None:
+        raise CheckpointError(f"{converted} holds no {MANIFEST_NAME}: run 02_convert first, or set use_model: source")
+    made_from = manifest["source"]["folder"]
+    if not source.is_dir():
+        raise CheckpointError(
+            f"input_model {source} does not exist; {converted} was made from {made_from}. To run the converted folder "
+            f"by itself, set input_model: {converted} and use_model: source"
+        )
+    adapter = Path(experiment.adapter_path) if experiment.adapter_path else None
+    if manifest["settings"].get("adapter_sha256") != (adapter_digest(adapter) if adapter else None):
+        raise CheckpointError(
+            f"{converted} was made with adapter {manifest['source'].get('adapter', 'none')}, and adapter_path is "
+            f"{adapter or 'not set'}. {AGAIN}"
+        )
+    companions = companion_files(config_folder(source, texts), texts)
+    different = next(changed_sources(source, weight_files(source), companions, manifest, content=content), None)
+    if different is not None:
+        raise CheckpointError(
+            f"{converted} was made from {made_from} and not from input_model {source} as it is now ({different}). "
+            f"{AGAIN}"
+        )

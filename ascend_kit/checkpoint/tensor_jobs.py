@@ -16,8 +16,14 @@ from torch import Tensor
 
 from ascend_kit.checkpoint.quantized_tensors import pack_int4, pack_int8
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
-from ascend_kit.model.int4 import dequantize_groups, quantize_groups
-from ascend_kit.model.int8 import dequantize_weight, encode, search_clip, weight_scale
+from ascend_kit.model.quantize import (
+    dequantize_groups,
+    dequantize_weight,
+    encode,
+    quantize_groups,
+    search_clip,
+    weight_scale,
+)
 
 BLOCK_BYTES = 1 << 20  # stays in the cache of a core from reading to writing
 

@@ -17,7 +17,6 @@ from ascend_kit.device.device import Device
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.decoder import Decoder, Embedding
-from ascend_kit.model.int8 import quantize_weight
 from ascend_kit.model.layers import (
     Int4WeightLinear,
     Int8Linear,
@@ -32,6 +31,7 @@ from ascend_kit.model.layers import (
     build_layer,
     frozen,
 )
+from ascend_kit.model.quantize import quantize_weight
 from ascend_kit.model.tensors import (
     EMBEDDING,
     FINAL_NORM,

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ascend_kit.checkpoint.huggingface import load_tokenizer
-from ascend_kit.checkpoint.identity import check_converted, model_identity
-from ascend_kit.checkpoint.manifest import verify
+from ascend_kit.checkpoint.manifest import check_converted, model_identity, verify
 from ascend_kit.checkpoint.tensor_file import folder_version, unreplaced
 from ascend_kit.device.device import Device, resolve_device, select_device
 from ascend_kit.device.parallel import check_division

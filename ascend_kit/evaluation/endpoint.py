@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from ascend_kit.checkpoint.huggingface import load_tokenizer
-from ascend_kit.checkpoint.identity import check_converted, model_identity
+from ascend_kit.checkpoint.manifest import check_converted, model_identity
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, Timeline
 from ascend_kit.evaluation.interface import Ids

@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.checkpoint.calibration import tokenize_texts
 from ascend_kit.checkpoint.convert import convert, open_source
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.parity import (
@@ -26,6 +25,7 @@ from ascend_kit.checkpoint.parity import (
     files_model,
     limits_for,
 )
+from ascend_kit.checkpoint.recipe import tokenize_texts
 from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, TokenLogprobs

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ascend_kit.checkpoint.identity import model_identity
+from ascend_kit.checkpoint.manifest import model_identity
 from ascend_kit.device.device import Device
 from ascend_kit.identity import Identity
 from ascend_kit.measure.dispatch import Dispatcher

@@ -117,7 +117,7 @@ class Int8StaticLinear(nn.Module):
 
 
 class Int4WeightLinear(nn.Module):
-    """W4A16: 4-bit weight with a scale, and perhaps a zero point, per group of inputs; see model/int4.
+    """W4A16: 4-bit weight with a scale, and perhaps a zero point, per group of inputs; see model/quantize.
 
     `order` int64 [in] brings the inputs of each group together where groups are not of neighbours.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ascend_kit.messages import did_you_mean
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.int4 import best_group_size
+from ascend_kit.model.quantize import best_group_size
 
 UNITS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -103,7 +103,7 @@ def check_conversion(experiment: Experiment, notebooks: list[Notebook]) -> None:
     uses = any("use_model" in notebook.defaults for notebook in notebooks)
     if not uses or any("if_model_exists" in notebook.defaults for notebook in notebooks):
         return
-    from ascend_kit.checkpoint.identity import check_converted
+    from ascend_kit.checkpoint.manifest import check_converted
     from ascend_kit.checkpoint.tensor_file import CheckpointError
     from ascend_kit.demo.assets import cached_model
 
@@ -220,7 +220,7 @@ def _model(experiment: Experiment, names: Collection[str]) -> Identity:
     model = experiment.converted_folder if runs_converted else source
     if model is None or not model.exists():
         return Identity()
-    from ascend_kit.checkpoint.identity import model_identity
+    from ascend_kit.checkpoint.manifest import model_identity
 
     try:
         return model_identity(model, _path(experiment, "tokenizer_path"))

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from ascend_kit.params import Experiment, experiment_from_notebook, load_experiment, read_yaml
-from ascend_kit.params.cells import write_cells
+from ascend_kit.params.notebook import write_cells
 from ascend_kit.run.checks import find_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
