@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 OnDone = Callable[[int], None]
 SWITCHES = ("graph_mode", "operator_fusion", "memory_optimize")  # of every engine; further ones of ours:
+PLAIN_LAUNCHES = 64  # operators that a layer's decode step queues without fusion, views apart: counted for Qwen3
 OPTIONS = ("kv_cache_dtype", "head_dtype", "speculate")
 
 
@@ -114,7 +115,6 @@ class Backend(Protocol):
 class EngineBackend:
     """Our engine, driven through add_request and step."""
 
-    launches_per_layer: int | None = None
     is_exact = True
 
     def __init__(self, engine: AscendInferEngine, experiment: Experiment, name: str = "ascend_kit") -> None:
@@ -123,6 +123,7 @@ class EngineBackend:
         self.cards, self.replicas = experiment.cards, experiment.replicas
         self.slots: int | None = experiment.batch_size * self.replicas
         self.num_devices = 1 if self.device.kind == "cpu" else self.cards
+        self.launches_per_layer: int | None = None if experiment.operator_fusion else PLAIN_LAUNCHES
         self._scheme = quantize_scheme(engine.model_path)
         self._seen: list[tuple[float, Sample]] = []
 

@@ -25,7 +25,7 @@ from ascend_kit.measure.ceilings import measure_ceilings
 from ascend_kit.measure.continuous import ContinuousBackend, require_continuous
 from ascend_kit.measure.engines import Backend, EngineBackend, Machine, as_backend, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card
-from ascend_kit.measure.grid import estimate_s, shuffled, sweep_points, why_impossible
+from ascend_kit.measure.grid import shuffled, sweep_points, why_impossible
 from ascend_kit.measure.intervals import mean_interval
 from ascend_kit.measure.points import PointForecast, PointRunner
 from ascend_kit.measure.remote import EndpointBackend
@@ -46,7 +46,7 @@ Progress = Callable[[float, int, str], None]  # points done, points in all, text
 
 def expectations(engine: AscendInferEngine, experiment: Experiment, folder: RunFolder) -> pandas.DataFrame:
     """One row per combination and point without its repeats: floors and ceiling from measured ceilings, times in ms,
-    about how long it takes, and `reason` where it cannot be measured.
+    and `reason` where it cannot be measured.
 
     The engine is loaded if it is not. Ceilings are measured once (2-4 s) and kept in the folder.
     """
@@ -61,7 +61,7 @@ def expectations(engine: AscendInferEngine, experiment: Experiment, folder: RunF
         known = PointForecast(EngineBackend(engine, plan), stored, ceilings)
         layout = {**settings, "cards": plan.cards, "tensor_parallel": plan.tensor_parallel}
         for point in points:
-            row = {**layout, **asdict(point), **known.limits(point), "predicted_s": estimate_s([point], known)}
+            row = {**layout, **asdict(point), **known.limits(point)}
             rows.append({**row, "reason": why_impossible(point, plan.max_seq_length, known)})
     return pandas.DataFrame(rows)
 

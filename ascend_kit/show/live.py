@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.files import Table
+from ascend_kit.measure.pace import EnginePlan, left_s
+from ascend_kit.measure.rows import asked_rows, load_rows
 from ascend_kit.messages import translate
 from ascend_kit.show import sweep_charts, tables
 from ascend_kit.show.progress import Progress, clock
@@ -23,7 +25,7 @@ DRAW_EVERY_S = 2.0  # at most; a figure takes some tenths of a second
 
 
 class LiveSweep(Progress):
-    """The `on_progress` of `measure_engines`, and a context manager. `expected` is what `expectations` gave."""
+    """The `on_progress` of `measure_engines`, and a context manager. `plans` is what `engine_plans` gave."""
 
     def __init__(
         self,
@@ -31,24 +33,37 @@ class LiveSweep(Progress):
         folder: RunFolder,
         engine: Any = None,
         *,
-        expected: Table | None = None,
+        plans: Sequence[EnginePlan] = (),
         browser: bool | None = None,
     ) -> None:
         super().__init__("sweep", engine, browser=browser)
-        self._experiment, self._folder, self._expected = experiment, folder, expected
+        self._experiment, self._folder, self._plans = experiment, folder, plans
+        self._reckoned: tuple[float, float] | None = None  # moment, seconds left then
         self._shown: list[Any] = []  # handles of the table and of the chart
-        self._drawn_s = 0.0
+        self._drawn_s, self._is_between = 0.0, True
 
     def __enter__(self) -> LiveSweep:
-        if self._expected is not None:
-            print(duration(self._expected, self._experiment), flush=True)
+        if self._plans:
+            print(duration(self._plans), flush=True)
         return self
 
     def __call__(self, done: float, total: float, text: str = "") -> None:
+        self._is_between = done == int(done)  # a part of a point is told while it is measured
         super().__call__(done, total, text)
-        is_between = done == int(done)  # a part of a point is told while it is measured
-        if self._browser and is_between and time.monotonic() - self._drawn_s >= DRAW_EVERY_S:
+        if self._browser and self._is_between and time.monotonic() - self._drawn_s >= DRAW_EVERY_S:
             self._draw()
+
+    def _left_s(self, share: float, seconds: float) -> float | None:
+        """From the rows between points; while one is measured, that less the time since."""
+        if not self._plans:
+            return super()._left_s(share, seconds)
+        if self._is_between:
+            found = left_s(self._plans, asked_rows(self._folder))
+            self._reckoned = None if found is None else (time.monotonic(), found)
+        if self._reckoned is None:
+            return None
+        moment, left = self._reckoned
+        return max(1.0, left - (time.monotonic() - moment))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         super().__exit__(kind, *rest)
@@ -57,8 +72,6 @@ class LiveSweep(Progress):
 
     def _draw(self) -> None:
         from IPython.display import display
-
-        from ascend_kit.measure.rows import load_rows
 
         rows = load_rows(self._folder)
         if rows.empty:
@@ -73,15 +86,15 @@ class LiveSweep(Progress):
         self._drawn_s = time.monotonic()
 
 
-def duration(expected: Table, experiment: Experiment) -> str:
-    """How many points a sweep has and about how long it takes, as if every engine were as fast as ours should be."""
-    possible = expected[expected["reason"].isna()]
-    engines, repeats = len(experiment.engine_specs), experiment.sweep_repeats
-    seconds = possible["predicted_s"].sum(min_count=1) * engines * repeats
-    known = {"points": len(possible) * engines * repeats, "engines": engines}
-    if seconds != seconds:
+def duration(plans: Sequence[EnginePlan]) -> str:
+    """How many points a sweep has, and how long those take whose speed could be predicted."""
+    known = {"points": sum(plan.num_points for plan in plans), "engines": len(plans)}
+    seconds = [plan.seconds for plan in plans if plan.seconds is not None]
+    if not seconds:
         return translate("sweep.size", **known)
-    return translate("sweep.duration", time=clock(max(1.0, seconds)), **known)
+    text = translate("sweep.duration", time=clock(max(1.0, sum(seconds))), **known)
+    unknown = ", ".join(plan.name for plan in plans if plan.seconds is None)
+    return text + (translate("sweep.unknown_speed", names=unknown) if unknown else "")
 
 
 def _picture(figure: Any) -> Any:

@@ -52,17 +52,25 @@ class Progress:
             self._start, self._last_share, self._last_line_s = time.monotonic(), 0.0, 0.0
         self._share = share
         seconds = time.monotonic() - self._start
-        time_text = clock(seconds) + _remaining(share, seconds)
+        is_due = not self._browser and self._is_due(share)
+        if not (self._browser or is_due):
+            return
+        left = self._left_s(share, seconds) if 0.0 < share < 1.0 else None
+        time_text = clock(seconds) + ("" if left is None else translate("progress.left", time=clock(left)))
         line = f"{_count(done, text)}/{_count(total, text)} ({share:.0%}), {time_text}"
         text = phrase(text)
         if self._browser:
             self._bar = self._bar or _Bar(self.label)
             self._bar.update(share, f"{line}  {text}")
             self._replicas.draw(_replica_rows(self._engine))
-        elif self._is_due(share):
+        else:
             self._last_share, self._last_line_s = share, time.monotonic()
             print(f"{self.label}: {line}{'  ' + text if text else ''}", flush=True)
             print(self._replicas.line(_replica_rows(self._engine)), end="", flush=True)
+
+    def _left_s(self, share: float, seconds: float) -> float | None:
+        """Seconds to the end after so many for this share; asked only where it is shown."""
+        return seconds / share - seconds
 
     def __enter__(self) -> Progress:
         return self
@@ -197,9 +205,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min" if minutes else f"{rest} s"
-
-
-def _remaining(share: float, seconds: float) -> str:
-    if not 0.0 < share < 1.0:
-        return ""
-    return translate("progress.left", time=clock(seconds / share - seconds))
