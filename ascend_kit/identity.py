@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -122,14 +122,12 @@ def hash_value(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def hash_file(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """XXH3-128 of a file's bytes, read in full; `on_bytes` hears the size of each block."""
+def hash_file(path: str | Path) -> str:
+    """XXH3-128 of a file's bytes, read in full."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
     return digest.hexdigest()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ascend_kit.checkpoint.tensor_file import CODE_OF_DTYPE, CheckpointError, as_bytes
@@ -124,7 +124,7 @@ class PartialFolder:
         self.lock_path = destination.parent / f".{destination.name}.lock"
         self.fingerprint = fingerprint
         self.finished: dict[str, dict[str, Any]] = {}
-        self._lock: Any = None
+        self._lock = FileLock(self.lock_path, timeout=0)  # outside the folder that is renamed: held until after that
         self._recording = threading.Lock()
 
     def __enter__(self) -> PartialFolder:
@@ -144,28 +144,17 @@ class PartialFolder:
 
     def lock(self) -> None:
         """Own the destination until `close`; CheckpointError where another conversion does."""
-        self._lock = self._locked()
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                f"{self.path} is in use: another conversion to {self.destination} is running"
+            ) from None
 
     def close(self) -> None:
         """Give the destination free."""
         self.lock_path.unlink(missing_ok=True)  # while it is held: who waits for this file finds that it is gone
-        self._lock.close()
-
-    def _locked(self) -> Any:
-        """The lock file, held. It lies outside the folder that is renamed, so it is held until after the rename."""
-        while True:
-            lock = open(self.lock_path, "w")  # noqa: SIM115 - held until __exit__
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                raise CheckpointError(
-                    f"{self.path} is in use: another conversion to {self.destination} is running"
-                ) from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.lock_path)):
-                    return lock
-            lock.close()  # its holder has finished and removed it
+        self._lock.release()
 
     def _load(self) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -176,12 +165,12 @@ class PartialFolder:
         for path in self.path.iterdir():
             path.unlink()
 
-    def is_finished(self, name: str, on_bytes: Callable[[int], None] | None = None) -> bool:
+    def is_finished(self, name: str) -> bool:
         """True when the shard was finished by an earlier run and its hash is still right."""
         entry, path = self.finished.get(name), self.path / name
         if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
             return False
-        return hash_file(path, on_bytes) == entry["hash"]
+        return hash_file(path) == entry["hash"]
 
     def record(self, name: str, entry: dict[str, Any]) -> None:
         """Note a finished shard, in a way that survives a kill at any moment."""

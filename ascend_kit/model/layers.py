@@ -40,7 +40,6 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, ops: ModuleType):
         super().__init__()
         self.ops = ops
-        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.weight = frozen(ops.pack_linear(weight))
         self.bias = None if bias is None else frozen(bias)
 
@@ -69,7 +68,6 @@ class Int8Linear(nn.Module):
     def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, ops: ModuleType):
         super().__init__()
         self.ops = ops
-        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
         self.weight = frozen(ops.pack_int8(codes))
         self.weight_scale = frozen(weight_scale.reshape(-1).float())
         self.bias = None if bias is None else frozen(bias)
@@ -85,7 +83,6 @@ class Int8WeightLinear(nn.Module):
     def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, ops: ModuleType):
         super().__init__()
         self.ops = ops
-        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
         self.weight = frozen(ops.pack_int8_weight(codes))
         self.weight_scale = frozen(weight_scale.reshape(-1).float())
         self.bias = None if bias is None else frozen(bias)
@@ -102,7 +99,6 @@ class Int8StaticLinear(nn.Module):
     ):
         super().__init__()
         self.ops = ops
-        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
         dequantization = weight_scale.reshape(-1).float() * scale
         # The offset's share of every sum, and the bias, in steps of the product.
         total = -offset * codes.sum(1, dtype=torch.int64)
@@ -133,7 +129,6 @@ class Int4WeightLinear(nn.Module):
     ):
         super().__init__()
         self.ops = ops
-        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
         if order is not None:
             codes = codes.index_select(1, order)
         weight, scale, zero = ops.pack_int4(codes, scale.float(), None if zero is None else zero.float())

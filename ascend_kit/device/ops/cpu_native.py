@@ -9,6 +9,7 @@ of kernel calls alone, so that it can be recorded and repeated (see native.Recor
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,51 +41,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     heads, size = (x.shape[1], x.shape[2]) if x.dim() == 3 else (1, x.shape[1])
     if weight.numel() != size:
         raise ValueError(f"a norm of {weight.numel()} weights over rows of {size} numbers")
-    call(
-        "ak_rms_norm", DTYPES[x.dtype], x, x.stride(0), None, weight, y, None, x.shape[0], heads, size, eps, _threads()
-    )
+    _over_rows("ak_rms_norm", x, None, weight, y, None, x.shape[0], heads, size, eps)
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As in reference, in one pass."""
     y, total = empty(*x.shape, dtype=x.dtype), empty(*x.shape, dtype=x.dtype)
-    call(
-        "ak_rms_norm",
-        DTYPES[x.dtype],
-        x,
-        x.stride(0),
-        residual,
-        weight,
-        y,
-        total,
-        x.shape[0],
-        1,
-        x.shape[1],
-        eps,
-        _threads(),
-    )
+    _over_rows("ak_rms_norm", x, residual, weight, y, total, x.shape[0], 1, x.shape[1], eps)
     return y, total
 
 
 def rotary(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
     """As in reference, in place."""
     tokens, heads, size = q_TNH.shape
-    call(
-        "ak_rotary",
-        DTYPES[q_TNH.dtype],
-        q_TNH,
-        q_TNH.stride(0),
-        k_TKH,
-        k_TKH.stride(0),
-        cos_TH,
-        sin_TH,
-        tokens,
-        heads,
-        k_TKH.shape[1],
-        size,
-        _threads(),
-    )
+    _over_rows("ak_rotary", q_TNH, k_TKH, k_TKH.stride(0), cos_TH, sin_TH, tokens, heads, k_TKH.shape[1], size)
     return q_TNH, k_TKH
 
 
@@ -104,24 +75,11 @@ def store_kv(
         tokens, heads, size = k_TKH.shape
         block = k_cache.shape[1] // (heads * (size + SCALE_BYTES))
         for x, cache in ((k_TKH, k_cache), (v_TKH, v_cache)):
-            call("ak_store_int8", DTYPES[x.dtype], x, x.stride(0), cache, slot_mapping, tokens, heads, size, block,
-                 int(are_codes), _threads())  # fmt: skip
+            _over_rows("ak_store_int8", x, cache, slot_mapping, tokens, heads, size, block, int(are_codes))
         return
-    row_bytes = k_TKH[0].numel() * k_TKH.element_size()
-    call(
-        "ak_store",
-        k_TKH,
-        k_TKH.stride(0),
-        v_TKH,
-        v_TKH.stride(0),
-        k_cache,
-        v_cache,
-        slot_mapping,
-        k_TKH.shape[0],
-        row_bytes,
-        k_TKH.element_size(),
-        _threads(),
-    )
+    k, v, width = (k_TKH, k_TKH.stride(0)), (v_TKH, v_TKH.stride(0)), k_TKH.element_size()
+    tokens, row_bytes = k_TKH.shape[0], k_TKH[0].numel() * width
+    call("ak_store", *k, *v, k_cache, v_cache, slot_mapping, tokens, row_bytes, width, _threads())
 
 
 def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
@@ -156,8 +114,8 @@ def _decode(
     kv_heads = k_cache.shape[1] // (meta.block_size * (size + SCALE_BYTES)) if is_int8 else k_cache.shape[2]
     cache = (kv_heads, size, meta.block_size)
     name = "ak_attend_int8" if is_int8 else "ak_attend"
-    call(name, DTYPES[out.dtype], q_TNH, q_TNH.stride(0), k_cache, v_cache, meta.block_table,
-         meta.block_table.stride(0), meta.context_lens_t, out, batch, heads, *cache, scale, _threads())  # fmt: skip
+    table = (meta.block_table, meta.block_table.stride(0))
+    _over_rows(name, q_TNH, k_cache, v_cache, *table, meta.context_lens_t, out, batch, heads, *cache, scale)
     return out
 
 
@@ -192,11 +150,14 @@ def _width_out(weight: Tensor) -> int:
     return weight.shape[0] * PANEL if _is_packed(weight) else weight.shape[0]
 
 
+def _width_in(weight: Tensor) -> int:
+    return weight.shape[1] * weight.shape[3] if _is_packed(weight) else weight.shape[1]
+
+
 def _check_product(width: int, weight: Tensor, *per_output: Tensor | None) -> None:
     """ValueError unless a product is of matching sizes: a kernel would read beyond the smaller one."""
-    takes = weight.shape[1] * weight.shape[3] if _is_packed(weight) else weight.shape[1]
-    if width != takes:
-        raise ValueError(f"a product of rows of {width} numbers with a weight that takes {takes}")
+    if width != _width_in(weight):
+        raise ValueError(f"a product of rows of {width} numbers with a weight that takes {_width_in(weight)}")
     for tensor in per_output:
         if tensor is not None and tensor.numel() != _width_out(weight):
             raise ValueError(f"{tensor.numel()} biases or scales for a weight of {_width_out(weight)} outputs")
@@ -215,7 +176,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias)
     out = empty(rows, _width_out(weight), dtype=x.dtype)
     name = "ak_packed_linear" if _is_packed(weight) else "ak_linear"
-    call(name, DTYPES[x.dtype], x, x.stride(0), weight, bias, out, *out.shape, width, _threads())
+    _over_rows(name, x, weight, bias, out, *out.shape, width)
     return out
 
 
@@ -249,7 +210,7 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
         return cpu.int8_weight_matmul(x, weight, weight_scale, bias)
     out = empty(rows, _width_out(weight), dtype=x.dtype)
     name = "ak_packed_linear_w8a16" if _is_packed(weight) else "ak_linear_w8a16"
-    call(name, DTYPES[x.dtype], x, x.stride(0), weight, weight_scale, bias, out, *out.shape, width, _threads())
+    _over_rows(name, x, weight, weight_scale, bias, out, *out.shape, width)
     return out
 
 
@@ -278,20 +239,15 @@ def int4_weight_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | 
         return cpu.int4_weight_matmul(x, weight, scale, zero, bias)
     out = empty(rows, outputs, dtype=x.dtype)
     name = "ak_packed_linear_w4a16" if is_packed else "ak_linear_w4a16"
-    sizes = (rows, outputs, width, width // groups)
-    call(name, DTYPES[x.dtype], x, x.stride(0), weight, scale, zero, bias, out, *sizes, _threads())
+    _over_rows(name, x, weight, scale, zero, bias, out, rows, outputs, width, width // groups)
     return out
 
 
 def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     """As in reference; the table may be a packed weight, which a tied head shares with the embedding."""
-    if _is_packed(table):
-        width = table.shape[1] * table.shape[3]
-        out = empty(ids.shape[0], width, dtype=table.dtype)
-        call("ak_gather_packed", table, ids, out, ids.shape[0], width * table.element_size())
-        return out
-    out = empty(ids.shape[0], table.shape[1], dtype=table.dtype)
-    call("ak_gather", table, ids, out, ids.shape[0], table.shape[1] * table.element_size())
+    name = "ak_gather_packed" if _is_packed(table) else "ak_gather"
+    out = empty(ids.shape[0], _width_in(table), dtype=table.dtype)
+    call(name, table, ids, out, ids.shape[0], out.shape[1] * table.element_size())
     return out
 
 
@@ -299,8 +255,13 @@ def argmax(logits: Tensor) -> Tensor:
     """As in reference; NaN is never the largest."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     out = torch.empty(logits.shape[0], dtype=torch.int64)
-    call("ak_argmax", DTYPES[logits.dtype], logits, logits.stride(0), out, *logits.shape, _threads())
+    _over_rows("ak_argmax", logits, out, *logits.shape)
     return out
+
+
+def _over_rows(name: str, x: Tensor, *arguments: Any) -> None:
+    """A kernel over the rows of x, which may be strided, in as many threads as torch uses."""
+    call(name, DTYPES[x.dtype], x, x.stride(0), *arguments, _threads())
 
 
 def _threads() -> int:
