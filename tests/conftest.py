@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -33,6 +34,13 @@ TINY = dict(
     pad_token_id=257,
     bos_token_id=None,
 )
+
+
+def folder_with(path: Path, config: dict | None = None) -> Path:
+    """A new folder with a config.json."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config or {}))
+    return path
 
 
 def make_tokenizer(folder: Path) -> None:

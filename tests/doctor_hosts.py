@@ -8,11 +8,17 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ascend_kit.doctor.findings import Finding
 from ascend_kit.doctor.host import CommandResult, Host
 from ascend_kit.doctor.stages import PREFIX, OpCheck
 
 DATA = Path(__file__).parent / "data"
 ROOT = "/usr/local/Ascend/ascend-toolkit/latest"
+ORDER = [
+    "Machine", "Driver", "Device files", "CANN", "NNAL", "Versions", "Import", "Devices", "First operators",
+    "Two ranks", "Graph", "Environment variables", "Host tuning", "Several machines", "Workbench",
+]  # fmt: skip
+STAGE = "python -m ascend_kit.doctor.self_test --stage "
 
 
 def sample(name: str) -> str:
@@ -183,3 +189,12 @@ def ascend_server(**changes) -> FakeHost:
         merged = {**state[name], **changes.pop(name, {})}
         state[name] = {key: value for key, value in merged.items() if value is not None}  # None takes away
     return FakeHost(**{**state, **changes})
+
+
+def find(findings: list[Finding], section: str, check: str) -> Finding:
+    (found,) = [item for item in findings if (item.section, item.check) == (section, check)]
+    return found
+
+
+def trouble(findings: list[Finding]) -> list[tuple[str, str, str]]:
+    return [(item.section, item.check, item.status) for item in findings if item.status in ("warn", "fail")]

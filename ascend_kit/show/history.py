@@ -33,7 +33,7 @@ class Repeated:
 
 
 def history(runs: Iterable[Run]) -> Table:
-    """The same load on the same engine over versions of CANN, driver, torch_npu and this package, oldest first.
+    """The same load on the same engine over versions of CANN, driver, adapter and this package, oldest first.
 
     A series holds runs whose load and whose identity agree, see MUST_AGREE; of the loads that the same runs share it
     is the heaviest. `change, %` compares with the run before; `regression` says that all repeats are slower than all
