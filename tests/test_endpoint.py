@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import os
 import socket
@@ -109,6 +110,18 @@ def test_usage_on_the_finish_chunk_and_a_stream_without_done_are_understood():
     (record,), *_ = asked(script)
 
     assert (record.num_output_tokens, record.finish_reason, record.error) == (2, "length", None)
+    assert [chunk[1] for chunk in record.chunks] == ["text", "text", "finish"]
+    assert list(record.token_times_s) == [chunk[0] for chunk in record.chunks[:2]]  # the total is no third token
+
+
+def test_continuous_usage_of_a_chunk_without_text_is_a_token_that_is_held_back():
+    parts = [text_chunk(text, usage=usage(3, n)) for n, text in enumerate(("a", "", "é"), 1)]
+    script = [(0, HEAD), *((0.02 * n, event(part)) for n, part in enumerate(parts, 1)), (0.07, DONE)]
+
+    (record,), *_ = asked(script)
+
+    assert [tuple(chunk[1:3]) for chunk in record.chunks[:3]] == [("text", 1)] * 3
+    assert record.num_output_tokens == 3 and len(set(record.token_times_s)) == 3
 
 
 def test_continuous_usage_tells_how_many_tokens_a_chunk_has():
@@ -157,16 +170,140 @@ def test_an_error_after_tokens_is_a_failure_and_not_an_answer(end, told):
     assert record.num_retries == 0 and len(record.chunks) >= 1  # what was streamed is kept and not asked for again
 
 
-def test_retries_are_counted_and_their_time_is_part_of_the_latency():
-    good = [(0, HEAD), (0.01, event(text_chunk("a"))), (0.02, DONE)]
+A = event(text_chunk("a"))
+ENDED = event({"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]})
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (event(b""), None),  # a sign of life
+        (b": ping\r\n\r\n", None),
+        (b"event: ping\nid: 3\nretry: 10\n\n", None),
+        (event({"choices": None, "usage": None, "id": "x"}), None),
+        (event({"choices": [], "usage": {"prompt_tokens": None, "completion_tokens": None}}), None),
+        (event({"choices": [], "usage": {"prompt_tokens": "many", "prompt_tokens_details": 3}}), None),
+        (event({"error": None, **text_chunk("")}), None),
+        (event({"choices": [{"index": 0, "text": "", "finish_reason": "abort"}]}), None),  # the last one counts
+        (event({"object": "error", "message": "no room", "code": 400}), "no room"),
+        (event({"error": {"message": None, "code": 7}}), "'code': 7"),
+        (event({"error": ""}), "an error without a word"),
+        (b"event: error\n" + event({"message": "overloaded"}), "overloaded"),
+        (event(b"[1]"), "no chunk of an answer: b'[1]'"),
+        (event({"choices": [None]}), "no chunk of an answer"),
+        (event({"choices": [{"delta": "x"}]}), "no chunk of an answer"),
+        (event({"choices": [{"delta": {"content": ["x"]}}]}), "no chunk of an answer"),
+        (event({"choices": [], "usage": 5}), "no chunk of an answer"),
+        (event(b"\xff\xfe"), "no JSON"),
+        (event(b"[" * 20_000), "no JSON"),
+    ],
+)
+def test_an_odd_event_is_an_error_of_its_answer_or_nothing_and_never_of_the_run(odd, told):
+    (record,), *_ = asked([(0, HEAD), (0.01, A), (0.02, odd), (0.03, ENDED), (0.04, DONE)])
+
+    assert record.chunks[0][1] == "text"
+    if told is None:
+        assert record.error is None and record.finish_reason == "stop" and record.num_output_tokens == 1
+        assert (record.num_prompt_tokens, record.num_cached_tokens) == (8, 0)
+    else:
+        assert told in record.error and not record.is_complete
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_complete"), [("eos_token", True), ("tool_calls", True), ("abort", False), ("content_filter", False)]
+)
+def test_only_a_good_end_completes_an_answer_whatever_a_server_calls_it(reason, is_complete):
+    end = event({"choices": [{"index": 0, "text": "", "finish_reason": reason}]})
+
+    (record,), *_ = asked([(0, HEAD), (0.01, A), (0.02, end), (0.03, DONE)])
+
+    assert record.is_complete is is_complete
+    assert is_complete or reason in record.error
+
+
+def test_a_byte_order_mark_and_text_that_looks_like_the_end_change_nothing():
+    parts = [event(text_chunk(text)) for text in ("a", "[DONE]", "b")]
+    script = [(0, HEAD), (0.01, b"\xef\xbb\xbf" + parts[0]), (0.02, parts[1]), (0.08, parts[2]), (0.09, DONE)]
+
+    (record,), *_ = asked(script)
+
+    assert record.num_output_tokens == 3 and record.error is None
+    assert record.finished_s - record.token_times_s[0] > 0.07
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (failure("200 OK", '{"choices": [{"text": "whole"}]}'), "does the server stream"),
+        (failure("200 OK", "<html>log in</html>"), "application/octet-stream: '<html>log in</html>'"),
+        (failure("200 OK", ""), "no event came"),
+        (failure("204 No Content", ""), "HTTP 204"),
+        (failure("301 Moved\r\nLocation: https://other/v1", ""), "it is at https://other/v1: name that in base_url"),
+        (failure("307 Moved\r\nLocation: /v2", ""), "it is at /v2"),
+        ([(0, b"HTTP/1.1 500 X\r\nContent-Length: 2\r\nConnection: close\r\n\r\n\xff\xfe")], "HTTP 500: \ufffd\ufffd"),
+        ([(0, b"nonsense\r\n\r\n")], "Bad"),
+        ([(0, b"")], "disconnected"),
+    ],
+)
+def test_what_is_no_stream_is_named_and_not_asked_again_where_that_cannot_help(monkeypatch, answer, told):
+    monkeypatch.setattr(http, "WAIT_S", 0.0)
+
+    (record,), _, server = asked(answer, retries=1)
+
+    assert told.lower() in record.error.lower() and not record.is_complete
+    can_help = any(word in told for word in ("500", "Bad", "disconnected"))
+    assert record.num_retries == can_help == len(server.bodies) - 1
+
+
+def test_a_stream_that_is_packed_or_has_a_length_is_read_all_the_same():
+    body = A + ENDED  # no [DONE]
+    packed = gzip.compress(body)
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (packed[:9], packed[9:])) + b"0\r\n\r\n"
+    gz = HEAD[:-2] + b"Transfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n\r\n"
+    sized = HEAD[:-2] + b"Content-Length: %d\r\n\r\n" % len(body)
+    start = time.perf_counter()
+
+    for script in ([(0, gz + chunks[:20]), (0.02, chunks[20:]), (1.0, b"")],
+                   [(0, sized + body[:9]), (0.02, body[9:]), (1.0, b"")]):  # fmt: skip
+        (record,), *_ = asked(script)
+        assert (record.error, record.num_output_tokens, record.finish_reason) == (None, 1, "stop")
+    (broken,), *_ = asked([(0, gz), (0.02, b"5\r\nplain\r\n0\r\n\r\n")])
+
+    assert not broken.is_complete and "Payload" in broken.error
+    assert time.perf_counter() - start < 1.0  # nothing waited for the connection to close
+
+
+def test_a_server_that_only_pings_is_silent():
+    pings = [(0.05 * n, b"7\r\n: ping\n\r\n") for n in range(1, 40)]
+    head = HEAD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+    start = time.perf_counter()
+
+    (record,), *_ = asked([(0, head), *pings], idle_s=0.2)
+
+    assert "nothing came for 0.2 s" in record.error and time.perf_counter() - start < 1.0
+
+
+def test_retries_are_counted_and_their_time_is_part_of_the_latency(monkeypatch):
+    monkeypatch.setattr(http, "WAIT_S", 0.05)
+    good = [(0, HEAD), (0.01, A), (0.02, DONE)]
     slow = [(0.1, failure()[0][1])]
 
     (record,), client, server = asked(slow, good, retries=1)
     (refused,), *_ = asked(failure("429 Too Many Requests", "slow down"))
+    (wrong,), _, asked_once = asked(failure("400 Bad Request", "no such field"), retries=3)
 
     assert record.num_retries == 1 and record.is_complete and len(server.bodies) == 2
-    assert record.token_times_s[0] - record.arrival_s > 0.1 and client.facts["num_retries"] == 1
+    assert record.token_times_s[0] - record.arrival_s > 0.15 and client.facts["num_retries"] == 1
     assert refused.error == "HTTP 429: slow down"
+    assert wrong.num_retries == 0 and len(asked_once.bodies) == 1
+
+
+def test_a_server_that_says_when_to_come_again_is_heard():
+    said = [{"Retry-After": "7"}, {}, {"Retry-After": "soon"}, {"Retry-After": "86400"}]
+
+    assert [http.wait_s(3, headers) for headers in said] == [7, 4, 4, 60]
+    (record,), *_ = asked(failure("429 Too Many\r\nRetry-After: 0", ""), [(0, HEAD), (0, A), (0, DONE)], retries=1)
+    assert record.is_complete and record.token_times_s[0] - record.arrival_s < 0.5  # and not after a second
 
 
 def test_an_error_of_our_own_ends_the_run_and_does_not_hang():
@@ -261,6 +398,9 @@ def test_metrics_of_three_servers_have_one_set_of_names():
     assert read_metrics(mindie) == {"waiting": 2, "preemptions": 1}
     assert observed([first, last]) == {"prefix_hit_rate": 0.75, "tokens_per_step": 2.5, "num_preemptions": 3}
     assert read_metrics("<html>\n") == {}
+    two = 'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:kv_cache_usage_perc{engine="1"} 0.75\n'
+    two += "vllm:gpu_cache_usage_perc 0.5\n" + "".join(f'vllm:num_requests_running{{engine="{n}"}} 3\n' for n in "01")
+    assert read_metrics(two + "vllm:num_requests_waiting NaN\n") == {"kv_use": 0.5, "running": 6}
     assert observed([{"waiting": 1}, {"waiting": 8}, {"waiting": 0}]) == {"waiting_max": 8, "waiting_mean": 3}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import aiohttp
 
 from ascend_kit.measure.dispatch import Dispatcher
-from ascend_kit.measure.http import Endpoint, TextCodec, get, open_session, run_in_loop
-from ascend_kit.measure.metrics import RequestRecord, percentile
+from ascend_kit.measure.http import BUSY, Endpoint, TextCodec, get, open_session, refusal, run_in_loop, wait_s
+from ascend_kit.measure.metrics import COMPLETE, RequestRecord, percentile
 from ascend_kit.measure.over_time import Recorder, Sample
 from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.streams import Answer, EventParser, token_times
@@ -22,6 +23,7 @@ from ascend_kit.measure.workload import Request
 LAG_SAMPLE_S = 0.005
 METRICS_EVERY_S = 0.5
 LAG_LIMIT_MS = 5.0
+OTHER_ENDS = ("eos_token", "stop_sequence", "tool_calls", "function_call")  # other servers' words for a good end
 
 
 class Client:
@@ -115,58 +117,71 @@ class Client:
         """One request and its retries; `on_end` is called once, when its last byte has come or all has failed."""
         sent_s, num_retries, tell = time.perf_counter(), 0, _Once(on_end)
         may_retry = self.endpoint.retries > 0
-        answer = await self._ask(session, body, (lambda: None) if may_retry else tell)
-        # What was streamed is not asked for again.
-        while answer.error is not None and not answer.text_chunks and num_retries < self.endpoint.retries:
+        answer, pause_s = await self._ask(session, body, (lambda: None) if may_retry else tell)
+        # What was streamed is not asked for again, and what was refused for good neither.
+        while pause_s is not None and not answer.text_chunks and num_retries < self.endpoint.retries:
             num_retries += 1
-            answer = await self._ask(session, body, lambda: None)
+            await asyncio.sleep(pause_s(num_retries))
+            answer, pause_s = await self._ask(session, body, lambda: None)
         tell()
         return self._record(request, answer, arrival_s, sent_s, num_retries)
 
-    async def _ask(self, session: aiohttp.ClientSession, body: dict[str, Any], on_end: Callable[[], None]) -> Answer:
-        answer, parser = Answer(), EventParser()
+    async def _ask(
+        self, session: aiohttp.ClientSession, body: dict[str, Any], on_end: Callable[[], None]
+    ) -> tuple[Answer, Callable[[int], float] | None]:
+        """One try, and where another may help, seconds to wait before it by its number."""
+        answer, parser, start, kind = Answer(), EventParser(), b"", ""
         path = "/v1/chat/completions" if self.endpoint.api == "chat" else "/v1/completions"
 
         def take(time_s: float, data: bytes) -> bool:
+            nonlocal start
+            start = start or data[:200]
             for event in parser.feed(data):
                 answer.take(event, time_s)
             return answer.is_done  # some servers keep the connection open
 
+        pause_s: Callable[[int], float] | None = functools.partial(wait_s, headers={})
+        options = {"allow_redirects": False, "headers": {"Accept-Encoding": "identity"}}  # nothing held back to pack it
         try:
-            async with session.post(self.endpoint.root + path, json=body) as response:
+            async with session.post(self.endpoint.root + path, json=body, **options) as response:
+                kind = response.content_type
                 if response.status != 200:
-                    answer.error = f"HTTP {response.status}: {(await response.text())[:300]}"
-                    return answer
+                    answer.error = f"HTTP {await refusal(response, 300)}"
+                    is_busy = response.status in BUSY
+                    return answer, functools.partial(wait_s, headers=dict(response.headers)) if is_busy else None
                 await read_stream(response, self.endpoint.idle_s, on_end, take, self._turn)
                 for event in parser.end():
                     answer.take(event, time.perf_counter())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             answer.error = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if answer.error is None and not answer.chunks:
+            answer.error = f"no event came, but {kind}: {start.decode(errors='replace')!r}; does the server stream?"
+            pause_s = None
         if answer.error is None and not answer.is_done and answer.finish_reason is None:
             answer.error = "the stream ended without a finish reason"
-        return answer
+        if answer.error is None and answer.finish_reason not in (None, *COMPLETE, *OTHER_ENDS):
+            answer.error = f"the server ended the answer with {answer.finish_reason!r}"
+        return answer, pause_s if answer.error else None
 
     def _record(
         self, request: Request, answer: Answer, arrival_s: float, sent_s: float, num_retries: int
     ) -> RequestRecord:
         count, source = self._count(answer)
         times = token_times(answer.chunks, count)
-        error = answer.error
+        error, end = answer.error, answer.finish_reason
         if error is None and not times:
             error = "no token came"
-        usage = answer.usage
-        details = usage.get("prompt_tokens_details") or {}
         return RequestRecord(
             index=request.index,
-            num_prompt_tokens=usage.get("prompt_tokens") or len(request.prompt_token_ids),
+            num_prompt_tokens=answer.number("prompt_tokens") or len(request.prompt_token_ids),
             num_output_tokens=len(times),
             arrival_s=arrival_s,
             token_times_s=tuple(times),
-            finish_reason="error" if error else answer.finish_reason or "length",
+            finish_reason="error" if error else "stop" if end in OTHER_ENDS else end or "length",
             error=error,
             finished_s=answer.chunks[-1].time_s if answer.chunks else time.perf_counter(),
             num_asked_tokens=request.num_output_tokens,
-            num_cached_tokens=details.get("cached_tokens") or 0,
+            num_cached_tokens=answer.num_cached_tokens,
             sent_s=sent_s,
             chunks=tuple(answer.chunks),
             num_retries=num_retries,
@@ -175,8 +190,8 @@ class Client:
 
     def _count(self, answer: Answer) -> tuple[int, str]:
         """Tokens of an answer and who counted them."""
-        if answer.usage.get("completion_tokens"):
-            return int(answer.usage["completion_tokens"]), "usage"
+        if answer.number("completion_tokens"):
+            return answer.number("completion_tokens"), "usage"
         told = [chunk.num_tokens for chunk in answer.text_chunks]
         if told and all(told):
             return sum(count for count in told if count), "token_ids"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -18,7 +20,9 @@ from ascend_kit.measure.workload import Request
 
 READ_BUFFER_BYTES = 1 << 22  # aiohttp's 64 KiB stalls long streams (vllm issue 39963)
 BUSY = (408, 429, 500, 502, 503, 504)
-WAIT_S = 1.0  # before a second try of a whole answer, twice as long before each further one
+WAIT_S = 1.0  # before a second try, twice as long before each further one; a server's Retry-After goes before
+MOST_WAIT_S = 60.0
+KEEP_ALIVE_S = 4.0  # uvicorn, hence vLLM, closes after 5 s of silence: a request must not meet that
 # Fields of a request that only some servers know; `leave_out` takes them away where they are refused.
 GREEDY: dict[str, Any] = {"temperature": 0, "stream": True, "ignore_eos": True}
 
@@ -109,7 +113,7 @@ def run_in_loop(work: Callable[[], Any]) -> Any:
 def open_session(endpoint: Endpoint) -> aiohttp.ClientSession:
     """A session with any number of connections, which may stay silent for `idle_s`."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=endpoint.idle_s),
         read_bufsize=READ_BUFFER_BYTES,
         headers=endpoint.headers,
@@ -117,14 +121,31 @@ def open_session(endpoint: Endpoint) -> aiohttp.ClientSession:
 
 
 async def get(session: aiohttp.ClientSession, url: str) -> Any:
-    """The JSON, or else the text, of a page; None when there is no good answer."""
+    """The JSON, or else the text, of a page whatever its type says; None when there is no good answer."""
     try:
         async with session.get(url) as response:
             if response.status != 200:
                 return None
-            return await response.json() if response.content_type == "application/json" else await response.text()
+            text = await response.text()
+            return json.loads(text) if text.lstrip()[:1] in ("{", "[") else text
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return None
+
+
+async def refusal(response: aiohttp.ClientResponse, most: int) -> str:
+    """What a server said in place of an answer, at most so many characters of it, and where it sends one to.
+
+    Redirects are not followed: most turn a POST into a GET, and a way round would be in every time that is taken.
+    """
+    text = (await response.text(errors="replace"))[:most]
+    place = response.headers.get("Location")
+    return f"{response.status}: {text}" + (f" (it is at {place}: name that in base_url)" if place else "")
+
+
+def wait_s(number: int, headers: Mapping[str, str]) -> float:
+    """Seconds before retry `number`, from 1 on: what the server's Retry-After says, where it does, within limits."""
+    said = headers.get("Retry-After", "")
+    return min(float(said) if said.isdigit() else WAIT_S * 2 ** (number - 1), MOST_WAIT_S)
 
 
 def ask(
@@ -162,15 +183,15 @@ def ask(
 
 
 async def _whole(session: aiohttp.ClientSession, endpoint: Endpoint, path: str, body: dict[str, Any] | None) -> Answer:
-    fault, url = "", endpoint.root + path
+    fault, url, headers = "", endpoint.root + path, dict[str, str]()
     for number in range(endpoint.retries + 1):
-        await asyncio.sleep(WAIT_S * 2 ** (number - 1) if number else 0)
+        await asyncio.sleep(wait_s(number, headers) if number else 0)
         try:
-            asked = session.get(url) if body is None else session.post(url, json=endpoint.complete(body))
-            async with asked as response:
+            post = functools.partial(session.post, json=endpoint.complete(body or {}), allow_redirects=False)
+            async with session.get(url) if body is None else post(url) as response:
                 if response.status == 200:
                     return await response.json(content_type=None)
-                fault = f"{response.status}: {(await response.text())[:2000]}"
+                fault, headers = await refusal(response, 2000), dict(response.headers)
                 if response.status not in BUSY:
                     break
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:

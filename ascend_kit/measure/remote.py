@@ -115,7 +115,7 @@ class EndpointBackend:
         if not isinstance(models, dict):
             raise RuntimeError(f"{self.name}: no answer from {spec.base_url}/models; start the server, or give the "
                                "entry an engine_command")  # fmt: skip
-        served = {str(entry.get("id")): entry for entry in models.get("data") or []}
+        served = {str(entry.get("id")): entry for entry in models.get("data") or [] if isinstance(entry, dict)}
         if served and spec.model not in served:
             raise RuntimeError(f"{self.name}: model {spec.model!r} is not served; {spec.base_url} has {list(served)}")
         longest = served.get(spec.model, {}).get("max_model_len")

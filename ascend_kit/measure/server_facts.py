@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,18 +21,22 @@ NAMES = {
     "drafts": ("spec_decode_num_drafts_total", "spec_decode_num_drafts"),
     "accepted": ("spec_decode_num_accepted_tokens_total", "spec_decode_num_accepted_tokens"),
 }
-WANTED = {name: ours for ours, names in NAMES.items() for name in names}
 
 
 def read_metrics(text: str) -> Sample:
-    """Name -> value, summed over labels; what the server does not have is missing; {} for another text."""
-    found: Sample = {}
+    """Name -> value, summed over labels, shares averaged; of several names of one thing the first; what the server does
+    not have is missing; {} for another text."""
+    values: dict[str, list[float]] = {}
     with contextlib.suppress(ValueError):
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                name = WANTED.get(sample.name.rpartition(":")[2])
-                if name is not None:
-                    found[name] = found.get(name, 0.0) + sample.value
+                if math.isfinite(sample.value):
+                    values.setdefault(sample.name.rpartition(":")[2], []).append(sample.value)
+    found: Sample = {}
+    for name, theirs in NAMES.items():
+        own = next((values[other] for other in theirs if other in values), None)
+        if own is not None:  # engines that share a load each tell their use of their own cache
+            found[name] = sum(own) / (len(own) if name == "kv_use" else 1)
     return found
 
 

@@ -29,7 +29,7 @@ class EventParser:
     """Splits a byte stream into the data of its events, by the rules of the HTML standard for text/event-stream."""
 
     def __init__(self) -> None:
-        self._rest, self._ended_cr = b"", False
+        self._rest, self._ended_cr, self._is_first = b"", False, True
         self._data: list[bytes] = []
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -53,6 +53,8 @@ class EventParser:
                 yield b"\n".join(self._data)
             self._data = []
             return
+        if self._is_first:
+            self._is_first, line = False, line.removeprefix(b"\xef\xbb\xbf")
         name, _, value = line.partition(b":")
         if name == b"data":
             self._data.append(value.removeprefix(b" "))
@@ -68,30 +70,30 @@ class Answer:
     finish_reason: str | None = None
     error: str | None = None
     is_done: bool = False
-    _told: int = 0  # tokens that continuous usage has told of
+    _told: int | None = 0  # tokens that continuous usage has told of; None: there is none
 
     def take(self, data: bytes, now_s: float) -> None:
-        """Add one event's data."""
+        """Add one event's data. What is no answer of the protocol is an error of this answer, never of the program."""
+        if not data.strip():  # a sign of life
+            return
         if data.strip() == b"[DONE]":
             self.is_done = True
             self.chunks.append(Chunk(now_s, "done", None, len(data)))
             return
         try:
             value = json.loads(data)
-        except ValueError:
-            self.error = self.error or f"an event is no JSON: {data[:80]!r}"
-            value = {"error": ""}
-        if value.get("error") is not None:
-            told = value["error"]
-            told = told.get("message", told) if isinstance(told, dict) else told
-            self.error = self.error or str(told)
-            self.chunks.append(Chunk(now_s, "error", None, len(data)))
-            return
-        self.chunks.append(Chunk(now_s, *self._content(value), len(data)))
+            told = _error_in(value)
+            kind, count = ("error", None) if told else self._content(value)
+        except (ValueError, RecursionError):
+            told, kind, count = f"an event is no JSON: {data[:80]!r}", "error", None
+        except (AttributeError, TypeError, LookupError):
+            told, kind, count = f"an event is no chunk of an answer: {data[:80]!r}", "error", None
+        self.error = self.error or told
+        self.chunks.append(Chunk(now_s, kind, count, len(data)))
 
     def _content(self, value: dict[str, Any]) -> tuple[str, int | None]:
         usage, choices = value.get("usage") or {}, value.get("choices") or []
-        self.usage |= usage
+        self.usage |= {name: one for name, one in usage.items() if one is not None}
         if not choices:
             return "usage" if usage else "empty", None
         choice = choices[0]
@@ -101,20 +103,53 @@ class Answer:
         text += delta.get("reasoning_content") or delta.get("reasoning") or ""
         self.text += text
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        count = len(choice["token_ids"]) if isinstance(choice.get("token_ids"), list) else None
-        if count is None and "completion_tokens" in usage and self._told is not None:
-            count = usage["completion_tokens"] - self._told
-            self._told = usage["completion_tokens"]
+        count = len(choice["token_ids"]) if isinstance(choice.get("token_ids"), list) else self._count_told(usage)
+        if text and count is None:
+            self._told = None  # a total that comes later says nothing of the chunk that carries it
         if text or count:
             return "text", count
         if self.finish_reason:
             return "finish", count
         return ("role" if "role" in delta else "empty"), count
 
+    def _count_told(self, usage: dict[str, Any]) -> int | None:
+        """Tokens of a chunk by its continuous usage, None where there is none, or where it shrinks."""
+        total = usage.get("completion_tokens")
+        if total is None or self._told is None:
+            return None
+        count, self._told = total - self._told, total
+        if count < 0:
+            self._told = None
+            return None
+        return count
+
+    def number(self, name: str) -> int:
+        """A count of the server's usage; 0 where it has none."""
+        value = self.usage.get(name)
+        return value if isinstance(value, int) else 0
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the server says it had."""
+        details = self.usage.get("prompt_tokens_details")
+        value = details.get("cached_tokens") if isinstance(details, dict) else None
+        return value if isinstance(value, int) else 0
+
     @property
     def text_chunks(self) -> list[Chunk]:
         """The chunks that carried tokens."""
         return [chunk for chunk in self.chunks if chunk.kind == "text"]
+
+
+def _error_in(value: Any) -> str | None:
+    """What an event says has gone wrong: OpenAI's `error`, vLLM's bare error object, or a `message` with no choices."""
+    told = value.get("error")
+    if told is None and (value.get("object") == "error" or not value.keys() & {"choices", "usage"}):
+        told = value.get("message")
+    if told is None:
+        return None
+    told = told.get("message") or told if isinstance(told, dict) else told
+    return str(told or "an error without a word")
 
 
 def token_times(chunks: Sequence[Chunk], num_tokens: int) -> list[float]:

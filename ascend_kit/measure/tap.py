@@ -8,6 +8,7 @@ the connection over; when the stream has ended, aiohttp gets its bytes as if the
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ import aiohttp
 Take = Callable[[float, bytes], bool]  # (perf_counter seconds, bytes); True where no more is wanted
 SLICE = 16  # reads that are given to aiohttp before other streams have a turn
 # The end of a stream as bytes on the wire: the last event, or the last chunk of HTTP's chunked encoding.
-LAST_EVENT, LAST_CHUNK = b"[DONE]", b"\r\n0\r\n\r\n"
+LAST_EVENT, LAST_CHUNK = re.compile(rb"data: ?\[DONE\]"), b"\r\n0\r\n\r\n"
+PING = re.compile(rb"(?:(?:[0-9A-Fa-f]+\r\n)?:[^\r\n]*[\r\n]+)+")  # comments alone: a server that lives, not its stream
 
 
 class Tap(asyncio.Protocol):
@@ -27,14 +29,16 @@ class Tap(asyncio.Protocol):
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: BaseException | None = None
         self.is_lost = False
-        self._tail = b""
+        self._tail, self._last_s = b"", time.perf_counter()
 
     def data_received(self, data: bytes) -> None:
         self.reads.append((time.perf_counter(), data))
+        if not PING.fullmatch(data):
+            self._last_s = self.reads[-1][0]
         seen = self._tail + data
-        if LAST_EVENT in seen or seen.endswith(LAST_CHUNK):
+        if LAST_EVENT.search(seen) or seen.endswith(LAST_CHUNK):
             self._end()
-        self._tail = seen[-8:]
+        self._tail = seen[-12:]
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.lost, self.is_lost = exc, True
@@ -45,11 +49,9 @@ class Tap(asyncio.Protocol):
             self.ended.set_result(None)
 
     async def wait(self, idle_s: float) -> None:
-        """Until the end; aiohttp.ServerTimeoutError when nothing came for `idle_s`."""
-        since_s = time.perf_counter()
+        """Until the end; aiohttp.ServerTimeoutError when nothing but comments came for `idle_s`."""
         while not self.ended.done():
-            last_s = self.reads[-1][0] if self.reads else since_s
-            left_s = last_s + idle_s - time.perf_counter()
+            left_s = self._last_s + idle_s - time.perf_counter()
             if left_s <= 0:
                 raise aiohttp.ServerTimeoutError(f"Timeout: nothing came for {idle_s:g} s")
             await asyncio.wait([self.ended], timeout=left_s)
@@ -66,7 +68,9 @@ async def read_stream(
     """
     content, connection = response.content, response.connection
     transport = connection.transport if connection is not None else None
-    if connection is not None and transport is not None and not content.is_eof():
+    # A body of known length is no stream, and its end would not be seen.
+    is_open = response.content_length is None and not content.is_eof()
+    if connection is not None and transport is not None and is_open:
         handler, tap, silent = connection.protocol, Tap(), None
         assert handler is not None
         handler.read_timeout = None  # of aiohttp, which sees nothing meanwhile
