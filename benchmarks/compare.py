@@ -369,14 +369,8 @@ def end_group(process: subprocess.Popen) -> None:
 
 def environment(threads: int) -> dict[str, str]:
     """The same number of threads for all, and no look at the network."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "DO_NOT_TRACK": "1",
-    }
+    off = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "DO_NOT_TRACK"), "1")
+    return {**os.environ, **off, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def machine() -> dict[str, Any]:

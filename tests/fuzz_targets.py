@@ -39,7 +39,7 @@ from ascend_kit.checkpoint.manifest import check_converted, model_identity, veri
 from ascend_kit.evaluation.datasets import find_tasks
 from ascend_kit.identity import Identity
 from ascend_kit.measure.loads import read_load_prompts, read_trace
-from ascend_kit.params import Experiment, load_experiment
+from ascend_kit.params import EVAL_SETS, Experiment, load_experiment
 from ascend_kit.prompts import read_prompts
 from ascend_kit.results import RunFolder, list_runs, newest_rows, run_parameters
 from ascend_kit.show.report import write_report
@@ -279,9 +279,6 @@ def read_all_prompts(folder: Path) -> None:
         read_prompts(path)
 
 
-SETS = ("mmlu", "ceval", "agieval", "wikitext")
-
-
 def build_data(folder: Path) -> None:
     import pyarrow.parquet as pq
 
@@ -295,7 +292,7 @@ def build_data(folder: Path) -> None:
 
 
 def read_data(folder: Path) -> None:
-    find_tasks(folder / "data", SETS)
+    find_tasks(folder / "data", EVAL_SETS)
 
 
 MODEL_FILES: dict[str, Mutation] = {"model/config.json": json_of_file, "model/generation_config.json": json_of_file}

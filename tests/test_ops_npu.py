@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from npu_cases import BLOCK, attention_case, on, steps
 
-from ascend_kit.device.ops import OPS, AttentionMeta, npu, reference, select_ops
+from ascend_kit.device.ops import OPS, npu, reference, select_ops
 
 pytestmark = pytest.mark.npu
 
-BLOCK = 128
 # bf16 keeps 8 bits of mantissa; the kernels round once, the reference after every operator.
 BF16 = dict(rtol=2e-2, atol=2e-2)
 
@@ -25,49 +25,6 @@ def fresh_switches(device):
     npu.switch.cache_clear()
     yield
     npu.switch.cache_clear()
-
-
-def on(device, *tensors):
-    return tuple(t.to(device) for t in tensors) if len(tensors) > 1 else tensors[0].to(device)
-
-
-def steps(device="cpu"):
-    """Decode, prefill, a chunk behind a prefix, and all of them in one step, over scattered blocks."""
-    return {
-        "decode": make_meta([[3], [1, 2], [4, 5, 6]], [5, 128, 300], [1, 1, 1], device),
-        "decode with dead rows": make_meta([[3], [0], [0]], [5, 1, 1], [1, 1, 1], device),
-        "prefill": make_meta([[3], [1, 2]], [7, 129], [7, 129], device),
-        "chunk after a prefix": make_meta([[7, 8, 9]], [290], [40], device),
-        "mixed": make_meta([[3], [4], [1, 2], [5, 6]], [3, 128, 200, 130], [1, 1, 100, 130], device),
-    }
-
-
-def make_meta(table, lengths, new, device="cpu"):
-    ends = torch.tensor(new).cumsum(0).tolist()
-    width = max(map(len, table))
-    slots = [
-        row[p // BLOCK] * BLOCK + p % BLOCK
-        for row, length, count in zip(table, lengths, new, strict=True)
-        for p in range(length - count, length)
-    ]
-    return AttentionMeta(
-        slot_mapping=torch.tensor(slots, dtype=torch.int32).to(device),
-        block_table=torch.tensor([row + [0] * (width - len(row)) for row in table], dtype=torch.int32).to(device),
-        cu_seqlens_q=ends,
-        context_lens=lengths,
-        context_lens_t=torch.tensor(lengths, dtype=torch.int32).to(device),
-        block_size=BLOCK,
-        is_decode=all(count == 1 for count in new),
-    )
-
-
-def attention_case(step, heads, groups, size, dtype=torch.bfloat16, device="npu"):
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
-    caches = draw(12, BLOCK, groups, size), draw(12, BLOCK, groups, size)
-    q = draw(steps()[step].cu_seqlens_q[-1], heads, size)
-    expected = reference.paged_attention(q, *caches, steps()[step], size**-0.5)
-    return *on(device, q, *caches), steps(device)[step], expected
 
 
 @pytest.mark.parametrize("step", steps())
@@ -335,128 +292,6 @@ def test_every_torch_npu_function_has_the_arguments_we_pass(name, keywords, posi
         if set(keywords) <= {a.name for a in s.arguments} and positional <= sum(not a.kwarg_only for a in s.arguments)
     ]
     assert fits, f"{name}{keywords} fits none of {schemas}"
-
-
-# Broken on purpose: each of these must be noticed.
-
-
-def attend_directly(device, **changes):
-    """The table's attention call with some arguments changed; (result, expected)."""
-    q, k_cache, v_cache, meta, expected = attention_case("chunk after a prefix", 8, 2, 128, device=device)
-    arguments = dict(
-        atten_mask=npu.make_mask(q.device),
-        actual_seq_lengths=meta.cu_seqlens_q,
-        actual_seq_lengths_kv=meta.context_lens,
-        block_table=meta.block_table,
-        num_heads=8,
-        num_key_value_heads=2,
-        scale=128**-0.5,
-        input_layout="TND",
-        sparse_mode=3,
-        block_size=BLOCK,
-    )
-    import torch_npu
-
-    return torch_npu.npu_fused_infer_attention_score(
-        q, k_cache.flatten(2), v_cache.flatten(2), **{**arguments, **changes}
-    )[0].cpu(), expected
-
-
-def test_attention_called_directly_is_correct_before_it_is_broken(sim, device):
-    got, expected = attend_directly(device)
-
-    torch.testing.assert_close(got, expected, **BF16)
-
-
-@pytest.mark.parametrize("mode", [0, 2])
-def test_a_wrong_mask_mode_is_noticed(mode, sim, device):
-    # Mode 2 aligns the mask at the upper left, which hides a chunk's prefix; mode 0 wants a full mask.
-    with pytest.raises((AssertionError, RuntimeError)):
-        torch.testing.assert_close(*attend_directly(device, sparse_mode=mode), **BF16)
-
-
-@pytest.mark.parametrize(
-    "changes,message",
-    [
-        ({"scale": 1.0}, "1/sqrt"),
-        ({"atten_mask": None}, "2048x2048"),
-        ({"actual_seq_lengths_kv": None}, "actual_seq_lengths_kv"),
-        ({"actual_seq_lengths": [39]}, "561002"),
-        ({"actual_seq_lengths": [20, 20]}, "561002"),
-        ({"block_size": 64}, "paged key"),
-        ({"num_key_value_heads": 3}, "KV heads"),
-        ({"input_layout": "BNSD"}, "BNSD"),
-    ],
-)
-def test_a_broken_attention_argument_is_refused(changes, message, sim, device):
-    with pytest.raises(RuntimeError, match=message):
-        attend_directly(device, **changes)
-
-
-def test_cumulative_kv_lengths_are_refused(sim, device):
-    q, k_cache, v_cache, meta, _ = attention_case("decode", 8, 2, 128, device=device)
-    meta.context_lens = torch.tensor(meta.context_lens).cumsum(0).tolist()
-
-    with pytest.raises(RuntimeError, match="per sequence, not cumulative"):
-        npu.paged_attention(q, k_cache, v_cache, meta, 128**-0.5)
-
-
-def test_a_block_table_out_of_range_or_of_another_type_is_refused(sim, device):
-    q, k_cache, v_cache, meta, _ = attention_case("decode", 8, 2, 128, device=device)
-    good = meta.block_table
-
-    meta.block_table = good + 12
-    with pytest.raises(RuntimeError, match="the cache has 12"):
-        npu.paged_attention(q, k_cache, v_cache, meta, 128**-0.5)
-    meta.block_table = good.long()
-    with pytest.raises(RuntimeError, match=r"block_table is torch\.int64"):
-        npu.paged_attention(q, k_cache, v_cache, meta, 128**-0.5)
-
-
-@pytest.mark.parametrize(
-    "slots,message", [([0, 1, 4 * BLOCK], "outside"), ([0, -1, 2], "outside"), ([5, 5, 6], "twice")]
-)
-def test_slots_out_of_range_or_used_twice_are_refused(slots, message, sim, device):
-    rows = torch.zeros(3, 2, 128).bfloat16().to(device)
-    cache = torch.zeros(4, BLOCK, 2, 128).bfloat16().to(device)
-
-    with pytest.raises(RuntimeError, match=message):
-        npu.store_kv(rows, rows, cache, cache, torch.tensor(slots, dtype=torch.int32).to(device))
-
-
-def test_the_default_cache_mode_and_a_strided_key_are_refused(sim, device):
-    import torch_npu
-
-    cache, slots = torch.zeros(4, BLOCK, 2, 128).to(device), torch.arange(3, dtype=torch.int32).to(device)
-    merged = torch.zeros(3, 4, 128).to(device)
-
-    with pytest.raises(RuntimeError, match="FRACTAL_NZ"):
-        torch_npu.npu_scatter_pa_kv_cache(merged[:, :2].contiguous(), merged[:, 2:].contiguous(), cache, cache, slots)
-    with pytest.raises(RuntimeError, match="key must be contiguous"):
-        torch_npu.npu_scatter_pa_kv_cache(merged[:, :2], merged[:, 2:], cache, cache, slots, cache_mode="Norm")
-
-
-def test_a_cpu_tensor_among_npu_tensors_is_refused(sim, device):
-    with pytest.raises(RuntimeError, match="same device"):
-        npu.rms_norm(torch.zeros(2, 64).to(device), torch.ones(64), 1e-6)
-
-
-def test_an_nz_weight_cannot_be_sliced(sim, device, monkeypatch):
-    monkeypatch.setenv("ASCEND_KIT_NPU_WEIGHT_NZ", "int8")
-    packed = npu.pack_int8(torch.ones(48, 64, dtype=torch.int8).to(device))
-
-    with pytest.raises(RuntimeError, match="FRACTAL_NZ"):
-        packed[:, :16]
-
-
-def test_forgetting_the_output_type_of_an_int8_product_shows(sim, device):
-    import torch_npu
-
-    codes, scale = torch.ones(2, 64, dtype=torch.int8).to(device), torch.ones(48).to(device)
-    weight, rows = torch.ones(64, 48, dtype=torch.int8).to(device), torch.ones(2).to(device)
-
-    with pytest.raises(RuntimeError, match="None means int8"):
-        torch_npu.npu_quant_matmul(codes, weight, scale, pertoken_scale=rows)
 
 
 def test_the_mask_is_shared_and_causal(device):

@@ -42,7 +42,7 @@ def start(devices: int = 1) -> Any:
         import torch_npu  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise Unavailable(f"torch_npu does not load over the stub runtime: {error}") from error
-    from npu_sim import attention, kernels  # noqa: F401 - registers the CPU kernels of the npu:: operators
+    from npu_sim import attention, kernels, quant_kernels  # noqa: F401 - registers the CPU kernels of the npu:: operators
     from npu_sim.simulator import Simulator, in_every_thread
 
     _simulator = Simulator(runtime)

@@ -20,7 +20,8 @@ from ascend_kit.engine.sequence import SamplingParams, Sequence
 from ascend_kit.measure.forecast import kv_bytes_per_token
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import LINEAR_PARTS, tensor_spec, uniform_schemes, weight_bytes
-from npu_sim.simulator import Counts, Simulator
+from npu_sim.counts import Counts
+from npu_sim.simulator import Simulator
 
 QWEN3_8B = ModelConfig("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True)
 QWEN25_7B = ModelConfig("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, attention_bias=True)

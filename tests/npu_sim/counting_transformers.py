@@ -12,7 +12,8 @@ from ascend_kit.measure.forecast import kv_bytes_per_token
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import weight_bytes
 from npu_sim.counting import StepCost, shapes_only
-from npu_sim.simulator import Counts, Simulator
+from npu_sim.counts import Counts
+from npu_sim.simulator import Simulator
 
 
 def count_transformers_step(sim: Simulator, config: ModelConfig, *, batch: int = 1, context: int = 1024) -> StepCost:

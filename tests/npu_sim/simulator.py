@@ -8,10 +8,7 @@ left empty.
 
 from __future__ import annotations
 
-import os
 import threading
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,32 +19,20 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from npu_sim import capture, runtime, traits
 from npu_sim.capture import CaptureError, Graphs, Kernel
+from npu_sim.counts import Counts
+from npu_sim.lowered import (
+    Lowered,
+    check_store,
+    finish_collectives,
+    finished_work,
+    internal_formats_allowed,
+    is_composite,
+    poison,
+)
 from npu_sim.runtime import Runtime, host_alias
 
 FRACTAL_NZ = 29
 _PLACEMENT = ("device", "non_blocking", "pin_memory")  # arguments of a copy that say where, not what
-
-
-@dataclass
-class Counts:
-    """Counted since the last `reset`. `launches`: made by the host; `kernels`: those in replays as well."""
-
-    launches: Counter = field(default_factory=Counter)
-    kernels: Counter = field(default_factory=Counter)
-    syncs: Counter = field(default_factory=Counter)
-    uploads: int = 0  # asynchronous host-to-device copies
-    bytes: int = 0  # moved by kernels in device memory
-    captures: int = 0
-    replays: int = 0
-    updates: int = 0  # operators re-issued by NPUGraph.update
-
-    @property
-    def num_launches(self) -> int:
-        return sum(self.launches.values())
-
-    @property
-    def num_syncs(self) -> int:
-        return sum(self.syncs.values())
 
 
 class Simulator(TorchDispatchMode):
@@ -92,7 +77,7 @@ class Simulator(TorchDispatchMode):
         if not on_npu and not wants_npu:
             return func(*args, **kwargs)
         self.catch_up()
-        if _is_composite(func):
+        if is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -191,7 +176,7 @@ class Simulator(TorchDispatchMode):
 
     def _compute(self, func: Any, args: tuple, kwargs: dict, device: torch.device) -> Any:
         """Run on the CPU over the same bytes; results that are new get npu memory of their own."""
-        lowered = _Lowered(args, kwargs)
+        lowered = Lowered(args, kwargs)
         out = func(*lowered.args, **lowered.kwargs)
 
         def lift(x: Any) -> Any:
@@ -214,8 +199,8 @@ class Simulator(TorchDispatchMode):
         if func._schema.name in traits.RETURNS_ARGUMENTS:
             return tuple(args[i] for i in traits.RETURNS_ARGUMENTS[func._schema.name]), []
         if func._schema.name.startswith("c10d::"):
-            return (args[0], _finished_work()), []
-        lowered = _Lowered(args, kwargs, to_meta=True)
+            return (args[0], finished_work()), []
+        lowered = Lowered(args, kwargs, to_meta=True)
         shapes = func(*lowered.args, **lowered.kwargs)
         fresh: list[Tensor] = []
 
@@ -236,7 +221,7 @@ class Simulator(TorchDispatchMode):
         result, fresh = self._allocate(func, args, kwargs, device)
         for tensor in self._own(fresh):
             if not self.shapes_only:
-                _poison(host_alias(tensor))
+                poison(host_alias(tensor))
         recording.add(Kernel(name, self._runner(func, name, args, kwargs, on_npu, fresh), outside))
         return result
 
@@ -252,7 +237,7 @@ class Simulator(TorchDispatchMode):
         self, func: Any, name: str, args: tuple, kwargs: dict, on_npu: list[Tensor], fresh: list[Tensor]
     ) -> Any:
         """What a replay executes: the operator over the addresses of now, results likewise."""
-        lowered = _Lowered(args, kwargs)
+        lowered = Lowered(args, kwargs)
         targets = [host_alias(t) for t in fresh]
         moved = traits.bytes_moved(name, args, kwargs, on_npu, fresh)
         known = lowered.forget_owners()  # the device knows addresses: nothing here keeps npu memory alive
@@ -266,7 +251,7 @@ class Simulator(TorchDispatchMode):
             new = [x for x in out if isinstance(x, Tensor) and id(x) not in known]
             for target, source in zip(targets, new, strict=True):
                 target.copy_(source)
-            _finish_collectives(out)
+            finish_collectives(out)
 
         return run
 
@@ -305,7 +290,7 @@ class Simulator(TorchDispatchMode):
             target.copy_(host_alias(source) if to_host else source)
             return args[0]
         plain = {key: value for key, value in kwargs.items() if key not in _PLACEMENT}
-        lowered = _Lowered(args, plain)
+        lowered = Lowered(args, plain)
         copied = func(*lowered.args, **lowered.kwargs)
         if to_host:
             return copied
@@ -369,7 +354,7 @@ class Simulator(TorchDispatchMode):
 
     def _format_cast(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
         source, wanted = args[0], args[1]
-        if wanted == FRACTAL_NZ and not _internal_formats_allowed():
+        if wanted == FRACTAL_NZ and not internal_formats_allowed():
             raise RuntimeError("npu_format_cast to FRACTAL_NZ needs torch.npu.config.allow_internal_format = True")
         if not source.is_contiguous():
             raise RuntimeError(f"npu_format_cast of a strided tensor {tuple(source.shape)} {source.stride()}")
@@ -397,80 +382,10 @@ class Simulator(TorchDispatchMode):
     def _check_formats(self, name: str, on_npu: list[Tensor]) -> None:
         if not self._nz_storages or name in traits.READS_FRACTAL_NZ:
             return
-        for tensor in on_npu:
-            if self.is_nz(tensor):
-                raise RuntimeError(
-                    f"{name} reads or reshapes a FRACTAL_NZ tensor {tuple(tensor.shape)} as if it were plain"
-                )
-
-
-class _Lowered:
-    """Arguments with npu tensors replaced by CPU (or meta) tensors, and the way back from those objects."""
-
-    def __init__(self, args: tuple, kwargs: dict, to_meta: bool = False) -> None:
-        self.owners: dict[int, Tensor] = {}
-        self._seen: dict[int, Tensor] = {}
-        self._keep: list[Tensor] = []
-        self._to_meta = to_meta
-        self.args, self.kwargs = tree_map(self._lower, (args, kwargs))
-
-    def forget_owners(self) -> set[int]:
-        """Drop the npu tensors; returns the identities of their stand-ins, which stay."""
-        known = set(self.owners)
-        self.owners.clear()
-        self._keep.clear()
-        return known
-
-    def _lower(self, x: Any) -> Any:
-        if isinstance(x, torch.device):
-            return torch.device("meta" if self._to_meta else "cpu")
-        if not isinstance(x, Tensor) or (x.device.type != "npu" and not self._to_meta):
-            return x
-        if id(x) not in self._seen:
-            if self._to_meta:
-                low = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
-            else:
-                low = host_alias(x)
-            self._seen[id(x)] = low
-            self.owners[id(low)] = x
-            self._keep.append(x)
-        return self._seen[id(x)]
-
-
-def check_store(store: Any) -> None:
-    """HCCL hands its master id round through the store at a group's first collective: it must be there still."""
-    while isinstance(store, torch.distributed.PrefixStore):
-        store = store.underlying_store
-    if isinstance(store, torch.distributed.FileStore) and not os.path.exists(store.path):
-        raise RuntimeError(f"broadcastMasterID: the store {store.path} is gone; HCCL wants it at the first collective")
-
-
-def _internal_formats_allowed() -> bool:
-    import torch_npu
-
-    return torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
-
-
-def _poison(tensor: Tensor) -> None:
-    """Results of a recorded launch hold garbage until a replay."""
-    if tensor.is_floating_point():
-        tensor.fill_(float("nan"))
-
-
-def _finished_work() -> Any:
-    """What a collective returns while it is only recorded."""
-    return torch._C._distributed_c10d.FakeWork().boxed()
-
-
-def _finish_collectives(results: list[Any]) -> None:
-    """A replayed collective ends before the next kernel starts."""
-    for result in results:
-        if isinstance(result, torch.ScriptObject):
-            torch._C._distributed_c10d.Work.unbox(result).wait()
-
-
-def _is_composite(func: Any) -> bool:
-    return traits.has_kernel(func, "CompositeImplicitAutograd") and not traits.has_kernel(func, "PrivateUse1")
+        for tensor in filter(self.is_nz, on_npu):
+            raise RuntimeError(
+                f"{name} reads or reshapes a FRACTAL_NZ tensor {tuple(tensor.shape)} as if it were plain"
+            )
 
 
 def in_every_thread(mode: Simulator) -> None:
