@@ -1,10 +1,10 @@
 """Does an evaluation of a model that is broken on purpose end with an alarm and exit status 1 of the command line?
 
-    python benchmarks/broken_models.py
+    python benchmarks/broken_models.py [NAME ...]
 
 The demo model as it is (status 0), then with the rows of its embedding shuffled, with one scale wrong by a factor of
-thirty, with logits that are all the same, and ending every text at its first token. The short form, on a model built by
-hand and through endpoints, is tests/test_broken_models.py.
+thirty, with logits that are all the same, and ending every text at its first token; or those that are named. The short
+form, on a model built by hand and through endpoints, is tests/test_broken_models.py.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def break_model(folder: Path, name: str) -> None:
 def main() -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for name in CHANGES:
+        for name in sys.argv[1:] or CHANGES:
             folder = Path(scratch) / name.replace(" ", "-")
             shutil.copytree(ensure_model(), folder / "model")
             break_model(folder / "model", name)

@@ -209,6 +209,18 @@ def test_an_answer_without_choices_is_an_error_that_says_so(loaded) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(300)
+def test_the_command_line_ends_with_status_1_where_rows_are_shuffled_and_with_0_where_nothing_is_broken() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "broken_models.py"
+    done = subprocess.run([sys.executable, script, "as it is", "shuffled rows"], capture_output=True, text=True)
+
+    whole, broken = (line.split() for line in done.stdout.splitlines())
+    assert whole == ["as", "it", "is", "exit", "0", "ok", "-"], done.stdout + done.stderr
+    assert broken[:5] == ["shuffled", "rows", "exit", "1", "alarm"]
+    assert {"evaluation.chance", "mmlu,", "ceval,"} <= set(broken)
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_ten_kills_at_random_moments_leave_the_same_table_and_no_document_answered_twice() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "evaluation_kills.py"

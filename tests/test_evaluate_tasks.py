@@ -9,6 +9,7 @@ import re
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pandas
+import pyarrow.parquet
 import pytest
 from evaluation_data import write_sets, write_table
 from running_server import Running
@@ -212,6 +214,57 @@ def test_ruler_ends_with_a_score_for_the_length_that_fits_made_with_the_models_t
         check_data(experiment.with_changes(eval_max_seq_length=1024))
     with pytest.raises(DataError, match="ruler_vt: the shortest prompts take 4352 tokens, eval_max_seq_length is 2304"):
         check_data(experiment.with_changes(eval_datasets=["ruler_vt"]))
+
+
+def solved(prompt: str, sampling) -> tuple[str, str]:
+    """The right answer to a prompt of RULER's that needs no text from the web, worked out from the prompt alone."""
+    if "magic" in prompt:
+        word = re.findall(r"for (\S+) mentioned in the provided text", prompt)[-1]
+        found = re.findall(rf"for {re.escape(word)} is: (\S+)\.\s", prompt)
+    elif "VAR " in prompt:
+        value = re.findall(r"assigned the value (\d+)", prompt)[-1]
+        names = {value}
+        for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", prompt):
+            names |= {name} if source in names else set()
+        found = sorted(names - {value})
+    elif "numbered list" in prompt:
+        words = re.findall(r"\d+\. (.+?)(?= \d+\. |\n)", prompt.rpartition("the ones that appear most often.")[2])
+        found = [word for word, _ in Counter(words).most_common(10)]
+    else:
+        text = prompt.partition("coded words.")[2].partition("\nQuestion")[0]
+        found = [word for word, _ in Counter(re.findall(r"[a-z]+", text)).most_common(3)]
+    return " ".join(found), "stop"
+
+
+@pytest.mark.long
+def test_what_ruler_asks_beside_the_needles_is_solved_from_its_prompts_and_drawn_once(
+    engine, tmp_path, monkeypatch
+) -> None:
+    pytest.importorskip("wonderwords", reason="RULER's words: pip install wonderwords")
+    from ascend_kit.checkpoint.huggingface import load_tokenizer
+    from ascend_kit.demo import ensure_model  # 4,096 bytes of the small model's are too few for RULER
+
+    model = ensure_model()
+    monkeypatch.setenv("ASCEND_KIT_CACHE", str(tmp_path / "cache"))
+    names = ["niah_multikey_2", "niah_multikey_3", "ruler_fwe", "ruler_vt"]
+    asked = {"eval_datasets": names, "eval_max_seq_length": 4352, "eval_limit": 2, "max_seq_length": 8448}
+    experiment = experiment_for(None, tmp_path, input_model=str(model), **asked)
+    reader = SimpleNamespace(tokenizer=load_tokenizer(model), config=engine.config, device=engine.device)
+    able = stand_in(reader, answer=solved)
+    able.max_seq_length = 8448
+    result, _ = run(able, experiment)
+    words = experiment.with_changes(eval_datasets=["ruler_cwe"])  # the demo's tokenizer needs 8,192 tokens for them
+    with pytest.raises(DataError, match=r"ruler_cwe cannot be prepared: .* 4096 tokens hold nothing to be found"):
+        check_data(words)
+    common, _ = run(able, words.with_changes(run="words", eval_max_seq_length=8448))
+
+    rows = result.tasks.set_index("task")[["metric", "value", "n"]].T.to_dict("list")
+    assert rows == {name: ["4096", 1.0, 2] for name in names} and not any(result.documents["cut_tokens"])
+    assert common.tasks[["metric", "value", "n"]].values.tolist() == [["8192", 1.0, 2]]
+    (path,) = (tmp_path / "cache" / "ruler").glob("ruler_vt-*.parquet")
+    table = pyarrow.parquet.read_table(path)
+    pyarrow.parquet.write_table(table.slice(0, 3), path)  # who asks again is given what lies there
+    assert (len(table), check_data(experiment.with_changes(eval_datasets=["ruler_vt"]))[0].num_documents) == (500, 3)
 
 
 def test_a_length_of_ruler_is_scored_over_its_own_documents() -> None:

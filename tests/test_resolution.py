@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCE_ONLY = ("sqlitedict", "rouge-score", "word2number")  # of lm-eval; pip builds them for its own Python only
+SOURCE_ONLY = ("sqlitedict", "rouge-score", "word2number", "langdetect")  # of lm-eval; pip builds them for its Python
 
 BUILT = (*SOURCE_ONLY, "torch")
 GLIBC = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_26", "manylinux_2_17", "manylinux2014", "manylinux_2_12",

@@ -218,7 +218,7 @@ def model_identity(model_path: str | Path, tokenizer_path: str | Path | None = N
     template = _chat_template(texts)
     return Identity(
         weights=hash_value(weights),
-        tokenizer=hash_value(_tokenizer_parts(texts)),
+        tokenizer=tokenizer_hash(texts),
         chat_template=None if template is None else hash_value(template),
     )
 
@@ -243,13 +243,14 @@ def weight_hashes(folder: Path) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def _tokenizer_parts(folder: Path) -> dict[str, Any]:
+def tokenizer_hash(folder: Path) -> str:
+    """Content hash of a folder's tokenizer, without its chat template."""
     names = [name for name in TOKENIZER_FILES if name not in TEMPLATE_FILES and (folder / name).is_file()]
     parts: dict[str, Any] = {name: file_hash(folder / name) for name in names}
     if "tokenizer_config.json" in parts:  # the template has a place of its own
         settings = read_json(folder / "tokenizer_config.json", "the tokenizer's settings")
         parts["tokenizer_config.json"] = {key: value for key, value in settings.items() if key != "chat_template"}
-    return parts
+    return hash_value(parts)
 
 
 def _chat_template(folder: Path) -> Any:

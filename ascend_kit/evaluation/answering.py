@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from ascend_kit.evaluation.adapter import EngineLM, Facts
+from ascend_kit.evaluation.datasets import without_warnings
 from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.evaluation.rows import passage_of
 from ascend_kit.evaluation.sequential import EnoughEvidence
@@ -156,23 +156,19 @@ class DocumentLM(EngineLM):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval 0.4.13 draws a bar per task while building prompts, without a switch, and warns of its own
-    YAML.
+    """lm-eval 0.4.13 draws a bar per task while building prompts, without a switch, and warns.
 
     Our progress counts all documents, and truncated inputs are counted by the adapter. Delete the bar's part
     when `build_all_requests` can be told to draw none.
     """
     import lm_eval.api.task as module
 
-    logger = logging.getLogger("lm_eval")
-    bar, level = module.tqdm, logger.level
-    module.tqdm = lambda items, **_: items
-    logger.setLevel(logging.ERROR)
+    bar, module.tqdm = module.tqdm, lambda items, **_: items
     try:
-        yield
+        with without_warnings():
+            yield
     finally:
         module.tqdm = bar
-        logger.setLevel(level)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ scored.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections.abc import Iterable
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -215,6 +216,18 @@ def write_task_folder(tasks: Iterable[LocalTask], folder: str | Path) -> Path:
     return folder
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """lm-eval warns of its own YAML files, and of what is said here in other words."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def load_task(folder: str | Path, name: str) -> ConfigurableTask:
     """lm-eval's task from the YAML files in `folder`: its documents are read once, from a fixed state of the global
     generators, and stay as they are.
@@ -224,7 +237,7 @@ def load_task(folder: str | Path, name: str) -> ConfigurableTask:
 
     random.seed(SHUFFLE_SEED)
     numpy.random.seed(SHUFFLE_SEED)
-    with redirect_stdout(None):  # RULER prints each length that it tries
+    with redirect_stdout(None), without_warnings():  # RULER prints each length that it tries
         manager = TaskManager(include_path=folder, include_defaults=False)
         task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
         documents: list[Any] = list(task.eval_docs)

@@ -12,16 +12,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
-from importlib.metadata import metadata
+from functools import cache
+from importlib.metadata import metadata, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.evaluation import code_execution
 from ascend_kit.evaluation.datasets import SETS, LocalTask, load_task, packaged_config, packaged_folder, write_yaml
 from ascend_kit.evaluation.files import SPLITS, DataError, plain_name, set_files, set_folders, subject_key
 from ascend_kit.evaluation.rows import csv_columns
-from ascend_kit.files import one_line
+from ascend_kit.files import cache_root, one_line, write_atomic
 from ascend_kit.identity import hash_value
 from ascend_kit.messages import did_you_mean
 from ascend_kit.params import Experiment
@@ -45,10 +45,8 @@ SHOWN = 8  # tasks named in an error
 
 @dataclass(frozen=True)
 class OtherTask(LocalTask):
-    """A task whose documents lm-eval itself reads: `settings` replace those of its packaged file.
-
-    `tables` (split -> columns) are handed over ready: csv files, in which pandas makes "1.10" 1.1 and "None" nothing,
-    and documents that were drawn.
+    """A task whose documents lm-eval itself reads: `settings` replace those of its packaged file. csv files are read
+    here, into `tables` (split -> columns): pandas makes "1.10" 1.1 and "None" nothing.
     """
 
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -182,7 +180,7 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
         output_type=str(raw.get("output_type", "")),
         metrics=(),
         version=0.0,
-        settings={"custom_dataset": None} if is_ruler else settings or {},
+        settings=settings or {},
         tables=tables,
     )
 
@@ -192,9 +190,8 @@ def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
     with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
         try:
             with _nltk_stays_offline(experiment):
-                if "custom_dataset" in task.settings:  # RULER's
-                    tokenizer = experiment.tokenizer_path or experiment.input_model
-                    task = replace(task, tables=_drawn(task, tokenizer, *ruler_lengths(experiment)))
+                if task.packaged_yaml.parent.name == "ruler":
+                    task = replace(task, settings=_drawn_settings(task, experiment))
                 write_yaml(Path(scratch) / f"{task.task}.yaml", task.config(Path(scratch)))
                 built = load_task(scratch, task.task)
             documents = list(built.eval_docs)
@@ -248,14 +245,31 @@ def _reason(task: OtherTask, error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-@lru_cache(maxsize=32)
-def _drawn(task: OtherTask, tokenizer: str, *lengths: int) -> dict[str, dict[str, list[Any]]]:
-    """The documents of a task of RULER's, drawn once for all that asks for them: it takes minutes."""
-    whole = replace(task, settings={"dataset_kwargs": {"tokenizer": tokenizer, "max_seq_lengths": list(lengths)}})
-    with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
-        write_yaml(Path(scratch) / f"{task.task}.yaml", whole.config(Path(scratch)))
-        documents = list(load_task(scratch, task.task).eval_docs)
-    return {"test": {name: [document[name] for document in documents] for name in documents[0]}}
+def _drawn_settings(task: OtherTask, experiment: Experiment) -> dict[str, Any]:
+    """Settings that make lm-eval read a task of RULER's whose documents were drawn before, for this tokenizer and these
+    lengths: drawing takes minutes, so it is done once per machine.
+    """
+    import pyarrow.parquet
+
+    from ascend_kit.checkpoint.manifest import tokenizer_hash  # imports torch
+
+    texts, lengths = experiment.tokenizer_path or experiment.input_model, ruler_lengths(experiment)
+    key = hash_value([task.task, lengths, tokenizer_hash(Path(texts)), version("lm-eval")])
+    path = cache_root() / "ruler" / f"{task.task}-{key[:16]}.parquet"
+    if not path.exists():
+        whole = replace(task, settings={"dataset_kwargs": {"tokenizer": texts, "max_seq_lengths": lengths}})
+        with tempfile.TemporaryDirectory(prefix="ascend-eval-") as scratch:
+            write_yaml(Path(scratch) / f"{task.task}.yaml", whole.config(Path(scratch)))
+            # A tokenizer that needs many tokens for a word leaves common words no room: nothing is asked for there.
+            drawn = cast("list[dict[str, Any]]", list(load_task(scratch, task.task).eval_docs))
+            documents = [document for document in drawn if document["outputs"]]
+        if not documents:
+            raise ValueError(f"{lengths[-1]} tokens hold nothing to be found with this tokenizer")
+        buffer = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(documents), buffer, compression="zstd")
+        write_atomic(path, buffer.getvalue().to_pybytes())
+    files = {"data_files": {"test": str(path)}}
+    return {"custom_dataset": None, "dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": files}
 
 
 def ruler_lengths(experiment: Experiment) -> list[int]:
