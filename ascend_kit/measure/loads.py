@@ -137,14 +137,19 @@ def read_trace(path: str | Path) -> list[TraceEntry]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
         raise FileError(f"trace_file {path} cannot be read: {error}") from None
-    is_table = bool(lines) and not lines[0].startswith("{")
-    rows = csv.DictReader(lines) if is_table else (line for line in lines if line.strip())
+    lines = [line for line in lines if line.strip()]
+    first = lines[0].lstrip()[:1] if lines else "{"
     entries: list[TraceEntry] = []
     try:
+        rows = json.loads("".join(lines)) if first == "[" else map(json.loads, lines)
+        if first not in "[{":
+            rows = map(_azure, csv.DictReader(lines, skipinitialspace=True))
         for row in rows:
-            entries.append(_azure(row) if isinstance(row, dict) else _mooncake(json.loads(row)))
+            entries.append(row if isinstance(row, TraceEntry) else _mooncake(row))
             if not math.isfinite(entries[-1].at_s):
                 raise ValueError(f"{entries.pop().at_s} is no time")
+            if min(entries[-1][1:3]) < 0:
+                raise ValueError(f"{min(entries.pop()[1:3])} tokens")
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
         raise FileError(
             f"trace_file {path}, request {len(entries) + 1}: expected Mooncake's JSON lines (timestamp, input_length, "
@@ -158,13 +163,21 @@ def read_trace(path: str | Path) -> list[TraceEntry]:
 
 
 def _azure(row: dict[str, str]) -> TraceEntry:
-    at = datetime.datetime.fromisoformat(row["TIMESTAMP"].strip()[:26])  # seven digits behind the second
-    return TraceEntry(at.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+    at = datetime.datetime.fromisoformat(row["TIMESTAMP"].strip())
+    at = at if at.tzinfo else at.replace(tzinfo=datetime.UTC)  # the clock here may jump, theirs did not
+    return TraceEntry(at.timestamp(), _whole(row["ContextTokens"]), _whole(row["GeneratedTokens"]))
 
 
 def _mooncake(row: dict[str, Any]) -> TraceEntry:
-    blocks = tuple(int(block) for block in row.get("hash_ids", ()))
-    return TraceEntry(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]), blocks)
+    blocks = tuple(int(block) for block in row.get("hash_ids") or ())
+    return TraceEntry(float(row["timestamp"]) / 1e3, _whole(row["input_length"]), _whole(row["output_length"]), blocks)
+
+
+def _whole(value: Any) -> int:
+    """A number of tokens, also as tables with gaps write it, 12.0."""
+    if float(value) % 1:
+        raise ValueError(f"{value} tokens")
+    return int(float(value))
 
 
 def _from_trace(
@@ -178,10 +191,11 @@ def _from_trace(
     start_s = kept[0].at_s
     requests = []
     for index, entry in enumerate(kept):
-        # Own ids below zero: without hash_ids nothing is shared.
-        blocks = entry.blocks or tuple(-1 - index * 10**6 - n for n in range(-(-entry.prompt_len // TRACE_BLOCK)))
-        ids = [token for block in blocks for token in _block(block, vocab_size, seed)][: entry.prompt_len]
-        ids += _block(-1 - index * 10**6, vocab_size, seed)[: entry.prompt_len - len(ids)]
+        # Own ids below zero, where the trace has none or too few: nothing of them is shared.
+        own = (-1 - index * 10**6 - n for n in range(len(entry.blocks), -(-entry.prompt_len // TRACE_BLOCK)))
+        ids = [token for block in (*entry.blocks, *own) for token in _block(block, vocab_size, seed)][
+            : entry.prompt_len
+        ]
         requests.append(Request(index, tuple(ids), entry.output_len, send_at_s=(entry.at_s - start_s) / speed))
     return requests
 
@@ -194,26 +208,57 @@ def _block(number: int, vocab_size: int, seed: tuple[int, ...]) -> list[int]:
 # --- a user's prompts -------------------------------------------------------------------------------------------------
 
 
-def read_load_prompts(path: str | Path) -> list[tuple[str, str | None]]:
-    """(prompt, reply or None) of a file: ShareGPT's list of `conversations`, whose first two turns are taken as vLLM's
-    benchmark does, or any file that `prompts_file` may be."""
+ASKING, ASIDE = ("human", "user", "prompter", ""), ("system", "tool", "function")
+TALK = ("conversations", "conversation")
+
+
+def read_load_prompts(path: str | Path) -> Sequence[tuple[str, str | None]]:
+    """(prompt, reply or None) of a file: ShareGPT's `conversations` as a list or in JSON lines, of each the first
+    question with the answer to it, or any file that `prompts_file` may be."""
     path = Path(path)
+    entries = _json_values(path)
+    if not any(isinstance(entry, dict) and any(name in entry for name in TALK) for entry in entries):
+        return [(str(prompt), None) for prompt in read_prompts(path, "load_prompts")]
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "conversations" in value[0]:
-        try:
-            talks = [entry["conversations"] for entry in value if len(entry.get("conversations", ())) >= 2]
-            pairs = [(talk[0]["value"], talk[1]["value"]) for talk in talks if talk[0]["value"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(
-                f"load_prompts {path} is no list of conversations: {type(error).__name__} {error}"
-            ) from None
-        if wrong := next((text for pair in pairs for text in pair if not isinstance(text, str)), None):
-            raise FileError(f"load_prompts {path}: expected a text as the value of a turn, got {one_line(wrong)[:80]}")
-        return pairs
-    return [(str(prompt), None) for prompt in read_prompts(path, "load_prompts")]
+        talks = [next((entry[name] for name in TALK if entry.get(name)), []) for entry in entries]
+        pairs = [pair for talk in talks if (pair := _first_pair(talk)) and pair[0]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"load_prompts {path} is no list of conversations: {type(error).__name__} {error}") from None
+    for wrong in (text for pair in pairs for text in pair if not isinstance(text, str)):
+        raise FileError(f"load_prompts {path}: expected a text as the value of a turn, got {one_line(wrong)[:80]}")
+    if not pairs:
+        raise FileError(f"load_prompts {path}: none of {len(entries)} conversations has a question and its answer")
+    return pairs
+
+
+def _json_values(path: Path) -> list[Any]:
+    """The items of a JSON list or the values of JSON lines; nothing for any other file, which has its own reader."""
+    try:
+        require_regular(path)
+        text = path.read_text(encoding="utf-8-sig")
+        value = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(x) for x in text.split("\n") if x.strip()]
+        )
+    except (ValueError, OSError, RecursionError):
+        return []
+    return value if isinstance(value, list) else []
+
+
+def _first_pair(talk: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """The first question of a conversation and the answer that follows it, whatever stands before or between them;
+    turns that name no role take turns."""
+    if talk and "human" in talk[0]:  # swift's turns are pairs
+        return talk[0]["human"], talk[0]["assistant"]
+    turns = [(str(turn.get("from") or turn.get("role") or "").lower(), turn) for turn in talk]
+    turns = [(role, turn) for role, turn in turns if role not in ASIDE]
+    start = next((place for place, (role, _) in enumerate(turns) if role in ASKING), len(turns))
+    found = turns[start : start + 2]
+    if len(found) < 2 or (found[1][0] and found[1][0] in ASKING):
+        return None
+    first, second = (turn["value"] if "value" in turn else turn["content"] for _, turn in found)
+    return first, second
 
 
 def _from_prompts(

@@ -140,6 +140,13 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
     for key in sorted(given & {"prompts_file", "calibration_file"}):
         with noted():
             read_prompts(getattr(experiment, key), key)
+    if given & {"trace_file", "load_prompts"}:
+        from ascend_kit.measure.loads import read_load_prompts, read_trace
+
+        for key, read in (("trace_file", read_trace), ("load_prompts", read_load_prompts)):
+            if key in given:
+                with noted():
+                    read(getattr(experiment, key))
     if "dataset_path" in names:
         from ascend_kit.evaluation.tasks import check_data
 
