@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from npu_cases import BLOCK, attention_case
+from op_cases import BLOCK, attention_case
 
 from ascend_kit.device.ops import npu
 

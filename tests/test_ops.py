@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
+from op_cases import make_meta
 
-from ascend_kit.device.ops import OPS, AttentionMeta, cpu, cpu_native, native, reference, select_ops
+from ascend_kit.device.ops import OPS, cpu, cpu_native, native, reference, select_ops
 
 HEADS, GROUPS, SIZE, BLOCK = 4, 2, 16, 8
 
@@ -17,25 +19,7 @@ def caches(blocks=12, dtype=torch.float32):
     return tuple(torch.randn(blocks, BLOCK, GROUPS, SIZE).to(dtype) for _ in range(2))
 
 
-def meta(table, lengths, new):
-    ends = torch.tensor(new).cumsum(0).tolist()
-    width = max(map(len, table))
-    slots = [
-        row[p // BLOCK] * BLOCK + p % BLOCK
-        for row, length, count in zip(table, lengths, new, strict=True)
-        for p in range(length - count, length)
-    ]
-    return AttentionMeta(
-        slot_mapping=torch.tensor(slots, dtype=torch.int32),
-        block_table=torch.tensor([row + [0] * (width - len(row)) for row in table], dtype=torch.int32),
-        cu_seqlens_q=ends,
-        context_lens=lengths,
-        context_lens_t=torch.tensor(lengths, dtype=torch.int32),
-        block_size=BLOCK,
-        is_decode=all(count == 1 for count in new),
-    )
-
-
+meta = partial(make_meta, block=BLOCK)
 TABLES = [
     pytest.param(reference, id="reference"),
     pytest.param(cpu, id="cpu"),

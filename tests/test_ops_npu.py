@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from npu_cases import BLOCK, attention_case, on, steps
+from op_cases import BLOCK, attention_case, on, steps
 
 from ascend_kit.device.ops import OPS, npu, reference, select_ops
 

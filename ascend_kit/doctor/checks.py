@@ -108,7 +108,7 @@ def _device_sections(host: Host, found: hardware.Installation, device: str, is_a
         check_torch_build(section, seen["versions"]["torch"])
         level = seen["task_queue_level"]  # as that process has it: conda's variables and kernels may differ
         remedy = "" if level == 1 else "export TASK_QUEUE_ENABLE=1 for the process that runs the engine"
-        section.add("warn" if remedy else "ok", "task queue in force", f"level {level}", remedy)
+        section.judge("task queue in force", f"level {level}", warn=remedy)
     if found.cann is None and seen["versions"].get("cann", "unknown") != "unknown":
         check_cann_pair(section, seen["versions"]["torch_npu"], seen["versions"]["cann"])
     yield section
@@ -131,27 +131,14 @@ def _devices(host: Host, found: hardware.Installation, seen: dict) -> Section:
     if seen["kind"] == "cpu":
         section.ok("device", f"cpu: {seen['name']}, {seen['threads']} torch threads")
         return section
-    if free < MIN_FREE_SHARE * total:
-        section.warn("device", shown, "something already holds memory of this card; see the processes below")
-    else:
-        section.ok("device", shown)
+    held = "something already holds memory of this card; see the processes below"
+    section.judge("device", shown, warn=held if free < MIN_FREE_SHARE * total else "")
     if seen["kind"] == "npu" and found.smi and seen["count"] < found.num_cards:
         visible = host.env.get("ASCEND_RT_VISIBLE_DEVICES")
-        remedy = "check the device files of the container"
-        section.add(
-            "ok" if visible else "warn",
-            "visible",
-            f"{seen['count']} of {found.num_cards} cards (ASCEND_RT_VISIBLE_DEVICES={visible or 'not set'})",
-            "" if visible else remedy,
-        )
-    if seen["peak"] is None:
-        section.warn(
-            "peak table",
-            f"no figures for {seen['name']}",
-            "rooflines show n/a; add the card to PEAKS in device/device.py",
-        )
-    else:
-        section.ok("peak table", seen["peak"])
+        shown = f"{seen['count']} of {found.num_cards} cards (ASCEND_RT_VISIBLE_DEVICES={visible or 'not set'})"
+        section.judge("visible", shown, warn="" if visible else "check the device files of the container")
+    unknown = "" if seen["peak"] else "rooflines show n/a; add the card to PEAKS in device/peaks.py"
+    section.judge("peak table", seen["peak"] or f"no figures for {seen['name']}", warn=unknown)
     if found.smi:
         hardware.check_occupancy(section, host, found.smi)
         hardware.check_links(section, host, found)

@@ -41,6 +41,10 @@ class Section:
     def add(self, status: Status, check: str, evidence: str, remedy: str = "") -> None:
         self.findings.append(Finding(self.name, check, status, evidence, remedy))
 
+    def judge(self, check: str, evidence: str, *, fail: str = "", warn: str = "", tip: str = "") -> None:
+        """What was seen is a failure or a warning where there is a remedy for it, else it is well."""
+        self.add("fail" if fail else "warn" if warn else "ok", check, evidence, fail or warn or tip)
+
     def ok(self, check: str, evidence: str, tip: str = "") -> None:
         self.add("ok", check, evidence, tip)
 

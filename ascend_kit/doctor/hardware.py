@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ascend_kit.device.npu_smi import IDLE_HBM_MB, SmiInfo, parse_info, parse_topo
+from ascend_kit.device.npu_smi import IDLE_HBM_MB, SmiInfo, SmiProcess, parse_info, parse_topo
 from ascend_kit.doctor.findings import Section
 from ascend_kit.doctor.host import Host
 from ascend_kit.doctor.versions import numbers, stack
@@ -85,14 +85,10 @@ def check_driver(host: Host, found: Installation) -> Section:
             f"{DRIVER_INFO} cannot be read",
             CONTAINER_DRIVER_REMEDY if container else "install the driver that the CANN release notes name",
         )
-    elif numbers(found.driver) < numbers(stack()["graph_driver"]):
-        section.warn(
-            "driver version",
-            found.driver,
-            "25.5.1 or newer for graph_mode: older drivers run out of streams with many captured graphs (207008)",
-        )
     else:
-        section.ok("driver version", found.driver)
+        is_old = numbers(found.driver) < numbers(stack()["graph_driver"])
+        remedy = "25.5.1 or newer for graph_mode: older drivers run out of streams with many captured graphs (207008)"
+        section.judge("driver version", found.driver, warn=remedy if is_old else "")
     return section
 
 
@@ -113,14 +109,8 @@ def _read_smi(section: Section, text: str, found: Installation) -> None:
         return
     section.ok("npu-smi", f"version {found.smi.version}, {len(chips)} x {names}")
     sick = [f"NPU {chip.npu} chip {chip.chip}: {chip.health}" for chip in chips if not chip.is_healthy]
-    if sick:
-        section.fail(
-            "health",
-            "; ".join(sick),
-            "npu-smi info -t health -i N, then reset or replace the card; do not measure on it",
-        )
-    else:
-        section.ok("health", f"{len(chips)} of {len(chips)} OK")
+    remedy = "npu-smi info -t health -i N, then reset or replace the card; do not measure on it" if sick else ""
+    section.judge("health", "; ".join(sick) or f"{len(chips)} of {len(chips)} OK", fail=remedy)
     hot = [f"NPU {chip.npu}: {chip.temperature_c:.0f} C" for chip in chips if (chip.temperature_c or 0) >= 90]
     if hot:
         section.warn("temperature", "; ".join(hot), "check the cooling: hot cards lower their clock")
@@ -195,10 +185,8 @@ def check_cann(host: Host, found: Installation) -> Section:
     else:
         section.ok("set_env.sh", f"ASCEND_HOME_PATH={host.env['ASCEND_HOME_PATH']}")
     found.cann = _cann_version(host, root)
-    if found.cann is None:
-        section.warn("version", f"no version file below {root}", "the import section below asks torch_npu for it")
-    else:
-        section.ok("version", found.cann)
+    unknown = "" if found.cann else "the import section below asks torch_npu for it"
+    section.judge("version", found.cann or f"no version file below {root}", warn=unknown)
     _check_operator_package(section, host, root, found)
     return section
 
@@ -265,17 +253,9 @@ def check_nnal(host: Host, found: Installation) -> Section:
 
 def check_occupancy(section: Section, host: Host, smi: SmiInfo) -> None:
     """Memory in use and processes on the cards: leftovers of ended jobs use up memory early."""
-    if smi.processes:
-        listed = "; ".join(
-            _describe(host, process.npu, process.pid, process.name, process.memory_mb) for process in smi.processes
-        )
-        section.warn(
-            "other processes",
-            listed,
-            "end your own with kill <pid>; a pid not visible here belongs to another container or is already gone",
-        )
-    else:
-        section.ok("other processes", "none listed by npu-smi")
+    listed = "; ".join(_describe(host, process) for process in smi.processes)
+    remedy = "end your own with kill <pid>; a pid not visible here belongs to another container or is already gone"
+    section.judge("other processes", listed or "none listed by npu-smi", warn=remedy if listed else "")
     busy = {process.npu for process in smi.processes}
     held = [
         f"NPU {chip.npu} chip {chip.chip}: {chip.hbm_used_mb} of {chip.hbm_total_mb} MB"
@@ -290,10 +270,10 @@ def check_occupancy(section: Section, host: Host, smi: SmiInfo) -> None:
         )
 
 
-def _describe(host: Host, npu: int, pid: int, name: str, memory_mb: int | None) -> str:
-    command = (host.read(f"/proc/{pid}/cmdline") or "").replace("\0", " ").strip()[:60]
-    shown = command or f"{name or 'no name'} (pid not visible here)"
-    return f"NPU {npu} pid {pid} {memory_mb or '?'} MB {shown}"
+def _describe(host: Host, process: SmiProcess) -> str:
+    command = (host.read(f"/proc/{process.pid}/cmdline") or "").replace("\0", " ").strip()[:60]
+    shown = command or f"{process.name or 'no name'} (pid not visible here)"
+    return f"NPU {process.npu} pid {process.pid} {process.memory_mb or '?'} MB {shown}"
 
 
 def check_links(section: Section, host: Host, found: Installation) -> None:
@@ -303,10 +283,7 @@ def check_links(section: Section, host: Host, found: Installation) -> None:
         section.na("links", "npu-smi info -t topo prints no matrix")
         return
     slow = sorted((a, b) for (a, b), link in links.items() if a < b and link not in ("HCCS", "SIO", "HCCS_SW"))
-    if slow:
-        shown = ", ".join(f"{a}-{b} {links[a, b]}" for a, b in slow[:6]) + (" ..." if len(slow) > 6 else "")
-        section.warn(
-            "links", f"{len(slow)} pairs without HCCS: {shown}", "keep tensor_parallel inside a group joined by HCCS"
-        )
-    else:
-        section.ok("links", f"HCCS between all {len({a for a, _ in links})} cards")
+    shown = ", ".join(f"{a}-{b} {links[a, b]}" for a, b in slow[:6]) + (" ..." if len(slow) > 6 else "")
+    well = f"HCCS between all {len({a for a, _ in links})} cards"
+    remedy = "keep tensor_parallel inside a group joined by HCCS" if slow else ""
+    section.judge("links", f"{len(slow)} pairs without HCCS: {shown}" if slow else well, warn=remedy)

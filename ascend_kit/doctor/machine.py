@@ -8,15 +8,10 @@ from ascend_kit.doctor.findings import Section
 from ascend_kit.doctor.host import Host
 from ascend_kit.files import GIB
 
-SYSCTLS = (  # path, wanted value, what another value costs
-    ("/proc/sys/kernel/numa_balancing", 0, "kernel.numa_balancing", "moves pages under the launch threads"),
-    ("/proc/sys/vm/swappiness", 0, "vm.swappiness", "weights in page cache may push the process to swap"),
-    (
-        "/proc/sys/kernel/sched_migration_cost_ns",
-        50000,
-        "kernel.sched_migration_cost_ns",
-        "launch threads move between CPUs",
-    ),
+SYSCTLS = (  # name, wanted value, what another value costs
+    ("kernel.numa_balancing", 0, "moves pages under the launch threads"),
+    ("vm.swappiness", 0, "weights in page cache may push the process to swap"),
+    ("kernel.sched_migration_cost_ns", 50000, "launch threads move between CPUs"),
 )
 GOVERNORS = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor"
 
@@ -63,17 +58,9 @@ def _check_memory(section: Section, host: Host) -> None:
     total = min(total, int(limit)) if limit.isdigit() else total
     available = min(total, int(match.group(1)) * 1024) if match else total
     shown = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
-    if available < 2 * GIB:
-        section.warn("memory", shown, "the demo needs about 2 GiB: close other programs")
-    else:
-        section.ok(
-            "memory",
-            shown,
-            ""
-            if available > 20 * GIB
-            else "converting a 7B checkpoint streams shards and needs about "
-            "6 GiB; running one on the CPU needs about 20 GiB",
-        )
+    low = "the demo needs about 2 GiB: close other programs" if available < 2 * GIB else ""
+    tip = "converting a 7B checkpoint streams shards and needs about 6 GiB; running one on the CPU needs about 20 GiB"
+    section.judge("memory", shown, warn=low, tip="" if available > 20 * GIB else tip)
 
 
 def check_tuning(host: Host, is_ascend: bool) -> Section:
@@ -82,16 +69,11 @@ def check_tuning(host: Host, is_ascend: bool) -> Section:
     governors = sorted({(host.read(path) or "").strip() for path in host.glob(GOVERNORS)} - {""})
     if not governors:
         section.na("cpu governor", "no frequency control here (virtual machine or container)")
-    elif governors == ["performance"]:
-        section.ok("cpu governor", "performance")
     else:
-        section.warn(
-            "cpu governor",
-            ", ".join(governors),
-            "cpupower frequency-set -g performance: eager decode waits for the host, and timings jump about",
-        )
-    for path, wanted, name, cost in SYSCTLS:
-        _check_sysctl(section, host, path, wanted, name, cost, is_ascend)
+        remedy = "cpupower frequency-set -g performance: eager decode waits for the host, and timings jump about"
+        section.judge("cpu governor", ", ".join(governors), warn="" if governors == ["performance"] else remedy)
+    for name, wanted, cost in SYSCTLS:
+        _check_sysctl(section, host, name, wanted, cost, is_ascend)
     if is_ascend:
         preload = host.env.get("LD_PRELOAD", "")
         found = next((name for name in ("jemalloc", "tcmalloc") if name in preload), None)
@@ -101,16 +83,15 @@ def check_tuning(host: Host, is_ascend: bool) -> Section:
     return section
 
 
-def _check_sysctl(section: Section, host: Host, path: str, wanted: int, name: str, cost: str, is_ascend: bool) -> None:
+def _check_sysctl(section: Section, host: Host, name: str, wanted: int, cost: str, is_ascend: bool) -> None:
+    path = f"/proc/sys/{name.replace('.', '/')}"
     value = (host.read(path) or "").strip()
     if not is_ascend:
         section.na(name, "matters for Ascend hosts only")
     elif not value:
         section.na(name, f"{path} not readable")
-    elif value == str(wanted):
-        section.ok(name, value)
     else:
-        section.warn(name, value, f"sysctl -w {name}={wanted}: {cost}")
+        section.judge(name, value, warn="" if value == str(wanted) else f"sysctl -w {name}={wanted}: {cost}")
 
 
 def check_workbench(host: Host) -> Section:
@@ -180,7 +161,5 @@ def _check_disk(section: Section, host: Host) -> None:
             section.fail(
                 check, f"{folder} cannot be written", "work in a folder of your own, or set XDG_CACHE_HOME and HF_HOME"
             )
-        elif free is not None and free < needed * GIB:
-            section.warn(check, shown, purpose)
         else:
-            section.ok(check, shown)
+            section.judge(check, shown, warn=purpose if free is not None and free < needed * GIB else "")

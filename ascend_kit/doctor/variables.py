@@ -223,10 +223,8 @@ def _logging_and_caches(section: Section, host: Host) -> None:
         for name in ("ASCEND_SLOG_PRINT_TO_STDOUT", "PROFILING_MODE")
         if env.get(name, "").lower() in ("1", "true")
     ]
-    if noisy:
-        section.warn("logging", ", ".join(noisy), "unset before measuring: logs and profilers cost much of a step")
-    else:
-        section.ok("logging", f"ASCEND_GLOBAL_LOG_LEVEL={env.get('ASCEND_GLOBAL_LOG_LEVEL', 'not set')}")
+    shown = ", ".join(noisy) or f"ASCEND_GLOBAL_LOG_LEVEL={env.get('ASCEND_GLOBAL_LOG_LEVEL', 'not set')}"
+    section.judge("logging", shown, warn="unset before measuring: logs and profilers cost much of a step" * bool(noisy))
     folder = env.get("ACL_OP_COMPILER_CACHE_DIR")
     if folder and not host.can_create_in(folder):
         section.fail(

@@ -61,7 +61,7 @@ def check_versions(section: Section, host: Host, cann: str | None, driver: str |
         check_cann_pair(section, torch_npu, cann)
     if cann is not None:
         _check_driver_pair(section, cann, driver)
-        _suggest_pair(section, cann)
+        section.ok("pair for this CANN", f"CANN {cann}: {_pair_of(cann)}")
         _check_numpy(section, host, cann)
     check_cann_packages(section, host)
 
@@ -78,23 +78,18 @@ def _check_python(section: Section, python: str, torch_npu: str) -> None:
     fitting = [prefix for prefix in stack()["newest_python"] if torch_npu.startswith(prefix)]
     newest = stack()["newest_python"][max(fitting, key=len)] if fitting else None
     found = numbers(python)[:2]
-    if found < (3, 10) or (newest and found > numbers(newest)):
-        section.fail("python", f"{python} with torch_npu {torch_npu}", f"its wheels are for Python 3.10 to {newest}")
-    else:
-        section.ok("python", python)
+    fits = found >= (3, 10) and (newest is None or found <= numbers(newest))
+    remedy = "" if fits else f"its wheels are for Python 3.10 to {newest}"
+    section.judge("python", python if fits else f"{python} with torch_npu {torch_npu}", fail=remedy)
 
 
 def _check_torch(section: Section, torch: str, torch_npu: str) -> None:
     pair = f"torch {torch}, torch_npu {torch_npu}"
     wanted = ".".join(torch_npu.split("+")[0].split(".")[:3])
-    if numbers(torch) != numbers(wanted):
-        section.fail(
-            "torch and torch_npu", pair, f"torch_npu needs torch {wanted} exactly: {install(wanted, torch_npu)}"
-        )
-    elif "+cpu" not in torch:
-        section.warn("torch and torch_npu", pair, f"PyPI's torch is a CUDA build: {install(wanted, torch_npu)}")
-    else:
-        section.ok("torch and torch_npu", pair)
+    other = "" if numbers(torch) == numbers(wanted) else f"torch_npu needs torch {wanted} exactly: "
+    cuda = "" if "+cpu" in torch else "PyPI's torch is a CUDA build: "
+    commands = install(wanted, torch_npu)
+    section.judge("torch and torch_npu", pair, fail=other and other + commands, warn=cuda and cuda + commands)
 
 
 def check_cann_pair(section: Section, torch_npu: str, cann: str | None) -> None:
@@ -133,19 +128,13 @@ def _pair_of(cann: str) -> str:
     return f"take a CANN of the table: {', '.join(dict.fromkeys(str(row['cann']) for row in stack()['releases']))}"
 
 
-def _suggest_pair(section: Section, cann: str) -> None:
-    section.ok("pair for this CANN", f"CANN {cann}: {_pair_of(cann)}")
-
-
 def _check_driver_pair(section: Section, cann: str, driver: str | None) -> None:
     wanted = stack()["drivers"].get(".".join(cann.split(".")[:2]))
     if wanted is None or driver is None:
         return
-    if numbers(driver) < numbers(wanted):
-        remedy = f"CANN {cann} pairs with HDK {wanted}; {stack()['graph_driver']} is the least for graphs. "
-        section.warn("CANN and driver", f"CANN {cann}, driver {driver}", remedy + "Or take the pair of an older CANN")
-    else:
-        section.ok("CANN and driver", f"CANN {cann}, driver {driver}")
+    remedy = f"CANN {cann} pairs with HDK {wanted}; {stack()['graph_driver']} is the least for graphs. "
+    remedy = remedy + "Or take the pair of an older CANN" if numbers(driver) < numbers(wanted) else ""
+    section.judge("CANN and driver", f"CANN {cann}, driver {driver}", warn=remedy)
 
 
 def _check_numpy(section: Section, host: Host, cann: str) -> None:

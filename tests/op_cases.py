@@ -1,18 +1,12 @@
-"""Steps and tensors for tests of the NPU's operator table."""
+"""Steps and tensors for tests of operator tables."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from ascend_kit.device.ops import AttentionMeta, reference
 
-pytestmark = pytest.mark.npu
-
-# bf16 keeps 8 bits of mantissa; the kernels round once, the reference after every operator.
-BF16 = dict(rtol=2e-2, atol=2e-2)
-
-BLOCK = 128
+BLOCK = 128  # of the NPU's cases
 
 
 def on(device, *tensors):
@@ -30,11 +24,12 @@ def steps(device="cpu"):
     }
 
 
-def make_meta(table, lengths, new, device="cpu"):
+def make_meta(table, lengths, new, device="cpu", block=BLOCK):
+    """Where the tokens of a step lie: block tables, KV lengths and new tokens of its sequences."""
     ends = torch.tensor(new).cumsum(0).tolist()
     width = max(map(len, table))
     slots = [
-        row[p // BLOCK] * BLOCK + p % BLOCK
+        row[p // block] * block + p % block
         for row, length, count in zip(table, lengths, new, strict=True)
         for p in range(length - count, length)
     ]
@@ -44,7 +39,7 @@ def make_meta(table, lengths, new, device="cpu"):
         cu_seqlens_q=ends,
         context_lens=lengths,
         context_lens_t=torch.tensor(lengths, dtype=torch.int32).to(device),
-        block_size=BLOCK,
+        block_size=block,
         is_decode=all(count == 1 for count in new),
     )
 
