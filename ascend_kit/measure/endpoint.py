@@ -130,12 +130,12 @@ class Client:
         self, session: aiohttp.ClientSession, body: dict[str, Any], on_end: Callable[[], None]
     ) -> tuple[Answer, Callable[[int], float] | None]:
         """One try, and where another may help, seconds to wait before it by its number."""
-        answer, parser, start, kind = Answer(), EventParser(), b"", ""
+        answer, parser, start, kind, last_s = Answer(), EventParser(), b"", "", time.perf_counter()
         path = "/v1/chat/completions" if self.endpoint.api == "chat" else "/v1/completions"
 
         def take(time_s: float, data: bytes) -> bool:
-            nonlocal start
-            start = start or data[:200]
+            nonlocal start, last_s
+            start, last_s = start or data[:200], time_s
             for event in parser.feed(data):
                 answer.take(event, time_s)
             return answer.is_done  # some servers keep the connection open
@@ -151,7 +151,7 @@ class Client:
                     return answer, functools.partial(wait_s, headers=dict(response.headers)) if is_busy else None
                 await read_stream(response, self.endpoint.idle_s, on_end, take, self._turn)
                 for event in parser.end():
-                    answer.take(event, time.perf_counter())
+                    answer.take(event, last_s)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             answer.error = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if answer.error is None and not answer.chunks:
