@@ -113,6 +113,11 @@ class ParityLimits:
     min_greedy_share: float | None = 0.3  # equal greedy tokens before the first difference / tokens written
     min_length_ratio: float | None = 0.9  # output tokens of result / source on sampled prompts (MLPerf's 90 %)
 
+    def by_figure(self) -> dict[str, tuple[str, float]]:
+        """Figure -> (min or max, limit) of those that are not switched off."""
+        parts = [(*name.partition("_")[::2], value) for name, value in asdict(self).items()]
+        return {figure: (bound, value) for bound, figure, value in parts if value is not None}
+
 
 # By what was done to the weights. fp32 -> bf16 keeps 8 bits of mantissa; int8 rounds to 1/254 of a row's range. Steps
 # of 4 bits are 127 / 7 = 18 times as long: divergence and perplexity grow with the square of that, the share of other
@@ -145,12 +150,9 @@ class ParityReport:
     def failures(self) -> list[str]:
         """One sentence per missed limit."""
         found = []
-        for limit, value in asdict(self.limits).items():
-            bound, _, figure = limit.partition("_")
+        for figure, (bound, value) in self.limits.by_figure().items():
             measured = self.summary.get(figure)
-            if value is None or measured is None:
-                continue
-            if figure == "greedy_share" and _parts_by_chance(self.rows, value):
+            if measured is None or (figure == "greedy_share" and _parts_by_chance(self.rows, value)):
                 continue
             if not (measured <= value if bound == "max" else measured >= value):
                 found.append(
@@ -171,12 +173,9 @@ class ParityReport:
     def table(self) -> list[dict[str, Any]]:
         """One row per figure: value, limit and whether it holds."""
         missed = {text.split(" ", 1)[0] for text in self.failures}
-        limits = {
-            name.partition("_")[2]: (name.partition("_")[0], value) for name, value in asdict(self.limits).items()
-        }
-        rows = []
+        limits, rows = self.limits.by_figure(), []
         for figure, value in self.summary.items():
-            bound, limit = limits.get(figure, (None, None))
+            bound, limit = limits.get(figure, ("", None))
             shown = "" if limit is None else f"{'<=' if bound == 'max' else '>='} {limit:g}"
             if limit is not None and bound == "min" and value is not None and value < limit and figure not in missed:
                 shown += ", too few texts to tell"

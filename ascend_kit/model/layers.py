@@ -34,14 +34,20 @@ class Quantized(NamedTuple):
     dtype: torch.dtype  # of the model
 
 
-class Linear(nn.Module):
-    """x [T, in] -> [T, out] in the model's dtype."""
+class Product(nn.Module):
+    """A weight in the form that the op table wants, and perhaps a bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, ops: ModuleType):
         super().__init__()
-        self.ops = ops
-        self.weight = frozen(ops.pack_linear(weight))
+        self.ops, self.weight = ops, frozen(weight)
         self.bias = None if bias is None else frozen(bias)
+
+
+class Linear(Product):
+    """x [T, in] -> [T, out] in the model's dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, ops: ModuleType):
+        super().__init__(ops.pack_linear(weight), bias, ops)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight, self.bias)
@@ -62,49 +68,41 @@ class StackedLinear(nn.Module):
         return product.unbind(0)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Product):
     """W8A8: int8 weight with a scale per output channel, activations quantised per token at run time."""
 
     def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, ops: ModuleType):
-        super().__init__()
-        self.ops = ops
-        self.weight = frozen(ops.pack_int8(codes))
+        super().__init__(ops.pack_int8(codes), bias, ops)
         self.weight_scale = frozen(weight_scale.reshape(-1).float())
-        self.bias = None if bias is None else frozen(bias)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         codes, scale, dtype = x if isinstance(x, Quantized) else (*self.ops.quantize_per_token(x), x.dtype)
         return self.ops.int8_matmul(codes, scale, self.weight, self.weight_scale, self.bias, dtype)
 
 
-class Int8WeightLinear(nn.Module):
+class Int8WeightLinear(Product):
     """W8A16: int8 weight with a scale per output channel, activations in the model's dtype."""
 
     def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, ops: ModuleType):
-        super().__init__()
-        self.ops = ops
-        self.weight = frozen(ops.pack_int8_weight(codes))
+        super().__init__(ops.pack_int8_weight(codes), bias, ops)
         self.weight_scale = frozen(weight_scale.reshape(-1).float())
-        self.bias = None if bias is None else frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.int8_weight_matmul(x, self.weight, self.weight_scale, self.bias)
 
 
-class Int8StaticLinear(nn.Module):
+class Int8StaticLinear(Product):
     """W8A8 with one scale and offset for all activations, found at calibration: q = round(x / scale + offset)."""
 
     def __init__(
         self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: Tensor, offset: Tensor, ops: ModuleType
     ):
-        super().__init__()
-        self.ops = ops
         dequantization = weight_scale.reshape(-1).float() * scale
         # The offset's share of every sum, and the bias, in steps of the product.
         total = -offset * codes.sum(1, dtype=torch.int64)
         total = total if bias is None else total + bias.double() / dequantization
-        self.weight = frozen(ops.pack_int8_static(codes))
-        self.dequantization, self.bias = frozen(dequantization), frozen(total.round().to(torch.int32))
+        super().__init__(ops.pack_int8_static(codes), total.round().to(torch.int32), ops)
+        self.dequantization = frozen(dequantization)
         self.scale, self.offset = frozen(scale.float()), frozen(offset.float())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +110,7 @@ class Int8StaticLinear(nn.Module):
         return self.ops.int8_static_matmul(codes, self.weight, self.dequantization, self.bias, x.dtype)
 
 
-class Int4WeightLinear(nn.Module):
+class Int4WeightLinear(Product):
     """W4A16: 4-bit weight with a scale, and perhaps a zero point, per group of inputs; see model/quantize.
 
     `order` int64 [in] brings the inputs of each group together where groups are not of neighbours.
@@ -127,15 +125,11 @@ class Int4WeightLinear(nn.Module):
         ops: ModuleType,
         order: Tensor | None = None,
     ):
-        super().__init__()
-        self.ops = ops
-        if order is not None:
-            codes = codes.index_select(1, order)
+        codes = codes if order is None else codes.index_select(1, order)
         weight, scale, zero = ops.pack_int4(codes, scale.float(), None if zero is None else zero.float())
-        self.weight, self.weight_scale = frozen(weight), frozen(scale)
-        self.zero = None if zero is None else frozen(zero)
-        self.order = None if order is None else frozen(order)
-        self.bias = None if bias is None else frozen(bias)
+        super().__init__(weight, bias, ops)
+        self.weight_scale = frozen(scale)
+        self.zero, self.order = (None if tensor is None else frozen(tensor) for tensor in (zero, order))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.order is None else x.index_select(1, self.order)
