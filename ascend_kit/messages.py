@@ -24,6 +24,8 @@ LANGUAGES = ("en", "zh")  # a language is a file locale/<language>.po with the s
 GAP, GAPS, FILLED = "{}", re.compile(r"(\{#?\})"), re.compile(r"\{(\d?)\}")
 # Values of findings that are words of ours; what comes from data, as names and answers do, is never looked up.
 SPOKEN = frozenset(("text", "at", "check", "evidence", "remedy", "outcome", "changed", "unit"))
+FIELD = re.compile(r"\{(\w+)(?:!\w)?(?::[^}]*)?\}")  # a value in a finding's text
+STORED = "evaluation."
 _in_use = "en"
 
 
@@ -49,12 +51,15 @@ class Finding:
 
     @classmethod
     def from_row(cls, row: dict[str, Any] | str) -> Finding:
-        """What `to_row` wrote, or a plain sentence; a key that this version does not know keeps its stored text."""
+        """What `to_row` wrote, or a plain sentence; another version's key, or values, keep their stored text."""
         if isinstance(row, str):
             return cls("text", {"text": row})
-        if row["key"] not in keys():
-            return cls("text", {"text": row["text"]}, row["level"])
-        return cls(row["key"], row["values"], row["level"])
+        found = cls(row["key"], row["values"], row["level"])
+        try:
+            is_known = row["key"] in keys() and bool(found.text("en"))
+        except KeyError:
+            is_known = False
+        return found if is_known else cls("text", {"text": row["text"]}, row["level"])
 
 
 def say(key: str, level: Level = "note", /, **values: Any) -> Finding:
@@ -118,9 +123,18 @@ def _filled(template: str, parts: list[str]) -> str:
 @cache
 def _patterns(language: str) -> list[tuple[re.Pattern[str], str]]:
     """The catalogue's texts with gaps, as patterns: those that begin with words first, then those with most of them."""
-    texts = [m for m in _catalogue(f"phrases.{language}") if isinstance(m.id, str) and GAPS.search(m.id) and m.string]
-    texts.sort(key=lambda message: (message.id.startswith(GAP), -len(GAPS.sub("", message.id))))
-    return [(_pattern(message.id), message.string) for message in texts]
+    own = ((m.id, m.string) for m in _catalogue(f"phrases.{language}") if isinstance(m.id, str) and m.string)
+    texts = [(text, there) for text, there in (*own, *_stored_alarms(language)) if GAPS.search(text)]
+    texts.sort(key=lambda pair: (pair[0].startswith(GAP), -len(GAPS.sub("", pair[0]))))
+    return [(_pattern(text), there) for text, there in texts]
+
+
+def _stored_alarms(language: str) -> Iterator[tuple[str, str]]:
+    """Findings that a run record keeps as their English text, as texts with gaps."""
+    english, there = ({m.id: m.string for m in _catalogue(name)} for name in ("en", language))
+    for key in (key for key in english if isinstance(key, str) and key.startswith(STORED)):
+        names = [found[1] for found in FIELD.finditer(english[key])]
+        yield FIELD.sub(GAP, english[key]), FIELD.sub(lambda found, n=names: f"{{{n.index(found[1])}}}", there[key])
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -32,7 +32,7 @@ def english_in(page: str, *names: str) -> list[str]:
     """Texts of a report, alternative texts and tips among them, that hold English words other than `names`."""
     main = page.split("<main>")[-1].split("<script>")[0]
     main = re.sub(r'<details class="code">.*?</details>|<code>.*?</code>|<style>.*?</style>', "", main, flags=re.DOTALL)
-    main = re.sub(r"<table.*?</table>", lambda found: _own_cells(found[0]), main, flags=re.DOTALL)
+    main = re.sub(r"<table.*?</table>", lambda found: own_cells(found[0]), main, flags=re.DOTALL)
     told = re.findall(r'(?:aria-label|alt)="([^"]*)"', main)
     allowed = TERMS | {*names} | {word for words in _choices() for word in re.findall("[A-Za-z]+", words)}
     texts = dict.fromkeys(unescape(text).strip() for text in (*re.split(r"<[^>]+>", main.replace("<wbr>", "")), *told))
@@ -43,7 +43,7 @@ def _choices() -> list[str]:
     return [repr(field.annotation) for field in Experiment.model_fields.values() if "Literal" in repr(field.annotation)]
 
 
-def _own_cells(table: str) -> str:
+def own_cells(table: str) -> str:
     """The table without the cells of columns that hold data; heads of columns stay, a head is never data."""
     head, *rows = (re.findall(r"<t[dh].*?</t[dh]>", row, re.DOTALL) for row in table.split("<tr>")[1:])
     names = [re.search(r'title="([^"]*)"|>([^<]*)<', cell) for cell in head]

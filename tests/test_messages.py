@@ -121,6 +121,7 @@ def phrases_asked_for():
     yield from (field.description for field in Experiment.model_fields.values())
     yield from chart_texts()
     yield from (*AXES, *GROUPS)
+    yield from ("running", "interrupted", "failed", "alarm", "ok")  # states of a run
 
 
 @pytest.mark.parametrize("language", [name for name in LANGUAGES if name != "en"])
@@ -136,6 +137,27 @@ def test_in_chinese_no_line_ends_within_a_paragraph_where_it_would_be_shown_as_a
 
     signs = "[\u3000-\u9fff\uff00-\uffef\u201c\u201d]"
     assert [text for text in texts if re.search(f"{signs}\n *{signs}", text)] == []
+
+
+def test_an_alarm_that_a_run_record_keeps_in_english_is_told_in_chinese_alone_and_inside_a_verdict():
+    judge = (PACKAGE / "evaluation/judge.py").read_text()
+    alarms = re.findall(r'say\("(evaluation\.\w+)", (?:"alarm"|level)', judge)
+    assert len(alarms) >= 9
+    for key in alarms:
+        parts = [part for part in string.Formatter().parse(translate_raw(key)) if part[1]]
+        values = {name: 0.5 if spec else "mmlu" for _, name, spec, _ in parts}
+        finding = Finding(key, values)
+        english, chinese = finding.text("en"), finding.text("zh")
+
+        assert "; " not in english and phrase(english, "zh") == chinese
+        assert (
+            phrase(f"baseline; alarm: {english}", "zh")
+            == f"{phrase('baseline', 'zh')}; {phrase('alarm: x', 'zh')[:-1]}{chinese}"
+        )
+
+
+def translate_raw(key):
+    return catalogue("en")[key]
 
 
 def test_a_text_with_numbers_is_found_by_its_pattern_and_an_unknown_one_stays():

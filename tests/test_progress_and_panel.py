@@ -176,6 +176,29 @@ def test_applied_fields_are_the_notebooks_parameters_until_they_are_changed_back
     assert (second.concurrency, second.top_k) == (4, None)
 
 
+@pytest.mark.parametrize("path", ["", "params", "/proc/mine.yaml"])
+def test_a_file_that_cannot_be_written_is_one_line_and_nothing_is_left(panel, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params").mkdir()
+
+    assert panel(Experiment()).save(path).startswith("not written: ")
+    assert list(tmp_path.rglob("*.yaml*")) == []
+
+
+def test_names_and_paths_are_taken_as_they_stand_and_an_empty_one_is_named(panel):
+    form = panel(Experiment())
+    form.fields["tokenizer_path"].value = "a: [b"
+    form.fields["compare_runs"].value = "[1"
+    assert form.check().startswith("not valid: the form: compare_runs: ")
+    form.fields["compare_runs"].value = "[]"
+    form.fields["device"].value = " "
+
+    assert form.check() == "not valid: the form: device: must not be empty, got None"
+    form.fields["device"].value = "cpu"
+    form.check()
+    assert form.experiment.tokenizer_path == "a: [b"
+
+
 def test_wrong_fields_are_not_applied(panel):
     form = panel(Experiment())
     form.fields["concurrency"].value = "0"

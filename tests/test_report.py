@@ -370,6 +370,27 @@ def test_the_best_point_is_of_one_engine_under_one_identity_and_never_anothers(t
     assert "mean, 900 to 1,100 in 2 repeats" in screen and "9,000" not in screen
 
 
+def test_the_numbers_are_of_the_point_that_the_verdict_tells(tmp_path):
+    place = {"concurrency": 16, "prompt_len": 64, "output_len": 32}
+    values = {"best": "e/r", "baseline": "e/plain", "runs": [], "rate": 900.0, "speedup": 2.0, "n": 8, **place}
+    use = say("compare.use", **values, difference=0.0, low=-1.0, high=1.0).to_row()
+    rows = [point(900), point(1000, 4)]
+
+    screen = first_screen(
+        write_run(tmp_path / "e/r", {"06_compare": STAGE}, rows=rows, **{"06_compare": {"findings": [use]}})
+    )
+
+    assert "900 output tokens/s with 16 in flight" in screen and "one measurement, 16 in flight" in screen
+
+
+def test_a_finding_that_lacks_a_value_of_this_version_keeps_its_text(tmp_path):
+    old = {"key": "compare.use", "level": "note", "values": {"best": "e/r"}, "text": "Use e/r, said of old."}
+
+    screen = first_screen(write_run(tmp_path / "e/r", {"06_compare": STAGE}, **{"06_compare": {"findings": [old]}}))
+
+    assert "Use e/r, said of old." in (tmp_path / "e/r/report.html").read_text() and "Neither speed" in screen
+
+
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
@@ -386,7 +407,15 @@ def test_failure_and_alarm_are_the_verdict_before_any_number(tmp_path, stage, wo
 
 
 def test_the_report_of_a_run_in_chinese_is_chinese_from_its_first_line(tmp_path):
-    runs = {"best": "e/r", "baseline": "e/plain", "runs": [], "rate": 3500.0, "speedup": 4.0, "n": 228}
+    runs = {
+        "best": "e/r",
+        "baseline": "e/plain",
+        "runs": [],
+        "rate": 3500.0,
+        "speedup": 4.0,
+        "n": 228,
+        "concurrency": 16,
+    }
     verdict = say("compare.use", **runs, difference=-0.44, low=-1.91, high=1.04).to_row()
     stage = {**STAGE, "parameters": {**PARAMETERS, "language": "zh"}}
     folder = write_run(
@@ -398,9 +427,9 @@ def test_the_report_of_a_run_in_chinese_is_chinese_from_its_first_line(tmp_path)
     finally:
         use_language("en")
 
-    assert '<html lang="zh">' in page and "推荐 e/r：每秒输出 3,500 个 token，是 e/plain 的 4.00 倍" in page
+    assert '<html lang="zh">' in page and "推荐 e/r：并发 16 时每秒输出 3,500 个 token，是 e/plain 的 4.00 倍" in page
     assert "输出 token/秒" in page and "output tokens/s" not in page.split("<header")[1].split("</header>")[0]
-    assert verdict["text"].startswith("Use e/r: 3,500 output tokens/s, 4.00 times e/plain")
+    assert verdict["text"].startswith("Use e/r: 3,500 output tokens/s with 16 in flight, 4.00 times e/plain")
 
 
 def test_cautions_stand_on_the_first_screen_and_what_failed_is_said_once(tmp_path):

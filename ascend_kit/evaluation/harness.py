@@ -375,7 +375,7 @@ class _Session:
         )
         for flag in flags:
             if flag.level == "alarm":
-                self.folder.alarm(f"{flag.key} {flag.values.get('set', '')}".strip(), str(flag), **flag.values)
+                self.folder.alarm(f"{flag.key} {flag.values.get('set', '')}".strip(), flag.text("en"), **flag.values)
 
     def _write_summary(self, **found: Any) -> None:
         identities = {task: identity.id for task, identity in self.identities.items()}

@@ -44,7 +44,8 @@ class Verdict:
     """Which run to use. `best` is the fastest run that loses no more than the margin, or `none` where no run can be
     recommended.
 
-    `table`: one row per run with speedup, paired difference and whether it qualifies; `text` is for people.
+    `table`: one row per run with speedup, paired difference and whether it qualifies; `text` is for people; `point` is
+    the load (concurrency, prompt_len, output_len) whose speeds were compared.
     """
 
     best: str
@@ -52,6 +53,7 @@ class Verdict:
     text: str
     table: Table
     cautions: list[Finding] = field(default_factory=list)
+    point: Point | None = None
 
 
 class Comparison:
@@ -123,7 +125,7 @@ class Comparison:
         best = max(able, key=lambda row: row[RATE])
         text = [_best_text(best, self.baseline.name, self.margin)]
         text += [_faster_text(row) for row in rows if not row["qualifies"] and row["speedup"] > best["speedup"]]
-        return Verdict(best["run"], self.baseline.name, "\n".join(text), table, self._cautions(best))
+        return Verdict(best["run"], self.baseline.name, "\n".join(text), table, self._cautions(best), self.point)
 
     # --- one run ------------------------------------------------------------------------------------------------------
 

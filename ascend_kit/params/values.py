@@ -136,6 +136,8 @@ def _explain(item: Any, model: type[BaseModel], source: str, places: Mapping[str
             text += did_you_mean(str(value), choices(model, key))
         if item["type"] == "string_type" and isinstance(value, (bool, int, float)):
             text += " (YAML takes it for another type: put it in quotes)"
+        if item["type"].endswith("_type") and value is None:
+            text = "must not be empty"
         text = f"{'.'.join(str(part) for part in item['loc'])}: {text}, got {shown(value)}"
     named = [key] if key else re.findall(r"\w+", text)
     place = next((places[name] for name in named if name in places), source)

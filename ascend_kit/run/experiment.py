@@ -16,6 +16,7 @@ from typing import Any
 
 from ascend_kit.files import os_error_text
 from ascend_kit.identity import Identity
+from ascend_kit.messages import phrase
 from ascend_kit.params import Experiment, load_experiment
 from ascend_kit.params.paths import check_paths
 from ascend_kit.params.yaml_file import naming_lines
@@ -284,7 +285,7 @@ class _Run:
             return
         if stage.state == "alarm":
             for alarm in stage.alarms:
-                self.echo(f"      ALARM {alarm['text']}")
+                self.echo(f"      ALARM {phrase(alarm['text'])}")
             self.echo(f"      done with an alarm, {duration}")
             return
         where = "" if stage.cell is None else f" in cell {stage.cell}"

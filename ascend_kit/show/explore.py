@@ -83,7 +83,7 @@ def run_list(runs: Iterable[Run]) -> Table:
 
 def _line(run: Run) -> dict[str, Any]:
     record, values = RunRecord.read(run.folder.path), run.parameters
-    best = best_repeats(run.sweep)
+    best, switches = best_repeats(run.sweep), [name for name in ENGINE_SWITCHES if values.get(name) is True]
     scores = load_scores(run.folder)
     right = scores[(scores["metric"] == "acc") & (scores["status"] == "ok")]
     return {
@@ -91,8 +91,7 @@ def _line(run: Run) -> dict[str, Any]:
         "model": ", ".join(
             str(values[name]) for name in ("model_name", "precision", "quantize") if values.get(name, "none") != "none"
         ),
-        "engine": ", ".join([best[0]["backend"]] if best else []),
-        "switches": ", ".join(name for name in ENGINE_SWITCHES if values.get(name) is True),
+        "engine, switches": ", ".join([*{row["backend"] for row in best}, *switches]),
         "tokens/s": mean_of(best, RATE),
         "TTFT, ms": mean_of(best, "ttft_p50_ms"),
         "accuracy, %": 100 * (right["value"] * right["n"]).sum() / right["n"].sum() if len(right) else None,
@@ -152,7 +151,7 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
             reach = [line["y"] - line["low"], line["high"] - line["y"]]
             drawn = axes.errorbar(line["x"], line["y"], reach, label=label, linewidth=1.8, capsize=3, **looks[label])
             tip(drawn[0], [f"{label}, {row.concurrency} in flight: {cell_text(row.y)}" for row in line.itertuples()])
-            if line["ceiling"].notna().any():
+            if AXES[x] == "concurrency" and line["ceiling"].notna().any():
                 axes.plot(line["x"], line["ceiling"], "--", linewidth=1, color=looks[label]["color"])
         if AXES[x] == "concurrency":
             log2_axis(axes, part["concurrency"])
@@ -197,7 +196,7 @@ def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
         },
         {"mark": "rule", "encoding": {**shared, **reach}},
     ]
-    if found["ceiling"].notna().any():
+    if is_load and found["ceiling"].notna().any():
         ceiling = {"field": "ceiling", "type": "quantitative"}
         layers.append({"mark": {"type": "line", "strokeDash": [5, 4]}, "encoding": {**shared, "y": ceiling}})
     one = {"width": 460, "height": 300, "layer": layers}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ascend_kit.evaluation.tradeoff import Verdict
 
 HIT_RATE_WORTH_A_WORD = 0.02
+POINT = ["concurrency", "prompt_len", "output_len"]
 CAUTIOUS: dict[str, Level] = {"fail": "failed", "warn": "caution"}
 
 
@@ -80,20 +81,18 @@ def sweep_findings(rows: Table) -> list[Finding]:
         found.append(say("sweep.prefix_hits", "caution", share=float(done["prefix_hit_rate"].max())))
     if "num_preemptions" in done and done["num_preemptions"].fillna(0).sum() > 0:
         found.append(say("sweep.preemptions", "caution", count=int(done["num_preemptions"].sum())))
-    point = ["concurrency", "prompt_len", "output_len"]
     return found + [
-        say("sweep.failed", "failed", engine=row["backend"], error=str(row["error"]), **{k: int(row[k]) for k in point})
+        say("sweep.failed", "failed", engine=row["backend"], error=str(row["error"]), **{k: int(row[k]) for k in POINT})
         for row in failed_points(rows).to_dict("records")
     ]
 
 
 def _best_point(name: str, group: Table) -> Finding:
     """The best point by the mean of its repeats, as 06 counts it: a single lucky repeat is no headline."""
-    point = ["concurrency", "prompt_len", "output_len"]
-    numbers = group.groupby(point, sort=False)[_PER_POINT].mean()
+    numbers = group.groupby(POINT, sort=False)[_PER_POINT].mean()
     best = numbers.loc[numbers["output_tokens_per_s"].idxmax()]
-    place = dict(zip(point, map(int, best.name), strict=True))  # type: ignore[arg-type]
-    of_point = group[(group[point] == list(place.values())).all(axis=1)]
+    place = dict(zip(POINT, map(int, best.name), strict=True))  # type: ignore[arg-type]
+    of_point = group[(group[POINT] == list(place.values())).all(axis=1)]
     values = {name: float(value) for name, value in best.items() if value == value}
     values |= {"engine": name, "count": len(of_point), **place}
     ceiling = of_point["ceiling_tokens_per_s"].mean() if "ceiling_tokens_per_s" in of_point else None
@@ -108,8 +107,7 @@ _PER_POINT = ["output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"]
 
 def _gain(done: Table) -> list[Finding]:
     """Our throughput over the baseline's at equal points, worst and best."""
-    point = ["concurrency", "prompt_len", "output_len"]
-    table = done.pivot_table(index=point, columns="engine", values="output_tokens_per_s", aggfunc="median")
+    table = done.pivot_table(index=POINT, columns="engine", values="output_tokens_per_s", aggfunc="median")
     if "transformers" not in table or len(table.columns) < 2:
         return []
     ratios = table.drop(columns="transformers").div(table["transformers"], axis=0)
@@ -178,7 +176,7 @@ def _verdict(decision: Verdict, text: str, values: dict[str, Any]) -> Finding:
     if not rows:
         return say("compare.verdict", text=text, **values)
     best = rows[0]
-    values |= {"rate": best["output_tokens_per_s"]}
+    values |= {"rate": best["output_tokens_per_s"], **dict(zip(POINT, decision.point or (), strict=False))}
     if decision.best == decision.baseline:
         return say("compare.use_baseline", **values)
     named = {"speedup": "speedup", "difference": "difference_points", "low": "low_points", "high": "high_points"}

@@ -49,7 +49,7 @@ def first_screen(folder: RunFolder, run: RunRecord, findings: list[Finding]) -> 
     the serious ones first."""
     compared = next((finding for finding in findings if finding.key in VERDICTS), None)
     accuracy, note, percent = _accuracy(folder, compared, findings)
-    numbers = [*_speed(folder), (accuracy, note)]
+    numbers = [*_speed(folder, compared), (accuracy, note)]
     warnings = {str(finding): finding.level for finding in serious(findings)}
     warnings |= {phrase(alarm["text"]): "alarm" for stage in run.stages.values() for alarm in stage.alarms}
     warnings |= {f"{stage.name}: {stage.error}": "failed" for stage in run.stages.values() if stage.error}
@@ -83,13 +83,18 @@ def _verdict(run: RunRecord, compared: Finding | None, numbers: list[tuple[str, 
     return "caution", translate(f"verdict.only_{key}", rate=rate, accuracy=accuracy)
 
 
-def _speed(folder: RunFolder) -> list[tuple[str, str]]:
-    """(text, note) of output tokens/s, TTFT and TPOT at the engine's best point, by the mean of its repeats."""
+def _speed(folder: RunFolder, compared: Finding | None) -> list[tuple[str, str]]:
+    """(text, note) of output tokens/s, TTFT and TPOT, by the mean of the repeats: at the point that the verdict tells,
+    else at the engine's best.
+    """
     from ascend_kit.measure.rows import asked_rows, best_repeats, mean_of
 
     rows = [row for row in asked_rows(folder) if row.get("backend") != "transformers"]
     own = [row for row in rows if row.get("backend") == "ascend_kit"]  # another engine's only where ours has none
-    best = best_repeats(own or rows)
+    of_verdict = [compared.values.get(name) for name in POINT] if compared else []
+    best = best_repeats(row for row in own if [row.get(name) for name in POINT] == of_verdict) or best_repeats(
+        own or rows
+    )
     if not best:
         return [("", "")] * 3
     rates = [row["output_tokens_per_s"] for row in best]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ascend_kit.files import write_atomic
+from ascend_kit.files import os_error_text, write_atomic
 from ascend_kit.messages import phrase, translate
 from ascend_kit.params import PRECISIONS, Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
 from ascend_kit.params.conversion import FRAMEWORKS
@@ -36,6 +37,7 @@ GROUPS = {
 FIRST = ("input_model", "model_name", "device", "dataset_path")
 NAMES = ("model_name", "experiment")  # follow the model until a person writes one
 PARAMETER_FOLDER = Path("params")
+BAD = ("panel.invalid", "panel.not_ready", "panel.not_written")
 
 
 class ParameterPanel:
@@ -108,7 +110,12 @@ class ParameterPanel:
         if fault := self._read():
             return fault
         told = translate("panel.replaced" if Path(path).exists() else "panel.written", path=path)
-        write_atomic(Path(path), _minimal_yaml(self.experiment))
+        try:
+            if Path(path).is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder, not a file", str(path))
+            write_atomic(Path(path), _minimal_yaml(self.experiment))
+        except OSError as error:
+            return translate("panel.not_written", error=os_error_text(error))
         return told
 
     def _read(self) -> str | None:
@@ -170,7 +177,7 @@ class ParameterPanel:
             "load": lambda: (
                 self.load(source.value) if source.value else translate("panel.no_files", folder=PARAMETER_FOLDER)
             ),
-            "save": lambda: self.save(target.value),
+            "save": lambda: self.save(target.value.strip()),
         }
         buttons = {name: w.Button(description=translate(f"panel.{name}"), layout={"width": "90px"}) for name in actions}
         for title, action in actions.items():
@@ -225,7 +232,7 @@ def _rows(w: Any, keys: tuple[str, ...] | list[str], fields: Mapping[str, Any]) 
 
 
 def _say(message: Any, text: str) -> None:
-    is_bad = text.startswith(tuple(translate(key, error="") for key in ("panel.invalid", "panel.not_ready")))
+    is_bad = text.startswith(tuple(translate(key, error="") for key in BAD))
     message.value = f"<div style='white-space:normal;color:{'#b3261e' if is_bad else 'inherit'}'>{escape(text)}</div>"
 
 
@@ -241,14 +248,25 @@ def _field_value(key: str, value: Any) -> Any:
     """What a field holds for a value: itself for a check box, else text, empty for none."""
     if value is None:
         return ""
+    if _is_text(key):
+        return value
     return value if isinstance(value, bool) and not _choices(key) else _as_text(value)
 
 
 def _typed(key: str, value: Any) -> Any:
-    """The value of a field's content, texts read as YAML. ParameterError for text that is not YAML."""
+    """A field's value: names and paths as they stand, others read as YAML. ParameterError for what is no YAML."""
     if not isinstance(value, str):
         return value
-    return parse_overrides([f"{key}={value}"])[key]
+    if _is_text(key):
+        return None if value.strip() in ("", "null") else value.strip()
+    try:
+        return parse_overrides([f"{key}={value}"])[key]
+    except ParameterError as error:
+        raise ParameterError(str(error).replace("--set", "the form:", 1)) from None
+
+
+def _is_text(key: str) -> bool:
+    return kind_of(key) in ("str", "str | None") and not _choices(key)
 
 
 def _minimal_yaml(experiment: Experiment) -> str:

@@ -96,7 +96,8 @@ def _upright(line: Table) -> str:
     """A single line as two columns, name and value."""
     import pandas
 
-    values = {name: phrase(cell_text(value)) if name in SPOKEN else value for name, value in line.iloc[0].items()}
+    values = {name: getattr(value, "item", lambda v=value: v)() for name, value in line.iloc[0].items()}  # numpy's bool
+    values |= {name: phrase(cell_text(value)) for name, value in values.items() if name in SPOKEN}
     return _html(pandas.DataFrame({"value": values}, dtype=object))
 
 
@@ -159,7 +160,10 @@ def _cell(value: Any, is_spoken: bool, is_right: bool) -> str:
     """Columns of numbers to the right, so that digits stand below each other; short text in one line."""
     text = phrase(cell_text(value)) if is_spoken or isinstance(value, bool) else cell_text(value)
     line = "" if is_right or len(text) > WIDE_TEXT else "; white-space: nowrap"
-    return f'<td style="text-align: {_side(is_right)}{line}">{markup(text)}</td>'
+    shown = markup(text)
+    if not is_right:
+        shown = re.sub(r"(?<=\w)/(?=\w)", "/<wbr>", shown)  # where the name of a run may break
+    return f'<td style="text-align: {_side(is_right)}{line}">{shown}</td>'
 
 
 def markup(text: str) -> str:
@@ -333,7 +337,8 @@ def checks(table: Table) -> HTML:
     shown = table.iloc[order.argsort(kind="stable")].reindex(columns=CHECKS)
     bad = shown["status"].isin(["fail", "warn"])
     title = translate("table.checks_fine" if not bad.any() else "table.checks_rest", count=int((~bad).sum()))
-    return HTML((_html(shown[bad]) if bad.any() else "") + fold(title, _html(shown[~bad])))
+    fine = shown[~bad].mask(shown == "").dropna(axis="columns", how="all")
+    return HTML((_html(shown[bad]) if bad.any() else "") + fold(title, _html(fine)))
 
 
 def parity(figures: Table) -> HTML | None:

@@ -1,15 +1,22 @@
 """The real notebooks, executed headless on a tiny model: their files are asserted on, not printed text."""
 
 import json
+import re
+import shutil
 
 import nbformat
 import pandas
 import papermill
 import pytest
 import yaml
-from chinese_text import english_in
+from chinese_text import english_in, own_cells
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from matplotlib.text import Text
 
 from ascend_kit.demo import ensure_data
+from ascend_kit.messages import use_language
+from ascend_kit.params import load_experiment
 from ascend_kit.results import RunFolder
 from ascend_kit.run.checks import find_notebooks
 from ascend_kit.run.experiment import run_experiment
@@ -99,6 +106,40 @@ def test_executed_copies_hold_their_figures_and_the_report_runs_no_prompt(run):
 @pytest.mark.multiproc
 def test_the_report_of_a_run_in_chinese_has_no_english_left_but_names_units_and_code(run):
     assert english_in(run.report.read_text(encoding="utf-8"), "tiny", "default") == []
+
+
+@pytest.mark.slow
+def test_the_results_of_the_same_run_read_again_in_english_hold_no_chinese(run, parameters, tmp_path, monkeypatch):
+    shutil.copytree(run.run_folder, tmp_path / "tiny/default")
+    experiment = load_experiment(parameters, {"language": "en", "output_root": str(tmp_path)})
+    shell, texts = InteractiveShell.instance(), []
+
+    def words_of(folder, name, figure, caption, **_):
+        """What stands in a figure, without the seconds that drawing it takes."""
+        texts.extend([caption, *(text.get_text() for text in figure.findobj(Text))] if figure else [])
+
+    monkeypatch.setattr("ascend_kit.experiment_from_notebook", lambda _: experiment)
+    monkeypatch.setattr("ascend_kit.show.charts.keep", words_of)
+    use_language("en")
+    try:
+        for notebook in find_notebooks():
+            cells = nbformat.read(notebook.path, as_version=4).cells
+            ids = [cell.id for cell in cells]
+            start = ids.index("reload" if "reload" in ids else "setup")  # 06 and 07 read files from their first cell on
+            for cell in (cell for cell in cells[start:] if cell.cell_type == "code"):
+                with capture_output() as caught:
+                    done = shell.run_cell(cell.source)
+                done.raise_error()
+                shown = [getattr(done.result, "data", ""), *(out.data.get("text/html", "") for out in caught.outputs)]
+                texts += [caught.stdout, *filter(None, shown)]
+    finally:
+        InteractiveShell.clear_instance()
+
+    told = re.sub("<table.*?</table>", lambda found: own_cells(found[0]), "\n".join(texts), flags=re.DOTALL)
+    assert re.findall(".*[\u3000-\u9fff\uff00-\uffef].*", told) == []
+    for text in ("weights, GiB", "output tokens/s against requests in flight", "Throughput against latency",
+                 "2 of 2 prompts answered", "no history yet"):  # fmt: skip
+        assert text in told, text
 
 
 @pytest.mark.multiproc
