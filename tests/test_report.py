@@ -10,9 +10,9 @@ from html import unescape
 import nbformat
 import pandas
 import pytest
+from chart_data import sweep_rows
 from chinese_text import english_in
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from test_charts import sweep_rows
 
 from ascend_kit.messages import say, use_language
 from ascend_kit.results import RunFolder
