@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from test_compare import answers, make_run, sweep_row
+from compared_runs import answers, make_run, sweep_row
 
 from ascend_kit.evaluation import evidence
 from ascend_kit.evaluation.gate import break_even, gate, speed_ratios
