@@ -54,6 +54,8 @@ def count_all(sim: Any, context: int, batches: list[int]) -> Any:
         "ours, plain ops": dict(fused=False),
         "ours, eager": {},
         "ours, graph": dict(graph_mode=True),
+        "with 100 of a prompt": dict(graph_mode=True, graph_prompt_tokens=0, prompt_tokens=100),
+        "with 100, in a graph": dict(graph_mode=True, prompt_tokens=100),
         "ours, w8a8 graph": dict(graph_mode=True, quantize="w8a8"),
         "ours, w8a16 graph": dict(graph_mode=True, quantize="w8a16"),
     }

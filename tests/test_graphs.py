@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ascend_kit.device import graphs
 from ascend_kit.device.advice import advice
 from ascend_kit.device.device import select_device
-from ascend_kit.device.graphs import DecodeGraphs, GraphError, GraphHang, decode_sizes, memory_reserve, wait_until
+from ascend_kit.device.graphs import (
+    DecodeGraphs,
+    GraphError,
+    GraphHang,
+    decode_sizes,
+    memory_reserve,
+    prompt_sizes,
+    wait_until,
+)
 from ascend_kit.device.ops import AttentionMeta, native, select_ops
 
 BLOCK, BLOCKS, MAX_BLOCKS = 128, 12, 4
@@ -85,6 +95,59 @@ def test_captured_steps_equal_plain_ones_whatever_the_batch(update_first, monkey
     assert all(untouched), "dead rows may write to block 0 only"
 
 
+def prompt_inputs(chunks, seed=0):
+    """A step of chunks (new tokens, tokens with them), each sequence in blocks of its own."""
+    counts, lengths = (list(numbers) for numbers in zip(*chunks, strict=True))
+    _, _, last = decode_inputs(lengths)
+    owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    positions = torch.cat([torch.arange(length - new, length) for new, length in chunks]).int()
+    tokens = torch.randint(0, VOCABULARY, (sum(counts),), generator=torch.Generator().manual_seed(seed))
+    blocks = last.block_table[owners, (positions // BLOCK).long()]
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    meta = AttentionMeta(
+        blocks * BLOCK + positions % BLOCK, last.block_table, ends, lengths, last.context_lens_t, BLOCK, False
+    )
+    return tokens.int(), positions, meta
+
+
+def on_device(inputs, device):
+    tokens, positions, meta = inputs
+    names = ("slot_mapping", "block_table", "context_lens_t")
+    meta = replace(meta, **{name: getattr(meta, name).to(device) for name in names})
+    return tokens.to(device), positions.to(device), meta
+
+
+# Chunks with and without a context, decodes among them; full and padded sizes; one sequence and as many as may be.
+PROMPT_STEPS = [[(1, 5), (1, 130), (50, 50), (20, 140)], [(128, 128)], [(7, 300)], [(1, 4), (200, 201)], [(3, 3)] * 4]
+
+
+@pytest.mark.npu
+def test_captured_steps_with_prompts_equal_plain_ones_and_write_nowhere_else(sim, device):
+    plain, captured = (TinyStep(device, "npu") for _ in range(2))
+    runner = make_graphs(captured, select_device(device), prompt_fn=captured, prompt_sizes=prompt_sizes(256, BLOCK))
+    sim.reset()
+    info = runner.capture()
+    assert info["prompt_sizes"] == [128, 256] and sim.counts.captures == 3 + 2
+    for mine, theirs in zip(captured.cache, plain.cache, strict=True):
+        mine.copy_(theirs)  # a capture writes over blocks that nothing is in yet
+
+    for number, chunks in enumerate(PROMPT_STEPS):
+        inputs = prompt_inputs(chunks, seed=number)
+        sim.reset()
+        got = runner.run_prompts(*inputs).clone()
+        assert (sim.counts.replays, sim.counts.updates, sim.counts.uploads, sim.counts.num_syncs) == (1, 1, 1, 0)
+        torch.testing.assert_close(got.cpu(), plain(*on_device(inputs, device)).cpu(), rtol=0, atol=0)
+        # A decode step between them has its own lengths.
+        step = decode_inputs([130, 1, 300], seed=number)
+        assert torch.equal(runner.run(*step).cpu(), plain(*on_device(step, device)).cpu())
+
+    counted = {name: runner.info()[name] for name in ("prompt_replays", "prompt_tokens", "padded_tokens")}
+    assert counted == dict(prompt_replays=5, prompt_tokens=72 + 128 + 7 + 201 + 12, padded_tokens=56 + 121 + 55 + 116)
+    assert not runner.can_run_prompts(257, 1) and not runner.can_run_prompts(20, 5)
+    for a, b in zip(plain.cache, captured.cache, strict=True):
+        assert torch.equal(a.cpu()[1:], b.cpu()[1:]), "dead tokens may write to block 0 only"
+
+
 @pytest.mark.npu
 def test_inputs_may_lie_on_the_device_already(device):
     step = TinyStep(device, "npu")
@@ -127,6 +190,25 @@ def test_graphs_of_all_sizes_share_the_memory_of_the_largest(device):
     torch.npu.empty_cache()
     assert len(runner.sizes) == 4
     assert temporary <= torch.npu.memory_reserved() - before < 2 * temporary
+
+
+@pytest.mark.npu
+def test_sizes_with_prompts_share_the_memory_of_the_largest_step(device):
+    step, row = TinyStep(device, "npu"), 1 << 17
+
+    def wasteful(token_ids, positions, meta):
+        wide = torch.empty(len(token_ids), row, dtype=torch.uint8, device=device)
+        return step(token_ids, positions, meta) + wide[:, :1].to(torch.bfloat16) * 0
+
+    wasteful.ops = step.ops
+    torch.npu.empty_cache()
+    before = torch.npu.memory_reserved()
+
+    runner = make_graphs(wasteful, select_device(device), prompt_fn=wasteful, prompt_sizes=prompt_sizes(512, BLOCK))
+    assert len(runner.capture()["prompt_sizes"]) == 4
+
+    torch.npu.empty_cache()
+    assert 512 * row <= torch.npu.memory_reserved() - before < 1.5 * 512 * row
 
 
 @pytest.mark.npu
@@ -209,17 +291,27 @@ def test_sizes_are_few_ascending_and_end_with_the_largest_batch():
         decode_sizes(8, sizes=[9])
 
 
+def test_sizes_with_prompts_are_a_block_apart_and_end_with_the_largest_step():
+    assert prompt_sizes(256, 128) == prompt_sizes(256, 1024) == [128, 256]
+    assert prompt_sizes(300, 128) == [128, 256, 300] and prompt_sizes(40, 128) == [40]
+    assert prompt_sizes(256, 16) == [16, 32, 48, 64]
+    assert prompt_sizes(0, 128) == []
+
+
 def test_memory_for_graphs_collectives_and_activations_is_kept_free():
-    shape = dict(num_heads=32, widest=24576, vocab_size=151936, batch_size=4, step_tokens=2048)
+    shape = dict(num_heads=32, widest=24576, hidden_size=4096, vocab_size=151936, batch_size=4, step_tokens=2048)
 
-    kept = memory_reserve("npu", **shape, graph_mode=True, communicates=True)
+    kept = memory_reserve("npu", **shape, graph_mode=True, prompt_sizes=[128, 256], communicates=True)
 
-    # 16 MiB + 24 x 65,536 x 48 B + 2 x 24 x 128 x 128 x 4 x 32 B, and logits of the sizes 1, 2 and 4
-    assert kept["graphs"] == 16_777_216 + 75_497_472 + 100_663_296 + 2 * 151936 * 7
+    # 16 MiB + 24 x 65,536 x 48 B + 2 x 24 x 128 x 128 x 4 x 32 B; logits of the sizes 1, 2 and 4, hidden states of 128
+    # and 256 tokens, and four of the widest rows of 256
+    attention = 16_777_216 + 75_497_472 + 100_663_296
+    assert kept["graphs"] == attention + 2 * 151936 * 7 + 2 * 4096 * 384 + 4 * 256 * 24576 * 2
     assert kept["collectives"] == 400 << 20
     assert kept["activations"] == 4 * 2048 * 24576 * 2 + 2 * 4 * 151936 * 4
-    assert memory_reserve("npu", **shape, graph_mode=False, communicates=False)["graphs"] == 0
-    assert memory_reserve("cpu", **shape, graph_mode=True, communicates=True) == {}
+    rest = dict(prompt_sizes=[], communicates=True)
+    assert memory_reserve("npu", **shape, **rest, graph_mode=False)["graphs"] == 0
+    assert memory_reserve("cpu", **shape, **rest, graph_mode=True) == {}
 
 
 def test_waiting_ends_when_done_and_raises_when_not():

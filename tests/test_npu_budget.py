@@ -50,6 +50,19 @@ def test_a_captured_step_is_one_replay_with_one_update_per_layer(name, batch, si
     assert cost.bytes_ratio <= MAX_BYTES_RATIO
 
 
+@pytest.mark.parametrize("name", LAUNCHES_PER_LAYER)
+def test_a_prompt_beside_decodes_is_one_replay_instead_of_all_its_launches(name, sim, device):
+    eager, captured = (
+        cost_of(sim, name, batch=2, prompt_tokens=100, graph_mode=graph_mode) for graph_mode in (False, True)
+    )
+
+    assert eager.launches >= LAYERS * LAUNCHES_PER_LAYER[name]
+    # Rows of the sampled tokens, lm_head, and what chooses a token; the rows' numbers are uploaded, too.
+    assert captured.launches == 2 + 1 + 4
+    assert (captured.replays, captured.updates, captured.syncs, captured.uploads) == (1, LAYERS, 1, 2)
+    assert captured.launches_per_layer <= LAUNCHES_PER_LAYER[name]
+
+
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("name", LAUNCHES_PER_LAYER)
 @pytest.mark.parametrize("scheme,budget", [("w8a8", W8A8_PER_LAYER), ("w8a16", W8A16_PER_LAYER)])

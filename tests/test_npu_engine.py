@@ -91,6 +91,46 @@ def test_int8_in_float32_gives_the_tokens_of_the_cpu(graph_mode, tiny_qwen3_dir,
     assert tokens[0] == tokens[1]
 
 
+CHUNKED = dict(max_tokens_per_step=150, graph_mode=True)  # the prompt of 140 tokens comes in two steps beside decodes
+
+
+def test_steps_with_prompts_in_graphs_give_the_tokens_of_plain_float32(tiny_qwen3_dir, device):
+    """A float32 step reads its lengths from tensors alone, and prompts beside decodes, shared prefixes and scores."""
+    pairs, prompts = [([5, 6, 7], [8, 9]), ([10] * 130, [11])], [*PROMPTS, *PROMPTS[1:], [9] * 70]
+    sampling = [SamplingParams(max_new_tokens=length, ignore_eos=True) for length in (9, 3, 6, 8, 4, 5)]
+    found = []
+    for where, options in (("cpu", dict(graph_mode=False, operator_fusion=False)), (device, CHUNKED)):
+        with engine_on(where, tiny_qwen3_dir, precision="fp32", batch_size=3, **options) as engine:
+            tokens = [out.token_ids for out in engine.generate(prompts, sampling)]
+            found.append((tokens, [score.logprob for score in engine.score(pairs)]))
+            graphs = engine.stats()["graphs"]
+
+    assert found[1][0] == found[0][0] and found[1][1] == pytest.approx(found[0][1], abs=1e-4)
+    assert graphs["prompt_sizes"] == [128, 150] and graphs["prompt_replays"] >= 4  # three beside decodes, the scores
+    assert 0 < graphs["padded_tokens"] < graphs["prompt_tokens"]
+
+
+@pytest.mark.parametrize("scheme", ["none", "w8a8"])
+def test_steps_with_prompts_in_graphs_give_the_tokens_of_eager_ones(scheme, wide_model_dir, tmp_path, device):
+    """Through the kernels, whose lengths are updated at every replay."""
+    folder = wide_model_dir if scheme == "none" else convert(wide_model_dir, tmp_path / "m", quantize=scheme).folder
+    found = []
+    for prompt_tokens in (0, 256):
+        with engine_on(device, folder, graph_prompt_tokens=prompt_tokens, **CHUNKED) as engine:
+            found.append((answers(engine), engine.stats()["graphs"]["prompt_replays"]))
+
+    assert found[0][1] == 0 < found[1][1]
+    assert_near(found[1][0], found[0][0])
+
+
+def test_heads_that_are_attended_one_sequence_at_a_time_keep_eager_prompts(tiny_qwen3_dir, device):
+    with engine_on(device, tiny_qwen3_dir, graph_mode=True) as engine:  # heads of 16
+        engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=2))
+        graphs = engine.stats()["graphs"]
+
+    assert graphs["prompt_sizes"] == [] and graphs["replays"] > 0
+
+
 def test_a_head_size_the_kernels_lack_is_refused_at_load_with_a_way_out(tmp_path, device):
     folder = make_model(tmp_path / "m", "qwen3", head_dim=24)
 

@@ -95,10 +95,10 @@ def test_a_step_is_the_same_after_its_journey():
     sequences[0].blocks, sequences[1].blocks = [3, 4], [7, 1, 5]
     chunks = [Chunk(sequences[0], 4, 1), Chunk(sequences[1], 0, 9)]
 
-    sent = StepInputs.from_chunks(chunks, 4, scored=[2, 3], sampled=[0], in_graph=False)
+    sent = StepInputs.from_chunks(chunks, 4, scored=[2, 3], sampled=[0], graph=0)
     got = StepInputs.from_message(sent.to_message())
 
-    assert (got.ends, got.lengths, got.scored, got.sampled, got.in_graph) == ([1, 10], [5, 9], [2, 3], [0], False)
+    assert (got.ends, got.lengths, got.scored, got.sampled, got.graph) == ([1, 10], [5, 9], [2, 3], [0], 0)
     assert torch.equal(got.buffer, sent.buffer)
     ids, positions, meta = got.tensors(torch.device("cpu"), 4, None)
     assert ids.tolist() == [4, *range(9)] and positions.tolist() == [4, *range(9)]

@@ -1,9 +1,10 @@
-"""Self-test of what spans more than one call: a captured decode attention, and a two-rank all-reduce."""
+"""Self-test of what spans more than one call: captured attention, and a two-rank all-reduce."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -27,13 +28,14 @@ from ascend_kit.doctor.stages import OpCheck
 
 GRAPH_HEADS = HEADS[1]
 _SCALE = GRAPH_HEADS[2] ** -0.5
+NO_PROMPTS = "graph_prompt_tokens: 0 in the parameter file runs steps with prompts operator by operator"
 
 
 def run_graph(device: Device) -> Iterator[OpCheck]:
-    """Capture a decode attention as the engine does, replay it, replay it with longer sequences.
+    """Capture attention as the engine does, replay it, replay it with longer sequences.
 
     Only the second replay proves that new lengths reach the kernel. Three requests in a graph of four
-    rows leave a dead row as well.
+    rows leave a dead row as well. On an NPU prompts beside a decode follow, the second time of more requests.
     """
     comparer = Comparer(device, select_ops(device.kind, fused=True), "graph")
     dtype, block = torch.bfloat16, device.default_block_size
@@ -50,9 +52,23 @@ def run_graph(device: Device) -> Iterator[OpCheck]:
     if graphs:
         yield comparer.check("update and replay", "one more token each", allowed, lambda: _replay(graphs[0], longer))
         graphs[0].close()
+    if device.kind == "npu":
+        cases = ((1, block - 1), (93, block + 7)), ((1, block - 2), (33, 33), (60, 60))
+        steps = [make_inputs(AttentionCase("", requests), GRAPH_HEADS, block, dtype) for requests in cases]
+
+        def with_prompts() -> float:
+            graphs = _capture(comparer, steps[0], dtype, prompt_sizes=[128])
+            found = max(_replay(graphs, inputs) for inputs in steps)
+            graphs.close()
+            return found
+
+        check = comparer.check("prompts in a graph", "2 and 3 requests of 94 tokens", allowed, with_prompts)
+        yield replace(check, remedy=NO_PROMPTS if check.status == "fail" else "")
 
 
-def _capture(comparer: Comparer, inputs: AttentionInputs, dtype: torch.dtype) -> DecodeGraphs:
+def _capture(
+    comparer: Comparer, inputs: AttentionInputs, dtype: torch.dtype, prompt_sizes: Sequence[int] = ()
+) -> DecodeGraphs:
     """A step whose token ids choose rows of a table of queries, over caches that stay where they are."""
     target = comparer.device.torch_device
     held = inputs.to(target, dtype, comparer.ops.make_mask(target))
@@ -65,14 +81,16 @@ def _capture(comparer: Comparer, inputs: AttentionInputs, dtype: torch.dtype) ->
     graphs = DecodeGraphs(
         comparer.device, step, max_batch=4, max_blocks=4, block_size=held.meta.block_size, sizes=[4],
         mask=held.meta.mask, host_lengths=getattr(comparer.ops, "HOST_LENGTHS", False), timeout_s=60.0,
+        prompt_fn=step, prompt_sizes=prompt_sizes,
     )  # fmt: skip
     graphs.capture()
     return graphs
 
 
 def _replay(graphs: DecodeGraphs, inputs: AttentionInputs) -> float:
-    ids = torch.arange(len(inputs.meta.context_lens), dtype=torch.int32)
-    found = graphs.run(ids, inputs.meta.context_lens_t - 1, inputs.meta)
+    ids = torch.arange(len(inputs.q), dtype=torch.int32)
+    run = graphs.run if inputs.meta.is_decode else graphs.run_prompts
+    found = run(ids, torch.zeros_like(ids), inputs.meta)  # queries are chosen by their ids
     graphs.wait()
     wanted = reference.paged_attention(inputs.q, inputs.k_cache, inputs.v_cache, inputs.meta, _SCALE)
     return relative_error(found, wanted.flatten(1))

@@ -52,6 +52,7 @@ class EngineConfig:
     head_dtype: str = _default("head_dtype")
     speculate: int = _default("speculate")
     async_scheduling: bool | None = _default("async_scheduling")
+    graph_prompt_tokens: int = _default("graph_prompt_tokens")
     seed: int = _default("seed")
     cards: int = _default("cards")
     tensor_parallel: int = _default("tensor_parallel")
@@ -88,6 +89,12 @@ class EngineConfig:
     def decode_rows(self) -> int:
         """Rows of the largest decode step: one a request, and with `speculate` guesses, as far as graphs go."""
         return max(self.batch_size, min(self.batch_size * (1 + self.speculate), LARGEST_GUESSED_STEP))
+
+    @property
+    def graph_prompt_rows(self) -> int:
+        """Tokens of the largest captured step with prompts: as asked for, and no more than a step may have."""
+        largest_step = max(self.max_tokens_per_step, self.batch_size)
+        return min(self.graph_prompt_tokens, largest_step, self.batch_size * self.max_seq_length)
 
     @property
     def replicas(self) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from ascend_kit.device.device import Device
 from ascend_kit.device.graph_inputs import GraphError
-from ascend_kit.device.graphs import memory_reserve
+from ascend_kit.device.graphs import memory_reserve, prompt_sizes
 from ascend_kit.device.ops import select_ops
 from ascend_kit.device.ops.reference import SCALE_BYTES
 from ascend_kit.device.parallel import TensorParallel
@@ -111,10 +111,12 @@ class EngineCore:
             device.kind,
             num_heads=config.num_heads // self.decoder.parallel.size,
             widest=max(config.hidden_size, 2 * config.intermediate_size // self.decoder.parallel.size),
+            hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             batch_size=settings.decode_rows,
             step_tokens=settings.max_tokens_per_step,
             graph_mode=settings.graph_mode,
+            prompt_sizes=prompt_sizes(settings.graph_prompt_rows, self.block_size) if device.kind == "npu" else (),
             communicates=self.decoder.parallel.size > 1,
         )
         num_blocks = self._pool_size(ranks_on_host)
@@ -135,7 +137,7 @@ class EngineCore:
             self.decoder, device, ops, num_blocks=num_blocks, block_size=self.block_size, dtype=kv_dtype
         )
         if settings.graph_mode:
-            self.runner.enable_graphs(settings.decode_rows, settings.max_seq_length)
+            self.runner.enable_graphs(settings.decode_rows, settings.max_seq_length, settings.graph_prompt_rows)
         self.sequences: dict[int, Sequence] = {}
         names = ("steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens",
                  "async_steps")  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ascend_kit.device.device import Device, upload
-from ascend_kit.device.graphs import DecodeGraphs, wait_until
+from ascend_kit.device.graphs import DecodeGraphs, prompt_sizes, wait_until
 from ascend_kit.device.ops import AttentionMeta
 from ascend_kit.device.parallel import StepChannel
 from ascend_kit.engine.sampler import record_logprobs, sample
@@ -29,6 +29,9 @@ SCORED_ROWS = 256  # rows whose logits exist at once while scoring: 256 x 152k x
 
 
 HEADER = 5  # numbers before the lists of a message
+EAGER, DECODE, PROMPTS = range(3)  # how a step runs: operator by operator, or as a captured one of two kinds
+# Plain attention over a captured step with prompts gathers every token's whole context; beyond this a step is eager.
+MAX_GATHERED_BYTES = 64 << 20
 
 
 @dataclass
@@ -57,8 +60,8 @@ class ModelRunner:
         self.channel = StepChannel(decoder.parallel) if decoder.parallel.size > 1 else None
 
     @torch.inference_mode()
-    def enable_graphs(self, max_sequences: int, max_seq_length: int) -> None:
-        """Run decode steps as captured graphs from now on.
+    def enable_graphs(self, max_sequences: int, max_seq_length: int, prompt_tokens: int = 0) -> None:
+        """Run decode steps, and on an NPU steps with prompts of at most so many tokens, as captured graphs from now on.
 
         An NPU or CUDA device records them here, at load, where the time is reported and no request waits for it.
         """
@@ -73,9 +76,21 @@ class ModelRunner:
             layers=list(self.decoder.layers),
             # Without kernels an int8 cache is widened for every step, which takes longer to compile than it gains.
             records=getattr(self.ops, "RECORDS", False if self.caches[0][0].dtype == torch.int8 else None),
+            prompt_fn=lambda ids, positions, meta: self.decoder(ids, positions, meta, self.caches),
+            prompt_sizes=prompt_sizes(self._prompt_limit(prompt_tokens, max_seq_length), self.block_size),
         )
         if self.device.kind != "cpu":
             self.graphs.capture()
+
+    def _prompt_limit(self, tokens: int, max_seq_length: int) -> int:
+        """How many tokens a captured step with prompts may have, as far as attention and the KV pool allow."""
+        blocks, _, heads, size = self.caches[0][0].shape
+        how = getattr(self.ops, "prompt_attention", lambda *_: "plain")(size, self.caches[0][0].dtype)
+        if how == "one by one":
+            return 0  # the calls, and what each of them reads, would stay those of the capture
+        context_bytes = 2 * max_seq_length * heads * size * self.caches[0][0].element_size()
+        most = MAX_GATHERED_BYTES // context_bytes if how == "plain" else tokens
+        return min(tokens, most, blocks * self.block_size)
 
     def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, list[int]]:
         """Run one step; the new tokens of each sequence that got some, by sequence id. Scores go to the sequences."""
@@ -96,7 +111,7 @@ class ModelRunner:
             self.block_size,
             scored=sorted({row for row, *_ in wanted}),
             sampled=[starts[id(chunk)] + chunk.count - 1 for chunk in sampled],
-            in_graph=self.graphs is not None and plan.is_decode and self.graphs.can_run(len(chunks)),
+            graph=self._graph_for(plan, chunks),
         )
         if self.channel is not None:
             self.channel.send(inputs.to_message())
@@ -113,7 +128,7 @@ class ModelRunner:
         host.copy_(tokens, non_blocking=True)
         done = self.device.backend.Event()
         done.record()
-        timeout_s = self.graphs.timeout_s if inputs.in_graph and self.graphs is not None else math.inf
+        timeout_s = self.graphs.timeout_s if inputs.graph and self.graphs is not None else math.inf
         return Launched(sequences, tokens, host, done, timeout_s)
 
     def read(self, step: Launched) -> dict[int, list[int]]:
@@ -141,6 +156,14 @@ class ModelRunner:
         while (message := channel.receive()) is not None:
             self._forward(StepInputs.from_message(message))
 
+    def _graph_for(self, plan: StepPlan, chunks: list[Chunk]) -> int:
+        if self.graphs is None:
+            return EAGER
+        if plan.is_decode and self.graphs.can_run(len(chunks)):
+            return DECODE
+        fits = self.graphs.can_run_prompts(sum(chunk.count for chunk in chunks), len(chunks))
+        return PROMPTS if fits else EAGER
+
     def _unread_tokens(self, chunks: list[Chunk], before: Launched) -> Tensor:
         """Token ids [T], int32 on the device, of chunks that go on from `before`."""
         assert before.tokens is not None
@@ -158,16 +181,20 @@ class ModelRunner:
 
         Every rank runs the same products in the same order: their collectives pair up.
         """
-        if inputs.in_graph and self.graphs is not None:
-            # Host tensors: the graph copies all of them to its own buffers in one transfer.
-            token_ids, positions, meta = inputs.tensors(torch.device("cpu"), self.block_size, self.mask)
-            return self.graphs.run(token_ids if unread is None else unread, positions, meta)
-        token_ids, positions, meta = inputs.tensors(self.device.torch_device, self.block_size, self.mask)
+        # For a graph on the host: it copies all of them to its own buffers in one transfer.
+        target = torch.device("cpu") if inputs.graph else self.device.torch_device
+        token_ids, positions, meta = inputs.tensors(target, self.block_size, self.mask)
         token_ids = token_ids if unread is None else unread
+        if inputs.graph == DECODE:
+            return self.graphs.run(token_ids, positions, meta)  # type: ignore[union-attr]
         read = inputs.read_rows()
-        kept = self._ints(read, torch.int64) if len(read) < token_ids.shape[0] else None
-        hidden = self.decoder(token_ids, positions, meta, self.caches, kept)
-        place = {row: number for number, row in enumerate(read)}
+        if inputs.graph == PROMPTS:
+            hidden = self.graphs.run_prompts(token_ids, positions, meta)  # type: ignore[union-attr]
+            place = {row: row for row in read}
+        else:
+            kept = self._ints(read, torch.int64) if len(read) < token_ids.shape[0] else None
+            hidden = self.decoder(token_ids, positions, meta, self.caches, kept)
+            place = {row: number for number, row in enumerate(read)}
         for part in range(0, len(inputs.scored), SCORED_ROWS):
             rows = inputs.scored[part : part + SCORED_ROWS]
             logits = self.decoder.logits(hidden.index_select(0, self._ints([place[row] for row in rows], torch.int64)))
@@ -236,11 +263,11 @@ class StepInputs:
     lengths: list[int]  # context lengths [B]
     scored: list[int]  # rows whose logits are compared with given tokens
     sampled: list[int]  # rows whose logits choose the next token
-    in_graph: bool  # whether a captured decode step runs it
+    graph: int  # EAGER, DECODE or PROMPTS
 
     @classmethod
     def from_chunks(
-        cls, chunks: list[Chunk], block_size: int, *, scored: list[int], sampled: list[int], in_graph: bool
+        cls, chunks: list[Chunk], block_size: int, *, scored: list[int], sampled: list[int], graph: int
     ) -> StepInputs:
         """Lay out the chunks of a plan in their order."""
         token_ids: list[int] = []
@@ -257,7 +284,7 @@ class StepInputs:
         width = -(-max(lengths) // block_size)
         table = [block for chunk in chunks for block in _padded(chunk.sequence.blocks, width)]
         buffer = torch.tensor([*token_ids, *positions, *slots, *lengths, *table], dtype=torch.int32)
-        return cls(buffer, ends, lengths, scored, sampled, in_graph)
+        return cls(buffer, ends, lengths, scored, sampled, graph)
 
     def tensors(
         self, device: torch.device, block_size: int, mask: Tensor | None
@@ -284,7 +311,7 @@ class StepInputs:
 
     def to_message(self) -> Tensor:
         """Everything as one int32 tensor."""
-        header = [len(self.ends), len(self.scored), len(self.sampled), int(self.in_graph), self.buffer.numel()]
+        header = [len(self.ends), len(self.scored), len(self.sampled), self.graph, self.buffer.numel()]
         return torch.cat(
             (torch.tensor([*header, *self.ends, *self.scored, *self.sampled], dtype=torch.int32), self.buffer)
         )
@@ -292,11 +319,11 @@ class StepInputs:
     @classmethod
     def from_message(cls, message: Tensor) -> StepInputs:
         """The inverse of `to_message`."""
-        sequences, scored, sampled, in_graph, size = message[:HEADER].tolist()
+        sequences, scored, sampled, graph, size = message[:HEADER].tolist()
         ends, scored_rows, sampled_rows, buffer = message[HEADER:].split([sequences, scored, sampled, size])
         tokens = int(ends[-1])
         lengths = buffer[3 * tokens : 3 * tokens + sequences].tolist()
-        return cls(buffer, ends.tolist(), lengths, scored_rows.tolist(), sampled_rows.tolist(), bool(in_graph))
+        return cls(buffer, ends.tolist(), lengths, scored_rows.tolist(), sampled_rows.tolist(), graph)
 
 
 def _padded(blocks: list[int], width: int) -> list[int]:

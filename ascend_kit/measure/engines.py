@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 OnDone = Callable[[int], None]
 SWITCHES = ("graph_mode", "operator_fusion", "memory_optimize")  # of every engine; further ones of ours:
 PLAIN_LAUNCHES = 64  # operators that a layer's decode step queues without fusion, views apart: counted for Qwen3
-OPTIONS = ("kv_cache_dtype", "head_dtype", "speculate")
+OPTIONS = ("kv_cache_dtype", "head_dtype", "speculate", "graph_prompt_tokens")
 
 
 class Machine(Protocol):

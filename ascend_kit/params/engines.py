@@ -14,7 +14,7 @@ from ascend_kit.params.values import ParameterError
 OWN_SETTINGS = (
     "precision", "quantize", "use_model", "output_model", "cards", "tensor_parallel", "batch_size", "block_size",
     "max_tokens_per_step", "kv_cache_gib", "graph_mode", "operator_fusion", "memory_optimize", "plain_ops", "speculate",
-    "kv_cache_dtype", "head_dtype", "async_scheduling",
+    "kv_cache_dtype", "head_dtype", "async_scheduling", "graph_prompt_tokens",
 )  # fmt: skip
 TRANSFORMERS_SETTINGS = ("padding", "batching")  # besides these
 KINDS = ("ascend_kit", "transformers", "openai")
@@ -30,7 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "transformers_continuous": {"kind": "transformers", "batching": "continuous"},
     "continuous_batching": PLAIN,
     "fused_operators": {"operator_fusion": True},
-    "graphs": {"graph_mode": True},
+    "decode_graphs": {"graph_mode": True, "graph_prompt_tokens": 0},
+    "graphs": {"graph_mode": True, "graph_prompt_tokens": 256},
     "prefix_reuse": {"memory_optimize": True},
     "int8": {"quantize": "w8a8"},
     "speculation": {"speculate": 4},

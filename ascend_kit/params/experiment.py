@@ -37,6 +37,7 @@ ENGINE_SWITCHES = (
     "precision",
     "quantize",
     "graph_mode",
+    "graph_prompt_tokens",
     "operator_fusion",
     "memory_optimize",
     "kv_cache_dtype",

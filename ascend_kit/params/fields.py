@@ -64,6 +64,9 @@ class StageParameters(ConversionParameters, RunParameters):
         None, description="queue a step before the last tokens are read; None = on npu and cuda"
     )
     graph_mode: bool = Field(True, description="captured or compiled decode step")
+    graph_prompt_tokens: int = Field(
+        256, ge=0, le=512, description="largest step with prompts captured by graph_mode, tokens (npu); 0 = none"
+    )
     operator_fusion: bool = Field(True, description="fused operator table against the plain one")
     memory_optimize: bool = Field(True, description="KV blocks on demand with prefix reuse against a reservation")
     plain_ops: list[str] = Field([], description="operators that stay plain although operator_fusion is on")

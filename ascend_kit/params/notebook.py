@@ -181,7 +181,7 @@ USED_BY = {
     "cards": "1345",
     "batch_size operator_fusion plain_ops": "2345",
     "block_size max_tokens_per_step kv_cache_gib kv_cache_dtype head_dtype speculate graph_mode memory_optimize": "345",
-    "async_scheduling": "345",
+    "async_scheduling graph_prompt_tokens": "345",
     "prompts_file": "23",
     "max_new_tokens temperature top_k top_p min_p repetition_penalty presence_penalty sampling": "3",
     "concurrency output_path chat_template": "3",

@@ -64,8 +64,8 @@ def _switch_text(switch: str, value: Any) -> str:
         return "" if value == "auto" else f", {value} {'KV cache' if switch == 'kv_cache_dtype' else 'head'}"
     if switch == "async_scheduling":  # of a row `on` or `off: why`, of a run its parameter
         return f", {switch} {str(value).partition(':')[0].lower()}"
-    if switch == "speculate":
-        return f", speculate {value}" if value else ""
+    if switch in ("speculate", "graph_prompt_tokens"):
+        return f", {switch} {value}" if value else ""
     if switch == "tensor_parallel":
         return "" if value == 1 else f", tensor parallel {value}"
     return f", {switch}" if value else f", no {switch}"

@@ -69,9 +69,14 @@ def count_step(
     graph_mode: bool = False,
     fused: bool = True,
     async_scheduling: bool | None = None,
+    prompt_tokens: int = 0,
+    graph_prompt_tokens: int = 256,
 ) -> StepCost:
-    """Our engine's decode step at `context` tokens per sequence, in bf16, with int8 linears if `quantize`."""
-    options = (batch, context, quantize, graph_mode, fused, async_scheduling)
+    """Our engine's decode step at `context` tokens per sequence, in bf16, with int8 linears if `quantize`.
+
+    With `prompt_tokens` a prompt of so many tokens comes in the same step.
+    """
+    options = (batch, context, quantize, graph_mode, fused, async_scheduling, prompt_tokens, graph_prompt_tokens)
     counts, ratio = _run(sim, config, *options)
     shallow, _ = _run(sim, replace(config, num_layers=1), *options)
     kernels = sum(counts.kernels.values())
@@ -90,13 +95,16 @@ def _run(
     graph_mode: bool,
     fused: bool,
     async_scheduling: bool | None,
+    prompt_tokens: int,
+    graph_prompt_tokens: int,
 ) -> tuple[Counts, float]:
     with shapes_only(sim), mock.patch.object(loader, "open_checkpoint", lambda _: _checkpoint(config, quantize)):
         settings = EngineConfig(
             "shapes only",
             max_seq_length=context + 128,
-            batch_size=batch,
+            batch_size=batch + bool(prompt_tokens),
             graph_mode=graph_mode,
+            graph_prompt_tokens=graph_prompt_tokens,
             operator_fusion=fused,
             async_scheduling=async_scheduling,
             max_tokens_per_step=batch * context,  # all prompts in the first step
@@ -105,11 +113,15 @@ def _run(
         for index in range(batch):
             prompt = [index + 1] * (context - 2)  # two tokens follow, the second in the counted step
             sampling = SamplingParams(max_new_tokens=100, ignore_eos=True)
-            core.add(Sequence(prompt, sampling, arrival_s=0.0))
+            core.add(Sequence(prompt, sampling, arrival_s=0.0, is_watched=False))
         go_on: Callable[[Sequence, int], str | None] = lambda *_: None  # noqa: E731
         while min(sequence.num_output_tokens for sequence in core.sequences.values()) < 1:
             core.step(go_on)
         core.step(go_on)  # captures, where captured
+        if prompt_tokens:
+            core.add(Sequence([999] * prompt_tokens, SamplingParams(), arrival_s=0.0))
+            if core.is_async:
+                core.step(go_on)  # reads what was queued ahead
         sim.reset()
         core.step(go_on)
         counts = sim.counts

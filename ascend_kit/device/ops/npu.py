@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -174,11 +174,20 @@ def store_kv(
         _npu().npu_scatter_nd_update_(target.view(-1, *target.shape[2:]), indices, rows)
 
 
+def prompt_attention(head_dim: int, dtype: torch.dtype) -> Literal["kernel", "plain", "one by one"]:
+    """What computes a step with prompts: one kernel call, plain torch, or a call for each sequence."""
+    if dtype not in _FLOAT16:
+        return "plain"
+    takes_packed = head_dim == 128 or (head_dim == 64 and switch("ASCEND_KIT_NPU_HEAD_64") == "tnd")
+    return "kernel" if takes_packed else "one by one"
+
+
 def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """As in reference, through the fused kernel."""
-    if q_TNH.dtype not in _FLOAT16:
+    how = prompt_attention(q_TNH.shape[-1], q_TNH.dtype)
+    if how == "plain":
         return reference.paged_attention(q_TNH, k_cache, v_cache, meta, scale)
-    if q_TNH.shape[-1] == 128 or (q_TNH.shape[-1] == 64 and switch("ASCEND_KIT_NPU_HEAD_64") == "tnd"):
+    if how == "kernel":
         options = dict(input_layout="TND", num_heads=q_TNH.shape[1], actual_seq_lengths=meta.cu_seqlens_q)
         return _attend(q_TNH, k_cache, v_cache, meta, scale, meta.context_lens, meta.block_table, options)
     if meta.is_decode:

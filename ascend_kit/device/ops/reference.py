@@ -112,6 +112,10 @@ def widened(
 def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
     """Causal attention of each sequence's new tokens over its cached keys, aligned at the end; returns [T, N, H]."""
     k_cache, v_cache, meta = widened(q_TNH, k_cache, v_cache, meta)
+    if meta.packed is not None:  # every token as a sequence of its own
+        owners, positions = meta.packed
+        table, lengths = meta.block_table.index_select(0, owners), positions + 1
+        return _decode(q_TNH, k_cache, v_cache, replace(meta, block_table=table, context_lens_t=lengths), scale)
     if meta.is_decode:
         return _decode(q_TNH, k_cache, v_cache, meta, scale)
     rows, start = [], 0

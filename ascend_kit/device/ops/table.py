@@ -62,6 +62,9 @@ class AttentionMeta:
     block_size: int
     is_decode: bool  # every sequence has exactly one query token
     mask: Tensor | None = None  # the back-end's shared mask, from make_mask
+    # Sequence and position of each token, [T] int32 each: in a captured step with prompts, where plain attention cannot
+    # read the lists.
+    packed: tuple[Tensor, Tensor] | None = None
 
 
 def select_ops(device_kind: str, fused: bool, plain_ops: Sequence[str] = ()) -> ModuleType:
@@ -98,4 +101,6 @@ def _with_plain(table: ModuleType, plain_ops: Sequence[str]) -> ModuleType:
         setattr(mixed, name, getattr(reference, name))
     if hasattr(table, "RECORDS"):
         mixed.RECORDS = mixed.paged_attention is table.paged_attention  # type: ignore[attr-defined]
+    if hasattr(table, "prompt_attention") and mixed.paged_attention is table.paged_attention:  # type: ignore[attr-defined]
+        mixed.prompt_attention = table.prompt_attention  # type: ignore[attr-defined]
     return mixed
