@@ -75,7 +75,7 @@ class SimulatedClock:
 
 def hour() -> int:
     """A sweep that takes an hour of simulated time."""
-    import test_sweep
+    import stand_in_engine
     from replica_kills import held
 
     from ascend_kit.measure import engines, sweep
@@ -97,8 +97,8 @@ def hour() -> int:
                 samples.append({**held(), "files": sum(path.is_file() for path in Path(folder).rglob("*"))})
 
         with RunFolder.open(experiment, stage="04_throughput") as run_folder:
-            engine = test_sweep.StandInEngine(step_s=STEP_S)
-            rows = sweep.run_sweep(engine, experiment, run_folder, ceilings=test_sweep.CEILINGS, on_progress=look)
+            engine = stand_in_engine.StandInEngine(step_s=STEP_S)
+            rows = sweep.run_sweep(engine, experiment, run_folder, ceilings=stand_in_engine.CEILINGS, on_progress=look)
     simulated_s = clock.now_s - started_s
     before, after = samples[len(samples) // 10], samples[-1]
     found = {"points": len(rows), "simulated_s": round(simulated_s), "states": sorted(set(rows["status"]))}

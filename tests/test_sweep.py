@@ -1,128 +1,20 @@
 """The sweep over a small stand-in engine that keeps the add_request / step contract, then the real one."""
 
-import contextlib
-import itertools
 import subprocess
 import sys
-import threading
-import time
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from stand_in_engine import CEILINGS, StandInDevice, StandInEngine, experiment_for, opened
 
 from ascend_kit.device import power, processor_time
-from ascend_kit.device.device import select_device
-from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
-from ascend_kit.identity import Identity
 from ascend_kit.measure import engines, sweep
-from ascend_kit.measure.apart import BackendElsewhere
-from ascend_kit.measure.baseline import TransformersBackend
 from ascend_kit.measure.engines import EngineBackend, quantize_scheme
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.points import PointForecast, check_complete
 from ascend_kit.measure.rows import SweepError, failed_points
 from ascend_kit.measure.workload import make_requests
-from ascend_kit.model.config import ModelConfig
-from ascend_kit.params import build_experiment
-from ascend_kit.results import RunFolder
 from ascend_kit.stages import RunRecord
-
-CEILINGS = {"device": "stand-in", "bf16_flops_per_s": 1e9, "int8_ops_per_s": None, "read_bytes_per_s": 1e9,
-            "launch_s": 1e-7}  # fmt: skip
-CONFIG = ModelConfig("qwen3", 2, 8, 2, 1, 4, 16, 1000, tie_embeddings=True, qk_norm=True)
-
-
-class StandInDevice(SimpleNamespace):
-    kind, name, peak, total_memory_bytes = "cpu", "stand-in", None, 2**30
-
-    def versions(self):
-        return {"torch": "stand-in"}
-
-    def facts(self):
-        return {"name": "stand-in"}
-
-    def task_queue_level(self):
-        return None
-
-    def synchronize(self):
-        pass
-
-    def reset_peak_memory(self):
-        pass
-
-    def peak_memory_bytes(self):
-        return 12345
-
-    def memory_in_use_bytes(self):
-        return 1234
-
-
-class StandInEngine:
-    """One token per running request and step. `break_on` names prompt lengths whose step raises."""
-
-    def __init__(self, slots=4, break_on=(), short_on=(), step_s=0.0, weights="weights", **settings):
-        self.identity = Identity(weights=weights, engine={"kind": "ascend_kit", **settings})
-        self.num_loads = 0
-        self.config, self.device, self.max_seq_length = CONFIG, StandInDevice(), 512
-        self.model_path = None
-        self.settings = SimpleNamespace(why_synchronous=lambda kind: "a stand-in")
-        self.slots, self.break_on, self.short_on, self.step_s = slots, set(break_on), set(short_on), step_s
-        self.sequences, self.prompts, self.most_in_flight, self.cancelled = {}, [], 0, []
-
-    def load_model(self):
-        self.num_loads += 1
-        return self
-
-    def close(self):
-        self.sequences.clear()
-
-    def stats(self):
-        return {"weight_bytes": 4000}
-
-    @property
-    def has_unfinished(self):
-        return bool(self.sequences)
-
-    def add_request(self, prompt, sampling, arrival_s=None):
-        assert isinstance(prompt, list) and isinstance(sampling, SamplingParams) and sampling.ignore_eos
-        index = len(self.prompts)
-        self.prompts.append(tuple(prompt))
-        self.sequences[index] = (prompt, sampling, Timeline(arrival_s))
-        self.most_in_flight = max(self.most_in_flight, len(self.sequences))
-        return index
-
-    def step(self):
-        time.sleep(self.step_s)
-        now, finished = time.perf_counter(), []
-        for index in list(self.sequences)[: self.slots]:
-            prompt, sampling, timeline = self.sequences[index]
-            if len(prompt) in self.break_on:
-                raise MemoryError("KV pool too small")
-            timeline.token_times_s.append(now)
-            wanted = sampling.max_new_tokens - (len(prompt) in self.short_on)
-            if len(timeline.token_times_s) >= wanted:
-                del self.sequences[index]
-                finished.append(self._output(index, prompt, timeline))
-        return finished
-
-    def cancel(self, index):
-        self.cancelled.append(index)
-        self.sequences.pop(index, None)
-
-    def _output(self, index, prompt, timeline):
-        timeline.finished_s = timeline.token_times_s[-1]
-        tokens = [1] * len(timeline.token_times_s)
-        return RequestOutput(index, prompt, tokens, "", "length", None, None, timeline, 0, 0)
-
-
-def experiment_for(tmp_path, **changes):
-    values = dict(
-        experiment="sweep", output_root=str(tmp_path), max_seq_length=512, max_new_tokens=8, batch_size=4,
-        sweep_concurrency=[1, 2], sweep_prompt_len=[8, 16], sweep_output_len=[4],
-    )  # fmt: skip
-    return build_experiment({**values, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -130,12 +22,6 @@ def plain_weights(monkeypatch):
     """The stand-in engine has no checkpoint to read its scheme from."""
     real = engines.quantize_scheme
     monkeypatch.setattr(engines, "quantize_scheme", lambda folder: "none" if folder is None else real(folder))
-
-
-@contextlib.contextmanager
-def opened(experiment):
-    with RunFolder.open(experiment, stage="04_throughput") as folder:
-        yield folder
 
 
 def test_sweep_writes_one_row_per_point_with_units_and_raw_requests(tmp_path, monkeypatch):
@@ -371,114 +257,6 @@ def test_what_the_engine_held_over_time_is_kept_and_summed_up(tmp_path):
     assert len(gaps) >= 4 and gaps.min() > 0.1  # 16 requests, 4 tokens, 2 a step of 30 ms
 
 
-class Shown:
-    """Keeps what a display was given, the first and every update."""
-
-    def __init__(self, part):
-        self.parts = [part]
-
-    def update(self, part):
-        self.parts.append(part)
-
-
-def test_in_the_browser_a_table_and_a_chart_grow_between_points_and_stay_without_a_kernel(tmp_path, monkeypatch):
-    from ascend_kit.show import live
-
-    shown = []
-    monkeypatch.setattr(live, "DRAW_EVERY_S", 0.0)
-    monkeypatch.setattr("IPython.display.display", lambda part, **_: shown.append(Shown(part)) or shown[-1])
-    experiment, engine = experiment_for(tmp_path), StandInEngine(step_s=0.001)
-    with opened(experiment) as folder, live.LiveSweep(experiment, folder, browser=True) as progress:
-        progress._bar = SimpleNamespace(update=lambda *_: None, finish=lambda **_: None)
-        progress(0.5, 4, "inside the first point")
-        assert shown == []  # nothing is drawn while a point is measured
-        sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS, on_progress=progress)
-
-    table, chart = shown
-    lines = [part.data.split("<details>")[0].count("<tr>") for part in table.parts]  # further columns lie in folds
-    assert lines[:4] == [2, 3, 4, 5]  # a head and a line a point
-    assert chart.parts[-1].data.startswith(b"\x89PNG") and len(chart.parts) == 5  # the last is drawn at the end
-
-
-def test_how_long_a_sweep_takes_is_told_before_it_starts(capsys):
-    from ascend_kit.measure.pace import EnginePlan
-    from ascend_kit.show.live import LiveSweep
-
-    for plans in ([EnginePlan("a", 12, 30.0), EnginePlan("b", 6, 90.0), EnginePlan("c", 6, None)],
-                  [EnginePlan("a", 18, None)]):  # fmt: skip
-        with LiveSweep(None, None, plans=plans, browser=False):
-            pass
-
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("24 points on 3 engines, about 2:00 min of computing") and first.endswith("for c.")
-    assert second == "18 points on 1 engines."
-
-
-def test_each_engine_of_a_sweep_has_a_time_of_its_own_before_it_starts(tmp_path, tiny_qwen3_dir):
-    from ascend_kit.engine.engine import AscendInferEngine
-    from ascend_kit.measure.pace import engine_plans
-
-    experiment = build_experiment({
-        "input_model": str(tiny_qwen3_dir), "use_model": "source", "device": "cpu", "output_root": str(tmp_path),
-        "max_seq_length": 512, "max_new_tokens": 8, "sweep": {"concurrency": [4], "prompt_len": [16, 505],
-        "output_len": [7, 8]}, "sweep_repeats": 2, "dataset_path": "d", "prompts_file": "p",
-        "variants": ["padded_to_max", "padded", "continuous_batching", "fused_operators"],
-    })  # fmt: skip
-    ceilings = {**CEILINGS, "fp32_flops_per_s": 1e9, "device": select_device("cpu").name}
-    engine = AscendInferEngine.from_experiment(experiment)
-    with opened(experiment) as folder:
-        folder.write_json("ceilings", ceilings)
-
-        to_max, padded, plain, fused = engine_plans(engine, experiment, folder)
-
-    assert [plan.num_points for plan in (to_max, padded, plain, fused)] == [6] * 4  # 505 + 8 tokens do not fit
-    assert engine.core is None  # nothing was loaded
-    # Padding all to 505 instead of 16 prompt tokens is compute; operators without fusion are launches.
-    assert to_max.seconds > 2 * padded.seconds and plain.seconds > fused.seconds
-
-
-def test_the_time_left_is_reckoned_from_what_was_measured():
-    from ascend_kit.measure.pace import EnginePlan, left_s
-
-    plans = [EnginePlan("slow", 4, 10.0), EnginePlan("fast", 4, 2.0), EnginePlan("server", 2, None)]
-
-    def row(name, seconds, open_s=0.0, status="ok"):
-        return {"backend": name, "status": status, "measured_in_s": seconds + open_s, "open_s": open_s}
-
-    assert left_s(plans, []) is None
-    # Twice as long as predicted: 3 points of 5 s; 4 of fast, twice 2 s in all, and 2 of the server like the mean, 5 s
-    # each; both load as long as the first did.
-    assert left_s(plans, [row("slow", 5.0, open_s=3.0)]) == pytest.approx(15 + (4 + 3) + (10 + 3))
-    # A failed point is done, a pruned one was not planned: 2 points of 5 s, as before. The mean is (5 + 1) / 2; what
-    # was predicted for one point of each is 2.5 + 0.5 s, measured are 6 s.
-    rows = [row("slow", 5.0, 3.0), {"backend": "slow", "status": "failed"}, {"backend": "slow", "status": "pruned"}]
-    assert left_s(plans, [*rows, row("fast", 1.0, 1.0)]) == pytest.approx(10 + 3 + (2 * 3 + 2))
-    assert left_s(plans, [row(plan.name, 1.0) for plan in plans for _ in range(5)]) == 0  # with more repeats
-
-
-def test_the_bar_counts_down_from_the_time_that_is_left(tmp_path, monkeypatch, capsys):
-    from ascend_kit.measure.pace import EnginePlan
-    from ascend_kit.show import live, progress
-
-    now = SimpleNamespace(monotonic=lambda: now.time_s, time_s=0.0)
-    monkeypatch.setattr(live, "time", now)
-    monkeypatch.setattr(progress, "time", now)
-    experiment, lines = experiment_for(tmp_path), []
-    with opened(experiment) as folder, live.LiveSweep(
-        experiment, folder, plans=[EnginePlan("a", 4, 1.0)], browser=False
-    ) as told:  # fmt: skip
-        capsys.readouterr()
-        for done, seconds in ((0.5, 10), (1, 20), (1.5, 30)):
-            if done == 1:
-                folder.append("rows", {"backend": "a", "measured_in_s": 20.0, "open_s": 0.0})
-            now.time_s = seconds
-            told(done, 4, "a point")
-            lines.append(capsys.readouterr().out)
-
-    assert "left" not in lines[0]  # nothing is known in the first point
-    assert "about 1:00 min left" in lines[1] and "about 50 s left" in lines[2]
-
-
 def test_goodput_carries_its_limits(tmp_path):
     experiment = experiment_for(tmp_path, ttft_limit_ms=1e4, tpot_limit_ms=1e-6)
     with opened(experiment) as folder:
@@ -538,149 +316,6 @@ def test_quantisation_is_read_from_the_checkpoint_and_not_from_the_wish(tmp_path
     engine.model_path = tiny_qwen3_dir
 
     assert EngineBackend(engine, experiment).variant()["quantize"] == "none"
-
-
-def test_transformers_baseline_reports_real_times_for_every_token_of_ragged_requests(tiny_qwen3_dir):
-    from ascend_kit.device.device import select_device
-
-    backend = TransformersBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=256)
-    requests = [
-        *make_requests(2, 12, 3, vocab_size=256, seed=1),
-        *[r.__class__(r.index + 2, r.prompt_token_ids, r.num_output_tokens)
-          for r in make_requests(1, 30, 6, vocab_size=256, seed=2)],
-    ]  # fmt: skip
-
-    records = backend.run(requests, concurrency=2)
-
-    check_complete(requests, records)
-    by_index = {r.index: r for r in records}
-    assert by_index[0].arrival_s == by_index[1].arrival_s  # one batch
-    assert by_index[2].arrival_s >= by_index[0].token_times_s[-1]  # the next batch waits for the whole one
-    for record in records:
-        times = (record.arrival_s, *record.token_times_s)
-        assert all(before < after for before, after in itertools.pairwise(times))
-
-
-def test_real_engine_and_baseline_fill_one_table(tmp_path, tiny_qwen3_dir):
-    from ascend_kit import AscendInferEngine
-
-    experiment = experiment_for(
-        tmp_path, input_model=str(tiny_qwen3_dir), precision="fp32", device="cpu", use_model="source",
-        max_seq_length=128, sweep_prompt_len=[24], kv_cache_gib=0.01, graph_mode=False,
-    )  # fmt: skip
-    with opened(experiment) as folder:
-        with AscendInferEngine.from_experiment(experiment) as engine:
-            sweep.run_sweep(engine, experiment, folder)
-        rows = sweep.measure_engines(experiment, folder)
-        ceilings = folder.read_json("ceilings")
-
-    assert list(rows["backend"]) == ["ascend_kit"] * 2 + ["transformers"] * 2
-    assert rows["error"].isna().all()
-    assert (rows["prefix_hit_rate"] == 0).all() and (rows["num_preemptions"] == 0).all()
-    assert (rows["weight_bytes"] == rows["weight_bytes"].iloc[0]).all()  # the same float32 model twice
-    assert rows["mbu"].between(0, 1).all() and rows["mfu"].between(0, 1).all()
-    assert (rows["ceiling_share"] < 1).all()
-    assert ceilings["fp32_flops_per_s"] > 0
-
-
-def test_continuous_batching_gives_the_greedy_tokens_of_generate_with_a_time_each(tiny_qwen3_dir):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from ascend_kit.device.device import select_device
-    from ascend_kit.measure.continuous import ContinuousBackend
-
-    backend = ContinuousBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=512)
-    shapes = [(12, 3), (300, 6), (40, 1), (7, 9)]  # the second needs two pages of the cache
-    requests = [
-        replace(make_requests(1, prompt, output, vocab_size=256, seed=9 + n)[0], index=n, send_at_s=0.05 * n)
-        for n, (prompt, output) in enumerate(shapes)
-    ]
-    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32)
-
-    before = time.perf_counter()
-    served = {request.index: (at_s, result) for request, at_s, result in backend.serve(requests, 2)}
-    again = backend.run(requests, 2)  # on the manager that was kept
-    backend.close()
-
-    for request in requests:
-        prompt = torch.tensor([request.prompt_token_ids])
-        right = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=None, pad_token_id=0,
-            min_new_tokens=request.num_output_tokens, max_new_tokens=request.num_output_tokens,
-        )  # fmt: skip
-        at_s, result = served[request.index]
-        assert result.generated_tokens == right[0, prompt.shape[1] :].tolist()
-        times = (before, at_s, *result.timestamps, time.perf_counter())
-        assert len(result.timestamps) == request.num_output_tokens
-        assert all(first < later for first, later in itertools.pairwise(times))
-    check_complete(requests, again)
-    assert [r.arrival_s - again[0].arrival_s for r in sorted(again, key=lambda r: r.index)] == pytest.approx(
-        [0, 0.05, 0.1, 0.15]
-    )
-    assert not [thread for thread in threading.enumerate() if "_run_generation_loop" in thread.name]
-
-
-def test_a_failure_of_continuous_batching_is_told_and_the_next_run_is_whole(tiny_qwen3_dir, monkeypatch):
-    from ascend_kit.device.device import select_device
-    from ascend_kit.measure.continuous import ContinuousBackend
-
-    backend = ContinuousBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=256)
-    requests = make_requests(3, 12, 4, vocab_size=256)
-    backend.open()
-    forward = backend._model.forward
-
-    def failing(*_, **__):
-        raise MemoryError("no page left")
-
-    monkeypatch.setattr(backend._model, "forward", failing)
-    with pytest.raises(RuntimeError, match="no page left"):
-        check_complete(requests, backend.run(requests, 2))
-    monkeypatch.setattr(backend._model, "forward", forward)
-
-    check_complete(requests, backend.run(requests, 2))
-    backend.close()
-
-
-def test_continuous_batching_is_refused_where_it_does_not_run_before_anything_is_measured(tmp_path, monkeypatch):
-    import transformers
-
-    experiment = experiment_for(tmp_path, engines=[{"kind": "transformers", "batching": "continuous"}])
-    with opened(experiment) as folder:
-        monkeypatch.setattr(sweep, "resolve_device", lambda *_: ("npu", 0))
-        with pytest.raises(ValueError, match="runs on cpu and cuda, not on npu; allowed: padded"):
-            sweep.measure_engines(experiment, folder)
-        monkeypatch.setattr(sweep, "resolve_device", lambda *_: ("cpu", 0))
-        monkeypatch.setattr(transformers, "ContinuousBatchingConfig", object)  # as before page_size
-        with pytest.raises(ValueError, match=r"needs transformers 5\.17 or later, here is"):
-            sweep.measure_engines(experiment, folder)
-
-
-@pytest.mark.multiproc
-def test_the_baseline_of_a_notebooks_kernel_runs_in_a_process_of_its_own(tmp_path, tiny_qwen3_dir, monkeypatch):
-    monkeypatch.setattr(sweep, "needs_process", lambda kind: True)
-    experiment = experiment_for(
-        tmp_path, input_model=str(tiny_qwen3_dir), precision="fp32", device="cpu", max_seq_length=128,
-        sweep_concurrency=[2], sweep_prompt_len=[24],
-    )  # fmt: skip
-    (spec,) = [spec for spec in experiment.engine_specs if spec.kind == "transformers"]
-    with opened(experiment) as folder:
-        backend = sweep.open_backend(spec, experiment, folder)
-        monkeypatch.setattr(sweep, "needs_process", lambda kind: False)
-        here = sweep.open_backend(spec, experiment, folder)
-    before = time.perf_counter()
-    seen: list[int] = []
-    records = backend.run(make_requests(3, 24, 4, vocab_size=320), 2, seen.append)
-    with opened(experiment) as folder:
-        (row,) = sweep.run_sweep(backend, experiment, folder, ceilings=CEILINGS).to_dict("records")
-    backend.close()
-
-    assert isinstance(backend, BackendElsewhere) and here._model is None  # nothing was loaded in this process
-    assert backend.identity == here.identity and backend.variant() == here.variant()
-    assert seen == [2, 3] and [len(record.token_times_s) for record in records] == [4, 4, 4]
-    assert all(before < moment < time.perf_counter() for record in records for moment in record.token_times_s)
-    assert row["error"] is None and row["peak_memory_bytes"] > row["weight_bytes"] > 0
-    backend.close()
 
 
 def test_sweep_of_overwritten_weights_is_measured_again(tmp_path):
