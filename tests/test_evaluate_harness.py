@@ -610,7 +610,7 @@ def test_prompts_that_lost_their_beginning_are_counted(engine, data, tmp_path) -
 
 
 def test_cut_generative_answers_are_named(finished) -> None:
-    (flag,) = [flag for flag in finished.result.flags if flag.key == "evaluation.cut_answers"]
+    (flag,) = [flag for flag in finished.result.flags if flag.key == "evaluation.cut_answers_agieval"]
 
     answers = finished.result.documents["finish_reason"].dropna()
     text = str(flag)
@@ -621,7 +621,7 @@ def test_partial_copies_and_ignored_shots_are_named(engine, data, tmp_path) -> N
     experiment = experiment_for(data, tmp_path, eval_datasets=["agieval"], eval_fewshot=3)
     result, _ = run(engine, experiment)
 
-    assert any("3 of 21 tasks" in str(flag) for flag in result.flags)
+    assert any("(agieval 3/21)" in str(flag) for flag in result.flags)
     assert any("eval_fewshot=3 does not apply" in str(flag) for flag in result.flags)
 
 

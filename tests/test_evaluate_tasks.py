@@ -174,15 +174,58 @@ def test_a_cell_of_a_csv_file_stays_as_it_is_written(tmp_path) -> None:
     }  # fmt: skip
 
 
-def test_what_a_task_needs_beside_lm_eval_is_named_with_its_command(tmp_path, monkeypatch) -> None:
-    rows = [{"key": 1, "prompt": "Write.", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}]
-    path = tmp_path / "data" / "ifeval" / "ifeval_input_data.jsonl"
+INSTRUCTIONS = [  # prompt, instructions with their arguments, an answer, which are followed: strictly, loosely
+    ("Write in lower case.", {"change_case:english_lowercase": {}}, "this river runs through the valley", [1], [1]),
+    ("Three sentences, no comma.", {"length_constraints:number_sentences": {"relation": "at least", "num_sentences": 3},
+                                    "punctuation:no_comma": {}}, "It is grey. It is old, too. It is cold.",
+     [1, 0], [1, 0]),
+    ("Quote all of it.", {"startend:quotation": {}}, 'Here it is:\n"A lamp"', [0], [1]),
+    ("Few words.", {"length_constraints:number_words": {"relation": "less than", "num_words": 5}}, "A lamp", [1], [1]),
+]  # fmt: skip
+
+
+def ifeval(folder: Path) -> Path:
+    """A folder with a local copy of IFEval: prompts of our own in its columns."""
+    rows = [
+        {"key": key, "prompt": prompt, "instruction_id_list": list(asked), "kwargs": list(asked.values())}
+        for key, (prompt, asked, *_) in enumerate(INSTRUCTIONS)
+    ]
+    path = folder / "data" / "ifeval" / "ifeval_input_data.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(rows[0]) + "\n")
-    asked = experiment_for(tmp_path / "data", tmp_path, eval_datasets=["ifeval"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "data"
+
+
+def test_ifeval_is_scored_to_its_end_with_an_error_for_instructions_too(engine, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("langdetect", reason="IFEval's checkers: pip install 'lm-eval[ifeval]'")
+    from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
+
+    splitter = tmp_path / "nltk" / "tokenizers" / "punkt_tab" / "english"
+    splitter.mkdir(parents=True)
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path / "nltk")])  # nltk writes and reads nowhere else
+    save_punkt_params(PunktTrainer("It is so. That is all. He went. She came.").get_params(), dir=str(splitter))
+    answers = {prompt: answer for prompt, _, answer, *_ in INSTRUCTIONS}
+    asked = {"eval_datasets": ["ifeval"], "eval_max_new_tokens": 64}
+    able = stand_in(engine, answer=lambda prompt, sampling: (answers[prompt], "stop"))
+    result, _ = run(able, experiment_for(ifeval(tmp_path), tmp_path, **asked))
+
+    rows = {row["metric"]: row for row in result.tasks.to_dict("records")}
+    strict, loose = ([entry[place] for entry in INSTRUCTIONS] for place in (3, 4))
+    for name, followed in (("strict", strict), ("loose", loose)):
+        whole, parts = rows[f"prompt_level_{name}_acc"], rows[f"inst_level_{name}_acc"]
+        assert whole["value"] == sum(map(all, followed)) / 4 and parts["value"] == sum(map(sum, followed)) / 5
+        assert (whole["unit"], parts["unit"], parts["n"]) == ("fraction", "fraction", 4)
+    # Prompts are the independent observations: sqrt(4/3 * (0.4^2 + 0.2^2 + 0.6^2 + 0.4^2)) / 5
+    assert rows["inst_level_strict_acc"]["stderr"] == pytest.approx(0.1959592)
+    assert list(result.documents.sort_values("doc_id")["inst_level_strict_acc"]) == [[1], [1, 0], [0], [1]]
+
+
+def test_what_a_task_needs_beside_lm_eval_is_named_with_its_command(tmp_path, monkeypatch) -> None:
+    asked = experiment_for(ifeval(tmp_path), tmp_path, eval_datasets=["ifeval"])
     monkeypatch.setattr("nltk.data.path", [])
     packages = r"needs packages that are not here: pip install 'lm-eval\[ifeval\]'"
-    with pytest.raises(DataError, match="punkt_tab" if importlib.util.find_spec("langdetect") else packages):
+    splitter = "downloader punkt_tab, or .* ~/nltk_data/tokenizers/punkt_tab "
+    with pytest.raises(DataError, match=splitter if importlib.util.find_spec("langdetect") else packages):
         check_data(asked)
     with pytest.raises(DataError, match=r"ruler: 7 of 13 tasks .* allow_download: true; .* alone \(niah_single_1, "):
         check_data(asked.with_changes(eval_datasets=["ruler"], eval_max_seq_length=4608))

@@ -202,7 +202,8 @@ def document_row(task: ConfigurableTask, document: Answered) -> Row:
         row["prediction"] = max(range(len(choices)), key=row["choice_logprobs"].__getitem__)
     else:
         row |= {"answer": answers[0], "answers": answers if len(answers) > 1 else None}
-    values = {name: value for name, value in _metrics(task, document, answers).items() if _is_number(value)}
+    metrics = _metrics(task, document, answers)
+    values = {name: value for name, value in metrics.items() if _is_number(value) or _is_parts(value)}
     row |= values
     if kind == "generate_until":
         row |= _right(values)
@@ -213,7 +214,7 @@ def _right(values: Row) -> Row:
     """Whether a written answer counts as right when runs are paired, and by which metric: the most lenient filter of
     shares, else the first; a share counts where it is whole.
     """
-    shares = [name for name, value in values.items() if 0 <= value <= 1]
+    shares = [name for name, value in values.items() if not _is_parts(value) and 0 <= value <= 1]
     name = next((name for name in shares if "flexible" in name), next(iter(shares), None))
     return {} if name is None else {"right": float(values[name] == 1), "right_by": name}
 
@@ -293,6 +294,11 @@ def _filtered(task: ConfigurableTask, document: Answered, answer: str) -> Row:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float)) or hasattr(value, "item")
+
+
+def _is_parts(value: Any) -> bool:
+    """Whether a metric's value is right or wrong for each part of a document: IFEval's instructions."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, bool) for part in value)
 
 
 def _plain(value: Any) -> Any:

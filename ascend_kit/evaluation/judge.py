@@ -124,8 +124,8 @@ def _of_set(name: str, documents: Sequence[Row], max_length: int) -> Iterator[Fi
             ends.setdefault(row["task"], []).append(row["finish_reason"])
     for task, reasons in ends.items():
         if (count := reasons.count("length")) > 0:
-            yield say("evaluation.cut_answers", "caution", task=task, cut=count, total=len(reasons),
-                      group=MULTIPLE_CHOICE_GROUP)  # fmt: skip
+            key = "evaluation.cut_answers_agieval" if name == "agieval" else "evaluation.cut_answers"
+            yield say(key, "caution", task=task, cut=count, total=len(reasons), group=MULTIPLE_CHOICE_GROUP)
 
 
 def _choices(name: str, choice: Sequence[Row]) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,6 +195,8 @@ def _loaded(task: OtherTask, experiment: Experiment) -> OtherTask:
                     task = replace(task, settings=_drawn_settings(task, experiment))
                 write_yaml(Path(scratch) / f"{task.task}.yaml", task.config(Path(scratch)))
                 built = load_task(scratch, task.task)
+            if detector := sys.modules.get("langdetect"):  # it guesses by chance, and one answer counts always alike
+                detector.DetectorFactory.seed = 0
             documents = list(built.eval_docs)
             built.doc_to_text(documents[0])
             if NEED_SENTENCES.search(task.task):
@@ -241,7 +244,10 @@ def _reason(task: OtherTask, error: Exception) -> str:
     if isinstance(error, ImportError) and extra:
         return f"it needs packages that are not here: pip install 'lm-eval[{extra}]'"
     if isinstance(error, LookupError) and "punkt_tab" in str(error):
-        return "nltk has no sentence splitter here: python -m nltk.downloader punkt_tab, or a copy in ~/nltk_data"
+        return (
+            "nltk has no sentence splitter here: python -m nltk.downloader punkt_tab, or without network a copy of it "
+            "as ~/nltk_data/tokenizers/punkt_tab (or tokenizers/punkt_tab in the folder that NLTK_DATA names)"
+        )
     return f"{type(error).__name__}: {one_line(error)}"
 
 

@@ -96,6 +96,10 @@ def _score_row(key: str, results: dict[str, Any], documents: list[dict[str, Any]
     metric = base if filter_name == "none" else key
     value, stderr = float(results[key]), results.get(f"{base}_stderr,{filter_name}")
     values = [document.get(metric) for document in documents]
+    if any(isinstance(each, list) for each in values):  # several parts a document, all of which count
+        parts = [each or [] for each in values]
+        stderr = ratio([sum(each) for each in parts], [len(each) for each in parts])[1]
+        return {"metric": metric, "value": value, "unit": "fraction", "n": len(documents), "stderr": stderr}
     is_share = all(each is not None and 0 <= each <= 1 for each in values)
     unit = UNITS.get(base, "fraction" if is_share else "score")
     row = {"metric": metric, "value": value, "unit": unit, "n": len(documents)}

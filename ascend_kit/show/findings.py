@@ -150,8 +150,9 @@ def _whole_sets(groups: Table, tasks: Table) -> list[Any]:
     """The widest finished group of each set, and the measures of sets without groups; the table has the rest."""
     rows = []
     if len(groups):
-        done = groups[(groups["status"] == "ok") & (groups["metric"] == "acc")]
-        widest = done.sort_values("n", ascending=False).drop_duplicates("set")
+        done = groups[groups["status"] == "ok"]
+        done = done.assign(other=done["metric"] != "acc")  # a group may have other metrics: then its first
+        widest = done.sort_values(["other", "n"], ascending=[True, False], kind="stable").drop_duplicates("set")
         rows += list(widest.sort_index().itertuples())
     if len(tasks):
         grouped = set(groups["set"]) if len(groups) else set()
