@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+
+from ascend_kit.evaluation.datasets import LocalTask, find_tasks
+from ascend_kit.evaluation.files import DataError
 
 WORDS = ["river", "stone", "lamp", "cloud", "seven", "green", "paper", "north", "wheel", "salt", "glass"]
 HANZI = "天地人水火木金土日月山石田禾"
@@ -15,6 +20,9 @@ MMLU_SUBJECTS = ("abstract_algebra", "business_ethics")  # one of the group stem
 CEVAL_SUBJECTS = ("law", "physician")
 AGIEVAL_SUBJECTS = ("aqua-rat", "jec-qa-kd", "gaokao-mathcloze")
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
+
+MMLU_ROW = {"question": "q", "choices": ["w", "x", "y", "z"], "answer": 1}
+CEVAL_ROW = {"id": 0, "question": "q", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -69,3 +77,24 @@ def page(rnd: random.Random) -> str:
 
 def sentence(rnd: random.Random, words: int) -> str:
     return " ".join(rnd.choices(WORDS, k=words)).capitalize() + "."
+
+
+def put(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def only(root: Path, name: str, **options: Any) -> LocalTask:
+    (task,) = find_tasks(root, [name], num_fewshot=0, **options)
+    return task
+
+
+def refusal(root: Path, name: str) -> str:
+    with pytest.raises(DataError) as caught:
+        find_tasks(root, [name], num_fewshot=0)
+    return str(caught.value)

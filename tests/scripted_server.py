@@ -76,3 +76,7 @@ def failure(status="500 Internal Server Error", text="no luck"):
     body = text.encode()
     head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
     return [(0, head + body)]
+
+
+def usage(prompt, completion):
+    return {"prompt_tokens": prompt, "completion_tokens": completion}

@@ -24,7 +24,6 @@ def plain_weights(monkeypatch):
 
 
 def test_transformers_baseline_reports_real_times_for_every_token_of_ragged_requests(tiny_qwen3_dir):
-
     backend = TransformersBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=256)
     requests = [
         *make_requests(2, 12, 3, vocab_size=256, seed=1),
