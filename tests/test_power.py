@@ -8,7 +8,7 @@ import time
 import pytest
 from doctor_hosts import DATA, sample
 
-from ascend_kit.device.power import PowerMeter, Reading, gpu_readings, npu_readings, physical_cards
+from ascend_kit.device.meters import PowerMeter, Reading, gpu_readings, npu_readings, physical_cards
 
 NOTHING = dict.fromkeys(
     ["energy_j_per_output_token", "power_w", "card_use_percent", "card_memory_mb", "temperature_c", "power_source"]
@@ -94,7 +94,7 @@ def test_the_kernels_counter_of_a_cpu_may_start_again_meanwhile(tmp_path):
 def test_the_tool_ends_with_the_process_that_measures(tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, "npu-smi", f"date >> {tmp_path}/calls")
     code = (
-        "import os; from ascend_kit.device.power import PowerMeter; import time\n"
+        "import os; from ascend_kit.device.meters import PowerMeter; import time\n"
         "with PowerMeter('npu', [0], interval_s=0.02): time.sleep(0.2); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9

@@ -13,8 +13,8 @@ import pandas
 import pytest
 from chinese_text import english_in
 
-from ascend_kit.device import processor_time
-from ascend_kit.device.processor_time import COLUMNS, Process, ProcessorMeter, own_processes, processes
+from ascend_kit.device import meters
+from ascend_kit.device.meters import COLUMNS, Process, ProcessorMeter, own_processes, processes
 from ascend_kit.measure.disturbed import disturbance, is_disturbed
 from ascend_kit.measure.remote import EndpointBackend
 from ascend_kit.measure.server_process import ServerProcess
@@ -91,8 +91,8 @@ def test_nothing_is_told_of_a_short_block_of_unknown_processes_and_outside_linux
         pass
     assert short.columns() == unknown.columns() == nothing
 
-    monkeypatch.setattr(processor_time, "SHORTEST_S", 0)
-    monkeypatch.setattr(processor_time, "PROC", tmp_path)
+    monkeypatch.setattr(meters, "SHORTEST_S", 0)
+    monkeypatch.setattr(meters, "PROC", tmp_path)
     with ProcessorMeter() as elsewhere:
         pass
     assert elsewhere.columns() == nothing
@@ -106,7 +106,7 @@ def test_short_blocks_are_told_with_those_before_them_but_not_with_other_process
         (0.6, 1.2, 0.6), (0.7, 1.3, 0.7),  # beside a server that the others did not know
         (9.0, 2.0, 1.0), (9.2, 2.1, 1.1),  # long after
     ])  # fmt: skip
-    monkeypatch.setattr(processor_time, "_read", lambda roots: next(readings))
+    monkeypatch.setattr(meters, "_read", lambda roots: next(readings))
     told, before = [], None
     for pids in ((), (), (1,), (1,)):
         with ProcessorMeter(pids, before) as before:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from stand_in_engine import CEILINGS, StandInDevice, StandInEngine, experiment_for, opened
 
-from ascend_kit.device import power, processor_time
+from ascend_kit.device import meters
 from ascend_kit.measure import engines, sweep
 from ascend_kit.measure.engines import EngineBackend, quantize_scheme
 from ascend_kit.measure.metrics import RequestRecord
@@ -25,7 +25,7 @@ def plain_weights(monkeypatch):
 
 
 def test_sweep_writes_one_row_per_point_with_units_and_raw_requests(tmp_path, monkeypatch):
-    monkeypatch.setattr(processor_time, "SHORTEST_S", 0.0)
+    monkeypatch.setattr(meters, "SHORTEST_S", 0.0)
     experiment = experiment_for(tmp_path, sweep_repeats=2)
     with opened(experiment) as folder:
         rows = sweep.run_sweep(StandInEngine(step_s=0.001), experiment, folder, ceilings=CEILINGS)
@@ -57,7 +57,7 @@ def test_rows_of_a_card_have_its_power_and_the_energy_of_a_token_others_have_non
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(StandInDevice, "kind", "npu")
-    monkeypatch.setattr(power, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(meters, "INTERVAL_S", 0.02)
     with opened(experiment_for(tmp_path, run="npu", sweep_concurrency=[4], sweep_prompt_len=[8])) as folder:
         engine = StandInEngine(step_s=0.1)
         (row,) = sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS).to_dict("records")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ascend_kit.device.processor_time import COLUMNS
+from ascend_kit.device.meters import COLUMNS
 from ascend_kit.messages import Finding, say
 
 # Of the cores. An engine on a CPU loses at least the share that others take (numbers in the README), and an eighth of

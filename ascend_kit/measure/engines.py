@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.device.device import Device, resolve_device, select_device
+from ascend_kit.device.meters import physical_cards
 from ascend_kit.device.peaks import HardwarePeak
-from ascend_kit.device.power import physical_cards
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams
 from ascend_kit.engine.worker import own_address

@@ -10,8 +10,7 @@ from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.checkpoint.huggingface import load_tokenizer
-from ascend_kit.device.power import PowerMeter
-from ascend_kit.device.processor_time import ProcessorMeter
+from ascend_kit.device.meters import PowerMeter, ProcessorMeter
 from ascend_kit.measure import metrics
 from ascend_kit.measure.cards import CardMeter
 from ascend_kit.measure.engines import Backend, reckon_weight_bytes, watched_cards

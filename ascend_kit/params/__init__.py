@@ -1,6 +1,5 @@
 """Experiment parameters: the model, its files, its notebooks' cells and the paths it names."""
 
-from ascend_kit.params.conversion import PRECISIONS, ConversionParameters
 from ascend_kit.params.experiment import (
     ARTICLE_SWITCHES,
     DEVICE_PATTERN,
@@ -9,6 +8,7 @@ from ascend_kit.params.experiment import (
     Experiment,
     build_experiment,
 )
+from ascend_kit.params.fields import PRECISIONS, ConversionParameters
 from ascend_kit.params.notebook import experiment_from_notebook
 from ascend_kit.params.values import ParameterError
 from ascend_kit.params.yaml_file import load_experiment, parse_overrides, read_yaml

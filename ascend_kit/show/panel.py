@@ -13,8 +13,8 @@ import yaml
 from ascend_kit.files import os_error_text, write_atomic
 from ascend_kit.messages import phrase, translate
 from ascend_kit.params import PRECISIONS, Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
-from ascend_kit.params.conversion import FRAMEWORKS
 from ascend_kit.params.experiment import choices_of, kind_of
+from ascend_kit.params.fields import FRAMEWORKS
 from ascend_kit.params.notebook import applied
 from ascend_kit.show.progress import in_browser
 from ascend_kit.show.tables import readable
