@@ -21,13 +21,20 @@ _PUBLIC = {
     "evaluate": "evaluation.harness",
     "run_sweep": "measure.sweep",
 }
+_interrupted: list[str] = []
 __all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ascend_kit' has no attribute {name!r}; public names: {', '.join(_PUBLIC)}")
-    module = import_module(f"ascend_kit.{_PUBLIC[name]}")
+    if _interrupted:  # a second try ends in odd errors or kills the process: numpy and torch load once
+        raise ImportError(f"the import of {_interrupted[0]} was interrupted and cannot go on: restart the kernel")
+    try:
+        module = import_module(f"ascend_kit.{_PUBLIC[name]}")
+    except KeyboardInterrupt:
+        _interrupted.append(name)
+        raise
     # `convert` and `evaluate` are also package or module names: bind the function over them.
     value = globals()[name] = getattr(module, name)
     return value

@@ -10,6 +10,7 @@ import pytest
 from babel.messages.pofile import read_po
 from IPython.core.interactiveshell import InteractiveShell
 
+import ascend_kit
 from ascend_kit.messages import LANGUAGES, Finding, keys, phrase, say, show_errors_in_one_line, translate, use_language
 from ascend_kit.params import Experiment
 from ascend_kit.show import profiles, steps, tables
@@ -222,3 +223,17 @@ def test_what_a_user_can_mend_is_one_line_without_frames_and_other_errors_keep_t
 
     assert len(mendable.splitlines()) == 1 and "ParameterError" in mendable and "nowhere.yaml" in mendable
     assert len(other.splitlines()) > 5 and isinstance(result.error_in_exec, ZeroDivisionError)
+
+
+def test_an_import_that_was_interrupted_is_not_tried_again_but_a_restart_asked_for(monkeypatch):
+    def stop(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ascend_kit, "_interrupted", [])
+    monkeypatch.delitem(vars(ascend_kit), "run_sweep", raising=False)
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(ascend_kit, "import_module", stop)
+        _ = ascend_kit.run_sweep
+
+    with pytest.raises(ImportError, match="import of run_sweep was interrupted and cannot go on: restart the kernel"):
+        _ = ascend_kit.run_sweep
