@@ -44,32 +44,20 @@ FUSED_NORMS = {  # transformer-engine keeps a norm with the linear behind it
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
 }
 # Training arguments that change what a model computes, with the values that this package computes.
+_SWITCHED_OFF = (
+    "geglu squared_relu openai_gelu quick_geglu rotary_interleaved apply_layernorm_1p layernorm_zero_centered_gamma "
+    "add_rmsnorm_offset post_norm input_embeds_norm multi_latent_attention"
+)
+_NONE = "num_experts num_moe_experts mtp_num_layers attn_logit_softcapping output_logit_softcapping"
+_FACTORS = "rotary_percent scale_emb scale_depth embedding_multiplier_scale output_multiplier_scale"
 NEUTRAL_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
-    "geglu": (False,),
-    "squared_relu": (False,),
-    "openai_gelu": (False,),
-    "quick_geglu": (False,),
     "position_embedding_type": ("rope",),
     "use_rotary_position_embeddings": (True,),
-    "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,),
-    "apply_layernorm_1p": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "add_rmsnorm_offset": (False,),
-    "post_norm": (False,),
-    "input_embeds_norm": (False,),
-    "num_experts": (0,),
-    "num_moe_experts": (0,),
-    "multi_latent_attention": (False,),
-    "mtp_num_layers": (0,),
-    "attn_logit_softcapping": (0.0,),
-    "output_logit_softcapping": (0.0,),
-    "scale_emb": (1.0,),
-    "scale_depth": (1.0,),
-    "embedding_multiplier_scale": (1.0,),
-    "output_multiplier_scale": (1.0,),
+    **dict.fromkeys(_SWITCHED_OFF.split(), (False,)),
+    **dict.fromkeys(_NONE.split(), (0,)),
+    **dict.fromkeys(_FACTORS.split(), (1.0,)),
 }
 
 

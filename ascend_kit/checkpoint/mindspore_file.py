@@ -18,18 +18,8 @@ import torch
 
 from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, RawTensor, ReadFile, TensorSource
 
-DTYPES = {
-    "Float16": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Float32": torch.float32,
-    "Float64": torch.float64,
-    "Int8": torch.int8,
-    "UInt8": torch.uint8,
-    "Int16": torch.int16,
-    "Int32": torch.int32,
-    "Int64": torch.int64,
-    "Bool": torch.bool,
-}
+_TYPES = "Float16 BFloat16 Float32 Float64 Int8 UInt8 Int16 Int32 Int64 Bool"
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name.lower()) for name in _TYPES.split()}
 MAX_TENSORS, MAX_TEXT_BYTES, MAX_DIMS = 1_000_000, 4096, 16
 VARINT, BYTES = 0, 2  # wire types
 HEAD_BYTES = 20  # a field's key and its length, at most ten bytes each

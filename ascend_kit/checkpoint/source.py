@@ -162,7 +162,7 @@ def iteration_of(folder: Path) -> Path | None:
     if ITERATION_FOLDER.fullmatch(folder.name) and any(RANK_FILE.fullmatch(path.name) for path in folder.iterdir()):
         return folder
     found = sorted(path for path in folder.iterdir() if path.is_dir() and ITERATION_FOLDER.fullmatch(path.name))
-    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker = folder / ITERATION_FILE
     if found and tracker.is_file():
         wanted = tracker.read_text(encoding="utf-8", errors="replace").strip()
         named = [path for path in found if wanted.isdigit() and int(path.name.partition("_")[2]) == int(wanted)]

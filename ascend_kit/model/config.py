@@ -55,6 +55,7 @@ _SWITCH_WORDS = (
     "use_rotary_embeddings swiglu use_swiglu glu glu_mlp gated_mlp use_gated_mlp rms_norm use_rms_norm rmsnorm "
     "use_rmsnorm pre_norm prenorm scale_attn_weights"
 )
+_FACTOR_WORDS = "partial_rotary_factor rotary_percent rotary_pct embedding_multiplier residual_multiplier"
 READ, HARMLESS = frozenset(_READ_WORDS.split()), frozenset(_HARMLESS_WORDS.split())
 HARMLESS_STARTS, HARMLESS_ENDS = ("_", "unsloth_"), ("dropout", "pdrop")
 # Values at which a key changes nothing, where that is not null, false, zero or empty.
@@ -62,15 +63,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish", None),
     "is_causal": (True,),
-    "partial_rotary_factor": (1, None),
-    "rotary_percent": (1, None),
-    "rotary_pct": (1, None),
     "position_embedding_type": ("rope", "rotary", None),
     "logit_scale": (1, None),
     "logits_scaling": (1, None),
     "attention_multiplier": (None,),
-    "embedding_multiplier": (1, None),
-    "residual_multiplier": (1, None),
+    **dict.fromkeys(_FACTOR_WORDS.split(), (1, None)),
     **dict.fromkeys(_SWITCH_WORDS.split(), (True, None)),
 }
 # Numbers by which something is multiplied, under whatever name: they change nothing at 1, and everything at 0.

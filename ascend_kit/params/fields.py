@@ -12,23 +12,15 @@ from ascend_kit.params.sweep import DEFAULT as DEFAULT_SWEEP
 from ascend_kit.params.values import ParameterError
 
 PRECISIONS = {
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp16": "fp16",
-    "float16": "fp16",
-    "half": "fp16",
-    "fp32": "fp32",
-    "float32": "fp32",
+    **dict.fromkeys(("bf16", "bfloat16"), "bf16"),
+    **dict.fromkeys(("fp16", "float16", "half"), "fp16"),
+    **dict.fromkeys(("fp32", "float32"), "fp32"),
 }
 FRAMEWORKS = {
     "auto": "auto",
-    "pytorch": "huggingface",
-    "huggingface": "huggingface",
-    "hf": "huggingface",
-    "megatron": "megatron",
-    "mindspeed": "megatron",
-    "mindspore": "mindspore",
-    "mindformers": "mindspore",
+    **dict.fromkeys(("pytorch", "huggingface", "hf"), "huggingface"),
+    **dict.fromkeys(("megatron", "mindspeed"), "megatron"),
+    **dict.fromkeys(("mindspore", "mindformers"), "mindspore"),
 }
 
 

@@ -28,18 +28,9 @@ DISABLE_VARIABLE = "ASCEND_KIT_NATIVE"  # 0 = never build or use the kernels
 # Reassociation lets sums use vector registers. -ffast-math is avoided: linking with it makes the whole process flush
 # small numbers to zero.
 FLAGS = [
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-shared",
-    "-fPIC",
-    "-fopenmp-simd",
-    "-pthread",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-fassociative-math",
-]
+    "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-pthread", "-fno-math-errno",
+    "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+]  # fmt: skip
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
