@@ -368,3 +368,67 @@ def test_ticks_of_a_narrow_axis_differ():
 
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert len(labels) > 3 and len(set(labels)) == len(labels)
+
+
+def timed_rows():
+    """A sweep of rates, of which a search measured two close together, each with another throughput."""
+    one = {**sweep_rows().iloc[0].to_dict(), "concurrency": 4096, "load": "poisson"}
+    return pandas.DataFrame([{**one, "rate": rate, "output_tokens_per_s": 10 * rate} for rate in (1, 4, 16, 17.5, 64)])
+
+
+def test_loads_that_come_by_the_clock_are_drawn_over_their_rate():
+    (axes,) = sweep_charts.throughput(timed_rows()).axes
+
+    line = next(line for line in axes.lines if len(line.get_xdata()) == 5)
+    assert list(line.get_xdata()) == [1, 4, 16, 17.5, 64] and list(line.get_ydata()) == [10, 40, 160, 175, 640]
+    assert axes.get_xlabel() == "rate, requests per second"
+    assert "64" in [text.get_text() for text in axes.get_xticklabels()]
+    trade = sweep_charts.tradeoff(timed_rows())
+    assert "requests per second" in trade.get_suptitle()
+    trace = sweep_charts.throughput(timed_rows().assign(load="trace"))
+    assert trace.axes[0].get_xlabel() == "speed of the trace, times"
+
+
+def test_a_closed_loop_and_a_load_by_the_clock_have_panels_and_names_of_their_own():
+    closed = timed_rows().assign(load="closed", rate=float("nan"), concurrency=[1, 2, 4, 8, 16])
+    both = pandas.concat([closed, timed_rows()], ignore_index=True)
+
+    first, second = sweep_charts.throughput(both).axes[:2]
+
+    assert (first.get_xlabel(), second.get_xlabel()) == ("concurrency, requests in flight", "rate, requests per second")
+    assert {label.split(", ")[-1] for label in config_labels(both)} == {"closed", "poisson"}
+
+
+def test_no_number_stands_on_the_mark_of_another_engine():
+    rows = []
+    for name, places in (("a", ((10, 100), (11, 120), (14, 300))), ("b", ((11.6, 112), (11.4, 260), (10.6, 95)))):
+        for concurrency, (tpot, rate) in zip((1, 4, 16), places, strict=True):
+            rows.append({**sweep_rows().iloc[0].to_dict(), "backend": name, "concurrency": concurrency,
+                         "tpot_p50_ms": tpot, "output_tokens_per_s": rate})  # fmt: skip
+    figure = sweep_charts.tradeoff(pandas.DataFrame(rows))
+    (axes,) = figure.axes
+    figure.canvas.draw()
+
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text() in ("1", "4", "16")]
+    marks = [axes.transData.transform(point) for line in axes.lines for point in line.get_xydata()]
+    assert len(boxes) == 6  # all have found a place
+    assert not [box for box in boxes if any(box.contains(*mark) for mark in marks)]
+    assert not [(a, b) for number, a in enumerate(boxes) for b in boxes[:number] if a.overlaps(b)]
+
+
+def test_nothing_falls_out_of_a_logarithm_and_a_legend_is_no_wider_than_its_figure():
+    rows = sweep_rows()
+    rows = pandas.concat([rows.assign(backend=f"an_engine_with_a_name_{n}") for n in range(11)], ignore_index=True)
+    rows.loc[rows["concurrency"] == rows["concurrency"].max(), "itl_p50_ms"] = 0.0
+    rows.loc[rows.index[0], "itl_p50_ms"] = 1000.0
+    figure = sweep_charts.latency(rows)
+    figure.canvas.draw()
+
+    itl = figure.axes[2]
+    assert itl.get_yscale() == "log" and itl.get_ylim()[0] > 1e-6
+    assert not math.isfinite(itl.transData.transform((1, 0.0))[1])  # not at the bottom, as if it were small
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    looks = config_looks(rows["backend"])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == 11

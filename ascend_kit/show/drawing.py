@@ -6,6 +6,7 @@ every reader and as SVG for the report, where `tip` makes a point tell its value
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -29,13 +30,14 @@ BASELINES = {"transformers": "#7F7F7F"}
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (6, 1.5)), (0, (4, 1, 1, 1)), (0, (2, 1)), (0, (6, 1, 1, 1, 1, 1)))
 GREY, RED = "#444444", "#C00000"
-SWITCHES = ("run", *ENGINE_SWITCHES)
+LOADS = ("load", "burstiness", "shared_prefix", "turns", "length_spread")
+SWITCHES = ("run", *ENGINE_SWITCHES, *LOADS)
 LENGTHS = ["prompt_len", "output_len"]
 MOST_PANELS = 6  # of more lengths a heat map is drawn
 MOST_DIRECT_LABELS = 6
 RATIO_UNIT = "times (blue: above 1, red: below 1)"
 TICKS_IN_PANEL = 10  # numbers that fit side by side below a panel
-LABEL_WIDTH, LABEL_HEIGHT = 22, 15  # of a point's number, typographic points with some air
+LETTER_WIDTH, LABEL_HEIGHT, MARK = 7, 11, 4  # of a point's number and half its mark, typographic points with some air
 LABELLED_BARS = 16  # of more in a panel the numbers above would touch
 LABEL_GAP = 0.27  # least distance of two labels at a line's end, inches
 # In the order in which they are looked for: Noto, Adobe, Linux, Windows, macOS.
@@ -45,7 +47,7 @@ TIP, TIP_SEPARATOR = "tip:", " ¦ "  # in an artist's id: the texts of its point
 
 
 def config_labels(rows: Table) -> Table:
-    """A short name per row: the engine, and those switches in which the rows of one engine differ."""
+    """A short name per row: the engine, and those switches and kinds of load in which the rows of one engine differ."""
     names = rows["backend"].astype(str) if "backend" in rows else rows["run"].astype(str)
     labels = names.copy()
     for name in names.unique():
@@ -56,7 +58,9 @@ def config_labels(rows: Table) -> Table:
 
 
 def _switch_text(switch: str, value: Any) -> str:
-    if switch in ("run", "precision", "quantize"):
+    if switch in LOADS and switch != "load":
+        return f", {value if isinstance(value, str) else f'{switch} {value:g}'}" if known(value) else ""
+    if switch in ("run", "precision", "quantize", "load"):
         return "" if value == "none" else f", {value}"
     if switch == "cards":
         return f", {value} card{'' if value == 1 else 's'}"
@@ -77,15 +81,33 @@ def config_looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     own = [name for name in names if name.split(",")[0] not in BASELINES]
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(own)}
     return {
-        name: {"color": colours.get(name) or BASELINES[name.split(",")[0]], "marker": MARKS[i % len(MARKS)],
+        name: {"color": colours.get(name) or BASELINES[name.split(",")[0]],
+               "marker": MARKS[(i + i // len(PALETTE)) % len(MARKS)],  # after all colours another mark for each
                "linestyle": DASHES[i % len(DASHES)]}
         for i, name in enumerate(names)
     }  # fmt: skip
 
 
 def with_labels(rows: Table) -> Table:
-    """The rows with their configuration's name as `_label`."""
-    return rows.assign(_label=config_labels(rows))
+    """The rows with their configuration's name as `_label`, and what they are drawn over as `_load`: the rate where
+    requests come by the clock (`_timed`), else how many are in flight."""
+    rates = rows["rate"].astype(float) if "rate" in rows else rows["concurrency"].astype(float) * math.nan
+    load = rates.where(rates.notna(), rows["concurrency"].astype(float))
+    return rows.assign(_label=config_labels(rows), _load=load, _timed=rates.notna())
+
+
+def panel_groups(rows: Table) -> list[tuple[Sequence[int], Table]]:
+    """(prompt and output length, its rows with labels) for each panel; loads by the clock have panels of their own."""
+    rows = with_labels(rows)
+    return list(rows.groupby([*LENGTHS, "_timed"] if rows["_timed"].nunique() > 1 else LENGTHS, sort=True))
+
+
+def load_text(rows: Table) -> str:
+    """What `_load` of the rows is."""
+    if not rows["_timed"].any():
+        return "concurrency, requests in flight"
+    is_trace = "load" in rows and (rows["load"] == "trace").all()
+    return "speed of the trace, times" if is_trace else "rate, requests per second"
 
 
 def finished_rows(rows: Table) -> Table:
@@ -116,7 +138,7 @@ def make_grid(lines: int, columns: int, *, height: float, width: float = 4.4) ->
 
 def make_panels(rows: Table) -> tuple[Figure, list[tuple[Axes, Table]]]:
     """One panel per (prompt, output) length, three or four in a line; every panel knows all configurations."""
-    groups = list(with_labels(rows).groupby(LENGTHS, sort=True))
+    groups = panel_groups(rows)
     columns = min(3 if len(groups) <= MOST_PANELS else 4, len(groups))
     width = {1: 7, 4: 3.6}.get(columns, 4.8)
     figure, grid = make_grid(
@@ -142,18 +164,18 @@ def series(axes: Axes, rows: Table, looks: dict[str, Any], column: str, unit: st
     """A line through the median of the repeats per configuration; repeats themselves are points."""
     for label, part in rows.dropna(subset=[column]).groupby("_label", sort=True):
         look = looks[label] | style
-        middle = part.groupby("concurrency")[column].median()
+        middle = part.groupby("_load")[column].median()
         (line,) = axes.plot(middle.index, middle, label=label, markersize=6, linewidth=1.8, **look)
-        tip(line, [f"{label}: {cell_text(float(value))} {unit} at {c}" for c, value in middle.items()])
+        tip(line, [f"{label}: {cell_text(float(value))} {unit} at {plain(c)}" for c, value in middle.items()])
         if len(part) > len(middle):
-            axes.plot(part["concurrency"], part[column], look["marker"], color=look["color"], markersize=3, alpha=0.6)
+            axes.plot(part["_load"], part[column], look["marker"], color=look["color"], markersize=3, alpha=0.6)
 
 
 def reference_line(axes: Axes, rows: Table, looks: dict[str, Any], column: str, style: str, text: str) -> None:
     """A ceiling or prediction per configuration, in its colour; equal ones are drawn once, in grey."""
     if column not in rows or rows[column].isna().all():
         return
-    lines = {name: part.groupby("concurrency")[column].median().dropna() for name, part in rows.groupby("_label")}
+    lines = {name: part.groupby("_load")[column].median().dropna() for name, part in rows.groupby("_label")}
     own = {n: line for n, line in lines.items() if n.split(",")[0] not in BASELINES} or lines
     distinct = {tuple(line.round(6).items()): name for name, line in own.items() if not line.empty}
     for name in distinct.values():
@@ -167,36 +189,46 @@ def limit_line(axes: Axes, rows: Table, column: str) -> None:
         axes.axhline(rows[column].dropna().iloc[0], color=RED, linewidth=1, label="stated limit")
 
 
-def log2_axis(axes: Axes, values: Table) -> None:
-    """A logarithmic axis of the concurrencies measured; of those too close for their numbers one is named."""
-    measured = sorted(values.unique())
+def log2_axis(axes: Axes, rows: Table) -> None:
+    """A logarithmic axis of the loads measured; of those too close for their numbers one is named."""
+    measured = sorted(rows["_load"].unique())
     ticks, room = measured[:1], math.log2(measured[-1] * 1.6 / measured[0]) / TICKS_IN_PANEL
     for value in measured[1:]:
         if math.log2(value / ticks[-1]) >= room:
             ticks.append(value)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{t:,}" for t in ticks], minor=False)
+    axes.set_xticks(ticks, list(map(plain, ticks)), minor=False)
     axes.set_xticks([], minor=True)
     axes.set_xlim(measured[0] / 1.25, measured[-1] * 1.25)
-    axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
+    axes.set_xlabel(load_text(rows), fontsize=FONT)
 
 
 def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Sequence[str]) -> None:
-    """The text of each point below and to the right of it, above where the axis is near, but for those that would touch
-    one written before.
+    """The text of each point below and to the right of it, else above, else to its left: where it touches no other
+    text, no mark and not the axis; nowhere, if there is no such place.
     """
-    written: list[tuple[float, float]] = []
+    written: list[tuple[float, float, float, float]] = []  # left, bottom, right, top
     figure = axes.get_figure(root=True)
     assert figure is not None
     to_points = 72 / figure.dpi  # of the panel before its layout, which changes its size little
-    floor = to_points * axes.transAxes.transform((0, 0))[1]
-    for (text, x, y), colour in zip(points, colours, strict=True):
-        across, height = to_points * axes.transData.transform((x, y))
-        offset = -13 if height - floor > LABEL_HEIGHT + 3 else 4
-        up = height + offset
-        if all(abs(across - a) > LABEL_WIDTH or abs(up - b) > LABEL_HEIGHT for a, b in written):
-            axes.annotate(text, (x, y), (8, offset), textcoords="offset points", color=colour)
-            written.append((across, up))
+    marks = [to_points * axes.transData.transform((x, y)) for _, x, y in points]
+    left, floor = to_points * axes.transAxes.transform((0, 0))
+    for (text, x, y), colour, (across, height) in zip(points, colours, marks, strict=True):
+        width = LETTER_WIDTH * len(text)
+        for offset in ((8, -13), (8, 4), (-8 - width, 4), (-8 - width, -13)):
+            start, base = across + offset[0], height + offset[1]
+            box = (start, base, start + width, base + LABEL_HEIGHT)
+            if base < floor + 2 or start < left + 2 or any(_touch(box, other) for other in written):
+                continue
+            if any(_touch(box, (a - MARK, h - MARK, a + MARK, h + MARK)) for a, h in marks):
+                continue
+            axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour)
+            written.append(box)
+            break
+
+
+def _touch(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def value_axis(axes: Axes, text: str, *, which: str = "y", log: bool | None = None, zero: bool = True) -> None:
@@ -208,7 +240,7 @@ def value_axis(axes: Axes, text: str, *, which: str = "y", log: bool | None = No
     if log:
         from matplotlib.ticker import LogLocator, NullFormatter
 
-        getattr(axes, f"set_{which}scale")("log")
+        getattr(axes, f"set_{which}scale")("log", nonpositive="mask")  # 0 has no place on it
         decades = math.log10(high / low) if high > low > 0 else 1
         axis.set_major_locator(LogLocator(10, subs=(1,) if decades > 3 else (1, 2, 5)))
         axis.set_minor_formatter(NullFormatter())
@@ -239,7 +271,7 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
 
     groups = list(with_labels(rows).groupby("_label", sort=True))
     lengths = sorted(rows.groupby(LENGTHS).groups)
-    columns = max(part["concurrency"].nunique() for _, part in groups)
+    columns = max(part["_load"].nunique() for _, part in groups)
     size = {"height": 1.5 + 0.42 * len(lengths), "width": max(5.6, 1.2 + 0.6 * columns)}
     figure, grid = make_grid(1, len(groups), **size)
     most, least = rows[column].max() * factor, rows[column].min() * factor
@@ -247,7 +279,7 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
     if good == "ratio":
         norm = CenteredNorm(1, max(most - 1, 1 - least, 0.05))
     for axes, (label, part) in zip(grid.flat, groups, strict=True):
-        table = part.pivot_table(index=LENGTHS, columns="concurrency", values=column, aggfunc="median").reindex(lengths)
+        table = part.pivot_table(index=LENGTHS, columns="_load", values=column, aggfunc="median").reindex(lengths)
         values = table.to_numpy() * factor
         axes.imshow(values, cmap={"high": "YlGnBu", "low": "YlOrRd", "ratio": "RdBu"}[good], norm=norm, aspect="auto")
         for (y, x), value in ((place, values[place]) for place in _places(values.shape)):
@@ -256,14 +288,14 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
             axes.text(x, y, plain(float(f"{value:.3g}")) if known(value) else "", ha="center", va="center",
                       color=colour, fontsize=FONT - 1)  # fmt: skip
         axes.grid(False)
-        axes.set_xticks(range(len(table.columns)), [f"{c:,}" for c in table.columns])
+        axes.set_xticks(range(len(table.columns)), list(map(plain, table.columns)))
         axes.set_yticks(range(len(lengths)), [f"{p:,} + {o:,}" for p, o in lengths])
-        axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
+        axes.set_xlabel(load_text(part), fontsize=FONT)
         axes.set_ylabel("prompt + output tokens", fontsize=FONT)
         axes.set_title(label, fontsize=FONT)
-    best = rows.loc[rows[column].idxmin() if good == "low" else rows[column].idxmax()]
+    best = with_labels(rows).loc[rows[column].idxmin() if good == "low" else rows[column].idxmax()]
     value, place = cell_text(float(best[column] * factor)), lengths_text(list(best[LENGTHS]))
-    alt = f"best {value} {unit} at {best['concurrency']}, {place}"
+    alt = f"best {value} {unit} at {plain(best['_load'])}, {place}"
     between = "\n" if good == "ratio" else ", "
     return finish(figure, f"{title}{between}{unit}", alt, legend=False)
 
@@ -349,8 +381,9 @@ def _label_ends(axes: Axes, entries: dict[str, Any]) -> bool:
 def _legend_columns(labels: list[str], width_in: float) -> int:
     """The most columns whose widest labels and handles fit beside each other, at about 11 letters an inch."""
     for columns in range(len(labels), 1, -1):
-        lines = math.ceil(len(labels) / columns)
-        widths = [max(map(len, labels[i : i + lines])) + 8 for i in range(0, len(labels), lines)]
+        lines, longer = divmod(len(labels), columns)  # matplotlib's first columns have the lines that are over
+        starts = [column * lines + min(column, longer) for column in range(columns + 1)]
+        widths = [max(map(len, labels[start:end])) + 8 for start, end in itertools.pairwise(starts)]
         if sum(widths) <= 11 * width_in:
             return columns
     return 1

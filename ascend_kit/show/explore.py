@@ -154,7 +154,7 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
             if AXES[x] == "concurrency" and line["ceiling"].notna().any():
                 axes.plot(line["x"], line["ceiling"], "--", linewidth=1, color=looks[label]["color"])
         if AXES[x] == "concurrency":
-            log2_axis(axes, part["concurrency"])
+            log2_axis(axes, part)
         else:
             value_axis(axes, x, which="x", zero=False)
         value_axis(axes, y)

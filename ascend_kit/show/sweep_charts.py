@@ -33,9 +33,12 @@ from ascend_kit.show.drawing import (
     label_points,
     lengths_text,
     limit_line,
+    load_text,
     log2_axis,
     make_grid,
     make_panels,
+    panel_groups,
+    plain,
     reference_line,
     series,
     tip,
@@ -77,16 +80,16 @@ def _panels(
         series(axes, part, looks, column, unit)
         for name, style, text in references:
             reference_line(axes, part, looks, name, style, text)
-        log2_axis(axes, part["concurrency"])
+        log2_axis(axes, part)
         value_axis(axes, unit, log=log)
     return figure, looks
 
 
 def _best_each(rows: Table, looks: dict[str, Any]) -> str:
-    labels, parts = config_labels(rows), []
+    rows, parts = with_labels(rows), []
     for name in looks:
-        best = rows.loc[rows[labels == name][RATE].idxmax()]
-        parts.append(f"best of {name}: {best[RATE]:,.0f} tokens/s at {best['concurrency']}")
+        best = rows.loc[rows[rows["_label"] == name][RATE].idxmax()]
+        parts.append(f"best of {name}: {best[RATE]:,.0f} tokens/s at {plain(best['_load'])}")
     return "; ".join(parts)
 
 
@@ -97,7 +100,7 @@ def latency(rows: Table) -> Figure | None:
         return None
     if is_many(rows):
         return heat_map(rows, "tpot_p50_ms", "Median TPOT", "ms", good="low")
-    looks, groups = config_looks(config_labels(rows)), list(with_labels(rows).groupby(LENGTHS, sort=True))
+    looks, groups = config_looks(config_labels(rows)), panel_groups(rows)
     figure, grid = make_grid(len(groups), 3, height=3.1)
     for line, (lengths, part) in zip(grid, groups, strict=True):
         for axes, metric in zip(line, ("ttft", "tpot", "itl"), strict=True):
@@ -105,7 +108,7 @@ def latency(rows: Table) -> Figure | None:
                 series(axes, part, looks, f"{metric}_{q}_ms", f"ms ({q})", linestyle=style)
                 axes.plot([], [], linestyle=style, color=GREY, label={"p50": "median"}.get(q, q))
             limit_line(axes, part, f"{metric}_limit_ms")
-            log2_axis(axes, part["concurrency"])
+            log2_axis(axes, part)
             value_axis(axes, f"{metric.upper()}, ms")
             axes.set_title(f"{metric.upper()}: {lengths_text(lengths)}", fontsize=FONT)
     fastest = rows.loc[rows[RATE].idxmax()]
@@ -114,7 +117,7 @@ def latency(rows: Table) -> Figure | None:
 
 
 def tradeoff(rows: Table) -> Figure | None:
-    """Throughput against median TPOT; each point carries its concurrency. Up and to the left is better."""
+    """Throughput against median TPOT; each point carries its load. Up and to the left is better."""
     rows = finished_rows(rows).dropna(subset=["tpot_p50_ms"]) if not rows.empty else rows
     if len(rows) < 2:
         return None
@@ -124,19 +127,21 @@ def tradeoff(rows: Table) -> Figure | None:
         named: list[tuple[str, float, float]] = []
         colours: list[str] = []
         for label, rest in part.groupby("_label", sort=True):
-            one = rest.groupby("concurrency")[["tpot_p50_ms", RATE]].median()
+            one = rest.groupby("_load")[["tpot_p50_ms", RATE]].median()
             (line,) = axes.plot(*one.T.to_numpy(), label=label, linewidth=1.8, **looks[label])
             tip(
                 line,
-                [f"{label}, {c} in flight: {cell_text(y)} tokens/s, {cell_text(x)} ms" for c, (x, y) in one.iterrows()],
+                [f"{label} at {plain(c)}: {cell_text(y)} tokens/s, {cell_text(x)} ms" for c, (x, y) in one.iterrows()],
             )
-            named += [(f"{c}", x, y) for c, (x, y) in (one.iloc[[0, -1]] if is_many(rows) else one).iterrows()]
+            named += [(plain(c), x, y) for c, (x, y) in (one.iloc[[0, -1]] if is_many(rows) else one).iterrows()]
             colours += [looks[label]["color"]] * (len(named) - len(colours))
         axes.margins(x=0.12, y=0.15)
         value_axis(axes, "output tokens/s")
         value_axis(axes, "median TPOT, ms", which="x")
         label_points(axes, named, colours)
-    return finish(figure, "Throughput against latency (numbers: requests in flight)", _best_each(rows, looks))
+    is_timed = rows["rate"].notna().all() if "rate" in rows else False
+    numbers = "requests per second" if is_timed else "requests in flight"
+    return finish(figure, f"Throughput against latency (numbers: {numbers})", _best_each(rows, looks))
 
 
 def memory(rows: Table) -> Figure | None:
@@ -159,7 +164,7 @@ def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
     rows = finished_rows(rows)
     if rows.empty or not (rows["backend"] == baseline).any() or not (rows["backend"] != baseline).any():
         return None
-    points = ["concurrency", *LENGTHS]
+    rows, points = with_labels(rows), ["_load", "_timed", *LENGTHS]
     base = rows[rows["backend"] == baseline].groupby(points)[RATE].median()
     own = rows[rows["backend"] != baseline]
     own = own.assign(ratio=own[RATE] / base.reindex(own[points].apply(tuple, axis=1)).to_numpy()).dropna(
@@ -170,20 +175,20 @@ def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
     title = f"Speed-up over {baseline}"
     if is_many(own):
         return heat_map(own, "ratio", title, RATIO_UNIT, good="ratio")
-    looks = config_looks(config_labels(rows))
-    figure, panels = make_panels(own.assign(_label=config_labels(rows).loc[own.index]))
-    labels = config_labels(rows).loc[own.index]
+    looks = config_looks(rows["_label"])
+    figure, panels = make_panels(own)
+    labels = own["_label"]
     names = sorted(set(labels))
     for axes, part in panels:
-        loads = sorted(part["concurrency"].unique())
+        loads = sorted(part["_load"].unique())
         for place, name in enumerate(names):
             _ratio_bars(
                 axes, part[labels.loc[part.index] == name], loads, name, looks[name]["color"], place, len(names)
             )
         axes.axhline(1, color=BASELINES.get(baseline, GREY), linestyle="--", label=baseline)
         every = -(-len(loads) // TICKS_IN_PANEL)
-        axes.set_xticks(range(0, len(loads), every), [f"{c:,}" for c in loads[::every]])
-        axes.set_xlabel("concurrency, requests in flight", fontsize=FONT)
+        axes.set_xticks(range(0, len(loads), every), list(map(plain, loads[::every])))
+        axes.set_xlabel(load_text(part), fontsize=FONT)
         axes.margins(y=0.15)
         value_axis(axes, f"output tokens/s, multiple of {baseline}", log=False)
     return finish(figure, title, f"{own['ratio'].min():.1f} to {own['ratio'].max():.1f} times the speed of {baseline}")
@@ -191,13 +196,13 @@ def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
 
 def _ratio_bars(axes: Axes, part: Table, loads: list, name: str, colour: str, place: int, count: int) -> None:
     width = 0.8 / count
-    for x, concurrency in enumerate(loads):
-        ratios = part[part["concurrency"] == concurrency]["ratio"]
+    for x, load in enumerate(loads):
+        ratios = part[part["_load"] == load]["ratio"]
         if ratios.empty:
             continue
         left, middle = x + (place - (count - 1) / 2) * width, ratios.median()
         (bar,) = axes.bar(left, middle, width * 0.92, color=colour, label=name)
-        tip(bar, [f"{name}: {middle:.2f} times at {concurrency}"])
+        tip(bar, [f"{name}: {middle:.2f} times at {plain(load)}"])
         axes.plot([left, left], [ratios.min(), ratios.max()], color="#222222", linewidth=1.5)
         if len(loads) * count <= LABELLED_BARS:
             axes.annotate(f"{middle:.1f}x", (left, ratios.max()), (0, 3), textcoords="offset points", ha="center")
@@ -247,7 +252,10 @@ def over_time(samples: Table, rows: Table) -> Figure | None:
         axes.set_ylim(0, 1.15 * axes.dataLim.y1 or 1)  # a level line stays apart from the frame
         axes.set_xlim(0, seconds.max())
         axes.set_xlabel("time, s", fontsize=FONT)
-    place = f"{point['backend']}, {point['concurrency']} in flight, {lengths_text(point[LENGTHS].tolist())}"
+    load = f"{point['concurrency']} in flight"
+    if known(point.get("rate")):
+        load = f"{point['load']}, {plain(point['rate'])}" + ("" if point["load"] == "trace" else " requests/s")
+    place = f"{point['backend']}, {load}, {lengths_text(point[LENGTHS].tolist())}"
     grid[0][0].set_title(place, fontsize=FONT)
     return finish(
         figure,
@@ -318,7 +326,7 @@ def layouts_by_load(simulate: Callable[[], Table], cards: int = 2) -> Figure | N
                         for row in one.itertuples()
                     ],
                 )
-            log2_axis(axes, part["concurrency"])
+            log2_axis(axes, part.assign(_load=part["concurrency"], _timed=False))
             value_axis(axes, "predicted output tokens/s", log=True)
             axes.set_title(f"{model} on {count} cards", fontsize=FONT)
     return finish(figure, "The same cards as replicas or tensor parallel: simulated, not measured")
