@@ -160,7 +160,8 @@ def find_tasks(dataset_path: str | Path, sets: Iterable[str], *, num_fewshot: in
             faults.append(f"{name}: {error}")
     if faults:
         more = f"\n  and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
-        raise DataError("the local data sets cannot be used:\n  " + "\n  ".join(faults[:FAULTS_SHOWN]) + more)
+        shown = "\n  ".join(faults[:FAULTS_SHOWN])
+        raise DataError(f"dataset_path: the local data sets cannot be used:\n  {shown}{more}")
     return tasks
 
 

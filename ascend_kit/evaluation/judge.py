@@ -79,7 +79,8 @@ def _settings(experiment: Experiment, tasks: Iterable[LocalTask]) -> Iterator[Fi
     if experiment.eval_limit:
         yield say("evaluation.limited", "caution", limit=experiment.eval_limit)
     if experiment.eval_fewshot:
-        for name in sorted({task.set_name for task in tasks if not task.num_fewshot} - {"wikitext"}):
+        asked = [task for task in tasks if task.output_type != "loglikelihood_rolling"]
+        for name in sorted({task.set_name for task in asked if not task.num_fewshot}):
             yield say("evaluation.zero_shots", "caution", set=name, shots=experiment.eval_fewshot)
 
 

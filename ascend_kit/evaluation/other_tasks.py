@@ -88,8 +88,7 @@ def other_tasks(name: str, experiment: Experiment) -> list[OtherTask]:
     index = _index(name)
     leaves = leaf_tasks(name, index)
     if not leaves:
-        known = [*SETS, *(path.name for path in packaged_folder("").iterdir())]
-        raise DataError(f"eval_datasets: lm-eval has no task {name!r}{did_you_mean(name, known)}")
+        raise DataError(f"lm-eval has no task {name!r}{_near(name, index)}")
     found: dict[str, OtherTask] = {}
     faults: dict[str, DataError] = {}
     for leaf in leaves:
@@ -106,6 +105,16 @@ def other_tasks(name: str, experiment: Experiment) -> list[OtherTask]:
     return [_loaded(task, experiment) for task in found.values()]
 
 
+def _near(name: str, index: dict[str, Entry]) -> str:
+    """What may have been meant: a name in other letters, the tasks of a folder of that name, or the closest word."""
+    folders = {path.name for path in packaged_folder("").iterdir() if path.is_dir()}
+    root = packaged_folder(name)
+    inside = sorted(task for task, entry in index.items() if entry.yaml_path and root in entry.yaml_path.parents)
+    if inside:
+        return f"; its folder has {', '.join(inside[:SHOWN])}{', ...' if len(inside) > SHOWN else ''}"
+    return did_you_mean(name.lower(), {*SETS, *index, *folders} - {name})
+
+
 @cache
 def _index(name: str) -> dict[str, Entry]:
     """lm-eval's tasks in the folders that may hold `name`: parsing all of its 14,000 files takes 15 s."""
@@ -116,12 +125,12 @@ def _index(name: str) -> dict[str, Entry]:
     near: list[str | Path] = [
         path for path in folders if name.startswith(path.name) or path.name.startswith(re.split("[_-]", name)[0])
     ]
-    index = TaskManager(include_path=near, include_defaults=False).task_index if near else {}
+    index = first = TaskManager(include_path=near, include_defaults=False).task_index if near else {}
     if name not in index:
         word = re.compile(rb"(?<![\w-])%s(?![\w-])" % re.escape(name.encode()))
         near = [path for path in folders if any(word.search(file.read_bytes()) for file in path.rglob("*.yaml"))]
         index = TaskManager(include_path=near, include_defaults=False).task_index if near else {}
-    return index
+    return index if name in index else first
 
 
 def leaf_tasks(name: str, index: dict[str, Entry]) -> list[str]:

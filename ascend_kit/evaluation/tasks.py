@@ -46,7 +46,10 @@ def check_data(experiment: Experiment) -> list[LocalTask]:
     if any(not name.startswith(TEXT) for name in others):
         go_offline(may_download=experiment.allow_download)
     for name in others:
-        tasks += [text_task(name)] if name.startswith(TEXT) else other_tasks(name, experiment)
+        try:
+            tasks += [text_task(name)] if name.startswith(TEXT) else other_tasks(name, experiment)
+        except DataError as error:
+            raise DataError(f"eval_datasets: {error}") from None
     return tasks
 
 

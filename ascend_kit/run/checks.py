@@ -123,11 +123,11 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
     faults: list[str] = []
 
     @contextlib.contextmanager
-    def noted(where: str = "") -> Iterator[None]:
+    def noted() -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError) as error:
-            faults.append(f"{where}{error}")
+            faults.append(str(error))
 
     given = {name for name in names if getattr(experiment, name, None) not in (None, DEMO)}
     with noted():
@@ -150,7 +150,7 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
     if "dataset_path" in names:
         from ascend_kit.evaluation.tasks import check_data
 
-        with noted("dataset_path: "):
+        with noted():
             check_data(experiment)
     if "input_model" in given and Path(experiment.input_model).is_dir():
         from ascend_kit.checkpoint.convert import check_model
