@@ -1,12 +1,9 @@
-"""`evaluate` end to end on small local data: rows, groups against lm-eval's own run, resume, failures,
-cautions.
-"""
+"""`evaluate` end to end on small local data: rows, groups and documents against lm-eval's own run."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,30 +12,18 @@ from types import SimpleNamespace
 
 import pandas
 import pytest
+from evaluated import CHAT, MAX_LENGTH, counting, experiment_for, run
 from evaluation_data import write_sets
 
 from ascend_kit import AscendInferEngine
-from ascend_kit.engine.text import thinking_option
-from ascend_kit.evaluation import judge
 from ascend_kit.evaluation.datasets import SETS, find_tasks, go_offline, groups_of, write_task_folder
-from ascend_kit.evaluation.files import DataError
-from ascend_kit.evaluation.harness import evaluate
-from ascend_kit.evaluation.judge import PUBLISHED, published, reasons
 from ascend_kit.evaluation.perplexity import ratio, token_perplexity
-from ascend_kit.evaluation.runs import EvaluationError, load_documents, load_evaluation
-from ascend_kit.evaluation.tasks import check_data, drawn_documents
-from ascend_kit.identity import Identity
-from ascend_kit.params import Experiment, build_experiment
+from ascend_kit.evaluation.runs import load_evaluation
+from ascend_kit.evaluation.tasks import drawn_documents
 from ascend_kit.results import RunFolder
-from ascend_kit.stages import RunRecord
 
 pytest.importorskip("lm_eval")
 TOLERANCE = 1e-4  # float32 on both sides
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-MAX_LENGTH = 2048
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +37,6 @@ def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
     with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=4096) as engine:
         engine.tokenizer.chat_template = CHAT
         yield engine
-
-
-def experiment_for(data: Path, out: Path, **changes) -> Experiment:
-    values = {
-        "experiment": "e",
-        "output_root": str(out),
-        "dataset_path": str(data),
-        "precision": "fp32",
-        "eval_max_seq_length": MAX_LENGTH,
-        "eval_datasets": list(SETS),
-        **changes,
-    }
-    return build_experiment(values)
-
-
-def run(engine, experiment: Experiment, **options):
-    with RunFolder.open(experiment, "05_evaluate") as folder:
-        return evaluate(engine, experiment, folder, **options), folder
 
 
 @pytest.fixture(scope="module")
@@ -317,404 +284,12 @@ def test_the_evaluation_says_what_the_cards_did(finished) -> None:
     assert (rows["peak_memory_bytes"] > 0).all() and (rows["wall_s"] > 0).all()
 
 
-# --- resume and failures ------------------------------------------------------------------------------------
-
-
-def counting(engine):
-    """The engine behind a counter of scored pairs."""
-    return SimpleNamespace(
-        tokenizer=engine.tokenizer,
-        config=engine.config,
-        max_seq_length=engine.max_seq_length,
-        device=engine.device,
-        identity=Identity(weights="w", engine={"precision": "fp32"}, versions={"torch": "2"}),
-        pairs=0,
-        generate=engine.generate,
-        score=engine.score,
-        stats=engine.stats,
-    )
-
-
-def scores_of(logprob):
-    """A stand-in for `score` that gives the pair at place i the log-probability `logprob(i)`."""
-
-    def score(pairs, *, on_score, on_progress):
-        found = [SimpleNamespace(logprob=logprob(i), is_greedy=False) for i in range(len(pairs))]
-        for place, one in enumerate(found):
-            on_score(place, one)
-        on_progress(len(found), len(found))
-        return found
-
-    return score
-
-
-def test_a_resumed_evaluation_asks_no_answered_document_again(engine, data, tmp_path) -> None:
-    experiment = experiment_for(data, tmp_path, eval_datasets=["ceval", "agieval"], eval_fewshot=0)
-    first = counting(engine)
-
-    def interrupted(pairs, *, on_score, on_progress):
-        done = []
-
-        def step(*counts):
-            on_progress(*counts)
-            if len(done) >= 30:  # seven or eight documents of four choices
-                raise KeyboardInterrupt
-
-        return engine.score(pairs, on_score=lambda *found: done.append(on_score(*found)), on_progress=step)
-
-    first.score = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        run(first, experiment)
-    answered = load_documents(RunFolder(experiment.run_folder))
-    second = counting(engine)
-    scored: list[int] = []
-    second.score = lambda pairs, **on: scored.append(len(pairs)) or engine.score(pairs, **on)
-
-    result, folder = run(second, experiment)
-
-    assert 6 <= len(answered) < 20
-    choices = result.documents["choice_logprobs"].dropna().map(len).sum()
-    assert sum(scored) == choices - answered["choice_logprobs"].map(len).sum()
-    assert result.ok and len(folder.load("documents")) == 25
-    undisturbed, _ = run(counting(engine), experiment.with_changes(run="undisturbed"))
-    columns = ["task", "metric", "value", "stderr", "n"]
-    pandas.testing.assert_frame_equal(result.tasks[columns], undisturbed.tasks[columns])
-    once_more: list[int] = []
-    second.score = lambda pairs, **on: once_more.append(len(pairs)) or engine.score(pairs, **on)
-    again, _ = run(second, experiment)
-    assert once_more == []
-    pandas.testing.assert_frame_equal(again.tasks, result.tasks)
-
-
-def test_a_task_cut_off_while_its_scores_were_written_is_scored_from_its_answers(engine, data, tmp_path) -> None:
-    experiment = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0)
-    result, folder = run(engine, experiment)
-    scores = folder.table_path("scores")
-    lines = scores.read_text().splitlines(keepends=True)
-    scores.write_text(lines[0] + lines[1][:20])  # killed in the middle of the first task's second metric
-
-    again, folder = run(engine, experiment)
-
-    assert len(folder.load("documents")) == 10
-    columns = ["task", "metric", "value", "stderr", "n"]
-    pandas.testing.assert_frame_equal(again.tasks[columns], result.tasks[columns])
-
-
-def test_changed_data_is_not_answered_from_old_rows(engine, tmp_path) -> None:
-    data = write_sets(tmp_path / "data", documents=4, seed=1)
-    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["wikitext"])
-    first, _ = run(engine, experiment)
-    write_sets(data, documents=3, seed=2)
-
-    second, _ = run(engine, experiment)
-
-    assert list(first.tasks["n"]) == [4] * 4 and list(second.tasks["n"]) == [3] * 4
-    assert len(second.documents) == 3
-    assert set(first.documents["doc_hash"]).isdisjoint(second.documents["doc_hash"])
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"weights": "shuffled"},
-        {"tokenizer": "other"},
-        {"engine": {"precision": "bf16"}},
-        {"engine": {"precision": "fp32", "seed": 1}},
-        {"versions": {"torch": "3"}},
-        {"device": {"name": "another card"}},
-    ],
-    ids=str,
-)
-def test_answers_of_another_model_engine_or_version_are_not_reused(engine, data, tmp_path, parts) -> None:
-    experiment = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0)
-    first, second = counting(engine), counting(engine)
-    run(first, experiment)
-    second.identity = second.identity.with_parts(**parts)
-    scored: list[int] = []
-    second.score = lambda pairs, **on: scored.append(len(pairs)) or engine.score(pairs, **on)
-
-    result, folder = run(second, experiment)
-
-    assert sum(scored) == 2 * 5 * 4  # two subjects of five documents with four choices: all of them again
-    assert len(folder.load("documents")) == 20 and len(result.documents) == 10
-    assert set(result.documents["identity"]) == set(result.tasks["identity"])
-
-
-def test_another_template_or_number_of_shots_is_another_evaluation(engine, data, tmp_path) -> None:
-    base = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0)
-    seen = set()
-    with RunFolder.open(base, "05_evaluate") as folder:
-        for name, value in [("eval_fewshot", 1), ("eval_chat_template", True), ("eval_fewshot", 0)]:
-            result = evaluate(counting(engine), base.with_changes(**{name: value}), folder)
-            seen |= set(result.tasks["identity"])
-
-    assert len(seen) == 3 * 2
-
-
-def test_a_subject_removed_from_the_data_is_in_no_table(engine, tmp_path) -> None:
-    data = write_sets(tmp_path / "data", documents=4)
-    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["ceval"], eval_fewshot=0)
-    run(engine, experiment)
-    shutil.rmtree(data / "ceval" / "law")
-
-    result, _ = run(engine, experiment)
-
-    assert set(result.tasks["task"]) == set(result.documents["task"]) == {"ceval-valid_physician"}
-    assert set(result.groups["n"]) == {4}
-    group = result.groups.set_index("metric").loc["acc", "value"]
-    assert group == result.tasks.set_index("metric").loc["acc", "value"]
-
-
-def test_a_second_pass_adds_no_row(engine, data, tmp_path) -> None:
-    experiment = experiment_for(data, tmp_path, eval_datasets=["mmlu", "ceval"], eval_fewshot=0)
-    _, folder = run(engine, experiment)
-    before = {path.name: path.read_text() for path in folder.path.glob("*.jsonl")}
-
-    run(engine, experiment)
-
-    assert {path.name: path.read_text() for path in folder.path.glob("*.jsonl")} == before
-
-
-def test_a_failing_task_becomes_a_failed_row_and_the_others_go_on(engine, data, tmp_path) -> None:
-    experiment = experiment_for(data, tmp_path, eval_datasets=["mmlu", "wikitext"], eval_fewshot=0)
-    broken = counting(engine)
-
-    def score(pairs, **on):
-        if any("business ethics" in engine.tokenizer.decode(context) for context, _ in pairs):
-            raise RuntimeError("out of memory")
-        return engine.score(pairs, **on)
-
-    broken.score = score
-    result, _ = run(broken, experiment)
-
-    assert result.failed == {"mmlu_business_ethics": "RuntimeError: out of memory"}
-    assert not result.ok
-    assert set(result.tasks[result.tasks["status"] == "ok"]["task"]) == {"mmlu_abstract_algebra", "wikitext"}
-    groups = result.groups.set_index("task")
-    assert groups.loc["mmlu", "status"] == "failed" and groups.loc["mmlu", "error"] == "1 of 2 tasks failed"
-    assert pandas.isna(groups.loc["mmlu", "value"]) and groups.loc["mmlu_stem", "status"] == "ok"
-    assert any("mmlu_business_ethics failed" in str(flag) for flag in result.flags)
-    with pytest.raises(EvaluationError, match=r"1 of 3 tasks failed .*out of memory"):
-        result.raise_if_failed()
-
-    mended, _ = run(engine, experiment)
-    assert mended.ok and set(mended.groups["status"]) == {"ok"}
-
-
-def test_data_faults_come_before_any_work(engine, data, tmp_path) -> None:
-    experiment = experiment_for(tmp_path, tmp_path / "out", eval_datasets=["mmlu"])
-    untouched = counting(engine)
-    untouched.score = None
-
-    with pytest.raises(DataError, match="no folder mmlu/"):
-        run(untouched, experiment)
-
-    assert not (experiment.run_folder / "scores.jsonl").exists()
-
-
-# --- cautions and published scores --------------------------------------------------------------------------
-
-
-def choices(accuracy: float, n: int = 200, prediction: int | None = None, tied=False, constant=False) -> list[dict]:
-    right = round(accuracy * n)
-    logprobs = [-1.0, -1.0, -2.0, -3.0] if tied else [-1.0, -1.5, -2.0, -3.0]
-    logprobs = [-1.0] * 4 if constant else logprobs
-    return [
-        {
-            "task": "t",
-            "set": "mmlu",
-            "acc": float(i < right),
-            "choice_logprobs": logprobs,
-            "prediction": i % 4 if prediction is None else prediction,
-        }
-        for i in range(n)
-    ]
-
-
-def of_set(documents: list[dict]) -> list[tuple[str, str]]:
-    return [(flag.level, flag.key) for flag in judge._of_set("mmlu", documents, 512)]
-
-
-@pytest.mark.parametrize(
-    ("documents", "level", "key"),
-    [
-        (choices(0.25), "alarm", "evaluation.chance"),
-        (choices(0.2303), "alarm", "evaluation.chance"),
-        (choices(0.6, prediction=2), "alarm", "evaluation.one_choice"),
-        (choices(0.6, n=190) + choices(0.6, n=10, tied=True), "caution", "evaluation.tied"),
-        (choices(0.6, n=10, constant=True), "alarm", "evaluation.tied"),
-        ([{"answer": "3"}] * 50 + [{"answer": " "}], "alarm", "evaluation.empty_answers"),
-        ([{"cut_tokens": 5}] * 2 + [{"cut_tokens": 0}] * 98, "alarm", "evaluation.cut_prompts"),
-        ([{"cut_tokens": 5}] + [{"cut_tokens": 0}] * 99, "caution", "evaluation.cut_prompts"),
-    ],
-)
-def test_answers_that_mean_nothing_raise_an_alarm(documents: list[dict], level: str, key: str) -> None:
-    assert of_set(documents) == [(level, key)]
-
-
-def test_a_few_answers_that_end_at_their_first_token_and_are_all_wrong_are_an_alarm() -> None:
-    rows = [{"task": "t", "finish_reason": "stop", "num_output_tokens": 1}] * 7
-    score = {"kind": "task", "task": "t", "status": "ok", "unit": "fraction", "value": 0.0}
-
-    def found(rows, **changes):
-        return [flag.level for flag in judge._never_right("s", [{**score, **changes}], rows)]
-
-    assert found(rows) == ["alarm"] and found(rows[:4]) == [] and found(rows, value=1 / 7) == []
-    longer = [{**rows[0], "num_output_tokens": 2}]
-    assert found(rows + longer) == [] and found(longer * 40) == ["alarm"]
-
-
-def test_healthy_or_few_answers_raise_none() -> None:
-    assert of_set(choices(0.6)) == []
-    assert of_set(choices(0.25, n=39)) == []
-    assert of_set(choices(0.32, n=200)) == []  # chance 25 %, two standard errors are 6.1 points
-    assert of_set(choices(0.31, n=200)) == [("alarm", "evaluation.chance")]
-
-
-def test_a_model_without_knowledge_ends_the_stage_with_an_alarm(engine, tmp_path) -> None:
-    data = write_sets(tmp_path / "data", documents=40)
-    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["mmlu"], eval_fewshot=0)
-    guessing = counting(engine)
-    guessing.score = scores_of(lambda i: -float(i % 4))
-
-    result, folder = run(guessing, experiment)
-
-    stage = RunRecord.read(folder.path).stages["05_evaluate"]
-    assert stage.state == "alarm"
-    assert {alarm["key"] for alarm in stage.alarms} >= {"evaluation.one_choice mmlu"}
-    assert "the answer is A for 100%" in " ".join(alarm["text"] for alarm in stage.alarms)
-    assert {flag.key for flag in result.flags if flag.level == "alarm"} <= {
-        "evaluation.chance",
-        "evaluation.one_choice",
-    }
-
-
-def test_a_log_probability_that_is_not_a_number_is_an_alarm(engine, data, tmp_path) -> None:
-    broken = counting(engine)
-    broken.score = scores_of(lambda i: float("nan"))
-
-    result, folder = run(broken, experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_fewshot=0))
-
-    assert any(flag.key == "evaluation.not_finite" and flag.level == "alarm" for flag in result.flags)
-    assert RunRecord.read(folder.path).stages["05_evaluate"].alarms
-
-
-def test_prompts_that_lost_their_beginning_are_counted(engine, data, tmp_path) -> None:
-    experiment = experiment_for(data, tmp_path, eval_datasets=["ceval"], eval_max_seq_length=64)
-
-    result, _ = run(engine, experiment)
-
-    (flag,) = [flag for flag in result.flags if flag.key == "evaluation.cut_prompts"]
-    assert flag.level == "alarm" and "10 of 10 prompts were longer than 64 tokens" in str(flag)
-    assert (result.documents["cut_tokens"] > 0).all()
-
-
 def test_cut_generative_answers_are_named(finished) -> None:
     (flag,) = [flag for flag in finished.result.flags if flag.key == "evaluation.cut_answers_agieval"]
 
     answers = finished.result.documents["finish_reason"].dropna()
     text = str(flag)
     assert f"{(answers == 'length').sum()} of 5 answers were cut" in text and "agieval_multiple_choice" in text
-
-
-def test_partial_copies_and_ignored_shots_are_named(engine, data, tmp_path) -> None:
-    experiment = experiment_for(data, tmp_path, eval_datasets=["agieval"], eval_fewshot=3)
-    result, _ = run(engine, experiment)
-
-    assert any("(agieval 3/21)" in str(flag) for flag in result.flags)
-    assert any("eval_fewshot=3 does not apply" in str(flag) for flag in result.flags)
-
-
-def test_thinking_is_switched_off_and_said(engine) -> None:
-    tokenizer = SimpleNamespace(chat_template="{% if enable_thinking is false %}<think></think>{% endif %}")
-    thinker = SimpleNamespace(tokenizer=tokenizer)
-    always = SimpleNamespace(tokenizer=SimpleNamespace(chat_template="<think>"))
-    chat, plain = build_experiment({"eval_chat_template": True}), build_experiment({})
-
-    assert thinking_option(tokenizer, None) == {"enable_thinking": False}
-    assert thinking_option(tokenizer, True) == {"enable_thinking": True}
-    assert thinking_option(engine.tokenizer, None) == {}
-    assert "switched off" in str(next(judge._thinking(chat, thinker)))
-    assert "plain prompts" in str(next(judge._thinking(plain, thinker)))
-    assert "Thinking is on" in str(next(judge._thinking(chat.with_changes(thinking=True), thinker)))
-    assert "eval_chat_template: false" in str(next(judge._thinking(chat, always)))
-    assert list(judge._thinking(plain, always)) == [] == list(judge._thinking(chat, engine))
-
-
-def test_another_model_is_never_scored_on_the_demos_questions(engine, tmp_path) -> None:
-    sample = write_sets(tmp_path / "sample")
-    values = {"output_root": str(tmp_path / "out"), "eval_datasets": ["mmlu"], "eval_fewshot": 0}
-    others = build_experiment({**values, "input_model": "/models/Qwen3-8B", "dataset_path": "demo"})
-    forgotten = build_experiment({**values, "input_model": "/models/Qwen3-8B"})
-
-    for experiment in (others, forgotten, others.standing_for({"dataset_path": str(sample)})):
-        with pytest.raises(DataError, match=r"dataset_path is not given, .* /models/Qwen3-8B: .* mmlu/ \(a copy"):
-            run(engine, experiment)
-        assert not (experiment.run_folder / "scores.jsonl").exists()
-    demo = build_experiment(values)
-    assert check_data(demo) == [] and len(check_data(demo.standing_for({"dataset_path": str(sample)}))) == 2
-    with pytest.raises(DataError, match=r"demo\.resolve"):
-        run(engine, demo)
-
-
-def test_overwritten_weights_tokenizer_or_template_are_scored_again(tiny_qwen3_dir, tmp_path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    model = tmp_path / "model"
-    shutil.copytree(tiny_qwen3_dir, model)
-    data = write_sets(tmp_path / "data", documents=6)
-    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["mmlu"], eval_fewshot=0, input_model=str(model))
-
-    def logprobs() -> list:
-        with AscendInferEngine(model, precision="fp32", device="cpu", max_seq_length=4096) as fresh:
-            result, _ = run(fresh, experiment)
-        return result.documents.sort_values(["task", "doc_id"])["choice_logprobs"].to_list()
-
-    def scored_rows() -> int:
-        return len(RunFolder(experiment.run_folder).load("scores"))
-
-    first = logprobs()
-    assert logprobs() == first and scored_rows() == 2
-    weights = load_file(model / "model.safetensors")
-    name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
-    weights[name] = weights[name][torch.randperm(len(weights[name]), generator=torch.Generator().manual_seed(0))]
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    assert logprobs() != first and scored_rows() == 4
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}))
-    logprobs()
-    assert scored_rows() == 6
-
-
-def score_table(group: str, n: int, num_fewshot: int = 5) -> list[dict]:
-    row = {"task": group, "metric": "acc", "status": "ok", "value": 0.74, "stderr": 0.0036}
-    return [{**row, "n": n, "num_fewshot": num_fewshot}]
-
-
-def test_a_published_score_is_shown_for_the_same_model_and_conditions_only() -> None:
-    engine = SimpleNamespace(config=SimpleNamespace(num_layers=28, hidden_size=3584))
-    other = SimpleNamespace(config=SimpleNamespace(num_layers=2, hidden_size=64))
-    base = build_experiment({"model_name": "qwen2.5-7b-w8a8", "input_model": "/models/Qwen2.5-7B"})
-    chat = base.with_changes(eval_chat_template=True)
-    full = score_table("mmlu", 14042)
-
-    (row,) = published(base, engine, full)
-
-    assert (row["published_percent"], row["source"]) == (74.16, "Qwen3 technical report, table 6")
-    assert row["difference_points"] == pytest.approx(-0.16) and row["conditions"] == "5-shot, plain prompt"
-    assert published(base, other, full) == []
-    assert published(chat, engine, full) == []  # that figure is the instruct model's
-    assert published(base, engine, score_table("mmlu", 100)) == []
-    assert published(base, engine, score_table("mmlu", 14042, 0)) == []
-
-
-def test_group_sizes_of_the_published_table_are_those_of_the_sets() -> None:
-    assert {(item.group, item.num_documents) for item in PUBLISHED} <= {
-        ("mmlu", 14042), ("ceval-valid", 1346), ("gsm8k", 1319),
-    }  # fmt: skip
-    assert all(50 < item.score < 100 and item.source for item in PUBLISHED)
-    assert set(reasons(["gsm8k"])["set"]) == {"gsm8k", "generative sets", "multiple choice"}
 
 
 def test_importing_the_harness_does_not_import_lm_eval_or_torch() -> None:
