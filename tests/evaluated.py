@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 MAX_LENGTH = 2048
+SUMS = [(12, 7), (3, 9), (40, 2), (8, 8), (5, 6), (21, 4)]
 
 
 def experiment_for(data: Path, out: Path, **changes) -> Experiment:
@@ -62,3 +64,41 @@ def scores_of(logprob):
         return found
 
     return score
+
+
+def task_experiment(data: Path | None, out: Path, **changes) -> Experiment:
+    values = {
+        "experiment": "e", "output_root": str(out), "input_model": "/models/own", "precision": "fp32",
+        "dataset_path": None if data is None else str(data), "eval_max_seq_length": 1024, **changes,
+    }  # fmt: skip
+    return build_experiment(values)
+
+
+def write_gsm8k(root: Path) -> Path:
+    """A folder with a local copy of GSM8K: questions of our own in its columns."""
+    rows = [{"question": f"What is {a} + {b}?", "answer": f"It is {a + b}.\n#### {a + b}"} for a, b in SUMS]
+    for split in ("train", "test"):
+        path = root / "gsm8k" / "main" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def stand_in(engine, *, answer=None, score=None):
+    """The engine's tokenizer and limits, with answers of our own: `answer(prompt, sampling)` -> text, finish reason."""
+
+    def generate(prompts, params, *, on_progress, on_output=None):
+        outputs = []
+        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            text, reason = answer(engine.tokenizer.decode(prompt), sampling)
+            ids = engine.tokenizer.encode(text)
+            outputs.append(SimpleNamespace(index=index, token_ids=ids, finish_reason=reason, error=None))
+            if on_output:
+                on_output(outputs[-1])
+        on_progress(len(outputs), len(outputs))
+        return outputs
+
+    return SimpleNamespace(
+        tokenizer=engine.tokenizer, config=engine.config, max_seq_length=2048, device=engine.device,
+        identity=Identity(weights="w", engine={"precision": "fp32"}), stats=lambda: {}, generate=generate, score=score,
+    )  # fmt: skip

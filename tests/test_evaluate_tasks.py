@@ -1,17 +1,12 @@
-"""Other tasks of lm-eval than the four sets, plain texts, thinking, several samples, and real kills."""
+"""Other tasks of lm-eval than the four sets, RULER among them, and plain texts."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import re
-import threading
-import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,26 +14,18 @@ from typing import Any, cast
 import pandas
 import pyarrow.parquet
 import pytest
-from evaluation_data import write_sets, write_table
-from running_server import Running
+from evaluated import run, stand_in, task_experiment, write_gsm8k
+from evaluation_data import write_table
 
 from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation import code_execution
-from ascend_kit.evaluation.compare import pair_documents
-from ascend_kit.evaluation.endpoint import EndpointEngine
 from ascend_kit.evaluation.files import DataError
-from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.evaluation.rows import csv_columns
-from ascend_kit.evaluation.runs import Run
-from ascend_kit.evaluation.scores import pass_at_k, score_rows
-from ascend_kit.evaluation.tasks import allocate, check_data, detectable, draw
-from ascend_kit.identity import Identity
-from ascend_kit.measure.http import Endpoint, EndpointError
-from ascend_kit.params import Experiment, ParameterError, build_experiment
-from ascend_kit.results import RunFolder
+from ascend_kit.evaluation.scores import score_rows
+from ascend_kit.evaluation.tasks import check_data
+from ascend_kit.params import ParameterError
 
 pytest.importorskip("lm_eval")
-SUMS = [(12, 7), (3, 9), (40, 2), (8, 8), (5, 6), (21, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -49,52 +36,12 @@ def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
 
 @pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a local copy of GSM8K: questions of our own in its columns."""
-    root = tmp_path_factory.mktemp("data")
-    rows = [{"question": f"What is {a} + {b}?", "answer": f"It is {a + b}.\n#### {a + b}"} for a, b in SUMS]
-    for split in ("train", "test"):
-        path = root / "gsm8k" / "main" / f"{split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
-
-
-def experiment_for(data: Path | None, out: Path, **changes) -> Experiment:
-    values = {
-        "experiment": "e", "output_root": str(out), "input_model": "/models/own", "precision": "fp32",
-        "dataset_path": None if data is None else str(data), "eval_max_seq_length": 1024, **changes,
-    }  # fmt: skip
-    return build_experiment(values)
+    return write_gsm8k(tmp_path_factory.mktemp("data"))
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pandas.DataFrame(rows).to_csv(path, index=False)
-
-
-def run(engine, experiment: Experiment):
-    with RunFolder.open(experiment, "05_evaluate") as folder:
-        return evaluate(engine, experiment, folder), folder
-
-
-def stand_in(engine, *, answer=None, score=None):
-    """The engine's tokenizer and limits, with answers of our own: `answer(prompt, sampling)` -> text, finish reason."""
-
-    def generate(prompts, params, *, on_progress, on_output=None):
-        outputs = []
-        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-            text, reason = answer(engine.tokenizer.decode(prompt), sampling)
-            ids = engine.tokenizer.encode(text)
-            outputs.append(SimpleNamespace(index=index, token_ids=ids, finish_reason=reason, error=None))
-            if on_output:
-                on_output(outputs[-1])
-        on_progress(len(outputs), len(outputs))
-        return outputs
-
-    return SimpleNamespace(
-        tokenizer=engine.tokenizer, config=engine.config, max_seq_length=2048, device=engine.device,
-        identity=Identity(weights="w", engine={"precision": "fp32"}), stats=lambda: {}, generate=generate, score=score,
-    )  # fmt: skip
 
 
 # --- other tasks ------------------------------------------------------------------------------------------------------
@@ -107,7 +54,7 @@ def test_gsm8k_from_a_local_copy_equals_hflm_with_shots_and_filters(engine, gsm8
 
     from ascend_kit.evaluation.datasets import write_task_folder
 
-    experiment = experiment_for(gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_fewshot=2, eval_max_new_tokens=16)
+    experiment = task_experiment(gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_fewshot=2, eval_max_new_tokens=16)
     result, _ = run(engine, experiment)
     tasks = check_data(experiment)
     theirs = simple_evaluate(
@@ -149,7 +96,7 @@ def test_copies_in_the_layout_of_the_hub_are_read_as_they_come(engine, tmp_path,
 
     monkeypatch.setattr(code_execution, "TIMEOUT_S", 1.0)
     names = ["cmmlu_agronomy", "gpqa_diamond_zeroshot", "humaneval"]
-    experiment = experiment_for(
+    experiment = task_experiment(
         root, tmp_path, eval_datasets=names, eval_fewshot=2, allow_code_execution=True, eval_max_new_tokens=64
     )
     result, _ = run(stand_in(engine, answer=answer, score=engine.score), experiment)
@@ -207,7 +154,7 @@ def test_ifeval_is_scored_to_its_end_with_an_error_for_instructions_too(engine, 
     answers = {prompt: answer for prompt, _, answer, *_ in INSTRUCTIONS}
     asked = {"eval_datasets": ["ifeval"], "eval_max_new_tokens": 64}
     able = stand_in(engine, answer=lambda prompt, sampling: (answers[prompt], "stop"))
-    result, _ = run(able, experiment_for(ifeval(tmp_path), tmp_path, **asked))
+    result, _ = run(able, task_experiment(ifeval(tmp_path), tmp_path, **asked))
 
     rows = {row["metric"]: row for row in result.tasks.to_dict("records")}
     strict, loose = ([entry[place] for entry in INSTRUCTIONS] for place in (3, 4))
@@ -221,7 +168,7 @@ def test_ifeval_is_scored_to_its_end_with_an_error_for_instructions_too(engine, 
 
 
 def test_what_a_task_needs_beside_lm_eval_is_named_with_its_command(tmp_path, monkeypatch) -> None:
-    asked = experiment_for(ifeval(tmp_path), tmp_path, eval_datasets=["ifeval"])
+    asked = task_experiment(ifeval(tmp_path), tmp_path, eval_datasets=["ifeval"])
     monkeypatch.setattr("nltk.data.path", [])
     packages = r"needs packages that are not here: pip install 'lm-eval\[ifeval\]'"
     splitter = "downloader punkt_tab, or .* ~/nltk_data/tokenizers/punkt_tab "
@@ -243,7 +190,7 @@ def test_ruler_ends_with_a_score_for_the_length_that_fits_made_with_the_models_t
 ) -> None:
     pytest.importorskip("wonderwords", reason="RULER's words: pip install wonderwords")
     asked = {"eval_datasets": ["niah_single_1"], "eval_max_seq_length": 2304, "eval_limit": 6}
-    experiment = experiment_for(None, tmp_path, input_model=str(tiny_qwen3_dir), **asked)
+    experiment = task_experiment(None, tmp_path, input_model=str(tiny_qwen3_dir), **asked)
     able = stand_in(engine, answer=needle)
     able.max_seq_length = 2304
     result, _ = run(able, experiment)
@@ -291,7 +238,7 @@ def test_what_ruler_asks_beside_the_needles_is_solved_from_its_prompts_and_drawn
     monkeypatch.setenv("ASCEND_KIT_CACHE", str(tmp_path / "cache"))
     names = ["niah_multikey_2", "niah_multikey_3", "ruler_fwe", "ruler_vt"]
     asked = {"eval_datasets": names, "eval_max_seq_length": 4352, "eval_limit": 2, "max_seq_length": 8448}
-    experiment = experiment_for(None, tmp_path, input_model=str(model), **asked)
+    experiment = task_experiment(None, tmp_path, input_model=str(model), **asked)
     reader = SimpleNamespace(tokenizer=load_tokenizer(model), config=engine.config, device=engine.device)
     able = stand_in(reader, answer=solved)
     able.max_seq_length = 8448
@@ -329,12 +276,12 @@ def test_what_cannot_be_asked_is_said_before_any_work(engine, gsm8k, tmp_path) -
     }
     for names, words in faults.items():
         with pytest.raises(DataError, match=words):
-            check_data(experiment_for(gsm8k, tmp_path, eval_datasets=list(names)))
+            check_data(task_experiment(gsm8k, tmp_path, eval_datasets=list(names)))
     with pytest.raises(ParameterError, match=r"eval_endpoint: .* entry of engines .*\(there is none\), got 'nobody'"):
-        experiment_for(gsm8k, tmp_path, eval_endpoint="nobody")
+        task_experiment(gsm8k, tmp_path, eval_endpoint="nobody")
     with pytest.raises(ParameterError, match=r"eval_samples=4 .* set eval_temperature"):
-        experiment_for(gsm8k, tmp_path, eval_samples=4)
-    tight = experiment_for(gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_max_new_tokens=1024)
+        task_experiment(gsm8k, tmp_path, eval_samples=4)
+    tight = task_experiment(gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_max_new_tokens=1024)
     result, _ = run(stand_in(engine), tight)
     assert "1024 new tokens leave no room" in result.failed["gsm8k"]
 
@@ -347,7 +294,7 @@ def test_a_plain_text_gives_perplexities_of_its_own(engine, tmp_path) -> None:
         "eval_datasets": [f"text:{tmp_path}/own.txt"],
         "eval_fewshot": 2,
     }  # a text takes no shots: not worth a word
-    result, _ = run(engine, experiment_for(None, tmp_path, **asked))
+    result, _ = run(engine, task_experiment(None, tmp_path, **asked))
 
     values = result.tasks.set_index("metric")["value"]
     (document,) = result.documents.to_dict("records")
@@ -355,214 +302,3 @@ def test_a_plain_text_gives_perplexities_of_its_own(engine, tmp_path) -> None:
     assert document["bytes"] == len(text.encode())
     assert values["bits_per_byte"] == pytest.approx(-document["logprob"] / document["bytes"] / 0.6931471805599453)
     assert values["token_perplexity"] > 1
-
-
-# --- thinking and samples ---------------------------------------------------------------------------------------------
-
-
-def test_the_answer_is_what_follows_the_thought_and_the_thoughts_length_is_kept(engine) -> None:
-    from lm_eval.api.instance import Instance
-
-    from ascend_kit.evaluation.adapter import HURRY, EngineLM
-
-    def answer(prompt, sampling):
-        if sampling.stop == ("</think>",):  # the thinking part, in which the task's stop strings mean nothing
-            return {"a": ("<think>Q: 1?</think>", "stop"), "b": ("<think>endless", "length"), "c": ("7", "stop")}[
-                prompt
-            ]
-        return {"a<": (" 42 Q: next", "stop"), "b<": ("9", "length")}[prompt[:2]]
-
-    facts: dict[int, dict] = {}
-    lm = EngineLM(
-        stand_in(engine, answer=answer), thinking_budget=64, on_answer=lambda i, text, told: facts.update({i: told})
-    )
-    asked = [
-        Instance("generate_until", {}, (name, {"until": ["Q:"], "max_gen_toks": 8}), 0, metadata=("t", 0, 1))
-        for name in "abc"
-    ]
-
-    assert lm.generate_until(asked) == ["42 ", "9", "7"]
-    assert [facts[i]["num_thinking_tokens"] for i in range(3)] == [20, 14, 0]  # the tokenizer's tokens are bytes
-    assert [facts[i]["thinking_is_cut"] for i in range(3)] == [False, True, False]
-    assert HURRY.endswith("</think>\n\n")
-
-
-def test_several_samples_give_mean_pass_and_majority(engine, gsm8k, tmp_path) -> None:
-    seeds: list[int] = []
-
-    def answer(prompt, sampling):
-        seeds.append(sampling.seed)
-        first, second = map(int, prompt.split("What is ")[-1].split("?")[0].split(" + "))
-        offset = (len(seeds) - 1) % 3 == 2  # of three samples to a question the third is wrong
-        return f"#### {first + second + offset}", "stop"
-
-    experiment = experiment_for(
-        gsm8k, tmp_path, eval_datasets=["gsm8k"], eval_fewshot=0, eval_samples=3, eval_temperature=0.7
-    )
-    result, _ = run(stand_in(engine, answer=answer), experiment)
-
-    values = result.tasks.set_index("metric")["value"]
-    name = "exact_match,strict-match"
-    assert values[f"mean@3 {name}"] == pytest.approx(2 / 3) and values[f"maj@3 {name}"] == 1.0
-    assert values[f"pass@1 {name}"] == pytest.approx(2 / 3) and values[f"pass@3 {name}"] == 1.0
-    assert len(set(seeds)) == 18
-
-
-def test_pass_at_k_by_hand() -> None:
-    assert pass_at_k(5, 2, 1) == pytest.approx(2 / 5)
-    assert pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)  # of six pairs one holds no right answer
-
-
-def test_documents_are_spread_over_subjects_and_drawn_by_seed() -> None:
-    sizes = {"a": 100, "b": 50, "c": 1}
-
-    assert allocate(sizes, 30) == {"a": 19, "b": 10, "c": 1}  # 19.9, 9.9 and 0.2, at least one each
-    assert draw(sizes, 30, 0) == draw(sizes, 30, 0) != draw(sizes, 30, 1)
-    assert {name: len(found) for name, found in draw(sizes, 30, 0).items()} == {"a": 19, "b": 10}  # c is asked whole
-    assert draw(sizes, None, 0) == {} == draw(sizes, 151, 0)
-    assert 100 * detectable(200) == pytest.approx(6.26, abs=0.01)  # (1.96 + 0.84) sqrt(0.1 / 200)
-
-
-# --- stopping and export ----------------------------------------------------------------------------------------------
-
-
-def test_an_evaluation_stops_when_its_comparison_with_a_finished_run_is_certain(engine, tmp_path) -> None:
-    data = write_sets(tmp_path / "data", documents=25)
-    base = experiment_for(data, tmp_path / "out", run="base", eval_datasets=["mmlu"], eval_fewshot=0)
-    whole, _ = run(engine, base)
-    stopping = base.with_changes(
-        run="again", eval_stop_against="base", eval_batch_size=4, accuracy_margin_points=20.0, experiment="e"
-    )
-
-    result, folder = run(engine, stopping)
-
-    stopped = folder.read_json("evaluation")["stopped"]
-    assert (stopped["outcome"], stopped["lost"], stopped["won"]) == ("within margin", 0, 0)
-    assert stopped["documents"] <= len(result.documents) < len(whole.documents) == 50
-    assert any(flag.key == "evaluation.stopped" for flag in result.flags) and result.ok
-    again = whole.documents.set_index(["task", "doc_id"])["acc"]
-    assert all(again[row.task, row.doc_id] == row.acc for row in result.documents.itertuples())
-    with pytest.raises(DataError, match="multiple-choice sets only"):
-        run(engine, stopping.with_changes(eval_datasets=["wikitext"]))
-
-
-def test_lm_evals_own_readers_read_the_export(engine, gsm8k, tmp_path) -> None:
-    from lm_eval.utils import get_file_task_name, get_results_filenames, get_sample_results_filenames, make_table
-
-    data = write_sets(gsm8k, documents=4)
-    changes = {"eval_datasets": ["ceval", "gsm8k"], "eval_fewshot": 0, "eval_max_new_tokens": 8}
-    result, folder = run(engine, experiment_for(data, tmp_path, model_name="tiny", **changes))
-
-    files = [str(path) for path in (folder.path / "lm_eval" / "tiny").iterdir()]
-    (results,) = get_results_filenames(files)
-    samples = {get_file_task_name(Path(name).name): name for name in get_sample_results_filenames(files)}
-    found = json.loads(Path(results).read_text())
-    assert set(samples) == set(result.tasks["task"])
-    rows = [json.loads(line) for line in Path(samples["gsm8k"]).read_text().splitlines()]
-    assert len(rows) == 2 * len(SUMS) and {row["filter"] for row in rows} == {"strict-match", "flexible-extract"}
-    table = make_table(found)
-    assert "ceval-valid_law" in table and "gsm8k" in table and "ceval-valid" in make_table(found, "groups")
-    value = result.groups.set_index("metric").loc["acc", "value"]
-    assert found["groups"]["ceval-valid"]["acc,none"] == value
-    assert found["n-samples"]["gsm8k"]["effective"] == len(SUMS) and found["model_name"] == "tiny"
-
-
-# --- endpoints --------------------------------------------------------------------------------------------------------
-
-
-def test_documents_through_an_endpoint_are_those_of_the_engine_and_pair_with_them(
-    engine, gsm8k, tiny_qwen3_dir, tmp_path
-) -> None:
-    data = write_sets(gsm8k, documents=4)
-    changes = {"eval_datasets": ["mmlu", "gsm8k"], "eval_fewshot": 1, "eval_max_new_tokens": 12}
-    ours, one = run(engine, experiment_for(data, tmp_path, run="ours", **changes))
-    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=2048) as behind:
-        server = Running(behind)
-        entry = {"name": "ours", "base_url": f"{server.base}/v1", "model": "tiny", "leave_out": ["top_k"]}
-        changes |= {"engines": [entry], "eval_endpoint": "ours", "input_model": str(tiny_qwen3_dir)}
-        asked = experiment_for(data, tmp_path, run="served", **changes)
-        theirs, two = run(EndpointEngine.from_experiment(asked), asked)
-        server.wait(server.runner.cleanup())
-
-    key = ["task", "doc_id", "doc_hash", "prompt_hash"]
-    both = ours.documents.merge(theirs.documents, on=key, suffixes=("", "_served"))
-    assert len(both) == len(ours.documents) == 2 * 4 + len(SUMS)
-    for row in both.to_dict("records"):
-        if isinstance(row["answer"], str):
-            assert row["answer"] == row["answer_served"]
-        else:
-            assert row["choice_logprobs_served"] == pytest.approx(row["choice_logprobs"], abs=1e-4)
-            assert row["choice_is_greedy_served"] == row["choice_is_greedy"]
-    assert two.identities()[theirs.tasks["identity"][0]].declared == ("weights", "engine")
-    pairs = pair_documents(Run(one), Run(two), "acc")
-    assert len(pairs.rows) == 8 + len(SUMS) and not pairs.refused
-    assert {row["right_by"] for row, _ in pairs.rows if row["set"] == "gsm8k"} == {"exact_match,flexible-extract"}
-
-
-def test_what_a_server_cannot_do_is_said_before_work(tiny_qwen3_dir, tmp_path) -> None:
-    class Terse(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.reply({"data": [{"id": "m"}]})
-
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.reply({"choices": [{"text": "x", "logprobs": {"token_logprobs": [None], "tokens": ["x"]}}]})
-
-        def reply(self, value):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(value).encode())
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Terse) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        served = EndpointEngine(Endpoint(url, ""), str(tiny_qwen3_dir))
-        data = write_sets(tmp_path / "data", documents=2)
-        with pytest.raises(DataError, match=r"mmlu_abstract_algebra, .* cannot be asked: .* 0 log-probabilities of 6"):
-            run(served, experiment_for(data, tmp_path, eval_datasets=["mmlu"], eval_fewshot=0))
-        with pytest.raises(EndpointError, match="serves m, not 'other'"):
-            EndpointEngine(Endpoint(url, "other"), str(tiny_qwen3_dir))
-        server.shutdown()
-
-
-# --- kills ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_killed_evaluation_goes_on_where_it_stopped_and_answers_nothing_twice(engine, tmp_path) -> None:
-    def score(pairs, *, on_score, on_progress):
-        for place, (context, ids) in enumerate(pairs):
-            on_score(
-                place, SimpleNamespace(logprob=-(zlib.crc32(bytes(str(context + ids), "ascii")) % 999), is_greedy=False)
-            )
-            if place % 4 == 3:
-                on_progress(place, len(pairs))
-                time.sleep(0.01)
-        on_progress(len(pairs), len(pairs))
-        return [SimpleNamespace(logprob=-1.0, is_greedy=False)] * len(pairs)
-
-    data = write_sets(tmp_path / "data", documents=12)
-    experiment = experiment_for(data, tmp_path / "out", eval_datasets=["mmlu", "ceval"], eval_fewshot=0)
-    slow = stand_in(engine, score=score)
-    table = experiment.run_folder / "documents.jsonl"
-    process = multiprocessing.get_context("fork").Process(target=run, args=(slow, experiment))
-    process.start()
-    deadline = time.monotonic() + 60
-    while process.is_alive() and time.monotonic() < deadline:
-        if table.exists() and table.read_bytes().count(b"\n") >= 9:
-            process.kill()
-        time.sleep(0.01)
-    process.join()
-
-    before = [json.loads(line) for line in table.read_text().splitlines()]
-    result, folder = run(slow, experiment)
-    undisturbed, _ = run(slow, experiment.with_changes(run="undisturbed"))
-
-    assert process.exitcode == -9 and 9 <= len(before) < 48
-    assert not table.exists() and folder.written_path("documents").suffix == ".gz"
-    rows = list(folder.rows("documents"))
-    assert rows[: len(before)] == before and len(rows) == len({(row["task"], row["doc_id"]) for row in rows}) == 48
-    columns = ["task", "metric", "value", "stderr", "n"]
-    pandas.testing.assert_frame_equal(result.tasks[columns], undisturbed.tasks[columns])
