@@ -37,6 +37,7 @@ from ascend_kit.show.drawing import (
     make_grid,
     value_axis,
 )
+from ascend_kit.show.findings import sweep_findings
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -432,3 +433,24 @@ def test_nothing_falls_out_of_a_logarithm_and_a_legend_is_no_wider_than_its_figu
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
     looks = config_looks(rows["backend"])
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == 11
+
+
+def test_the_best_point_of_a_sweep_of_rates_is_one_rate_and_gains_are_of_equal_rates():
+    rows = timed_rows().assign(backend="ascend_kit")
+    slow = timed_rows().assign(backend="transformers", output_tokens_per_s=[5, 20, 80, 35, 64])
+    both = pandas.concat([rows, rows.assign(repeat=1), slow], ignore_index=True)
+
+    best, *_, gain = sweep_findings(both)
+
+    assert best.key == "sweep.best_timed" and best.values["rate"] == 64 and best.values["count"] == 2
+    assert "640 output tokens/s" in str(best) and "poisson, rate 64" in str(best)
+    assert gain.key == "sweep.gain"
+    assert (gain.values["low"], gain.values["high"], gain.values["count"]) == (2, 10, 5)
+
+
+def test_repeats_that_differ_in_the_shared_prefix_are_two_lines():
+    rows = pandas.concat([sweep_rows().assign(shared_prefix=share) for share in (0.0, 0.5)], ignore_index=True)
+
+    assert set(config_labels(rows)) == {
+        f"{name}, shared_prefix {share:g}" for name in set(sweep_rows()["backend"]) for share in (0.0, 0.5)
+    }

@@ -163,5 +163,7 @@ def test_a_sweep_names_the_points_that_others_disturbed_the_worst_first():
     assert "ascend_kit 16/64/32, 4/64/32 (" in str(found)
     assert english_in(found.text("zh"), "ascend_kit", "if_exists", "overwrite") == []
     assert disturbance([("a", rows[0])]) == []
+    (timed,) = disturbance([("a", row(0.6, 4096, rate=12.5)), ("a", row(0.6, 8, rate=float("nan")))])
+    assert timed.values["points"] == "a 12.5/64/32, 8/64/32"
     many = disturbance([(f"run{n}", row(1.0, 4)) for n in range(9)])
     assert many[0].values["points"].endswith("run5 4/64/32 …")

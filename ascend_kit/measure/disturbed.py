@@ -8,8 +8,12 @@ from typing import Any
 from ascend_kit.device.meters import COLUMNS
 from ascend_kit.messages import Finding, say
 
-# Of the cores. An engine on a CPU loses at least the share that others take (numbers in the README), and an eighth of
-# two cores is over half a second twelve ticks of the kernel's counters: far from their rounding.
+# Of the cores. It rests on two things. An engine that uses all cores loses at least the share that others take: in the
+# README's 28 repeats others' 1.3 of 2 cores cost 41 to 55 % against their 1.1, and 1.6 cost 74 to 84 %. So an eighth
+# costs an eighth or more, over twice the 5 % to which `sweep_precision` usually brings a mean; less is lost among the
+# repeats. And an eighth of two cores is over half a second twelve ticks of the kernel's counters, far from their
+# rounding. What small shares cost was not measured, for want of a quiet machine: benchmarks/busy_machine.py tells it,
+# with how far quiet repeats lie apart.
 SHARE = 1 / 8
 MOST_NAMES = 6
 
@@ -21,6 +25,12 @@ def is_disturbed(row: dict[str, Any]) -> bool:
     return other > SHARE * cores and (row.get("device_kind") == "cpu" or own + other > (1 - SHARE) * cores)
 
 
+def _load(row: dict[str, Any]) -> float:
+    """Requests per second where they come by the clock, else requests in flight."""
+    rate = row.get("rate")
+    return row["concurrency"] if rate is None or rate != rate else rate
+
+
 def disturbance(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Finding]:
     """A caution that names the points, the worst first, each with the name given for its row; nothing without any."""
     found = [(name, row) for name, row in rows if row.get("status") == "ok" and is_disturbed(row)]
@@ -28,7 +38,7 @@ def disturbance(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Finding]:
         return []
     found.sort(key=lambda named: -named[1]["other_cpu_cores"])
     points = list(dict.fromkeys(
-        (name, f"{row['concurrency']:g}/{row['prompt_len']:g}/{row['output_len']:g}") for name, row in found
+        (name, f"{_load(row):g}/{row['prompt_len']:g}/{row['output_len']:g}") for name, row in found
     ))  # fmt: skip
     places: dict[str, list[str]] = {}
     for name, place in points[:MOST_NAMES]:

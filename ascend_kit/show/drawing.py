@@ -90,10 +90,11 @@ def config_looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def with_labels(rows: Table) -> Table:
     """The rows with their configuration's name as `_label`, and what they are drawn over as `_load`: the rate where
-    requests come by the clock (`_timed`), else how many are in flight."""
+    requests come by the clock (`_timed`), else how many are in flight. `_kind` is all else of the load, as a text."""
     rates = rows["rate"].astype(float) if "rate" in rows else rows["concurrency"].astype(float) * math.nan
     load = rates.where(rates.notna(), rows["concurrency"].astype(float))
-    return rows.assign(_label=config_labels(rows), _load=load, _timed=rates.notna())
+    kind = [str(values) for values in zip(*(rows[name] for name in LOADS if name in rows), strict=True)] or ""
+    return rows.assign(_label=config_labels(rows), _load=load, _timed=rates.notna(), _kind=kind)
 
 
 def panel_groups(rows: Table) -> list[tuple[Sequence[int], Table]]:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 # Axis -> column; what a row lacks cannot be chosen.
 AXES = {
     "requests in flight": "concurrency",
+    "rate, requests per second": "rate",
     "output tokens/s": RATE,
     "median TTFT, ms": "ttft_p50_ms",
     "median TPOT, ms": "tpot_p50_ms",
@@ -122,10 +123,11 @@ def _label(run: str, row: dict[str, Any]) -> str:
 
 
 def means(table: Table, x: str, y: str) -> Table:
-    """One line per label, lengths and concurrency: mean of both columns, range of `y` over the repeats, ceiling."""
+    """One line per label, lengths and load: mean of both columns, range of `y` over the repeats, ceiling."""
     if x not in table or y not in table:
         return table.head(0)
-    groups = table.dropna(subset=[x, y]).groupby(["label", *LENGTHS, "concurrency"], sort=True)
+    table = table.dropna(subset=[x, y]).assign(_rate=table.get("rate", 0.0))
+    groups = table.groupby(["label", *LENGTHS, "concurrency", "_rate"], sort=True, dropna=False)
     columns = {"x": (x, "mean"), "y": (y, "mean"), "low": (y, "min"), "high": (y, "max"), "repeats": (y, "size")}
     found = groups.agg(**columns, ceiling=(CEILING, "mean")).reset_index()
     return found if y == RATE else found.assign(ceiling=None)
@@ -154,7 +156,7 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
             if AXES[x] == "concurrency" and line["ceiling"].notna().any():
                 axes.plot(line["x"], line["ceiling"], "--", linewidth=1, color=looks[label]["color"])
         if AXES[x] == "concurrency":
-            log2_axis(axes, part)
+            log2_axis(axes, part.assign(_load=part["x"], _timed=False))
         else:
             value_axis(axes, x, which="x", zero=False)
         value_axis(axes, y)

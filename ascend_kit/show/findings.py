@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.files import Table, to_json
 from ascend_kit.messages import Finding, Level, say, translate
 from ascend_kit.results import RunFolder
-from ascend_kit.show.drawing import config_labels
+from ascend_kit.show.drawing import LOADS, config_labels, with_labels
 
 if TYPE_CHECKING:
     from ascend_kit.evaluation.runs import EvaluationResult
@@ -89,13 +89,14 @@ def sweep_findings(rows: Table) -> list[Finding]:
 
 def _best_point(name: str, group: Table) -> Finding:
     """The best point by the mean of its repeats, as 06 counts it: a single lucky repeat is no headline."""
-    numbers = group.groupby(POINT, sort=False)[_PER_POINT].mean()
-    best = numbers.loc[numbers["output_tokens_per_s"].idxmax()]
-    place = dict(zip(POINT, map(int, best.name), strict=True))  # type: ignore[arg-type]
-    of_point = group[(group[POINT] == list(place.values())).all(axis=1)]
-    values = {name: float(value) for name, value in best.items() if value == value}
-    values |= {"engine": name, "count": len(of_point), **place}
-    ceiling = of_point["ceiling_tokens_per_s"].mean() if "ceiling_tokens_per_s" in of_point else None
+    points = [part for _, part in with_labels(group).groupby(_SAME_LOAD, sort=False)]
+    best = max(points, key=lambda part: part["output_tokens_per_s"].mean())
+    values: dict[str, Any] = {column: float(best[column].mean()) for column in _PER_POINT if best[column].notna().any()}
+    first = best.iloc[0]
+    values |= {"engine": name, "count": len(best), **{column: int(first[column]) for column in POINT}}
+    if first["_timed"]:  # as fast as requests come: a share of the ceiling says nothing
+        return say("sweep.best_timed", **values, load=str(first["load"]), rate=float(first["rate"]))
+    ceiling = best["ceiling_tokens_per_s"].mean() if "ceiling_tokens_per_s" in best else None
     if ceiling and ceiling == ceiling:
         share = values["output_tokens_per_s"] / ceiling
         return say("sweep.best_of_ceiling", **values, share=share, ceiling=float(ceiling))
@@ -103,11 +104,13 @@ def _best_point(name: str, group: Table) -> Finding:
 
 
 _PER_POINT = ["output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"]
+_SAME_LOAD = [*POINT, "_load", "_kind"]
 
 
 def _gain(done: Table) -> list[Finding]:
     """Our throughput over the baseline's at equal points, worst and best."""
-    table = done.pivot_table(index=POINT, columns="engine", values="output_tokens_per_s", aggfunc="median")
+    named = with_labels(done).assign(engine=config_labels(done.drop(columns=[*LOADS], errors="ignore")))
+    table = named.pivot_table(index=_SAME_LOAD, columns="engine", values="output_tokens_per_s", aggfunc="median")
     if "transformers" not in table or len(table.columns) < 2:
         return []
     ratios = table.drop(columns="transformers").div(table["transformers"], axis=0)

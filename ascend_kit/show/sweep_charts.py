@@ -164,7 +164,7 @@ def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
     rows = finished_rows(rows)
     if rows.empty or not (rows["backend"] == baseline).any() or not (rows["backend"] != baseline).any():
         return None
-    rows, points = with_labels(rows), ["_load", "_timed", *LENGTHS]
+    rows, points = with_labels(rows), ["_load", "_timed", "_kind", *LENGTHS]
     base = rows[rows["backend"] == baseline].groupby(points)[RATE].median()
     own = rows[rows["backend"] != baseline]
     own = own.assign(ratio=own[RATE] / base.reindex(own[points].apply(tuple, axis=1)).to_numpy()).dropna(

@@ -29,8 +29,17 @@ MOST_COLUMNS = 8
 MOST_LINES = 40
 BEST_AND_WORST = 10
 SWEEP = [
-    *("backend", "concurrency", "prompt_len", "output_len", "output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"),
-    *("ceiling_share", "repeat", "cards", "tensor_parallel", "itl_p99_ms", "e2e_p99_ms", "requests_per_s"),
+    *("backend", "concurrency", "rate", "prompt_len", "output_len", "output_tokens_per_s", "ttft_p50_ms"),
+    *(
+        "tpot_p50_ms",
+        "ceiling_share",
+        "repeat",
+        "cards",
+        "tensor_parallel",
+        "itl_p99_ms",
+        "e2e_p99_ms",
+        "requests_per_s",
+    ),
     *("goodput_requests_per_s", "mbu", "mfu", "kv_use_max", "running_mean", "waiting_mean", "prefix_hit_rate"),
     *(
         "num_preemptions",
@@ -266,7 +275,7 @@ def sweep(rows: Table) -> HTML | None:
 
     if rows.empty:
         return None
-    by = [name for name in ("prompt_len", "output_len", "concurrency", "repeat") if name in rows]
+    by = [name for name in ("prompt_len", "output_len", "concurrency", "rate", "repeat") if name in rows]
     named = rows.assign(backend=config_labels(rows), _place=rows["backend"].factorize()[0])  # engines as measured
     ranked = named.sort_values(["_place", "backend", *by], kind="stable", ignore_index=True)
     return readable(_chosen(ranked, SWEEP), keys=4)
