@@ -270,6 +270,35 @@ def test_a_step_that_needs_host_lengths_is_not_captured_with_frozen_ones(device)
 
 
 @pytest.mark.npu
+def test_the_next_inputs_are_queued_while_a_replay_is_under_way(sim, monkeypatch, device):
+    """The device is held back: a replay gets its lengths only when the step behind it waits for it."""
+    plain, captured = (TinyStep(device, "npu") for _ in range(2))
+    runner = make_graphs(captured, select_device(device))
+    runner.capture()
+    update, held, uploads, found, sources = runner._update, [], [], [], set()
+
+    def wait():
+        uploads.append(sim.counts.uploads)
+        sources.add(runner._captured[2].inputs.host.data_ptr())
+        if held:
+            update(*held.pop())
+            found.append(runner._captured[2].result.cpu())
+
+    monkeypatch.setattr(runner, "_update", lambda *call: held.append(call))
+    monkeypatch.setattr(runner, "wait", wait)
+    steps = [decode_inputs(lengths, seed=number) for number, lengths in enumerate([[5, 6], [130, 2], [7, 8]])]
+    sim.reset()
+    for step in steps:
+        runner.run(*step)
+    counted = list(uploads)
+    wait()
+
+    assert counted == [1, 2, 3] and len(sources) == 2, "two page-locked buffers take turns"
+    for got, step in zip(found, steps, strict=True):
+        assert torch.equal(got, plain(*on_device(step, device)).cpu())
+
+
+@pytest.mark.npu
 def test_a_second_step_waits_for_an_unfinished_replay(sim, monkeypatch, device):
     runner = make_graphs(TinyStep(device, "npu"), select_device(device), timeout_s=0.05)
     runner.capture()

@@ -49,13 +49,19 @@ class StaticInputs:
         self.is_packed, self.sequences = sequences is not None, size if sequences is None else sequences
         self.columns = 4 if self.is_packed else 3
         count = self.columns * size + self.sequences * (1 + max_blocks)
-        self.host = torch.zeros(count, dtype=torch.int32, pin_memory=device.kind != "cpu")
+        # Two: the copy of the step before may not have left its own yet, behind a replay that is under way.
+        pair = torch.zeros(2, count, dtype=torch.int32, pin_memory=device.kind != "cpu")
+        self.hosts = list(pair.unbind(0))
         self.buffer = torch.zeros(count, dtype=torch.int32, device=device.torch_device)
-        self.host_tokens, self.host_lens, self.host_table = self._parts(self.host)
         tokens, self.lens, self.table = self._parts(self.buffer)
         self.token_ids, self.positions, self.slots, *self.owners = tokens.unbind(0)
         self.clear()
         self.buffer.copy_(self.host)
+
+    @property
+    def host(self) -> Tensor:
+        """The page-locked buffer of this step."""
+        return self.hosts[0]
 
     def _parts(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What belongs to tokens [3 or 4, size], context lengths [sequences], block table [sequences, max_blocks]."""
@@ -64,7 +70,9 @@ class StaticInputs:
         return tokens.view(self.columns, self.size), lens, table.view(self.sequences, self.max_blocks)
 
     def clear(self) -> None:
-        """Make every token dead: id 0 at position 0, one key, in its own slot of the scratch block."""
+        """Begin another step, with every token dead: id 0 at position 0, one key, in its slot of the scratch block."""
+        self.hosts.reverse()
+        self.host_tokens, self.host_lens, self.host_table = self._parts(self.host)
         self.host.zero_()
         self.host_tokens[2] = torch.arange(self.size, dtype=torch.int32) % self.block_size
         self.host_lens.fill_(1)
@@ -100,7 +108,10 @@ class StaticInputs:
         return ([*ends, self.size], [*lens, dead]) if dead else (ends, lens)
 
     def fill(self, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> None:
-        """Copy a step's inputs (on the host or on the device) into the first rows."""
+        """Queue a copy of a step's inputs (on the host or on the device) into the first rows.
+
+        It may be behind the replay before, but the one before that has to be over.
+        """
         count, (batch, width) = token_ids.shape[0], meta.block_table.shape
         if width > self.max_blocks:
             raise ValueError(

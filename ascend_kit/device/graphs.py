@@ -253,8 +253,9 @@ class DecodeGraphs:
         return self._run(self._captured_prompts[size], token_ids, positions, meta)
 
     def _run(self, captured: _Captured, token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
-        self._wait_for_previous()
-        captured.inputs.fill(token_ids, positions, meta)
+        captured.inputs.fill(token_ids, positions, meta)  # queued while the replay before is under way
+        # An update that overtakes an unfinished replay is lost or reaches the wrong step.
+        self.wait()
         self._replay(captured, captured.inputs.padded(meta) if self.host_lengths else None)
         return captured.result[: token_ids.shape[0]]
 
@@ -344,11 +345,6 @@ class DecodeGraphs:
     def _update(self, captured: _Captured, lengths: tuple[list[int], list[int]]) -> None:
         names = ("actual_seq_lengths", "actual_seq_lengths_kv")
         captured.graph.update(cpu_update_input=[dict(zip(names, lengths, strict=True))])
-
-    def _wait_for_previous(self) -> None:
-        # An update that overtakes an unfinished replay is lost or reaches the wrong step. Normally the
-        # previous step's tokens have been read by now and this costs one query.
-        self.wait()
 
     def _run_both_shapes(self) -> None:
         # A size of 1 stays its own case under dynamic shapes. 3 and 5 because equal sizes would share one

@@ -121,14 +121,25 @@ class Replay:
         kernel.run()
 
 
+@dataclass
+class Later:
+    """A copy to the device that was queued behind a replay: it reads the host's memory when its turn comes."""
+
+    copy: Callable[[], object]
+
+    def advance(self) -> bool:
+        self.copy()
+        return True
+
+
 class Graphs:
-    """All recordings of a process, and the replays that have not ended."""
+    """All recordings of a process, and the replays that have not ended, with what is queued behind them."""
 
     def __init__(self) -> None:
         self.recordings: dict[int, Recording] = {}
         self.recording: Recording | None = None  # the capture under way
         self.updating: Kernel | None = None  # the launch being re-issued
-        self.unfinished: list[Replay] = []
+        self.unfinished: list[Replay | Later] = []
         self.by_group: dict[int, Kernel] = {}
 
     def begin(self, model: int, stream: int) -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from npu_sim import capture, runtime, traits
-from npu_sim.capture import CaptureError, Graphs, Kernel
+from npu_sim.capture import CaptureError, Graphs, Kernel, Later
 from npu_sim.counts import Counts
 from npu_sim.lowered import (
     Lowered,
@@ -274,7 +274,9 @@ class Simulator(TorchDispatchMode):
         waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
         if self.graphs.recording is not None:
             raise CaptureError(f"a copy between host and device during graph capture ({capture.describe(source)})")
-        self.graphs.check_finished(name)
+        is_queued = name == "aten::copy_" and not to_host and not waits
+        if not is_queued:
+            self.graphs.check_finished(name)
         if to_host:
             # Even without waiting the host has to wait later, before it may look at the result.
             self._counts.syncs[f"{name} to host"] += 1
@@ -287,7 +289,10 @@ class Simulator(TorchDispatchMode):
             return self._transfer_shape(name, args, kwargs, to_host)
         if name == "aten::copy_":
             target = host_alias(args[0]) if args[0].device.type == "npu" else args[0]
-            target.copy_(host_alias(source) if to_host else source)
+            if is_queued and self.graphs.unfinished:
+                self.graphs.unfinished.append(Later(lambda: target.copy_(source)))
+            else:
+                target.copy_(host_alias(source) if to_host else source)
             return args[0]
         plain = {key: value for key, value in kwargs.items() if key not in _PLACEMENT}
         lowered = Lowered(args, plain)
