@@ -4,12 +4,15 @@ in which the device has nothing to do."""
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from chinese_text import english_in
 
 from ascend_kit import AscendInferEngine, SamplingParams
+from ascend_kit.device.graphs import GraphHang
 from ascend_kit.engine import runner as runner_module
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.sampler import NOT_FINITE
@@ -18,10 +21,12 @@ from ascend_kit.messages import phrase
 from ascend_kit.params import build_experiment
 
 LENGTHS = (3, 20, 50, 33, 7, 90)
+CPU = "cpu"  # where a behaviour is the scheduler's alone
 
 
 def make_engine(folder, device, is_async, **changes):
-    settings = dict(precision="fp32", device=device, max_seq_length=256, batch_size=4, block_size=16, kv_cache_gib=0.05)
+    settings = dict(precision="fp32", device=device, max_seq_length=256, batch_size=4, block_size=16, kv_cache_gib=0.05,
+                    graph_mode=False)  # fmt: skip
     return AscendInferEngine(folder, **{**settings, "async_scheduling": is_async, **changes})
 
 
@@ -46,19 +51,20 @@ def answered(folder, device, sampling, **changes):
 
 @pytest.mark.parametrize("graph_mode", [True, False])
 def test_mixed_requests_get_the_tokens_of_the_synchronous_engine(graph_mode, tiny_qwen3_dir, device):
-    with make_engine(tiny_qwen3_dir, device, False) as engine:
-        (first,) = engine.generate(prompts()[:1], SamplingParams(max_new_tokens=30, ignore_eos=True))
+    where = device if graph_mode else CPU
+    with make_engine(tiny_qwen3_dir, where, False) as engine:
+        (first,) = engine.generate(prompts()[:1], SamplingParams(max_new_tokens=12, ignore_eos=True))
     sampling = [
-        SamplingParams(max_new_tokens=30, ignore_eos=True, stop_token_ids=(first.token_ids[11],)),  # ends in the middle
-        SamplingParams(max_new_tokens=25, temperature=0.8, top_k=20, seed=4),
+        SamplingParams(max_new_tokens=16, ignore_eos=True, stop_token_ids=(first.token_ids[7],)),  # ends in the middle
+        SamplingParams(max_new_tokens=12, temperature=0.8, top_k=20, seed=4),
         SamplingParams(max_new_tokens=1),
-        SamplingParams(max_new_tokens=40, temperature=1.0, seed=9, min_new_tokens=8),
-        SamplingParams(max_new_tokens=40, stop=(first.text[4:6],)),
+        SamplingParams(max_new_tokens=16, temperature=1.0, seed=9, min_new_tokens=8),
+        SamplingParams(max_new_tokens=16, stop=(first.text[4:6],)),
         SamplingParams(max_new_tokens=9),
     ]
 
     # Prompts in chunks and too few slots: steps with prompts come between.
-    plain, ahead = answered(tiny_qwen3_dir, device, sampling, graph_mode=graph_mode, max_tokens_per_step=40)
+    plain, ahead = answered(tiny_qwen3_dir, where, sampling, graph_mode=graph_mode, max_tokens_per_step=40)
 
     assert ahead[0] == plain[0]
     assert plain[1]["async_steps"] == 0 < ahead[1]["async_steps"]
@@ -67,25 +73,25 @@ def test_mixed_requests_get_the_tokens_of_the_synchronous_engine(graph_mode, tin
     }
 
 
-def test_int8_weights_and_cache_get_the_same_tokens(tiny_int8_dir, device):
-    options = {"kv_cache_dtype": "int8"} if device == "cpu" else {}
-
-    plain, ahead = answered(tiny_int8_dir, device, SamplingParams(max_new_tokens=12, ignore_eos=True), **options)
+def test_int8_weights_and_cache_get_the_same_tokens(tiny_int8_dir):
+    plain, ahead = answered(
+        tiny_int8_dir, CPU, SamplingParams(max_new_tokens=12, ignore_eos=True), kv_cache_dtype="int8"
+    )
 
     assert ahead[0] == plain[0] and ahead[1]["async_steps"] > 0
 
 
-def test_requests_whose_choice_needs_earlier_tokens_wait_for_them(tiny_qwen3_dir, device):
+def test_requests_whose_choice_needs_earlier_tokens_wait_for_them(tiny_qwen3_dir):
     for options in ({"repetition_penalty": 1.1}, {"presence_penalty": 0.5}, {"logprobs": 1}):
-        plain, ahead = answered(tiny_qwen3_dir, device, SamplingParams(max_new_tokens=6, ignore_eos=True, **options))
+        plain, ahead = answered(tiny_qwen3_dir, CPU, SamplingParams(max_new_tokens=6, ignore_eos=True, **options))
         assert ahead[0] == plain[0] and ahead[1]["async_steps"] == 0
 
 
-def test_preempted_requests_and_shared_prefixes_keep_their_tokens(tiny_qwen3_dir, device):
+def test_preempted_requests_and_shared_prefixes_keep_their_tokens(tiny_qwen3_dir):
     every, sampling, found = prompts([30] * 4), SamplingParams(max_new_tokens=34, ignore_eos=True), []
 
     for is_async in (False, True):
-        with make_engine(tiny_qwen3_dir, device, is_async, max_seq_length=64) as engine:
+        with make_engine(tiny_qwen3_dir, CPU, is_async, max_seq_length=64) as engine:
             blocks = engine.core.blocks  # room for two at full length
             blocks.num_blocks, blocks.references, blocks.free = 9, [0] * 9, list(range(8, 0, -1))
             once, again = engine.generate(every, sampling), engine.generate(every[3:], sampling)
@@ -96,24 +102,24 @@ def test_preempted_requests_and_shared_prefixes_keep_their_tokens(tiny_qwen3_dir
     assert found[1] == found[0] and found[0][4] == found[0][3]
 
 
-def test_a_prompt_that_goes_on_from_an_answer_finds_its_blocks(tiny_qwen3_dir, device):
-    with make_engine(tiny_qwen3_dir, device, True) as engine:
+def test_a_prompt_that_goes_on_from_an_answer_finds_its_blocks(tiny_qwen3_dir):
+    with make_engine(tiny_qwen3_dir, CPU, True) as engine:
         (output,) = engine.generate([prompts()[1]], SamplingParams(max_new_tokens=45, ignore_eos=True))
         longer = prompts()[1] + output.token_ids + [1, 2]
         (again,) = engine.generate([longer], SamplingParams(max_new_tokens=5, ignore_eos=True))
-    with make_engine(tiny_qwen3_dir, device, False) as engine:
+    with make_engine(tiny_qwen3_dir, CPU, False) as engine:
         (fresh,) = engine.generate([longer], SamplingParams(max_new_tokens=5, ignore_eos=True))
 
     assert again.num_cached_tokens == 64  # 20 + 45 tokens, of which the last one has no keys
     assert again.token_ids == fresh.token_ids
 
 
-def test_a_cancelled_request_and_a_closed_stream_leave_the_others_their_tokens(tiny_qwen3_dir, device):
+def test_a_cancelled_request_and_a_closed_stream_leave_the_others_their_tokens(tiny_qwen3_dir):
     sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
-    with make_engine(tiny_qwen3_dir, device, False) as engine:
+    with make_engine(tiny_qwen3_dir, CPU, False) as engine:
         expected = [o.token_ids for o in engine.generate(prompts()[:3], sampling)]
 
-    with make_engine(tiny_qwen3_dir, device, True) as engine:
+    with make_engine(tiny_qwen3_dir, CPU, True) as engine:
         numbers = [engine.add_request(prompt, sampling) for prompt in prompts()[:3]]
         for _ in range(6):
             engine.step()
@@ -134,11 +140,9 @@ def test_a_cancelled_request_and_a_closed_stream_leave_the_others_their_tokens(t
     assert [o.token_ids for o in again] == expected
 
 
-def test_logits_that_are_not_finite_end_their_request_although_a_step_went_on_from_them(
-    tiny_qwen3_dir, device, monkeypatch
-):
+def test_logits_that_are_not_finite_end_their_request_although_a_step_went_on_from_them(tiny_qwen3_dir, monkeypatch):
     sampling = SamplingParams(max_new_tokens=10, ignore_eos=True)
-    with make_engine(tiny_qwen3_dir, device, False) as engine:
+    with make_engine(tiny_qwen3_dir, CPU, False) as engine:
         expected = [o.token_ids for o in engine.generate(prompts()[:2], sampling)]
     real = runner_module.sample
 
@@ -150,7 +154,7 @@ def test_logits_that_are_not_finite_end_their_request_although_a_step_went_on_fr
         return tokens
 
     monkeypatch.setattr(runner_module, "sample", broken)
-    with make_engine(tiny_qwen3_dir, device, True) as engine:
+    with make_engine(tiny_qwen3_dir, CPU, True) as engine:
         bad, good = engine.generate(prompts()[:2], sampling)
         assert engine.stats()["async_steps"] > 0
 
@@ -194,6 +198,23 @@ def test_an_engine_closes_with_a_step_under_way_and_opens_again(tiny_qwen3_dir, 
 
     with engine:
         assert len(engine.generate(prompts()[:1], SamplingParams(max_new_tokens=3, ignore_eos=True))[0].token_ids) == 3
+
+
+def test_an_engine_whose_step_hangs_closes_without_waiting_again(tiny_qwen3_dir, device, monkeypatch):
+    engine = make_engine(tiny_qwen3_dir, device, True).load_model()
+    engine.add_request(prompts()[0], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    while engine.core._flight is None:
+        engine.step()
+    launch, never = engine.core.runner.launch, SimpleNamespace(query=lambda: False)
+    monkeypatch.setattr(engine.core.runner, "launch", lambda *args: replace(launch(*args), done=never, timeout_s=1.0))
+    with pytest.raises(GraphHang):
+        for _ in range(3):
+            engine.step()
+
+    started = time.perf_counter()
+    engine.close()
+
+    assert time.perf_counter() - started < 0.9
 
 
 @pytest.mark.parametrize("graph_mode", [True, False])

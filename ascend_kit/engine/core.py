@@ -13,7 +13,7 @@ import torch
 
 from ascend_kit.device.device import Device
 from ascend_kit.device.graph_inputs import GraphError
-from ascend_kit.device.graphs import memory_reserve, prompt_sizes
+from ascend_kit.device.graphs import GraphHang, memory_reserve, prompt_sizes
 from ascend_kit.device.ops import select_ops
 from ascend_kit.device.ops.reference import SCALE_BYTES
 from ascend_kit.device.parallel import TensorParallel
@@ -185,7 +185,11 @@ class EngineCore:
         `should_stop(sequence, token)` decides after each token: "stop", "length" or None.
         """
         if not self._rounds:
-            self._compute()
+            try:
+                self._compute()
+            except GraphHang:
+                self._flight = None  # nor will what is queued behind it end: nobody is to wait for that again
+                raise
         now, tokens, ended = self._rounds.popleft() if self._rounds else (0.0, [], [])
         touched = [sequence for sequence in ended if sequence.id in self.sequences]
         for sequence in touched:
