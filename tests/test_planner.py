@@ -15,9 +15,19 @@ CARD = Card(PEAKS["910B2"])
 def test_prediction_of_one_step_is_the_roofline_plus_its_launches():
     group = Deployment(QWEN3_8B, CARD)
 
-    expected = (group.weights.per_step + 100 * 147456) / (0.6 * 1.6e12) + 2e-6 * (13 * 36 + 6)
+    expected = (group.weights.per_step + 100 * 147456) / (0.6 * 1.6e12) + 2e-6 * (13 * 36 + 13)
     assert group.decode_s(1, 100) == pytest.approx(expected)
     assert Deployment(QWEN3_8B, CARD, graph_mode=False).decode_s(1, 100) > expected
+
+
+def test_a_short_prompt_is_captured_and_padded_a_longer_one_launched_while_the_card_computes():
+    card = replace(CARD, compute_share=1e6, bandwidth_share=1e6, launch_s=0.0)  # the host alone takes time
+    group = Deployment(QWEN3_8B, card)
+
+    assert group.prefill_s(100) == pytest.approx(36 * 115e-6 + 7 * 15e-6, rel=1e-3)  # rows, lm_head and the choice
+    assert group.prefill_s(300) == pytest.approx((13 * 36 + 12) * 15e-6, rel=1e-3)
+    assert replace(group, graph_prompt_tokens=0).prefill_s(100) == group.prefill_s(300)
+    assert [group.padded_tokens(number) for number in (100, 129, 300)] == [128, 256, 300]
 
 
 def test_prediction_is_never_below_the_floor_nor_above_the_ceiling():

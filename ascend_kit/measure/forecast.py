@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ascend_kit.device.graphs import PROMPT_STRIDE, prompt_sizes
 from ascend_kit.device.parallel import AIV_RANKS, check_division
 from ascend_kit.device.peaks import HardwarePeak
 from ascend_kit.model.config import ModelConfig
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
     from ascend_kit.measure.metrics import RequestRecord
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Launches per layer of our fused path, and outside the layers (embedding, last norm, lm_head, gathers).
+# Launches per layer of our fused path, and outside the layers (embedding, first norm, lm_head, gathers), as counted on
+# the simulated NPU.
 LAYER_LAUNCHES = {"qwen2": 11, "qwen3": 13, "llama": 11}
 W8A8_EXTRA_LAUNCHES = 1  # quantisation before o, and a split of q, k, v, which are one product instead of two
-OUTER_LAUNCHES = 6
+OUTER_LAUNCHES = 5
+CHOICE_LAUNCHES = 5  # argmax, and whether the logits are finite
+ASYNC_LAUNCHES = 2  # unread tokens become ids; a graph's inputs are one more
+PROMPT_LAUNCHES = 2  # rows that are read leave the last layer, hidden and residual; those of a graph leave it once
 
 
 class Limit(NamedTuple):
@@ -160,6 +165,8 @@ class Deployment:
     max_tokens_per_step: int = 2048
     kv_cache_dtype: str = "auto"
     stored_bytes: int | None = None  # weights of a loaded model, whole; None: arithmetic
+    async_scheduling: bool = True  # where tensor parallel and speculate allow it
+    graph_prompt_tokens: int = 256  # of the largest captured step with prompts, on an Ascend
     speculate: int = 0  # tokens guessed per step, each of which takes a row of its own
     acceptance: float = 0.0  # probability that a guess behind right ones is right
 
@@ -243,18 +250,25 @@ class Deployment:
         """Predicted time of one decode step. An NPU's graph waits in every layer for the lengths the host gives it."""
         rows = batch * (1 + self.speculate)
         work = decode_flops(self.config, rows, context_len), self.decode_bytes(rows, context_len)
-        device_s = self._sustained(self.scheme).floor_s(*work) + self._launch_s() + self._communication_s(rows)
-        has_updates = self.graph_mode and self.card.peak.is_ascend
-        return max(device_s, self.config.num_layers * self.card.graph_update_s if has_updates else 0.0)
+        launched = self.launches()
+        device_s = self._sustained(self.scheme).floor_s(*work) + self._launch_s(launched) + self._communication_s(rows)
+        return max(device_s, self._host_s(launched, self.graph_mode))
 
     def prefill_s(self, prompt_len: int, num_prompts: int = 1) -> float:
-        """Predicted time of prompts packed into one pass. Attention stays in the model's dtype under int8."""
+        """Predicted time of prompts packed into one pass. Attention stays in the model's dtype under int8.
+
+        An Ascend computes while the host launches, or while it gives a captured pass, which is padded, its lengths.
+        """
+        tokens = num_prompts * prompt_len
+        launched, padded = self.launches(tokens), self.padded_tokens(tokens) / tokens
         linear = _layers_flops(self.config) * prompt_len + _head_flops(self.config)
         attention = prefill_flops(self.config, prompt_len) - linear
+        linear *= padded
         limit, wide = self._sustained(self.scheme), self._sustained("none")
         compute = num_prompts * (linear / limit.flops_per_s + attention / wide.flops_per_s)
         reading = self.weights.per_step / limit.bytes_per_s
-        return max(compute, reading) + self._launch_s() + self._communication_s(num_prompts * prompt_len)
+        device_s = max(compute, reading) + self._launch_s(launched) + self._communication_s(tokens)
+        return max(device_s, self._host_s(launched, self.captures(tokens)))
 
     def loaded_prefill_s(self, prompt_len: int, concurrency: int) -> float:
         """Predicted time per prompt under load: short prompts share a pass of the token budget of a step."""
@@ -279,12 +293,39 @@ class Deployment:
         part = self.tp_size * self.card_share
         return Limit(rate * self.card.compute_share * part, read * self.card.bandwidth_share * part)
 
-    def _launch_s(self) -> float:
+    def captures(self, prompt_tokens: int) -> bool:
+        """Whether a step with so many tokens of prompts runs in a captured graph."""
+        is_captured = self.graph_mode and self.card.peak.is_ascend and self.config.head_dim == 128
+        return is_captured and prompt_tokens <= self.graph_prompt_tokens
+
+    def padded_tokens(self, prompt_tokens: int) -> int:
+        """Tokens that are computed for so many of prompts."""
+        sizes = prompt_sizes(self.graph_prompt_tokens, PROMPT_STRIDE) if self.captures(prompt_tokens) else []
+        return next((size for size in sizes if size >= prompt_tokens), prompt_tokens)
+
+    def launches(self, prompt_tokens: int = 0) -> tuple[int, int]:
+        """Kernels of a decode step, or of one with so many tokens of prompts; and what of them the host launches."""
         per_layer = self.launches_per_layer
         if per_layer is None:
             per_layer = LAYER_LAUNCHES[self.config.family] + W8A8_EXTRA_LAUNCHES * (self.scheme == "w8a8")
-        one = self.card.launch_s if self.graph_mode else self.card.eager_launch_s
-        return one * (per_layer * self.config.num_layers + OUTER_LAUNCHES)
+        kernels = per_layer * self.config.num_layers + OUTER_LAUNCHES + CHOICE_LAUNCHES
+        if prompt_tokens:
+            in_graph = self.captures(prompt_tokens)
+            kernels += PROMPT_LAUNCHES - in_graph
+            return kernels, CHOICE_LAUNCHES + 2 if in_graph else kernels  # a graph ends before the rows and lm_head
+        is_async = self.async_scheduling and self.tp_size == 1 and not self.speculate
+        extra = ASYNC_LAUNCHES + self.graph_mode if is_async else 0
+        return kernels + extra, CHOICE_LAUNCHES + extra if self.graph_mode else kernels + extra
+
+    def _launch_s(self, launched: tuple[int, int]) -> float:
+        return launched[0] * (self.card.launch_s if self.graph_mode else self.card.eager_launch_s)
+
+    def _host_s(self, launched: tuple[int, int], in_graph: bool) -> float:
+        """What the host of an Ascend with graphs is busy for in a step; a layer of a graph waits for its lengths."""
+        if not (self.graph_mode and self.card.peak.is_ascend):
+            return 0.0
+        updates_s = self.config.num_layers * self.card.graph_update_s if in_graph else 0.0
+        return updates_s + launched[1] * self.card.eager_launch_s
 
     def _communication_s(self, tokens: int) -> float:
         """Two all-reduces per layer; each rank sends and receives 2 (tp - 1) / tp of the activations."""

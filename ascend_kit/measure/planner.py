@@ -122,7 +122,9 @@ def outlook(experiment: Experiment, memory_bytes: int, ceilings: dict[str, Any])
     model = ModelConfig.from_folder(experiment.tokenizer_path or experiment.input_model)
     card = Card.from_ceilings(ceilings, memory_bytes=memory_bytes, precision=experiment.precision)
     one = Deployment(model, card, experiment.precision, experiment.quantize, tuple(experiment.quantize_keep),
-                     kv_cache_dtype=experiment.kv_cache_dtype, speculate=experiment.speculate)  # fmt: skip
+                     kv_cache_dtype=experiment.kv_cache_dtype, speculate=experiment.speculate,
+                     graph_mode=experiment.graph_mode, graph_prompt_tokens=experiment.graph_prompt_tokens,
+                     async_scheduling=experiment.async_scheduling is not False)  # fmt: skip
     workload = Workload(
         max(experiment.sweep["prompt_len"]),
         max(experiment.sweep["output_len"]),

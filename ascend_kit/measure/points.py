@@ -53,6 +53,8 @@ class PointForecast:
             "graph_mode": variant["graph_mode"],
             "kv_cache_dtype": variant.get("kv_cache_dtype", "auto"),
             "speculate": variant.get("speculate", 0),
+            "async_scheduling": variant.get("async_scheduling") == "on",
+            "graph_prompt_tokens": variant.get("graph_prompt_tokens", 0),
             "stored_bytes": stored_bytes,
         }
         self.measured = Deployment(backend.config, card, precision, variant["quantize"], **settings)
