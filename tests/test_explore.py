@@ -136,6 +136,14 @@ def test_wrong_documents_and_those_that_turned_over_are_found_and_searched(root)
     assert list(explore.documents(runs["e/new"], "mmlu_anatomy", search="QUESTION 1")["document"]) == [1]
 
 
+def test_a_choice_that_names_its_letter_is_not_named_again(tmp_path):
+    write_run(tmp_path, "e/r", "2026-01-01", [point(1)], [document(0, 1, choices=["(A)16", "no"])])
+
+    (run,) = explore.find_runs(tmp_path).values()
+
+    assert list(explore.documents(run, "mmlu_anatomy")["choices"]) == ["(A)16 (-0.50) B no (-1.25)"]
+
+
 def test_a_run_whose_repeats_are_all_slower_than_before_is_a_regression_and_the_change_is_named(root):
     runs = explore.find_runs(root)
 

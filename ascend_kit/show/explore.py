@@ -279,9 +279,12 @@ def _document(row: dict[str, Any]) -> dict[str, Any]:
 def _choices(row: dict[str, Any]) -> str:
     logprobs = row.get("choice_logprobs") or []
     texts = row.get("choices") or [""] * len(logprobs)
-    parts = (
-        f"{chr(65 + i)} {text} ({logprob:.2f})" for i, (text, logprob) in enumerate(zip(texts, logprobs, strict=False))
-    )
+    parts = []
+    for letter, text, logprob in zip(map(chr, range(65, 65 + len(texts))), texts, logprobs, strict=False):
+        named = (
+            text if text.startswith((f"({letter})", f"{letter}.")) else f"{letter} {text}"
+        )  # AGIEval's name themselves
+        parts.append(f"{named} ({logprob:.2f})")
     return " ".join(" ".join(parts).split())
 
 
