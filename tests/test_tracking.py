@@ -68,6 +68,7 @@ def test_each_point_is_a_nested_run_with_its_parameters_numbers_and_identity(cli
         "backend": "ours", "concurrency": "4", "quantize": "w8a8", "graph_mode": "True", "cards": "1", "repeat": "0",
     }.items()  # fmt: skip
     assert one.data.tags["mlflow.parentRunId"] == parent.info.run_id and one.data.tags["identity"] == identity.id
+    assert one.info.run_name == "ours: concurrency 4, prompt 64, output 32, repeat 0"
     assert (one.info.status, two.info.status, parent.info.status) == ("FINISHED", "FAILED", "FAILED")
     assert two.data.params["error"] == "out of memory"
     assert parent.data.params["batch_size"] == str(experiment.batch_size) and "sweep" not in parent.data.params

@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.measure.rows import KEY, asked_rows
+from ascend_kit.measure.rows import KEY, Point, asked_rows, key_of
 from ascend_kit.params.engines import OWN_SETTINGS
 from ascend_kit.params.values import ParameterError
 from ascend_kit.stages import FREE, GROWING
@@ -64,7 +64,8 @@ def log_sweep(folder: RunFolder, experiment: Experiment) -> None:
         for row in rows:
             if row["point_id"] not in known["points"]:
                 tags = {"mlflow.parentRunId": known["run_id"], "identity": str(row["identity"])}
-                point = client.create_run(place, tags=tags, run_name=f"{row['backend']} {row['point_id']}").info.run_id
+                name = f"{row['backend']}: {Point(*key_of(row))}"
+                point = client.create_run(place, tags=tags, run_name=name).info.run_id
                 log(point, *_split(row))
                 client.set_terminated(point, "FINISHED" if row["status"] == "ok" else "FAILED")
                 known["points"][row["point_id"]] = point

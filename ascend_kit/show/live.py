@@ -62,8 +62,8 @@ class LiveSweep(Progress):
             self._reckoned = None if found is None else (time.monotonic(), found)
         if self._reckoned is None:
             return None
-        moment, left = self._reckoned
-        return max(1.0, left - (time.monotonic() - moment))
+        left = self._reckoned[1] - (time.monotonic() - self._reckoned[0])
+        return left if left >= 1 else None  # it takes longer than its like: better no word than a wrong one
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         super().__exit__(kind, *rest)
