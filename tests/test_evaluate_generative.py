@@ -26,6 +26,8 @@ from ascend_kit.evaluation.runs import Run
 from ascend_kit.evaluation.scores import pass_at_k
 from ascend_kit.evaluation.tasks import allocate, detectable, draw
 from ascend_kit.measure.http import Endpoint, EndpointError
+from ascend_kit.params.notebook import parameters_of
+from ascend_kit.run.checks import RunError, check_contents
 
 pytest.importorskip("lm_eval")
 
@@ -128,6 +130,9 @@ def test_an_evaluation_stops_when_its_comparison_with_a_finished_run_is_certain(
     assert all(again[row.task, row.doc_id] == row.acc for row in result.documents.itertuples())
     with pytest.raises(DataError, match="multiple-choice sets only"):
         run(engine, stopping.with_changes(eval_datasets=["wikitext"]))
+    lost = stopping.with_changes(eval_stop_against="basis")
+    with pytest.raises(RunError, match=r"eval_stop_against: no run 'basis' .*did you mean 'base'"):  # before any work
+        check_contents(lost, parameters_of("05_evaluate"), converts=False)
 
 
 def test_lm_evals_own_readers_read_the_export(engine, gsm8k, tmp_path) -> None:

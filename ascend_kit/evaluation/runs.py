@@ -238,26 +238,33 @@ def load_runs(experiment: Experiment) -> list[Run]:
 
     Raises CompareError for a name without a folder, with the closest known one.
     """
-    every = list_runs(experiment.output_root, experiment.experiment)
-    known = [folder for folder in every if any(folder.table_path(name).exists() for name in ("scores", "rows"))]
     if experiment.compare_runs:
-        names = [folder.path.name for folder in known]
-        return [Run(_find_folder(name, experiment, names)) for name in dict.fromkeys(experiment.compare_runs)]
+        return [find_run(name, experiment) for name in dict.fromkeys(experiment.compare_runs)]
+    known = _with_results(experiment)
     if not known:
         root = Path(experiment.output_root) / experiment.experiment
         raise CompareError(f"no run below {root}: run 04_throughput or 05_evaluate first")
     return [Run(folder) for folder in known]
 
 
-def _find_folder(name: str, experiment: Experiment, known: list[str]) -> RunFolder:
+def _with_results(experiment: Experiment) -> list[RunFolder]:
+    every = list_runs(experiment.output_root, experiment.experiment)
+    return [folder for folder in every if any(folder.table_path(name).exists() for name in ("scores", "rows"))]
+
+
+def find_run(name: str, experiment: Experiment, parameter: str = "compare_runs") -> Run:
+    """The run that `parameter` names: a run of this experiment, experiment/run or a path; CompareError where there is
+    none.
+    """
     root, path = Path(experiment.output_root), Path(name).expanduser()
     for wanted in (root / experiment.experiment / path, root / path, path):
         wanted = wanted.absolute()
         for folder in list_runs(wanted.parent.parent, wanted.parent.name):
             if folder.path == wanted:
-                return folder
+                return Run(folder)
+    known = [folder.path.name for folder in _with_results(experiment)]
     here = ", ".join(known) or "none"
-    raise CompareError(f"compare_runs: no run {name!r} (runs here: {here}){did_you_mean(name, known)}")
+    raise CompareError(f"{parameter}: no run {name!r} (runs here: {here}){did_you_mean(name, known)}")
 
 
 def pick_baseline(runs: Sequence[Run]) -> Run:

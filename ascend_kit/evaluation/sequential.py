@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ascend_kit.evaluation.datasets import LocalTask
 from ascend_kit.evaluation.files import DataError
-from ascend_kit.evaluation.runs import load_runs
+from ascend_kit.evaluation.runs import find_run
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment
 
@@ -160,7 +160,7 @@ class Stop:
                 f"eval_stop_against needs multiple-choice sets only, asked in one random order: evaluate "
                 f"{', '.join(others)} in a run of its own"
             )
-        (run,) = load_runs(experiment.with_changes(compare_runs=[self.name]))
+        run = find_run(self.name, experiment, "eval_stop_against")
         alike, unlike = set(), []
         for name, identity in identities.items():
             differences = (

@@ -152,6 +152,11 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
 
         with noted():
             check_data(experiment)
+        if experiment.eval_stop_against is not None:
+            from ascend_kit.evaluation.runs import find_run
+
+            with noted():
+                find_run(experiment.eval_stop_against, experiment, "eval_stop_against")
     if "input_model" in given and Path(experiment.input_model).is_dir():
         from ascend_kit.checkpoint.convert import check_model
 
