@@ -114,7 +114,7 @@ def test_the_bar_counts_down_from_the_time_that_is_left(tmp_path, monkeypatch, c
         experiment, folder, plans=[EnginePlan("a", 4, 1.0)], browser=False
     ) as told:  # fmt: skip
         capsys.readouterr()
-        for done, seconds in ((0.5, 10), (1, 20), (1.5, 30)):
+        for done, seconds in ((0.5, 10), (1, 20), (1.5, 30), (1.6, 100)):
             if done == 1:
                 folder.append("rows", {"backend": "a", "measured_in_s": 20.0, "open_s": 0.0})
             now.time_s = seconds
@@ -123,3 +123,4 @@ def test_the_bar_counts_down_from_the_time_that_is_left(tmp_path, monkeypatch, c
 
     assert "left" not in lines[0]  # nothing is known in the first point
     assert "about 1:00 min left" in lines[1] and "about 50 s left" in lines[2]
+    assert lines[3] and "left" not in lines[3]  # longer than it should take
