@@ -6,72 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graph_steps import BLOCK, STEPS, VOCABULARY, TinyStep, decode_inputs, make_graphs
 
 from ascend_kit.device import graphs
 from ascend_kit.device.advice import advice
 from ascend_kit.device.device import select_device
-from ascend_kit.device.graphs import (
-    DecodeGraphs,
-    GraphError,
-    GraphHang,
-    decode_sizes,
-    memory_reserve,
-    prompt_sizes,
-    wait_until,
-)
-from ascend_kit.device.ops import AttentionMeta, native, select_ops
-
-BLOCK, BLOCKS, MAX_BLOCKS = 128, 12, 4
-HEADS, GROUPS, SIZE, VOCABULARY = 4, 2, 128, 50
-
-
-class TinyStep:
-    """Embedding, one cache write, one attention and a head: enough to notice wrong inputs of any kind."""
-
-    def __init__(self, device, kind, dtype=torch.bfloat16):
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).to(device)  # noqa: E731
-        self.ops = select_ops(kind, fused=True)
-        self.table, self.head = draw(VOCABULARY, HEADS * SIZE), draw(VOCABULARY, HEADS * SIZE)
-        self.places = draw(1024, HEADS * SIZE)
-        self.cache = draw(BLOCKS, BLOCK, GROUPS, SIZE), draw(BLOCKS, BLOCK, GROUPS, SIZE)
-
-    def __call__(self, token_ids, positions, meta):
-        x = self.ops.gather_rows(self.table, token_ids) + self.ops.gather_rows(self.places, positions)
-        q = x.view(-1, HEADS, SIZE)
-        self.ops.store_kv(q[:, :GROUPS].contiguous(), q[:, GROUPS:].contiguous(), *self.cache, meta.slot_mapping)
-        mixed = self.ops.paged_attention(q, *self.cache, meta, SIZE**-0.5)
-        return self.ops.linear(mixed.flatten(1), self.head)
-
-
-def decode_inputs(lengths, device="cpu", seed=0):
-    """Random tokens at the end of sequences of these lengths, each in blocks of its own."""
-    tokens = torch.randint(0, VOCABULARY, (len(lengths),), generator=torch.Generator().manual_seed(seed))
-    free, table = iter(range(1, BLOCKS)), []
-    width = max(-(-length // BLOCK) for length in lengths)
-    for length in lengths:
-        used = [next(free) for _ in range(-(-length // BLOCK))]
-        table.append(used + [0] * (width - len(used)))
-    slots = [row[(n - 1) // BLOCK] * BLOCK + (n - 1) % BLOCK for row, n in zip(table, lengths, strict=True)]
-    ints = lambda values: torch.tensor(values, dtype=torch.int32).to(device)  # noqa: E731
-    meta = AttentionMeta(
-        ints(slots), ints(table), list(range(1, len(lengths) + 1)), list(lengths), ints(lengths), BLOCK, is_decode=True
-    )
-    return tokens.int().to(device), ints(lengths) - 1, meta
-
-
-def make_graphs(step, device, max_batch=4, **changes):
-    return DecodeGraphs(
-        device,
-        step,
-        max_batch=max_batch,
-        max_blocks=MAX_BLOCKS,
-        block_size=BLOCK,
-        **{"host_lengths": step.ops.HOST_LENGTHS, **changes},
-    )
-
-
-STEPS = [[5], [130, 1, 300], [128, 129], [7, 8, 9, 10], [131, 2, 301]]
+from ascend_kit.device.graphs import GraphError, GraphHang, decode_sizes, memory_reserve, prompt_sizes, wait_until
+from ascend_kit.device.ops import AttentionMeta
 
 
 @pytest.mark.npu
@@ -355,56 +296,3 @@ def test_errors_of_the_field_are_explained():
     assert "fewer batch sizes" in advice("error code 207008")
     assert "lengths" in advice("aclnn 561002")
     assert advice("something else", "otherwise this") == "otherwise this"
-
-
-def test_a_cpu_step_gives_the_plain_logits_for_every_batch_and_width(monkeypatch):
-    step = TinyStep("cpu", "cpu", torch.float32)
-    runner = make_graphs(step, select_device("cpu"))
-    # Compiling takes half a minute; what surrounds it does not depend on it.
-    monkeypatch.setattr(runner._compiled, "step_fn", step)
-
-    for number, lengths in enumerate(STEPS):
-        got = runner.run(*decode_inputs(lengths, seed=number)).clone()
-        torch.testing.assert_close(got, step(*decode_inputs(lengths, seed=number)), rtol=1e-5, atol=1e-5)
-
-    assert runner.info()["replays"] == len(STEPS)
-
-
-@pytest.mark.skipif(native.library() is None, reason=f"CPU kernels are {native.status()}")
-def test_a_recorded_cpu_step_repeats_the_torch_operators_between_its_kernels():
-    step = TinyStep("cpu", "cpu", torch.float32)  # adds in torch; the tail writes in place and copies a strided view
-    tail = lambda *inputs: step(*inputs).mul_(2).t().contiguous().t()  # noqa: E731
-    runner = make_graphs(step, select_device("cpu"), records=True)
-    runner._compiled.step_fn = tail
-
-    for number, lengths in enumerate([*STEPS, *STEPS]):
-        got = runner.run(*decode_inputs(lengths, seed=number)).clone()
-        torch.testing.assert_close(got, 2 * step(*decode_inputs(lengths, seed=number)), rtol=1e-5, atol=1e-5)
-
-    assert runner.info()["mode"] == "recorded_calls"
-
-
-@pytest.mark.parametrize("records", [True, False])
-def test_a_cpu_step_that_cannot_be_recorded_runs_eagerly_and_says_why(records):
-    step = TinyStep("cpu", "cpu", torch.float32)
-    reading = lambda ids, *rest: step(ids, *rest) * (1 + int(ids.sum().item() < 0))  # noqa: E731
-
-    with pytest.warns(UserWarning, match="without a graph: .*(reads numbers|plain attention)"):
-        runner = make_graphs(step, select_device("cpu"), records=records)
-        if records:
-            runner._compiled.step_fn = runner.step_fn = reading
-        got = runner.run(*decode_inputs(STEPS[0]))
-
-    torch.testing.assert_close(got, step(*decode_inputs(STEPS[0])))
-    assert runner.info()["mode"].startswith("eager (")
-
-
-def test_a_prefill_or_a_batch_too_large_is_refused():
-    runner = make_graphs(TinyStep("cpu", "cpu", torch.float32), select_device("cpu"), max_batch=2)
-    ids, positions, meta = decode_inputs([3, 4])
-    meta.is_decode = False
-
-    with pytest.raises(ValueError, match="prefill"):
-        runner.run(ids, positions, meta)
-    with pytest.raises(ValueError, match="does not fit"):
-        runner.run(*decode_inputs([1, 2, 3]))

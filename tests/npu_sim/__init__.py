@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from typing import Any
 
 from npu_sim.install import Unavailable, ensure
@@ -43,11 +44,11 @@ def start(devices: int = 1) -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise Unavailable(f"torch_npu does not load over the stub runtime: {error}") from error
     from npu_sim import attention, kernels, quant_kernels  # noqa: F401 - registers the CPU kernels of the npu:: operators
-    from npu_sim.simulator import Simulator, in_every_thread
+    from npu_sim.simulator import Simulator
 
     _simulator = Simulator(runtime)
     _simulator.__enter__()
-    in_every_thread(_simulator)
+    _in_every_thread(_simulator)
     return _simulator
 
 
@@ -56,3 +57,15 @@ def current() -> Any:
     if _simulator is None:
         raise RuntimeError("npu_sim.start() has not been called")
     return _simulator
+
+
+def _in_every_thread(mode: Any) -> None:
+    """Dispatch modes belong to a thread; push this one in threads started from now on, too."""
+    run = threading.Thread.run
+
+    def run_simulated(self: threading.Thread) -> None:
+        mode.runtime.mark_thread()
+        with mode:
+            run(self)
+
+    threading.Thread.run = run_simulated

@@ -8,7 +8,6 @@ left empty.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -391,15 +390,3 @@ class Simulator(TorchDispatchMode):
             raise RuntimeError(
                 f"{name} reads or reshapes a FRACTAL_NZ tensor {tuple(tensor.shape)} as if it were plain"
             )
-
-
-def in_every_thread(mode: Simulator) -> None:
-    """Dispatch modes belong to a thread; push this one in threads started from now on, too."""
-    run = threading.Thread.run
-
-    def run_simulated(self: threading.Thread) -> None:
-        mode.runtime.mark_thread()
-        with mode:
-            run(self)
-
-    threading.Thread.run = run_simulated
