@@ -1,5 +1,7 @@
 """Prints what a decode step costs on an NPU, for transformers and this engine, at the sizes of real models.
 
+A step with 100 tokens of a prompt beside the decodes is counted, too, eager and in a graph.
+
 Run: python benchmarks/npu_counts.py. Needs no NPU and no weights: the real torch_npu runs over a stub
 runtime (see tests/npu_sim) and operators are counted, not computed. What is counted costs time on hardware:
 launches (several microseconds of host time each when run eagerly), host synchronisations (each drains the

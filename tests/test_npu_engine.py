@@ -9,6 +9,7 @@ from conftest import make_model
 from ascend_kit import AscendInferEngine, SamplingParams, convert
 from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.parity import compare, files_model, limits_for
+from ascend_kit.engine import runner
 
 pytestmark = pytest.mark.npu
 
@@ -129,6 +130,15 @@ def test_heads_that_are_attended_one_sequence_at_a_time_keep_eager_prompts(tiny_
         graphs = engine.stats()["graphs"]
 
     assert graphs["prompt_sizes"] == [] and graphs["replays"] > 0
+
+
+def test_plain_attention_is_captured_with_prompts_only_as_far_as_it_may_gather_contexts(
+    tiny_qwen3_dir, device, monkeypatch
+):
+    monkeypatch.setattr(runner, "MAX_GATHERED_BYTES", 2 << 20)
+    # Keys and values of 512 tokens, 2 heads of 16 in float32, are 128 KiB for each token of the step.
+    with engine_on(device, tiny_qwen3_dir, graph_mode=True, precision="fp32", batch_size=1) as engine:
+        assert engine.stats()["graphs"]["prompt_sizes"] == [16]
 
 
 def test_a_head_size_the_kernels_lack_is_refused_at_load_with_a_way_out(tmp_path, device):

@@ -30,8 +30,9 @@ class EngineConfig:
     Lengths are in tokens. `batch_size` requests are computed together; more may be waiting. `cards` devices hold
     `replicas` copies of the model, each split over `tensor_parallel` devices; several cards are processes on this
     machine, or on those of the Ray cluster at `ray_address` ("auto" or host:port). `graph_mode` captures or compiles
-    the decode step, `operator_fusion` picks the device's fused operators, `memory_optimize` takes KV blocks on demand
-    and shares equal prefixes. `check_all_bytes` compares a converted folder with its manifest byte by byte.
+    the decode step, and on an NPU steps with prompts of at most `graph_prompt_tokens`; `operator_fusion` picks the
+    device's fused operators, `memory_optimize` takes KV blocks on demand and shares equal prefixes. `check_all_bytes`
+    compares a converted folder with its manifest byte by byte.
     """
 
     model_path: str
