@@ -136,6 +136,15 @@ def test_wrong_documents_and_those_that_turned_over_are_found_and_searched(root)
     assert list(explore.documents(runs["e/new"], "mmlu_anatomy", search="QUESTION 1")["document"]) == [1]
 
 
+def test_loads_without_a_rate_are_told_apart_by_their_requests_in_flight(tmp_path):
+    write_run(tmp_path, "e/r", "2026-01-01", [point(100 * n, concurrency=n, rate=None) for n in (1, 2, 4)])
+
+    spec = explore.vega(explore.points(explore.find_runs(tmp_path).values()), "requests in flight", "output tokens/s")
+
+    assert [(row["x"], row["y"], row["prompt_len"]) for row in spec["data"]["values"]] == [
+        (1, 100, 64), (2, 200, 64), (4, 400, 64)]  # fmt: skip
+
+
 def test_a_choice_that_names_its_letter_is_not_named_again(tmp_path):
     write_run(tmp_path, "e/r", "2026-01-01", [point(1)], [document(0, 1, choices=["(A)16", "no"])])
 

@@ -126,8 +126,9 @@ def means(table: Table, x: str, y: str) -> Table:
     """One line per label, lengths and load: mean of both columns, range of `y` over the repeats, ceiling."""
     if x not in table or y not in table:
         return table.head(0)
-    table = table.dropna(subset=[x, y]).assign(_rate=table.get("rate", 0.0))
-    groups = table.groupby(["label", *LENGTHS, "concurrency", "_rate"], sort=True, dropna=False)
+    table = table.dropna(subset=[x, y])
+    rates = table["rate"].astype(float).fillna(0.0) if "rate" in table else 0.0  # without one: by requests in flight
+    groups = table.assign(_rate=rates).groupby(["label", *LENGTHS, "concurrency", "_rate"], sort=True)
     columns = {"x": (x, "mean"), "y": (y, "mean"), "low": (y, "min"), "high": (y, "max"), "repeats": (y, "size")}
     found = groups.agg(**columns, ceiling=(CEILING, "mean")).reset_index()
     return found if y == RATE else found.assign(ceiling=None)
