@@ -146,9 +146,9 @@ def test_an_index_beyond_the_visible_cards_names_the_variable(monkeypatch):
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4")
 
     with pytest.raises(DeviceError, match=r"1 visible.*ASCEND_RT_VISIBLE_DEVICES='4'"):
-        devices._check_index("npu", 1, 1, "ASCEND_RT_VISIBLE_DEVICES")
+        devices._check_index("npu", 1, 1)
     with pytest.raises(DeviceError, match="no card is visible"):
-        devices._check_index("npu", 0, 0, "ASCEND_RT_VISIBLE_DEVICES")
+        devices._check_index("npu", 0, 0)
 
 
 def test_tensors_elsewhere_are_found_before_anything_is_timed():

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from ascend_kit.device import task_queue
 from ascend_kit.device.advice import advice
+from ascend_kit.device.environment import VISIBLE, level_set
 from ascend_kit.device.peaks import HardwarePeak, find_peak
 
 KINDS = ("auto", "cpu", "cuda", "npu")
@@ -153,12 +153,12 @@ class Device:
     def task_queue_level(self) -> int | None:
         """TASK_QUEUE_ENABLE in force in this process: 1 launches from a thread of its own. None without an NPU.
 
-        See device/task_queue.py for who changes it.
+        See device/environment.py for who changes it.
         """
         if self.kind != "npu":
             return None
         ask = getattr(self.backend, "get_task_queue_enable", None)  # from 2.12.0.post3 on
-        return int(ask()) if ask else int(task_queue.level_set())
+        return int(ask()) if ask else int(level_set())
 
     def _stack(self) -> dict[str, str]:
         return {name: value for name, value in self.facts().items() if name != "name"}
@@ -256,7 +256,7 @@ def auto_kind() -> str:
 def _select_npu(index: int) -> Device:
     import_torch_npu()
     npu = getattr(torch, "npu")  # noqa: B009 - torch_npu puts it there
-    _check_index("npu", index, npu.device_count(), "ASCEND_RT_VISIBLE_DEVICES")
+    _check_index("npu", index, npu.device_count())
     try:
         npu.set_device(index)
         npu.set_compile_mode(jit_compile=False)  # binary kernels; True compiles once per shape
@@ -276,16 +276,17 @@ def _select_cuda(index: int) -> Device:
             f"device cuda was asked for, but torch {torch.__version__} sees no CUDA card; "
             "install a CUDA build of torch and check nvidia-smi, or set device: cpu"
         )
-    _check_index("cuda", index, torch.cuda.device_count(), "CUDA_VISIBLE_DEVICES")
+    _check_index("cuda", index, torch.cuda.device_count())
     torch.cuda.set_device(index)
     properties = torch.cuda.get_device_properties(index)
     return Device("cuda", index, properties.name, properties.total_memory,
                   find_peak(properties.name, properties.total_memory))  # fmt: skip
 
 
-def _check_index(kind: str, index: int, count: int, variable: str) -> None:
+def _check_index(kind: str, index: int, count: int) -> None:
     if index < count:
         return
+    variable = VISIBLE[kind]
     visible = os.environ.get(variable)
     hint = f"{variable}={visible!r} hides the others" if visible is not None else f"{variable} is not set"
     if count == 0:

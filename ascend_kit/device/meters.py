@@ -20,13 +20,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from ascend_kit.device.environment import VISIBLE
 from ascend_kit.device.npu_smi import number, parse_info
 
 INTERVAL_S = 1.0
 MARK = "@@"
 GPU_QUERY = "--query-gpu=index,power.draw,utilization.gpu,memory.used,temperature.gpu"
 TOOLS = {"npu": ["npu-smi", "info"], "cuda": ["nvidia-smi", "--format=csv,noheader,nounits", GPU_QUERY]}
-VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 RAPL = Path("/sys/class/powercap")
 
 

@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from ascend_kit.device import task_queue
+from ascend_kit.device.environment import TASK_QUEUE, check_level, level_for_worker, level_set
 
 LAST_LINES = 12  # of what a worker wrote before it died
 SERVE = "import sys; from ascend_kit.engine.processes import serve; serve(int(sys.argv[1]))"
@@ -86,7 +86,7 @@ class WorkerProcess:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            task_queue.VARIABLE: task_queue.level_for_worker(),
+            TASK_QUEUE: level_for_worker(),
         }
         self._process = subprocess.Popen(
             [sys.executable, "-c", SERVE, str(theirs.fileno())],
@@ -144,7 +144,7 @@ class WorkerProcess:
 def serve(descriptor: int) -> None:
     """What a worker process does: take calls from the pipe one after the other until it is closed."""
     global _pipe
-    wanted = task_queue.level_set()
+    wanted = level_set()
     pipe = _pipe = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
         worker = pipe.recv()()
@@ -152,7 +152,7 @@ def serve(descriptor: int) -> None:
             method, arguments = pipe.recv()
             try:
                 answer = ("result", getattr(worker, method)(*arguments))
-                task_queue.check_level(wanted)
+                check_level(wanted)
             except Exception as error:
                 answer = ("error", _portable(error))
             pipe.send(answer)

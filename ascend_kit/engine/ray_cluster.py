@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ascend_kit.device.environment import VISIBLE
 from ascend_kit.engine import ray_watch
 from ascend_kit.engine.ray_watch import Family, core_of, end_processes, is_alive
 
@@ -28,7 +29,6 @@ FOLDER = "ascend-ray-"
 MEETING_FOLDER = "ascend-meeting-"  # of the ranks of a replica; as in worker.py
 SHORT_ROOT = "/tmp"
 LOOPBACK = "127.0.0.1"
-VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 RESOURCE = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ascend_kit.device.environment import VISIBLE
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.sequence import Progress, Sequence
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 MEETING_FOLDER = "ascend-meeting-"  # and the process id of rank 0, by which what a killed one leaves is found
 CALL_S = 0.01  # a call runs steps for about this long ...
 MAX_STEPS_PER_CALL = 8  # ... but not more than these: what is lost with a replica stays small
-VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 
 
 class WorkerAddress(NamedTuple):
