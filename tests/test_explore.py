@@ -136,13 +136,18 @@ def test_wrong_documents_and_those_that_turned_over_are_found_and_searched(root)
     assert list(explore.documents(runs["e/new"], "mmlu_anatomy", search="QUESTION 1")["document"]) == [1]
 
 
-def test_loads_without_a_rate_are_told_apart_by_their_requests_in_flight(tmp_path):
-    write_run(tmp_path, "e/r", "2026-01-01", [point(100 * n, concurrency=n, rate=None) for n in (1, 2, 4)])
+def test_the_chart_begins_with_throughput_and_an_axis_that_no_run_has_shows_one_sentence(root, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *parts, **_: shown.extend(parts))
+    explorer = Explorer(root, browser=True)
 
-    spec = explore.vega(explore.points(explore.find_runs(tmp_path).values()), "requests in flight", "output tokens/s")
+    explorer.chart()
 
-    assert [(row["x"], row["y"], row["prompt_len"]) for row in spec["data"]["values"]] == [
-        (1, 100, 64), (2, 200, 64), (4, 400, 64)]  # fmt: skip
+    (view,) = explorer._views
+    assert view.values() == {"axis_x": "requests in flight", "axis_y": "output tokens/s"}
+    assert explore.VEGA_LITE in shown[-1].data
+    table = explore.points(explorer.runs).assign(rate=None)
+    assert explore.vega(table, "requests in flight", "rate, requests per second") is None
 
 
 def test_a_choice_that_names_its_letter_is_not_named_again(tmp_path):

@@ -87,8 +87,9 @@ class Explorer:
         from IPython.display import display
 
         if self._browser:
-            axes = list(explore.AXES)
-            self._show("chart", {"axis_x": axes, "axis_y": [axes[1], axes[0], *axes[2:]]}, self._chart)
+            first, second = VIEWS["throughput"]
+            controls = {"axis_x": [first, *explore.AXES], "axis_y": [second, *explore.AXES]}
+            self._show("chart", {name: list(dict.fromkeys(axes)) for name, axes in controls.items()}, self._chart)
             return
         table = explore.points(self.runs)
         for name, (x, y) in VIEWS.items():
