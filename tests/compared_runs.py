@@ -52,7 +52,7 @@ def add_task(folder: RunFolder, suite: str, values: list[dict[str, Any]], metric
     folder.write_json("evaluation", {"identities": {**asked, f"{suite}_x": identity.id}})
 
 
-def sweep_row(rate: float, repeat: int = 0, concurrency: int = 4, **changes) -> dict:
+def sweep_row(rate: float, /, repeat: int = 0, concurrency: int = 4, **changes) -> dict:
     return {
         "backend": "ascend_kit",
         "concurrency": concurrency,

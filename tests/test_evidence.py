@@ -183,6 +183,16 @@ def test_the_quotient_of_speeds_has_an_interval_by_hand(tmp_path: Path) -> None:
     assert break_even([row]) == 4
 
 
+def test_speeds_of_unlike_loads_and_those_that_arrivals_bound_are_not_divided(tmp_path: Path) -> None:
+    base, other = (make_run(tmp_path, name, {"mmlu": answers(20)}) for name in ("base", "w8a8"))
+    base.folder.append("rows", sweep_row(100, shared_prefix=0.5))
+    other.folder.append("rows", sweep_row(300, shared_prefix=0.0))
+    for run in (base, other):
+        run.folder.append("rows", sweep_row(50, concurrency=4096, load="poisson", rate=2.0))
+
+    assert speed_ratios(base, other) == []
+
+
 def test_break_even_is_where_it_stays_faster() -> None:
     speeds = [{"concurrency": load, "speedup": ratio} for load, ratio in ((1, 1.2), (2, 0.9), (4, 1.1), (8, 1.3))]
 

@@ -76,7 +76,7 @@ def test_runs_are_compared_at_the_heaviest_point_they_share(tmp_path: Path) -> N
 
     assert [row["concurrency"] for row in table.values()] == [4, 4]
     assert [row["output_tokens_per_s"] for row in table.values()] == [40.0, 44.0]
-    lighter = table_of(runs, point=(1, 64, 32))
+    lighter = table_of(runs, point={"concurrency": 1, "prompt_len": 64, "output_len": 32})
     assert [row["output_tokens_per_s"] for row in lighter.values()] == [10.0, 11.0]
 
 
@@ -278,3 +278,28 @@ def test_rows_survive_a_torn_last_line(tmp_path: Path) -> None:
         file.write(json.dumps({"task": "mmlu_x"})[:9])
 
     assert by_set(base, base)["all"]["n"] == 3
+
+
+def test_rates_of_arrival_are_points_of_their_own_and_the_verdict_names_the_rate(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, name, {"mmlu": answers(400)}) for name in ("base", "fast")]
+    for run, speeds in zip(runs, ((100.0, 180.0), (110.0, 360.0)), strict=True):
+        for rate, speed in zip((1.0, 4.0), speeds, strict=True):
+            run.folder.append("rows", sweep_row(speed, concurrency=4096, load="poisson", rate=rate))
+
+    found = Comparison(runs, baseline=runs[0]).verdict
+
+    (best,) = [row for row in found.table.to_dict("records") if row["run"] == found.best]
+    assert found.best.endswith("fast") and best["speedup"] == pytest.approx(2.0)  # at 4 requests/s, the higher rate
+    first = str(comparison_findings(found, pandas.DataFrame())[0])
+    assert "360 output tokens/s at 4 requests/s, 2.00 times" in first
+
+
+def test_a_load_that_only_one_run_has_is_named_with_what_is_unusual_of_it(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, name, {"mmlu": answers(400)}) for name in ("base", "other")]
+    runs[0].folder.append("rows", sweep_row(100.0))
+    runs[1].folder.append("rows", sweep_row(300.0, shared_prefix=0.5))
+
+    lacks = runs[1].lacks(runs[0].points.copy().pop())
+
+    assert lacks == ["not measured at concurrency 4, prompt 64, output 32 "
+                     "(only at concurrency 4, prompt 64, output 32, shared_prefix 0.5)"]  # fmt: skip

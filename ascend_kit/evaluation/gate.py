@@ -11,6 +11,7 @@ from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.evaluation.tradeoff import SHORTEST_ANSWERS, answer_length_ratio
 from ascend_kit.files import Table
 from ascend_kit.measure.intervals import ratio_interval
+from ascend_kit.measure.rows import DEFAULTS, LOAD, load_of, load_text
 
 Word = Literal["use it", "use it from a load on", "not", "undecided"]
 
@@ -66,18 +67,20 @@ def gates(baseline: Run, candidates: list[Run], margin: float) -> Table:
 
 def speed_ratios(baseline: Run, candidate: Run) -> list[dict[str, Any]]:
     """Output tokens/s of the candidate over the baseline's at each load and length that both measured, with the 95 %
-    interval of the quotient (None where one of them was measured once).
+    interval of the quotient (None where one of them was measured once). Loads of a given rate take no part: who keeps
+    up with the arrivals is as fast as they are.
     """
     rates: list[dict[tuple, list[float]]] = []
     for run in (baseline, candidate):
         found: dict[tuple, list[float]] = {}
         for row in run.sweep:
-            found.setdefault((row["concurrency"], row["prompt_len"], row["output_len"]), []).append(row[RATE])
+            if row.get("rate") is None:
+                found.setdefault(load_of(row), []).append(row[RATE])
         rates.append(found)
     return [
-        {"concurrency": point[0], "prompt_len": point[1], "output_len": point[2],
+        {**{name: value for name, value in zip(LOAD, point, strict=True) if value != DEFAULTS[name]},
          "speedup": ratio.mean, "low": ratio.low, "high": ratio.high}
-        for point in sorted(rates[0].keys() & rates[1].keys())
+        for point in sorted(rates[0].keys() & rates[1].keys(), key=lambda point: (*point[:3], load_text(point)))
         for ratio in [ratio_interval(rates[1][point], rates[0][point])]
     ]  # fmt: skip
 

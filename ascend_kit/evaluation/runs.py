@@ -14,13 +14,12 @@ from typing import Any
 
 from ascend_kit.files import Table
 from ascend_kit.identity import Identity
-from ascend_kit.measure.rows import RATE, asked_rows
+from ascend_kit.measure.rows import LOAD, RATE, asked_rows, load_of, load_text
 from ascend_kit.messages import Finding, did_you_mean
 from ascend_kit.params import Experiment, build_experiment
 from ascend_kit.results import RunFolder, list_runs, run_parameters
 from ascend_kit.stages import RunRecord
 
-POINT = ("concurrency", "prompt_len", "output_len")
 LAYOUT = ("cards", "tensor_parallel")
 ENGINE_BACKEND = "ascend_kit"
 # Parameters that name things or places; they tell nothing about how a run was made.
@@ -28,7 +27,7 @@ NAMES = frozenset((
     "experiment", "run", "output_root", "output_model", "output_path", "compare_runs", "if_exists", "if_model_exists",
     "params_file", "language",
 ))  # fmt: skip
-Point = tuple[int, int, int]
+Point = tuple[Any, ...]  # a load: the values of LOAD
 COLUMNS = ["task", "kind", "metric", "status", "n"]  # of a table without a row
 
 
@@ -204,7 +203,7 @@ class Run:
 
     @cached_property
     def points(self) -> set[Point]:
-        return {(row["concurrency"], row["prompt_len"], row["output_len"]) for row in self.sweep}
+        return {load_of(row) for row in self.sweep}
 
     @cached_property
     def alarms(self) -> list[str]:
@@ -221,7 +220,9 @@ class Run:
         if not self.sweep:
             found.append("no sweep: run 04_throughput")
         elif point is not None and point not in self.points:
-            found.append(f"not measured at {_point_text(point)} (only at {'; '.join(map(_point_text, self.points))})")
+            found.append(
+                f"not measured at {load_text(point)} (only at {'; '.join(sorted(map(load_text, self.points)))})"
+            )
         return found + [f"alarm: {text}" for text in self.alarms]
 
     def plainness(self) -> tuple:
@@ -276,7 +277,13 @@ def pick_point(runs: Sequence[Run], baseline: Run) -> Point | None:
     """The point of the baseline's sweep that most runs have measured, the heaviest of equals."""
     counts = Counter(point for run in runs for point in run.points)
     points = baseline.points or set(counts)
-    return max(points, key=lambda point: (counts[point], point[0], point[1] + point[2]), default=None)
+
+    def weight(point: Point) -> tuple:
+        load = dict(zip(LOAD, point, strict=True))
+        lengths = load["prompt_len"] + load["output_len"]
+        return counts[point], load["concurrency"], lengths, load["rate"] or 0.0, load_text(point)
+
+    return max(points, key=weight, default=None)
 
 
 def differences(runs: Sequence[Run]) -> Table:
@@ -288,7 +295,3 @@ def differences(runs: Sequence[Run]) -> Table:
     table = pandas.DataFrame({run.name: {**defaults, **run.parameters} for run in runs}, dtype=object)
     is_equal = table.map(repr).nunique(axis=1) <= 1
     return table[~is_equal & ~table.index.isin(list(NAMES))]
-
-
-def _point_text(point: Point) -> str:
-    return "concurrency {}, prompt {}, output {}".format(*point)

@@ -24,10 +24,11 @@ from ascend_kit.evaluation.compare import (
     passage_of,
 )
 from ascend_kit.evaluation.perplexity import compare_perplexity
-from ascend_kit.evaluation.runs import LAYOUT, POINT, RATE, Point, Run, pick_baseline, pick_point
+from ascend_kit.evaluation.runs import LAYOUT, RATE, Point, Run, pick_baseline, pick_point
 from ascend_kit.files import Table
 from ascend_kit.measure.answers import asked_answers
 from ascend_kit.measure.disturbed import disturbance
+from ascend_kit.measure.rows import DEFAULTS, LOAD, load_of
 from ascend_kit.messages import Finding, say
 from ascend_kit.params import ENGINE_SWITCHES
 
@@ -45,7 +46,7 @@ class Verdict:
     recommended.
 
     `table`: one row per run with speedup, paired difference and whether it qualifies; `text` is for people; `point` is
-    the load (concurrency, prompt_len, output_len) whose speeds were compared.
+    the load (the values of LOAD) whose speeds were compared.
     """
 
     best: str
@@ -59,8 +60,8 @@ class Verdict:
 class Comparison:
     """Runs beside each other: every table, pairing and the verdict, each worked out once.
 
-    `margin_points` of accuracy may be lost. `baseline` is by default the plainest complete run, `point` (concurrency,
-    prompt_len, output_len) the heaviest that most runs share with it.
+    `margin_points` of accuracy may be lost. `baseline` is by default the plainest complete run, `point` the
+    heaviest load that most runs share with it; given by concurrency, prompt_len, output_len and what else is unusual.
     """
 
     def __init__(
@@ -69,12 +70,12 @@ class Comparison:
         margin_points: float = 100 * DEFAULT_MARGIN,
         *,
         baseline: Run | None = None,
-        point: Point | None = None,
+        point: Row | None = None,
     ) -> None:
         self.runs = list(runs)
         self.margin = margin_points / 100
         self.baseline = baseline or pick_baseline(self.runs)
-        self.point = point or pick_point(self.runs, self.baseline)
+        self.point = load_of(point) if point else pick_point(self.runs, self.baseline)
         self.others = [run for run in self.runs if run is not self.baseline]
 
     @cached_property
@@ -260,7 +261,7 @@ def _key(row: Row) -> tuple:
 
 
 def _rate_at(run: Run, point: Point | None) -> Row:
-    here = [row for row in run.sweep if tuple(row[name] for name in POINT) == point]
+    here = [row for row in run.sweep if load_of(row) == point]
     if not here or point is None:
         return {}
     rates = [float(row[RATE]) for row in here]
@@ -273,7 +274,7 @@ def _rate_at(run: Run, point: Point | None) -> Row:
         f"{RATE}_low": low,
         f"{RATE}_high": high,
         "rate_interval": kind,
-        **dict(zip(POINT, point, strict=True)),
+        **{name: value for name, value in zip(LOAD, point, strict=True) if value != DEFAULTS[name]},
         "tpot_p50_ms": statistics.fmean(float(row["tpot_p50_ms"]) for row in here),
     }
 

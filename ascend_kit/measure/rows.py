@@ -80,11 +80,27 @@ class Point:
 RATE = "output_tokens_per_s"
 KEY = tuple(item.name for item in fields(Point))
 DEFAULTS = {item.name: item.default for item in fields(Point)}
+# What makes two runs' speeds comparable: the key less how much and how often was measured, and the limits of goodput.
+LOAD = tuple(name for name in KEY if name not in ("num_requests", "seed", "repeat") and not name.endswith("_limit_ms"))
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """A row's key; a field that rows did not have once is at its default."""
     return tuple(row.get(name, DEFAULTS[name]) for name in KEY)
+
+
+def load_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The values of LOAD; a field that rows did not have once is at its default."""
+    return tuple(row.get(name, DEFAULTS[name]) for name in LOAD)
+
+
+def load_text(load: tuple[Any, ...]) -> str:
+    """The values of LOAD in words, those at their defaults left out."""
+    values = dict(zip(LOAD, load, strict=True))
+    point = Point(num_requests=0, **values)
+    named = ("concurrency", "prompt_len", "output_len", "rate", *(("load",) if point.rate is not None else ()))
+    unusual = [f"{name} {value}" for name, value in values.items() if name not in named and value != DEFAULTS[name]]
+    return ", ".join([point.place, *unusual])
 
 
 def load_rows(folder: RunFolder) -> pandas.DataFrame:

@@ -179,12 +179,18 @@ def _verdict(decision: Verdict, text: str, values: dict[str, Any]) -> Finding:
     rows = decision.table[decision.table["run"] == decision.best].to_dict("records") if len(decision.table) else []
     if not rows:
         return say("compare.verdict", text=text, **values)
+    from ascend_kit.measure.rows import LOAD
+
     best = rows[0]
-    values |= {"rate": best["output_tokens_per_s"], **dict(zip(POINT, decision.point or (), strict=False))}
+    load = {} if decision.point is None else dict(zip(LOAD, decision.point, strict=True))
+    values |= {"rate": best["output_tokens_per_s"], "load": load, **{name: load[name] for name in POINT if load}}
+    arrivals = load.get("rate")
+    values |= {} if arrivals is None else {"arrivals": arrivals}
     if decision.best == decision.baseline:
-        return say("compare.use_baseline", **values)
+        return say("compare.use_baseline" if arrivals is None else "compare.use_baseline_by_rate", **values)
     named = {"speedup": "speedup", "difference": "difference_points", "low": "low_points", "high": "high_points"}
-    return say("compare.use", **values, n=int(best["n"]), **{name: float(best[key]) for name, key in named.items()})
+    values |= {"n": int(best["n"]), **{name: float(best[key]) for name, key in named.items()}}
+    return say("compare.use" if arrivals is None else "compare.use_by_rate", **values)
 
 
 def comparison_findings(decision: Verdict, perplexity: Table) -> list[Finding]:

@@ -11,7 +11,13 @@ from ascend_kit.results import RunFolder
 from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunRecord
 
-VERDICTS = ("compare.verdict", "compare.use", "compare.use_baseline")
+VERDICTS = (
+    "compare.verdict",
+    "compare.use",
+    "compare.use_by_rate",
+    "compare.use_baseline",
+    "compare.use_baseline_by_rate",
+)
 NUMBERS = ("rate", "ttft", "tpot", "accuracy")
 POINT = ("concurrency", "prompt_len", "output_len")
 SERIOUS_FIRST = ("failed", "alarm", "caution")
@@ -87,18 +93,19 @@ def _speed(folder: RunFolder, compared: Finding | None) -> list[tuple[str, str]]
     """(text, note) of output tokens/s, TTFT and TPOT, by the mean of the repeats: at the point that the verdict tells,
     else at the engine's best.
     """
-    from ascend_kit.measure.rows import asked_rows, best_repeats, mean_of
+    from ascend_kit.measure.rows import asked_rows, best_repeats, load_of, mean_of
 
     rows = [row for row in asked_rows(folder) if row.get("backend") != "transformers"]
     own = [row for row in rows if row.get("backend") == "ascend_kit"]  # another engine's only where ours has none
-    of_verdict = [compared.values.get(name) for name in POINT] if compared else []
-    best = best_repeats(row for row in own if [row.get(name) for name in POINT] == of_verdict) or best_repeats(
-        own or rows
-    )
+    told = compared.values if compared else {}
+    load = load_of(told.get("load") or {name: told.get(name) for name in POINT})
+    best = best_repeats(row for row in own if load_of(row) == load) or best_repeats(own or rows)
     if not best:
         return [("", "")] * 3
     rates = [row["output_tokens_per_s"] for row in best]
-    place = translate("number.at", **{name: best[0][name] for name in POINT})
+    arrivals = best[0].get("rate")
+    at = "number.at" if arrivals is None else "number.at_rate"
+    place = translate(at, arrivals=arrivals, **{name: best[0][name] for name in POINT})
     spread = translate("number.range", low=min(rates), high=max(rates), count=len(rates))
     times = [mean_of(best, f"{name}_p50_ms") for name in ("ttft", "tpot")]
     return [(f"{statistics.fmean(rates):,.0f}", f"{spread}, {place}")] + [
