@@ -26,7 +26,8 @@ def asked_for():
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("say", "translate") and node.args:
-                yield from (n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant) and "." in n.value)
+                words = (n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant))
+                yield from (word for word in words if isinstance(word, str) and "." in word)
 
 
 def catalogue(name):
