@@ -385,7 +385,7 @@ def _unclear(error: Exception, work: Path, file: Path) -> str | None:
         return f"{type(error).__name__}: {text[:300]}"
     if str(work) not in text:
         return f"no file is named by {type(error).__name__}: {text[:300]}"
-    if len(lines) > 1 and not text.startswith("the local data sets"):  # which lists one fault a line
+    if len(lines) > 1 and not text.startswith("dataset_path: the local data sets"):  # which lists one fault a line
         return f"several lines: {text[:300]}"
     return f"{len(text)} characters: {text[:300]}" if len(text) > 5000 else None
 

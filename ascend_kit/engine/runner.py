@@ -84,6 +84,8 @@ class ModelRunner:
 
     def _prompt_limit(self, tokens: int, max_seq_length: int) -> int:
         """How many tokens a captured step with prompts may have, as far as attention and the KV pool allow."""
+        if self.device.kind != "npu":  # whose caches may be int8, of another shape
+            return 0
         blocks, _, heads, size = self.caches[0][0].shape
         how = getattr(self.ops, "prompt_attention", lambda *_: "plain")(size, self.caches[0][0].dtype)
         if how == "one by one":
