@@ -120,8 +120,8 @@ def test_short_blocks_are_told_with_those_before_them_but_not_with_other_process
 @pytest.mark.parametrize(
     ("kind", "own", "other", "expected"),
     [
-        ("cpu", 14.0, 2.1, True), ("cpu", 14.0, 1.9, False), ("cpu", 1.0, 9.0, True), ("cpu", None, None, False),
-        ("npu", 4.0, 9.0, False), ("npu", 4.0, 11.0, True), ("cuda", 15.9, 0.1, False), ("endpoint", 2.0, 3.0, False),
+        ("cpu", 14.0, 1.1, True), ("cpu", 14.0, 0.9, False), ("cpu", 1.0, 9.0, True), ("cpu", None, None, False),
+        ("npu", 4.0, 9.0, False), ("npu", 4.0, 11.1, True), ("cuda", 15.9, 0.1, False), ("endpoint", 2.0, 3.0, False),
     ],
 )  # fmt: skip
 def test_others_disturb_a_cpu_by_what_they_take_and_the_host_of_a_card_where_nothing_is_left(

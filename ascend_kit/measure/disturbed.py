@@ -8,13 +8,10 @@ from typing import Any
 from ascend_kit.device.meters import COLUMNS
 from ascend_kit.messages import Finding, say
 
-# Of the cores. It rests on two things. An engine that uses all cores loses at least the share that others take: in the
-# README's 28 repeats others' 1.3 of 2 cores cost 41 to 55 % against their 1.1, and 1.6 cost 74 to 84 %. So an eighth
-# costs an eighth or more, over twice the 5 % to which `sweep_precision` usually brings a mean; less is lost among the
-# repeats. And an eighth of two cores is over half a second twelve ticks of the kernel's counters, far from their
-# rounding. What small shares cost was not measured, for want of a quiet machine: benchmarks/busy_machine.py tells it,
-# with how far quiet repeats lie apart.
-SHARE = 1 / 8
+# Of the cores. Measured by benchmarks/busy_machine.py on two of them: others that took 6 to 12 % cost 26 % of the speed
+# in the median, those below 6 % cost 14 %, and quiet repeats lie within -17 and +11 %. A sixteenth of two cores is over
+# half a second six ticks of the kernel's counters, above their rounding.
+SHARE = 1 / 16
 MOST_NAMES = 6
 
 
