@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from ascend_kit.files import one_line, strict_json, to_json, write_atomic
 from ascend_kit.params import Experiment
+from ascend_kit.params.fields import BatchParameters, EvaluationParameters, SweepParameters
 
 SCHEMA_VERSION = 2
 DONE = frozenset({"ok", "alarm"})
@@ -32,17 +33,9 @@ FREE = frozenset({
 })  # fmt: skip
 # Parameters by which rows are keyed or whose content stands in a row's identity: a stage that asks for others goes on,
 # keeps its rows and adds what is missing.
-GROWING = frozenset({
-    "seed", "engines", "variants", "sweep", "sweep_repeats", "sweep_precision", "sweep_max_repeats",
-    "sweep_requests_per_point", "load", "rate", "burstiness", "rate_end", "trace_file", "load_prompts",
-    "length_spread", "shared_prefix", "turns", "think_s", "slo", "search", "search_precision", "profile", "log_to",
-    "prompts_file", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "presence_penalty", "sampling",
-    "concurrency", "chat_template", "thinking", "eval_datasets", "dataset_path", "eval_batch_size",
-    "eval_max_seq_length", "eval_fewshot", "eval_limit", "eval_chat_template",
-    "allow_download", "allow_code_execution", "eval_samples", "eval_temperature", "eval_top_p", "eval_top_k",
-    "eval_max_new_tokens", "eval_thinking_budget", "eval_endpoint", "eval_endpoint_model", "eval_stop_against",
-})  # fmt: skip
+GROWING = frozenset(
+    {"seed", *BatchParameters.model_fields, *SweepParameters.model_fields, *EvaluationParameters.model_fields}
+)
 HELD_BY_PARENT = "ASCEND_KIT_STAGE_LOCK"  # environment variable: the lock that the command line holds for its kernel
 
 

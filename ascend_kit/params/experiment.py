@@ -23,7 +23,6 @@ from ascend_kit.params import values as rules
 from ascend_kit.params.fields import StageParameters
 from ascend_kit.params.values import ParameterError
 
-DEVICE_PATTERN = re.compile(r"auto|cpu|(cuda|npu)(:\d{1,4})?")
 # The article's three switches. TensorRT is NVIDIA's product; on Ascend the word means a captured decode graph.
 ARTICLE_SWITCHES = {
     "tensorrt": "graph_mode",
@@ -56,13 +55,6 @@ NEEDED = {
     "dataset_path": "name the folder of your copies of the sets; the sample questions are for the demo model only",
     "prompts_file": "name a file of prompts like those the model will get, or write `demo` for the built-in ones",
 }
-LIST_PARAMETERS = (
-    "variants", "eval_datasets", "compare_runs", "quantize_keep", "plain_ops",
-)  # fmt: skip
-PATH_PARAMETERS = (
-    "output_root", "params_file", "input_model", "output_model", "tokenizer_path", "adapter_path", "calibration_file",
-    "prompts_file", "output_path", "dataset_path", "trace_file", "load_prompts",
-)  # fmt: skip
 
 
 class Experiment(StageParameters):
@@ -99,36 +91,13 @@ class Experiment(StageParameters):
             data.setdefault("model_name", f"model-{name}" if rules.DATE.fullmatch(name) else name[:60])
         return data
 
-    @field_validator("*")
+    @field_validator("*", mode="before")
     @classmethod
     def _texts(cls, value: Any) -> Any:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
                 rules.check_text(text)
         return value
-
-    @field_validator("experiment", "run", "model_name")
-    @classmethod
-    def _name_is_a_folder_name(cls, value: str) -> str:
-        return rules.folder_name(value)
-
-    @field_validator(*PATH_PARAMETERS)
-    @classmethod
-    def _home_is_expanded(cls, value: str | None) -> str | None:
-        return value if value is None else rules.path_text(value)
-
-    @field_validator("device")
-    @classmethod
-    def _device(cls, value: str) -> str:
-        value = "npu" + value[6:] if value.startswith("ascend") else value
-        if not DEVICE_PATTERN.fullmatch(value):
-            raise ValueError("allowed: auto, cpu, cuda, cuda:N, npu, npu:N, ascend")
-        return value
-
-    @field_validator("ray_address")
-    @classmethod
-    def _ray_address(cls, value: str | None) -> str | None:
-        return value if value is None else rules.ray_address(value)
 
     @field_validator("eval_datasets")
     @classmethod
@@ -141,7 +110,7 @@ class Experiment(StageParameters):
             hint = "" if is_known else did_you_mean(name, EVAL_SETS, 0.7, shown=str)
             if hint or not re.fullmatch(r"text:.+|[\w.+-]+", name):
                 raise ValueError(f"allowed: {', '.join(EVAL_SETS)}, a task of lm-eval, or text:<file>{hint}")
-        return value
+        return rules.without_repetition(value)
 
     @field_validator("compare_runs")
     @classmethod
@@ -149,13 +118,6 @@ class Experiment(StageParameters):
         if any(".." in Path(name).parts for name in value):
             raise ValueError("name runs of this experiment, experiment/run, or a whole path; `..` is not followed")
         return value
-
-    @field_validator(*LIST_PARAMETERS)
-    @classmethod
-    def _lists(cls, value: list[Any] | None) -> list[Any] | None:
-        if any(isinstance(item, int) and not 1 <= item <= 1 << 20 for item in value or ()):
-            raise ValueError("every entry must be at least 1 and at most 1048576")
-        return None if value is None else rules.without_repetition(value)
 
     @model_validator(mode="after")
     def _combinations(self) -> Experiment:

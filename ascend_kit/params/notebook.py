@@ -17,6 +17,7 @@ from typing import Any
 from ascend_kit.files import write_atomic
 from ascend_kit.messages import show_errors_in_one_line, use_language
 from ascend_kit.params.experiment import RETIRED, Experiment, choices_of, expand_aliases, kind_of
+from ascend_kit.params.fields import notebooks_of
 from ascend_kit.params.paths import check_paths
 from ascend_kit.params.sweep import ALIASES as OLD_NAMES
 from ascend_kit.params.sweep import layered
@@ -167,45 +168,12 @@ def _leave_notebooks_folder() -> None:
 # --- the cells, written from Experiment -------------------------------------------------------------------------------
 
 FIRST_LINE = f"{CELL_MARK}. Values changed here win over params_file, injected ones over both."
-# Names -> the notebooks that use them, by their numbers.
-USED_BY = {
-    "experiment run output_root if_exists params_file language": "1234567",
-    "seed": "345",
-    "model_name input_model tokenizer_path precision quantize device device_id max_seq_length": "12345",
-    "output_model adapter_path": "2345",
-    "framework calibration_file smooth clip_search max_kl max_accuracy_loss if_model_exists": "2",
-    "parity_max_kl parity_min_top1_agreement parity_max_logit_error parity_max_perplexity_increase": "2",
-    "parity_min_greedy_share parity_min_length_ratio": "2",
-    "quantize_keep": "12",
-    "use_model tensor_parallel ray_address": "345",
-    "cards": "1345",
-    "batch_size operator_fusion plain_ops": "2345",
-    "block_size max_tokens_per_step kv_cache_gib kv_cache_dtype head_dtype speculate graph_mode memory_optimize": "345",
-    "async_scheduling graph_prompt_tokens": "345",
-    "prompts_file": "23",
-    "max_new_tokens temperature top_k top_p min_p repetition_penalty presence_penalty sampling": "3",
-    "concurrency output_path chat_template": "3",
-    "thinking": "35",
-    "sweep": "124",
-    "slo": "14",
-    "engines": "245",
-    "variants": "24",
-    "sweep_repeats sweep_precision sweep_max_repeats sweep_requests_per_point search search_precision": "4",
-    "load rate burstiness rate_end trace_file load_prompts length_spread shared_prefix turns think_s profile": "4",
-    "log_to": "4",
-    "eval_datasets dataset_path eval_batch_size eval_max_seq_length eval_fewshot eval_limit eval_chat_template": "5",
-    "allow_download allow_code_execution eval_samples eval_temperature eval_top_p eval_top_k": "5",
-    "eval_max_new_tokens eval_thinking_budget eval_endpoint eval_endpoint_model eval_stop_against": "5",
-    "compare_runs": "67",
-    "accuracy_margin_points": "56",
-}
 
 
 def parameters_of(notebook: str) -> list[str]:
     """The parameters of a notebook such as `04_throughput`, in the order of Experiment."""
     number = notebook.lstrip("0")[:1]
-    used = {name for names, numbers in USED_BY.items() if number in numbers for name in names.split()}
-    return [name for name in Experiment.model_fields if name in used]
+    return [name for name, field in Experiment.model_fields.items() if number in notebooks_of(field)]
 
 
 def cell_source(notebook: str) -> str:

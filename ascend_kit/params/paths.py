@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from ascend_kit.messages import did_you_mean
 from ascend_kit.params.experiment import DEMO, NEEDED, Experiment
+from ascend_kit.params.fields import FILE_READ, FILE_WRITTEN, FOLDER_READ, FOLDER_WRITTEN
 from ascend_kit.params.values import ParameterError
-
-FOLDERS_READ = ("input_model", "tokenizer_path", "adapter_path", "dataset_path")
-FILES_READ = ("prompts_file", "calibration_file", "trace_file", "load_prompts")
-FOLDERS_WRITTEN = ("output_root", "output_model")
-FILES_WRITTEN = ("output_path",)
 
 
 def check_paths(experiment: Experiment, used: Collection[str]) -> None:
@@ -21,16 +18,11 @@ def check_paths(experiment: Experiment, used: Collection[str]) -> None:
     faults = [f"{key} is not set: {NEEDED[key]}" for key in NEEDED if key in used and getattr(experiment, key) is None]
     if "dataset_path" in used and experiment.dataset_path == DEMO and experiment.input_model != DEMO:
         faults.append(f"dataset_path: demo is not for {experiment.input_model}: {NEEDED['dataset_path']}")
-    for keys, fault in (
-        (FOLDERS_READ, lambda path: _fault_of_input(path, folder=True)),
-        (FILES_READ, lambda path: _fault_of_input(path, folder=False)),
-        (FOLDERS_WRITTEN, lambda path: _fault_of_output(path, folder=True)),
-        (FILES_WRITTEN, lambda path: _fault_of_output(path, folder=False)),
-    ):
-        for key in keys:
-            value = getattr(experiment, key)
-            if key in used and value is not None and value != DEMO and (text := fault(Path(value))):
-                faults.append(f"{key}: {text}{_gone_source(experiment) if key == 'input_model' else ''}")
+    for key, field in Experiment.model_fields.items():
+        value = getattr(experiment, key)
+        fault = next((FAULTS[mark] for mark in field.metadata if isinstance(mark, str)), None)
+        if fault and key in used and value not in (None, DEMO) and (text := fault(Path(value))):
+            faults.append(f"{key}: {text}{_gone_source(experiment) if key == 'input_model' else ''}")
     if faults:
         raise ParameterError(
             "; ".join(faults) + " (a path is read from the current folder; the word demo means the built-in example)"
@@ -63,6 +55,14 @@ def _fault_of_output(path: Path, *, folder: bool) -> str | None:
     if not existing.is_dir():
         return f"{existing} is a file, so nothing can be written below it"
     return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} may not be written to"
+
+
+FAULTS = {
+    FOLDER_READ: partial(_fault_of_input, folder=True),
+    FILE_READ: partial(_fault_of_input, folder=False),
+    FOLDER_WRITTEN: partial(_fault_of_output, folder=True),
+    FILE_WRITTEN: partial(_fault_of_output, folder=False),
+}
 
 
 def _nearest(path: Path) -> str:

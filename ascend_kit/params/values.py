@@ -18,6 +18,7 @@ EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 WHOLE = re.compile(r"-?(0|[1-9]\d*)")
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
 ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+):(\d{1,5})")
+DEVICE_PATTERN = re.compile(r"auto|cpu|(cuda|npu)(:\d{1,4})?")
 MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_SHOWN = 200, 4000, 80
 
 
@@ -51,13 +52,12 @@ def _list_of(text: str, *, numbers: bool) -> list[Any]:
     return [int(item) if numbers and WHOLE.fullmatch(item) else item for item in items]
 
 
-def check_text(value: str) -> str:
+def check_text(value: str) -> None:
     """Refuse text that no name or path can be made of."""
     if not value.strip():
         raise ValueError("must not be empty")
     if any(ord(letter) < 32 or 0x7F <= ord(letter) < 0xA0 or 0xD800 <= ord(letter) < 0xE000 for letter in value):
         raise ValueError("holds a line end or another control character")
-    return value
 
 
 def folder_name(value: str) -> str:
@@ -71,18 +71,28 @@ def folder_name(value: str) -> str:
     return value
 
 
-def path_text(value: str) -> str:
+def path_text(value: str | None) -> str | None:
     """A path with `~` expanded; the word demo stays."""
+    if value is None:
+        return None
     path = os.path.expanduser(value)
     if len(os.fsencode(path)) > MAX_PATH_BYTES or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
         raise ValueError(f"a path may have {MAX_PATH_BYTES} bytes, each of its names 255")
     return path
 
 
-def ray_address(value: str) -> str:
+def device_name(value: str) -> str:
+    """`auto`, or a kind of device with the number of a card; `ascend` means npu."""
+    value = "npu" + value[6:] if value.startswith("ascend") else value
+    if not DEVICE_PATTERN.fullmatch(value):
+        raise ValueError("allowed: auto, cpu, cuda, cuda:N, npu, npu:N, ascend")
+    return value
+
+
+def ray_address(value: str | None) -> str | None:
     """`auto` or host:port."""
-    match = ADDRESS.fullmatch(value)
-    if value != "auto" and not (match and 0 < int(match.group(2)) < 65536):
+    match = ADDRESS.fullmatch(value or "")
+    if value not in (None, "auto") and not (match and 0 < int(match.group(2)) < 65536):
         raise ValueError("allowed: auto, or host:port of the cluster's head, for instance 10.0.0.1:6379")
     return value
 
