@@ -15,9 +15,9 @@ class KnownError:
     """`kind`: a "cause", a "wrapper" that only says that something failed, or a "symptom" in words."""
 
     key: str
-    patterns: tuple[str, ...]
+    patterns: list[str]
     meaning: str
-    actions: tuple[str, ...]
+    actions: list[str]
     source: str
     kind: str = "cause"
 
@@ -30,7 +30,7 @@ class Explanation:
     line_number: int
     matched: str
     meaning: str
-    actions: tuple[str, ...]
+    actions: list[str]
     source: str
 
 
@@ -38,9 +38,7 @@ class Explanation:
 def known_errors() -> tuple[KnownError, ...]:
     """The table, read once."""
     rows = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
-    return tuple(
-        KnownError(**{**row, "patterns": tuple(row["patterns"]), "actions": tuple(row["actions"])}) for row in rows
-    )
+    return tuple(KnownError(**row) for row in rows)
 
 
 def explain(text: str) -> list[Explanation]:

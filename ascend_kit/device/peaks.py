@@ -55,21 +55,13 @@ PEAKS: dict[str, HardwarePeak] = {
     )
 }
 
-# Run-time name (upper case, blanks, '_' and '-' removed) -> peak. First match wins.
-_PEAK_PATTERNS = (
-    (r"ASCEND910B41", "910B4-1"),
-    (r"ASCEND910B2C", "910B2C"),
-    (r"ASCEND910B1", "910B1"),
-    (r"ASCEND910B2", "910B2"),
-    (r"ASCEND910B3", "910B3"),
-    (r"ASCEND910B4", "910B4"),
-    (r"ASCEND91093", "A3-die"),
-    (r"H200", "H200"),
-    (r"H100.*HBM3|H100SXM", "H100-SXM"),
-    (r"H100PCIE", "H100-PCIe"),
-    (r"A100.*80GB", "A100-80GB"),
-    (r"A100.*40GB", "A100-40GB"),
-)
+# What a run-time name (upper case, without blanks, '_' and '-') holds where that is more than the name above.
+_PATTERNS = {
+    "A3-die": r"ASCEND91093|A3DIE",
+    "H100-SXM": r"H100.*HBM3|H100SXM",
+    "A100-80GB": r"A100.*80GB",
+    "A100-40GB": r"A100.*40GB",
+}
 
 
 def find_peak(device_name: str, memory_bytes: int | None = None) -> HardwarePeak | None:
@@ -79,10 +71,8 @@ def find_peak(device_name: str, memory_bytes: int | None = None) -> HardwarePeak
     with 32 GB is a B4.
     """
     key = _squeeze(device_name)
-    listed = {_squeeze(name): peak for name, peak in PEAKS.items()}
-    if key in listed:
-        return listed[key]
-    name = next((peak for pattern, peak in _PEAK_PATTERNS if re.search(pattern, key)), None)
+    longest_first = sorted(PEAKS, key=len, reverse=True)
+    name = next((name for name in longest_first if re.search(_PATTERNS.get(name, _squeeze(name)), key)), None)
     is_large = memory_bytes is not None and memory_bytes > 48 * GIB
     if name == "910B4" and is_large:
         name = "910B4-1"

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -29,6 +30,10 @@ from torch import Tensor
 
 from ascend_kit.device.device import cann_version, import_torch_npu
 from ascend_kit.device.ops import reference
+
+# Decode is bound by reading weights, which FRACTAL_NZ does not change, and int8 weights alone are read as a transposed
+# view: both stay in the plain layout.
+from ascend_kit.device.ops.reference import argmax, gather_rows, linear, pack_int8_weight, pack_linear  # noqa: F401
 from ascend_kit.device.ops.table import AttentionMeta
 
 # Slices of a merged product are strided, and rope, norm and cache write want contiguous tensors. So q is a
@@ -187,40 +192,24 @@ def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Atten
     how = prompt_attention(q_TNH.shape[-1], q_TNH.dtype)
     if how == "plain":
         return reference.paged_attention(q_TNH, k_cache, v_cache, meta, scale)
+    options: dict[str, Any] = dict(num_heads=q_TNH.shape[1], scale=scale)  # a scale left out is 1.0 without a word
     if how == "kernel":
-        options = dict(input_layout="TND", num_heads=q_TNH.shape[1], actual_seq_lengths=meta.cu_seqlens_q)
-        return _attend(q_TNH, k_cache, v_cache, meta, scale, meta.context_lens, meta.block_table, options)
-    if meta.is_decode:
-        # [B, 1, N*H]; one query token each, so the kernel wants no query lengths.
-        options = dict(input_layout="BSH", num_heads=q_TNH.shape[1])
-        q = q_TNH.flatten(1).unsqueeze(1)
-        out = _attend(q, k_cache, v_cache, meta, scale, meta.context_lens, meta.block_table, options)
-        return out.view_as(q_TNH)
-    return _attend_one_by_one(q_TNH, k_cache, v_cache, meta, scale)
-
-
-def _attend_one_by_one(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
-    """BSH prefill: sequences of unlike lengths would have to be padded, so each gets its own call."""
+        options |= dict(input_layout="TND", actual_seq_lengths=meta.cu_seqlens_q)
+        return _attend(q_TNH, k_cache, v_cache, meta, options)
+    options |= dict(input_layout="BSH")
+    if meta.is_decode:  # [B, 1, N*H]; one query token each, so the kernel wants no query lengths
+        return _attend(q_TNH.flatten(1).unsqueeze(1), k_cache, v_cache, meta, options).view_as(q_TNH)
     rows, start = [], 0
-    for index, (end, length) in enumerate(zip(meta.cu_seqlens_q, meta.context_lens, strict=True)):
-        options = dict(input_layout="BSH", num_heads=q_TNH.shape[1], actual_seq_lengths=[end - start])
-        q, table = (q_TNH[start:end].flatten(1).unsqueeze(0), meta.block_table[index : index + 1])  # [1, S, N*H]
-        rows.append(_attend(q, k_cache, v_cache, meta, scale, [length], table, options).squeeze(0))
+    for index, end in enumerate(meta.cu_seqlens_q):  # unlike lengths would have to be padded: each gets its own call
+        q, own = q_TNH[start:end].flatten(1).unsqueeze(0), slice(index, index + 1)  # [1, S, N*H]
+        step = replace(meta, block_table=meta.block_table[own], context_lens=meta.context_lens[own])
+        rows.append(_attend(q, k_cache, v_cache, step, options | dict(actual_seq_lengths=[end - start])).squeeze(0))
         start = end
     return torch.cat(rows).view_as(q_TNH)
 
 
-def _attend(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: AttentionMeta,
-    scale: float,
-    kv_lens: list[int],
-    block_table: Tensor,
-    options: dict[str, Any],
-) -> Tensor:
-    """One kernel call. `kv_lens` are per sequence; query lengths in `options` are cumulative under TND only.
+def _attend(query: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, options: dict[str, Any]) -> Tensor:
+    """One kernel call. Query lengths in `options` are cumulative under TND only.
 
     Lengths go as keywords: the graph update finds them by name.
     """
@@ -234,24 +223,13 @@ def _attend(
         keys,
         values,
         atten_mask=mask if is_masked else None,
-        actual_seq_lengths_kv=kv_lens,
-        block_table=block_table,
+        actual_seq_lengths_kv=meta.context_lens,
+        block_table=meta.block_table,
         num_key_value_heads=kv_heads,
-        scale=scale,  # its default of 1.0 would ruin the output without a word
         sparse_mode=CAUSAL_BOTTOM_RIGHT if is_masked else NO_MASK,
         block_size=size,
         **options,
     )[0]
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As in reference."""
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def pack_linear(weight: Tensor) -> Tensor:
-    """[out, in] in the plain layout: decode is bound by reading it, which FRACTAL_NZ does not change."""
-    return weight
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,11 +249,6 @@ def pack_int8(weight: Tensor) -> Tensor:
         return packed
     torch.npu.config.allow_internal_format = True  # type: ignore[attr-defined]
     return _npu().npu_format_cast(packed, FRACTAL_NZ)
-
-
-def pack_int8_weight(weight: Tensor) -> Tensor:
-    """int8 [out, in] as it is: the kernel prefers a transposed view of it."""
-    return weight
 
 
 def int8_matmul(
@@ -367,13 +340,3 @@ def _cast_once(constant: Tensor, dtype: torch.dtype, change: Callable[[Tensor], 
         kept = (change(kept) if change else kept).to(dtype)
         constant._cast = kept  # type: ignore[attr-defined]
     return kept
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """As in reference."""
-    return logits.argmax(-1)
-
-
-def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
-    """As in reference."""
-    return table.index_select(0, ids)

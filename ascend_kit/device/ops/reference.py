@@ -134,8 +134,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """The layout `linear` wants, made once at load from [out, in]."""
+    """The layout that a product wants, made once at load from [out, in]."""
     return weight
+
+
+pack_int8 = pack_int8_weight = pack_int8_static = pack_linear  # the same from int8 [out, in], for the products below
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,16 +148,6 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     # An all-zero row has scale 0; dividing by 1 instead keeps its codes at 0 rather than NaN.
     codes = torch.round(wide / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)).clamp(-127, 127)
     return codes.to(torch.int8), scale
-
-
-def pack_int8(weight: Tensor) -> Tensor:
-    """The layout `int8_matmul` wants, from int8 [out, in]."""
-    return weight
-
-
-def pack_int8_weight(weight: Tensor) -> Tensor:
-    """The layout `int8_weight_matmul` wants, from int8 [out, in]."""
-    return weight
 
 
 def int8_matmul(
@@ -177,11 +170,6 @@ def int8_weight_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
 def quantize_static(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """int8 [T, in] of x by one scale and offset (float32 [1] each): round(x / scale + offset) within -128..127."""
     return torch.round(x.float() / scale + offset).clamp_(-128, 127).to(torch.int8)
-
-
-def pack_int8_static(weight: Tensor) -> Tensor:
-    """The layout `int8_static_matmul` wants, from int8 [out, in]."""
-    return weight
 
 
 def int8_static_matmul(
