@@ -14,34 +14,25 @@ Facts: Ascend/MindSpeed-LLM, mindspeed_llm/tasks/checkpoint (model_builder.py, c
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from ascend_kit.checkpoint.huggingface import Checkpoint, read_config
-from ascend_kit.checkpoint.pieces import (
-    LAYER_NAMES,
-    MERGED_GATE_UP,
-    MERGED_QKV,
-    OUTER_NAMES,
-    Renamed,
-    joined,
-    row_pieces,
-    split_qkv,
-    unknown_tensor,
-)
+from ascend_kit.checkpoint.pieces import OUTER_NAMES, add_once, below_each_other, joined, renamed, row_pieces
 from ascend_kit.checkpoint.source import SAVE_AGAIN, megatron_grid
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.checkpoint.torch_file import TorchFile
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.tensors import FINAL_NORM, layer_prefix, layer_tensors
+from ascend_kit.model.tensors import EMBEDDING, HEAD
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "_extra_state")
 LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 FUSED_NORMS = {  # transformer-engine keeps a norm with the linear behind it
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 # Training arguments that change what a model computes, with the values that this package computes.
 _SWITCHED_OFF = (
@@ -83,7 +74,8 @@ def open_megatron(folder: str | Path, tokenizer_path: str | Path | None) -> Chec
             replaced.update(file.replaced)
         chunks.append([_chunks(file) for file in loaded])
         files += stage
-    sources = _Merger(folder, model).merge(chunks)
+    whole = functools.partial(joined, advice="; is tokenizer_path the model that training started from?")
+    sources = renamed(model, "Megatron-core", _parts(folder, model, chunks), whole)
     notes = [f"unknown classes in the pickle were replaced by inert ones: {', '.join(sorted(replaced))}"] * bool(
         replaced
     )
@@ -173,72 +165,55 @@ def _noop_layers(args: dict[str, Any]) -> set[int]:
     return {int(item) for item in (noop.split(",") if isinstance(noop, str) else noop)}
 
 
-class _Merger:
-    """Builds Hugging Face tensors out of [stage][tensor rank][chunk] state dictionaries."""
+def _parts(
+    folder: Path, model: ModelConfig, stages: list[list[list[dict[str, TensorSource]]]]
+) -> dict[str, list[TensorSource]]:
+    """The parts on tensor ranks of every tensor, out of [stage][tensor rank][chunk] state dictionaries.
 
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
-        self.folder, self.model, self.tensors = folder, model, layer_tensors(model)
-        self.result = Renamed()
-
-    def merge(self, stages: list[list[list[dict[str, TensorSource]]]]) -> dict[str, TensorSource]:
-        # Present layers in the order (chunk, stage, local number) are the model's layers: this covers uneven
-        # stages, virtual pipeline and no-op layers (which have no tensors) alike.
-        layer = 0
-        for chunk in range(max(len(rank) for stage in stages for rank in stage)):
-            for number, stage in enumerate(stages):
-                shards = [rank[chunk] for rank in stage if chunk < len(rank)]
-                if len(shards) != len(stage):
-                    raise CheckpointError(f"{self.folder}: ranks of stage {number} differ in their chunks")
-                layer = self._merge_chunk(shards, layer)
-        if layer != self.model.num_layers:
-            raise CheckpointError(
-                f"{self.folder}: the shards hold {layer} layers, config.json says {self.model.num_layers}"
-            )
-        return self.result
-
-    def _merge_chunk(self, shards: list[dict[str, TensorSource]], first_layer: int) -> int:
-        """Add one chunk's tensors; returns the number of the layer after its last."""
-        for shard in shards[1:]:
-            different = sorted(shard.keys() ^ shards[0].keys())
+    Layers are numbered through. Present ones in the order (chunk, stage, local number) are the model's layers: this
+    covers uneven stages, virtual pipeline and no-op layers (which have no tensors) alike.
+    """
+    result: dict[str, list[TensorSource]] = {}
+    num_layers = 0
+    for chunk in range(max(len(rank) for stage in stages for rank in stage)):
+        for number, stage in enumerate(stages):
+            shards = [rank[chunk] for rank in stage if chunk < len(rank)]
+            if len(shards) != len(stage):
+                raise CheckpointError(f"{folder}: ranks of stage {number} differ in their chunks")
+            different = sorted({name for shard in shards for name in shard.keys() ^ shards[0].keys()})
             if different:
-                raise CheckpointError(f"{self.folder}: tensor {different[0]} is missing on some tensor ranks")
-        local = sorted({int(match.group(1)) for name in shards[0] if (match := LAYER_KEY.fullmatch(name))})
-        layers = {number: first_layer + position for position, number in enumerate(local)}
-        for name in shards[0]:
-            parts = [shard[name] for shard in shards]
-            match = LAYER_KEY.fullmatch(name)
-            if match:
-                self._add_layer_tensor(layer_prefix(layers[int(match.group(1))]), match.group(2), parts)
-            else:
-                self._add_outer_tensor(name, parts)
-        return first_layer + len(local)
+                raise CheckpointError(f"{folder}: tensor {different[0]} is missing on some tensor ranks")
+            local = sorted({int(match[1]) for name in shards[0] if (match := LAYER_KEY.fullmatch(name))})
+            for name in shards[0]:
+                pieces = [shard[name] for shard in shards]
+                if match := LAYER_KEY.fullmatch(name):
+                    prefix = f"decoder.layers.{num_layers + local.index(int(match[1]))}."
+                    for part, found in _layer_parts(match[2], pieces):
+                        add_once(result, prefix + part, found, pieces[0].origin)
+                else:
+                    has_words = OUTER_NAMES.get(name) in (EMBEDDING, HEAD)
+                    add_once(result, name, _of_words(model, name, pieces) if has_words else pieces, pieces[0].origin)
+            num_layers += len(local)
+    if num_layers != model.num_layers:
+        raise CheckpointError(f"{folder}: the shards hold {num_layers} layers, config.json says {model.num_layers}")
+    return result
 
-    def _add_outer_tensor(self, name: str, parts: list[TensorSource]) -> None:
-        target = OUTER_NAMES.get(name)
-        if target is None:
-            raise unknown_tensor(name, parts[0], "Megatron-core")
-        whole = joined(name, parts, None if target == FINAL_NORM else 0)
-        if target != FINAL_NORM:
-            if whole.shape[0] < self.model.vocab_size:
-                raise CheckpointError(
-                    f"{whole.origin}: {name} has {whole.shape[0]} rows over all ranks, config.json says "
-                    f"vocab_size {self.model.vocab_size}"
-                )
-            whole = row_pieces([(whole, 0, self.model.vocab_size)])  # without the rows of padding
-        self.result.add(target, whole)
 
-    def _add_layer_tensor(self, prefix: str, name: str, parts: list[TensorSource]) -> None:
-        part, _, kind = name.rpartition(".")
-        if name in FUSED_NORMS:
-            self.result.add(prefix + FUSED_NORMS[name], joined(name, parts, None))
-        elif part in MERGED_QKV:
-            self.result.add_qkv(prefix, kind, split_qkv(self.model, name, parts))
-        elif part in MERGED_GATE_UP:
-            halves = [(part, part.shape[0] // 2) for part in parts]
-            gate = row_pieces([(part, 0, half) for part, half in halves])
-            self.result.add_gate_up(prefix, kind, gate, row_pieces([(part, half, 2 * half) for part, half in halves]))
-        elif part in LAYER_NAMES:
-            spec = self.tensors.get(target := f"{LAYER_NAMES[part]}.{kind}")
-            self.result.add(prefix + target, joined(name, parts, spec.split if spec else None))
-        else:
-            raise unknown_tensor(f"decoder.layers.*.{name}", parts[0], "Megatron-core")
+def _layer_parts(name: str, pieces: list[TensorSource]) -> list[tuple[str, list[TensorSource]]]:
+    """Every shard of linear_fc1 is [gate part; up part]: taken apart before anything is stacked."""
+    part, _, kind = name.rpartition(".")
+    if part != "mlp.linear_fc1" or name in FUSED_NORMS:
+        return [(FUSED_NORMS.get(name, name), pieces)]
+    gates, ups = zip(*(below_each_other(piece, [piece.shape[0] // 2] * 2) for piece in pieces), strict=True)
+    return [(f"mlp.gating.{kind}", list(gates)), (name, list(ups))]
+
+
+def _of_words(model: ModelConfig, name: str, pieces: list[TensorSource]) -> list[TensorSource]:
+    """The embedding or the output layer, without the rows of padding."""
+    rows = sum(piece.shape[0] for piece in pieces)
+    if rows < model.vocab_size:
+        raise CheckpointError(
+            f"{pieces[0].origin}: {name} has {rows} rows over all ranks, config.json says vocab_size {model.vocab_size}"
+        )
+    whole = row_pieces([(piece, 0, piece.shape[0]) for piece in pieces])
+    return [row_pieces([(whole, 0, model.vocab_size)])]

@@ -1,18 +1,22 @@
-"""What checkpoints of training frameworks share: names, tensors in parts, merged tensors taken apart again.
+"""What checkpoints of training frameworks share: one table of names, tensors in parts, merged ones taken apart again.
 
 Megatron-core's names are also those of MindSpore's newer models; MindFormers' older ones are in the same table.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.tensors import EMBEDDING, FINAL_NORM, HEAD
+from ascend_kit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, UNITS, expected_shapes, layer_prefix, layer_tensors
+
+Found = TypeVar("Found")
 
 LAYER_NAME = re.compile(r"(?:model|decoder)\.layers\.(\d+)\.(.+)\.(\w+)")  # number, part of the layer, weight or bias
 OUTER_NAMES = {
@@ -23,7 +27,7 @@ OUTER_NAMES = {
     "lm_head.weight": HEAD,
     "output_layer.weight": HEAD,
 }
-LAYER_NAMES = {
+_ONE_FOR_ONE = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -45,11 +49,12 @@ LAYER_NAMES = {
     "pre_mlp_layernorm": "post_attention_layernorm",
     "mlp.gating": "mlp.gate_proj",
     "mlp.hidden": "mlp.up_proj",
-    "mlp.linear_fc1": "mlp.up_proj",  # beside mlp.gating; without it both are in here
     "mlp.linear_fc2": "mlp.down_proj",
 }
-MERGED_QKV = ("attention.w_qkv", "self_attention.linear_qkv")
-MERGED_GATE_UP = ("feed_forward.w_gate_hidden", "mlp.linear_fc1")
+LAYER_NAMES = {name: (ours,) for name, ours in _ONE_FOR_ONE.items()} | {
+    **dict.fromkeys(("attention.w_qkv", "self_attention.linear_qkv"), UNITS["qkv"]),
+    **dict.fromkeys(("feed_forward.w_gate_hidden", "mlp.linear_fc1"), UNITS["gate_up"]),
+}  # mlp.linear_fc1 beside mlp.gating is up alone
 
 
 def row_pieces(pieces: Sequence[tuple[TensorSource, int, int]]) -> ByRows:
@@ -98,58 +103,91 @@ def every_other_row(inner: TensorSource, first: int) -> ByRows:
     return ByRows(rows, inner.dtype, (inner.shape[0] // 2, *inner.shape[1:]), inner.origin)
 
 
-def joined(name: str, parts: Sequence[TensorSource], split: int | None) -> TensorSource:
-    """The tensor whose parts of dimension `split` the tensor ranks hold; None: each of them holds the whole."""
-    if len(parts) == 1:
-        return parts[0]
-    if split is None:
-        return same_on_all_ranks(name, parts)
-    return _side_by_side(parts) if split else row_pieces([(part, 0, part.shape[0]) for part in parts])
+def joined(
+    name: str, shape: tuple[int, ...], parts: Sequence[TensorSource], *, advice: str, is_ordered: bool = False
+) -> TensorSource:
+    """The tensor of `shape` that the parts make up, or the one that each rank holds.
 
-
-def split_qkv(model: ModelConfig, name: str, parts: Sequence[TensorSource]) -> dict[str, ByRows]:
-    """q, k and v out of a merged tensor of whole KV groups: rows of the group's queries, its key, its value; group
-    after group, over all `parts` (tensor ranks)."""
-    head, per_group = model.head_dim, model.num_heads // model.num_kv_heads
-    group_rows, groups = (per_group + 2) * head, model.num_kv_heads // len(parts)
-    for part in parts:
-        if part.shape[0] != groups * group_rows or groups * len(parts) != model.num_kv_heads:
-            raise CheckpointError(
-                f"{part.origin}: {name} has {part.shape[0]} rows; config.json implies {model.num_kv_heads} groups of "
-                f"{group_rows} over {len(parts)} tensor ranks"
-            )
-    spans = {"q": (0, per_group), "k": (per_group, per_group + 1), "v": (per_group + 1, per_group + 2)}
-    return {
-        letter: row_pieces(
-            [
-                (part, group * group_rows + first * head, group * group_rows + last * head)
-                for part in parts
-                for group in range(groups)
-            ]
+    CheckpointError ending with `advice` where nothing says in which order they follow: data parallelism beside tensor
+    parallelism, or weights that the optimizer spread (its norms are in parts, too).
+    """
+    first, local = parts[0], parts[0].shape
+    if local == shape:
+        return first if len(parts) == 1 else same_on_all_ranks(name, parts)
+    split = [dim for dim in range(len(shape)) if len(local) == len(shape) and local[dim] != shape[dim]]
+    if len(split) != 1 or len(parts) == 1 or any(part.shape != local for part in parts):
+        raise CheckpointError(f"{first.origin}: {name} has shape {list(local)}, config.json implies {list(shape)}")
+    is_norm = name.endswith(("norm.weight", "norm_out.weight"))
+    if local[split[0]] * len(parts) != shape[split[0]] or (is_norm and not is_ordered):
+        raise CheckpointError(
+            f"{first.origin}: {name} is in {len(parts)} parts of shape {list(local)}, the whole is {list(shape)}: not "
+            f"tensor and pipeline parallelism alone{advice}"
         )
-        for letter, (first, last) in spans.items()
-    }
+    return _side_by_side(parts) if split[0] else row_pieces([(part, 0, part.shape[0]) for part in parts])
 
 
-class Renamed(dict[str, TensorSource]):
-    """Tensors under Hugging Face's names, each of them once."""
-
-    def add(self, name: str, source: TensorSource) -> None:
-        if name in self:
-            raise CheckpointError(f"{source.origin}: {name} is stored twice (also in {self[name].origin})")
-        self[name] = source
-
-    def add_qkv(self, prefix: str, kind: str, found: Mapping[str, TensorSource]) -> None:
-        """q, k and v, by their letters, of the layer that `prefix` names; kind: weight or bias."""
-        for letter, source in found.items():
-            self.add(f"{prefix}self_attn.{letter}_proj.{kind}", source)
-
-    def add_gate_up(self, prefix: str, kind: str, gate: TensorSource, up: TensorSource) -> None:
-        self.add(f"{prefix}mlp.gate_proj.{kind}", gate)
-        self.add(f"{prefix}mlp.up_proj.{kind}", up)
+def below_each_other(source: TensorSource, rows: Sequence[int]) -> list[ByRows]:
+    """The tensors of so many rows that one tensor holds one below the other."""
+    ends = itertools.accumulate(rows, initial=0)
+    return [row_pieces([(source, first, last)]) for first, last in itertools.pairwise(ends)]
 
 
-def unknown_tensor(name: str, source: TensorSource, framework: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source.origin}: unknown tensor {name}; readable are dense Qwen2.5, Qwen3 and Llama models of {framework}"
-    )
+def _split_qkv(model: ModelConfig, source: TensorSource) -> list[ByRows]:
+    """q, k and v out of rows of a KV group's queries, its key, its value; group after group."""
+    head, per_group = model.head_dim, model.num_heads // model.num_kv_heads
+    starts = [group * (per_group + 2) * head for group in range(model.num_kv_heads)]
+    return [
+        row_pieces([(source, start + first * head, start + last * head) for start in starts])
+        for first, last in ((0, per_group), (per_group, per_group + 1), (per_group + 1, per_group + 2))
+    ]
+
+
+def add_once(found: dict[str, Found], name: str, value: Found, origin: str) -> None:
+    """Put a value under a name that must be new."""
+    if name in found:
+        raise CheckpointError(f"{origin}: {name} is stored twice")
+    found[name] = value
+
+
+def renamed(
+    model: ModelConfig,
+    framework: str,
+    parts: Mapping[str, Sequence[TensorSource]],
+    whole: Callable[[str, tuple[int, ...], Sequence[TensorSource]], TensorSource],
+    *,
+    contiguous_qkv: bool = False,
+    interleaved_mlp: bool = True,
+) -> dict[str, TensorSource]:
+    """Hugging Face's tensors out of a training framework's; `whole` makes one of some shape out of its parts.
+
+    CheckpointError for a name that is in no table. What config.json has no place for passes: the check of the whole
+    checkpoint names it.
+    """
+    shapes, layer, result = expected_shapes(model), layer_tensors(model), {}
+    for name, pieces in parts.items():
+        match = LAYER_NAME.fullmatch(name)
+        number, part, kind = match.groups() if match else (0, "", "")
+        linears = LAYER_NAMES.get(part, ())
+        if part == "mlp.linear_fc1" and f"decoder.layers.{number}.mlp.gating.weight" in parts:
+            linears = ("mlp.up_proj",)
+        targets = [f"{layer_prefix(int(number))}{linear}.{kind}" for linear in linears]
+        if name in shapes or name in OUTER_NAMES:  # Hugging Face's own, or one outside the layers
+            targets = [OUTER_NAMES.get(name, name)]
+        if not targets:
+            raise CheckpointError(
+                f"{pieces[0].origin}: unknown tensor {name}; readable are dense Qwen2.5, Qwen3 and Llama models of "
+                f"{framework}"
+            )
+        if len(targets) == 1:
+            found = [whole(name, shapes[targets[0]], pieces) if targets[0] in shapes else pieces[0]]
+        else:
+            rows = [layer[f"{linear}.weight"].shape[0] for linear in linears]
+            merged = whole(name, (sum(rows), *([model.hidden_size] if kind == "weight" else [])), pieces)
+            if contiguous_qkv if len(rows) == 3 else not interleaved_mlp:
+                found = below_each_other(merged, rows)
+            else:
+                halves = [every_other_row(merged, first) for first in (0, 1)]
+                found = _split_qkv(model, merged) if len(rows) == 3 else halves
+        for target, source in zip(targets, found, strict=True):
+            add_once(result, target, source, source.origin)
+    return result

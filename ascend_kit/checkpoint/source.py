@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ascend_kit.checkpoint.pieces import LAYER_NAME, LAYER_NAMES, MERGED_GATE_UP, MERGED_QKV, OUTER_NAMES
+from ascend_kit.checkpoint.pieces import LAYER_NAME, LAYER_NAMES, OUTER_NAMES
 from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, read_json
 from ascend_kit.model.tensors import HEAD
 
@@ -63,8 +63,7 @@ def _is_mindspores(name: str) -> bool:
     """Whether a tensor of that name is no other's."""
     match = LAYER_NAME.fullmatch(name)
     part = match.group(2) if match else ""
-    is_renamed = LAYER_NAMES.get(part, part) != part or part in (*MERGED_QKV, *MERGED_GATE_UP)
-    return is_renamed or (name in OUTER_NAMES and name != HEAD)
+    return LAYER_NAMES.get(part, (part,)) != (part,) or (name in OUTER_NAMES and name != HEAD)
 
 
 def weight_files(folder: Path) -> list[Path]:
