@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.files import append_lines, one_line, strict_json, to_json, write_atomic
 from ascend_kit.identity import Identity, Use
 from ascend_kit.params import Experiment
-from ascend_kit.params.notebook import parameters_of
 from ascend_kit.stages import DONE, RunFolderError, RunRecord, Stage, StageLock, admit, changing_stage
 
 if TYPE_CHECKING:
@@ -194,7 +193,7 @@ class RunFolder:
         """
         assert self.stage is not None, "open the folder for a stage with RunFolder.open"
         if (self._lock is None or self._is_idle) and not self._is_made_anew:
-            admit(RunRecord.read(self.path).stages.get(self.stage), experiment, "resume", self._parameters)
+            admit(RunRecord.read(self.path).stages.get(self.stage), experiment, "resume")
         if self._lock is None:
             self._lock, self._opened_s = StageLock(self.path, self.stage), time.monotonic()
         self._part = part or next(iter(tables), None)
@@ -265,7 +264,7 @@ class RunFolder:
         by_hand = not self._lock.is_parents  # else the command line has admitted and started the stage
         with changing_stage(self.path, self.stage, experiment) as stage:
             if by_hand and not self._is_made_anew:
-                admit(stage, experiment, experiment.if_exists, self._parameters)
+                admit(stage, experiment, experiment.if_exists)
             if experiment.if_exists == "overwrite":
                 self.clear(*stage.tables)
                 stage.tables = []
@@ -273,11 +272,6 @@ class RunFolder:
             if by_hand and not self._is_idle:
                 self._run(stage.start, stage, experiment)
             stage.facts = json.loads(to_json(facts))
-
-    @property
-    def _parameters(self) -> list[str] | None:
-        """The parameters that this stage uses; None of one that is no notebook of ours: all count."""
-        return parameters_of(self.stage or "") or None
 
     def _run(self, start: Callable[[Experiment], None], stage: Stage, experiment: Experiment) -> None:
         assert self._lock is not None

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from ascend_kit.files import one_line, strict_json, to_json, write_atomic
 from ascend_kit.params import Experiment
 from ascend_kit.params.fields import BatchParameters, EvaluationParameters, SweepParameters
+from ascend_kit.params.notebook import parameters_of
 
 SCHEMA_VERSION = 2
 DONE = frozenset({"ok", "alarm"})
@@ -207,15 +208,17 @@ def changed_parameters(
 
 
 def admit(stage: Stage | None, experiment: Experiment, mode: str, names: Collection[str] | None = None) -> None:
-    """RunFolderError when a stage that holds results must not go on with these parameters (`names`: those it uses).
+    """RunFolderError when a stage that holds results must not go on with these parameters.
 
-    `mode` is refuse, resume or overwrite. Rows that belong to other inputs are told apart by their identity.
+    Those in `names` count, by default those that its notebook uses, or all where it is none of ours. `mode` is refuse,
+    resume or overwrite. Rows that belong to other inputs are told apart by their identity.
     """
     if stage is None or not (stage.tables or stage.state in DONE) or mode == "overwrite":
         return
     where = f"{experiment.run_folder} already holds stage {stage.name}"
     if mode == "refuse":
         raise RunFolderError(f"{where}; set if_exists to resume or overwrite, or choose another `run`")
+    names = names or parameters_of(stage.name) or None
     changed = changed_parameters(stage, experiment, names, without=FREE | GROWING)
     if changed:
         raise RunFolderError(

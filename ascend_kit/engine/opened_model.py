@@ -1,7 +1,8 @@
-"""A model folder with its settings and identity, and the core that computes once it is loaded."""
+"""A model folder with its settings and identity, the core that computes once it is loaded, and what its cards do."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +52,7 @@ class OpenedModel:
             )
         self._ranks = environment_ranks()
         self.settings = _on_ranks(settings, self._ranks)
+        self.num_replicas = self.settings.replicas  # copies of the model, each with its own slots and KV cache
         check_division(
             settings.tensor_parallel,
             {
@@ -90,6 +92,7 @@ class OpenedModel:
         self._stop = text.StopRules(lambda: self.tokenizer, self.config.eos_token_ids, self.max_seq_length)
         self.core = self._open_core()
         self.device = self.core.device
+        self._identity = None  # the core may run elsewhere, on another kind of device
 
     def _open_core(self) -> Core:
         """One card in this process or one of its own, the ranks this process is among, or replicas on Ray."""
@@ -127,19 +130,15 @@ class OpenedModel:
         Where the engine runs in a process of its own, that process is started: it has the device, this one has not.
         The first call may read the weights for their hash, which is remembered.
         """
-        if self._identity is None:
-            with unreplaced(self.model_path, self._version):
-                self._identity = model_identity(self.model_path, self.settings.tokenizer_path)
         if self.device is None and needs_process(resolve_device(self.settings.device)[0]):
             self.load_model()
-        device = self.device or select_device(self.settings.device, self.settings.device_id)
-        parts = {"engine": self.settings.identity(), "versions": device.versions(), "device": device.facts()}
-        return self._identity.with_parts(**parts)
-
-    @property
-    def num_replicas(self) -> int:
-        """Copies of the model, each with its own slots and KV cache."""
-        return self.settings.replicas
+        if self._identity is None:
+            with unreplaced(self.model_path, self._version):
+                found = model_identity(self.model_path, self.settings.tokenizer_path)
+            device = self.device or select_device(self.settings.device, self.settings.device_id)
+            parts = {"engine": self.settings.identity(), "versions": device.versions(), "device": device.facts()}
+            self._identity = found.with_parts(**parts)
+        return self._identity
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes since load; see EngineCore.stats."""
@@ -164,3 +163,55 @@ def _on_ranks(settings: EngineConfig, ranks: Ranks | None) -> EngineConfig:
         allowed = [n for n in range(1, cards + 1) if cards % n == 0]
         raise ValueError(f"tensor_parallel={size} does not divide cards={cards}; allowed: {allowed}")
     return settings
+
+
+# --- what each card does ----------------------------------------------------------------------------------------------
+
+COUNTERS = ("requests", "output_tokens", "restarts", "busy_s")
+
+
+def cards_of(engine: Any) -> list[dict[str, Any]]:
+    """One row per card with counters since load and memory in bytes; empty for an engine that keeps none.
+
+    The cards of one replica share its requests and tokens, and are busy together. `busy_s` is the time in steps,
+    as the replica's process sees it; one card in this process keeps no such account and has None, as it has no
+    count of requests.
+    """
+    stats = engine.stats()
+    if "replicas" in stats:
+        return [
+            {
+                "card": name,
+                "replica": row["replica"],
+                "requests": row["finished"],
+                "output_tokens": row["output_tokens"],
+                "restarts": row["restarts"],
+                "busy_s": row["busy_s"],
+                "peak_memory_bytes": int(row["peak_memory_bytes"] / row["cards"]),
+            }
+            for row in stats["replicas"]
+            for name in row["card_names"]
+        ]
+    if "output_tokens" not in stats:
+        return []
+    device, tokens = engine.device, stats["output_tokens"]
+    head = {"card": f"{device.kind} {device.index or 0}", "replica": 0, "requests": None, "output_tokens": tokens}
+    return [{**head, "restarts": 0, "busy_s": None, "peak_memory_bytes": device.peak_memory_bytes()}]
+
+
+class CardMeter:
+    """Starts counting, and new peaks of memory, when it is made."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        engine.device.reset_peak_memory()
+        self._before, self._start = cards_of(engine), time.perf_counter()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per card: what was counted since the start, `wall_s` since then, and `busy_share` of it (0..1)."""
+        wall_s, rows = time.perf_counter() - self._start, cards_of(self._engine)
+        for old, row in zip(self._before, rows, strict=True):
+            row |= {name: row[name] - old[name] for name in COUNTERS if row[name] is not None}
+            busy_s = row.pop("busy_s")
+            row |= {"wall_s": wall_s, "busy_share": None if busy_s is None else busy_s / wall_s}
+        return rows

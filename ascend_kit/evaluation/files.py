@@ -19,8 +19,6 @@ from typing import Any
 
 import yaml
 
-from ascend_kit.params.yaml_file import BoundedLoader
-
 SPLITS = {"train": "train", "test": "test", "dev": "dev", "val": "val", "valid": "val", "validation": "val"}
 SUFFIXES = (".parquet", ".arrow", ".csv", ".jsonl")
 METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "README.md", "LICENSE", "complete.json")
@@ -218,7 +216,7 @@ def _from_readme(folder: Path, files: list[Path]) -> Iterator[tuple[str, str, Pa
     try:
         text = (folder / "README.md").read_bytes().decode("utf-8-sig")
         front = re.match(r"---\s*\n(.*?)\n---", text, re.S)
-        card = yaml.load(front.group(1), Loader=BoundedLoader) if front else None
+        card = yaml.safe_load(front.group(1)) if front else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return
     configs = card.get("configs") if isinstance(card, dict) else None

@@ -28,7 +28,6 @@ from ascend_kit.evaluation.runs import EvaluationResult, document_rows, load_eva
 from ascend_kit.evaluation.sequential import EnoughEvidence, Stop
 from ascend_kit.evaluation.tasks import check_data, drawn_documents
 from ascend_kit.identity import Identity, hash_value
-from ascend_kit.measure.cards import CardMeter
 from ascend_kit.messages import say
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
@@ -116,6 +115,7 @@ class _Session:
         self._last_s = time.perf_counter()
 
     def run(self) -> None:
+        from ascend_kit.engine.opened_model import CardMeter  # imports torch
         from ascend_kit.evaluation.answering import DocumentLM
 
         self._write_summary()  # from now on rows of anything else are out of the tables

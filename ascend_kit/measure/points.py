@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.device.meters import PowerMeter, ProcessorMeter
+from ascend_kit.engine.opened_model import CardMeter
 from ascend_kit.measure import metrics
-from ascend_kit.measure.cards import CardMeter
 from ascend_kit.measure.engines import Backend, reckon_weight_bytes, watched_cards
 from ascend_kit.measure.forecast import Card, Deployment, request_flops
 from ascend_kit.measure.loads import Encoder, build

@@ -14,7 +14,6 @@ from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import GIB, Table
-from ascend_kit.measure.cards import total_load
 from ascend_kit.messages import keys as known_keys
 from ascend_kit.messages import phrase, translate
 
@@ -295,6 +294,20 @@ def _chosen(table: Table, columns: list[str]) -> Table:
 def cards(rows: Table) -> HTML | None:
     """What each card did in all measured stretches together."""
     return readable(total_load(rows))
+
+
+def total_load(rows: Table) -> Table:
+    """One row per card over all stretches: sums, the share of the whole time that was busy, the highest peak, GiB."""
+    if rows.empty:
+        return rows
+    known = {name: rows[name].astype(float) for name in ("requests", "busy_share")}  # empty where nobody counts
+    cards = rows.assign(**known, busy_s=known["busy_share"] * rows["wall_s"]).groupby("card", sort=False)
+    sums = cards[["requests", "output_tokens", "wall_s", "busy_s", "restarts"]].sum(min_count=1)
+    table = sums.rename(columns={"wall_s": "measured_s"})
+    table.insert(0, "replica", cards["replica"].agg(lambda found: ", ".join(map(str, sorted(set(found))))))
+    table.insert(4, "busy_share", table.pop("busy_s") / table["measured_s"])
+    table.insert(5, "peak_memory_gib", cards["peak_memory_bytes"].max() / GIB)
+    return table.reset_index()
 
 
 def scores(table: Table) -> HTML | None:
