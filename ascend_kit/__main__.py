@@ -15,6 +15,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,16 @@ from ascend_kit.files import os_error_text
 from ascend_kit.messages import phrase
 from ascend_kit.params import Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
 from ascend_kit.params.experiment import DEMO
-from ascend_kit.results import RunFolderError
+from ascend_kit.params.notebook import parameters_of, write_cells
+from ascend_kit.params.paths import check_paths
+from ascend_kit.params.yaml_file import naming_lines
 from ascend_kit.run.checks import RunError
+from ascend_kit.run.experiment import check_experiment, make_working_copies, run_experiment, write_run_report
+from ascend_kit.run.pack import pack
+from ascend_kit.stages import RunFolderError
+
+Command = Callable[[argparse.Namespace], int | None]  # None is the exit status 0
+CONVERT_OPTIONS = ("input_model", "output_model", "framework", "device")  # parameters that `convert` has options for
 
 EPILOG = """examples:
   python -m ascend_kit run params/demo.yaml                          all notebooks, in order
@@ -99,99 +108,79 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    assigned = argparse.ArgumentParser(add_help=False)
+    told = "replace one parameter (may be given several times); the value is read as YAML"
+    assigned.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help=told)
+    experiment = argparse.ArgumentParser(add_help=False, parents=[assigned])
+    experiment.add_argument("parameters", nargs="?", metavar="YAML", help="parameter file, such as params/demo.yaml")
+    experiment.add_argument("--run", metavar="NAME", help="name of this variant, the same as --set run=NAME")
+    notebooks = argparse.ArgumentParser(add_help=False, parents=[experiment])
+    notebooks.add_argument("--notebooks", metavar="FOLDER", help="notebooks to run; default: those of the project")
 
-    run = commands.add_parser("run", help="execute the notebooks of an experiment, write its report")
-    _experiment_arguments(run)
+    def command(name: str, function: Command, told: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=told, parents=parents)
+        added.set_defaults(command=function)
+        return added
+
+    run = command("run", _run, "execute the notebooks of an experiment, write its report", notebooks)
     run.add_argument("--only", metavar="NAMES", help="these notebooks, separated by commas: 04_throughput,05")
     run.add_argument("--resume", action="store_true", help="the run folder exists: do what is missing or failed")
     run.add_argument("--overwrite", action="store_true", help="the run folder exists: start again")
     run.add_argument("--accept-alarms", action="store_true", help="exit status 0 although a result is an alarm")
-    run.set_defaults(command=_run)
 
-    check = commands.add_parser("check", help="validate a parameter file, or a checkpoint folder, run nothing")
-    _experiment_arguments(check, optional=True)
+    check = command("check", _check, "validate a parameter file, or a checkpoint folder, run nothing", experiment)
     check.add_argument("--list", action="store_true", help="print every parameter with its default and meaning")
-    check.set_defaults(command=_check)
 
-    convert = commands.add_parser("convert", help="convert a checkpoint as the parameter file says")
-    _experiment_arguments(convert, optional=True)
-    for option in ("input_model", "output_model", "framework", "device"):
-        convert.add_argument(
-            f"--{option.replace('_', '-')}",
-            f"--{option}",
-            dest=option,
-            metavar="VALUE",
-            help=f"the same as --set {option}=VALUE",
-        )
+    convert = command("convert", _convert, "convert a checkpoint as the parameter file says", experiment)
+    for option in CONVERT_OPTIONS:
+        spellings = dict.fromkeys((f"--{option.replace('_', '-')}", f"--{option}"))
+        convert.add_argument(*spellings, dest=option, metavar="VALUE", help=f"the same as --set {option}=VALUE")
     convert.add_argument("--config", metavar="YAML", help="the parameter file, as an option")
-    convert.set_defaults(command=_convert)
 
     commands.add_parser("doctor", help="look for faults of this machine and name the remedy", add_help=False)
 
-    work = commands.add_parser("work", help="make working copies of the notebooks in the run folder, for JupyterLab")
-    _experiment_arguments(work)
-    work.set_defaults(command=_work)
+    command("work", _work, "make working copies of the notebooks in the run folder, for JupyterLab", notebooks)
 
-    serve = commands.add_parser("serve", help="OpenAI-compatible server, for trying a model; not for production")
+    serve = command("serve", _serve, "OpenAI-compatible server, for trying a model; not for production", assigned)
     serve.add_argument("parameters", metavar="MODEL", help="checkpoint folder, parameter file, or `demo`")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default this machine only")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    serve.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
-                       help="replace one parameter, as for run")  # fmt: skip
-    serve.set_defaults(command=_serve)
 
-    notebooks = commands.add_parser(
-        "notebooks", help="write the notebooks' parameter cells from the package's defaults"
-    )
-    notebooks.add_argument("--notebooks", metavar="FOLDER", default="notebooks", help="their folder; default notebooks")
-    notebooks.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a cell differs")
-    notebooks.set_defaults(command=_notebooks)
+    cells = command("notebooks", _notebooks, "write the notebooks' parameter cells from the package's defaults")
+    cells.add_argument("--notebooks", metavar="FOLDER", default="notebooks", help="their folder; default notebooks")
+    cells.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a cell differs")
 
-    zipped = commands.add_parser("zip", help="pack a folder of runs with their reports into one file, for mail")
+    zipped = command("zip", _zip, "pack a folder of runs with their reports into one file, for mail")
     zipped.add_argument("folder", nargs="?", default="outputs", help="outputs (the default), an experiment or a run")
     zipped.add_argument("--to", metavar="FILE", help="the archive; default <folder's name>.zip in the current folder")
     zipped.add_argument("--no-rows", action="store_true", help="without the tables of rows, requests and documents")
-    zipped.set_defaults(command=_zip)
 
-    report = commands.add_parser("report", help="write report.html of a run folder again")
+    report = command("report", _report, "write report.html of a run folder again")
     report.add_argument("run_folder", help="outputs/<experiment>/<run>")
-    report.set_defaults(command=_report)
     return parser
 
 
-def _experiment_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    parser.add_argument(
-        "parameters",
-        nargs="?" if optional else None,
-        metavar="YAML",
-        help="parameter file, for instance params/demo.yaml",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="assignments",
-        help="replace one parameter (may be given several times); the value is read as YAML",
-    )
-    parser.add_argument("--run", metavar="NAME", help="name of this variant, the same as --set run=NAME")
-    if not optional:
-        parser.add_argument("--notebooks", metavar="FOLDER", help="notebooks to run; default: those of the project")
-
-
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    overrides = parse_overrides(arguments.assignments)
-    if arguments.run:
-        overrides["run"] = arguments.run
-    return overrides
+    """What --set and the options named like a parameter say; such an option's value is taken as it is."""
+    options = {key: getattr(arguments, key, None) for key in ("run", *CONVERT_OPTIONS)}
+    return parse_overrides(arguments.assignments) | {key: value for key, value in options.items() if value is not None}
+
+
+def _parameter_file(arguments: argparse.Namespace) -> str:
+    path = arguments.parameters or getattr(arguments, "config", None)
+    if path is None:
+        raise RunError("name a parameter file, for instance params/demo.yaml")
+    return path
+
+
+def _model_alone(model: str, overrides: dict[str, Any], source: str) -> Experiment:
+    return build_experiment({"input_model": model, "use_model": "source", **overrides}, source=source)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ascend_kit.run.experiment import run_experiment
-
     only = [name.strip() for name in arguments.only.split(",") if name.strip()] if arguments.only else None
     report = run_experiment(
-        arguments.parameters,
+        _parameter_file(arguments),
         only=only,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
@@ -207,64 +196,41 @@ def _say(line: str) -> None:
     print(f"\x1b[31m{line}\x1b[0m" if is_bad and sys.stdout.isatty() else line, flush=True)
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check(arguments: argparse.Namespace) -> None:
     if arguments.list:
         language = _overrides(arguments).get("language", "en")
         for name, info in Experiment.model_fields.items():
             print(f"{name} = {info.default!r}  # {phrase(info.description or '', language)}")
-        return 0
+        return
     given, overrides = _parameter_file(arguments), _overrides(arguments)
     if Path(given).is_dir():
         from ascend_kit.checkpoint.convert import check_model
 
         try:
-            left_out = check_model(build_experiment({**_only_model(given), **overrides}, source="check"))
+            left_out = check_model(_model_alone(given, overrides, "check"))
         except (ValueError, OSError) as error:
             raise RunError(str(error)) from error
         print("\n".join([f"{given}: a model that can be run", *left_out]))
-        return 0
-    from ascend_kit.run.experiment import check_experiment
-
-    experiment = check_experiment(given, overrides)
-    print(f"{arguments.parameters}: fine; results go to {experiment.run_folder}")
-    return 0
+    else:
+        print(f"{given}: fine; results go to {check_experiment(given, overrides).run_folder}")
 
 
 def _notebooks(arguments: argparse.Namespace) -> int:
-    from ascend_kit.params.notebook import write_cells
-
     differences = write_cells(Path(arguments.notebooks), check=arguments.check)
     for text in differences:
         print(f"{text}: {'differs from Experiment' if arguments.check else 'written'}")
     return 1 if arguments.check and differences else 0
 
 
-def _only_model(name: str) -> dict[str, str]:
-    return {"input_model": name, "use_model": "source"}
-
-
-def _parameter_file(arguments: argparse.Namespace) -> str:
-    path = arguments.parameters or getattr(arguments, "config", None)
-    if path is None:
-        raise RunError("name a parameter file, for instance params/demo.yaml")
-    return path
-
-
-def _convert(arguments: argparse.Namespace) -> int:
+def _convert(arguments: argparse.Namespace) -> int | None:
     from ascend_kit import convert
     from ascend_kit.checkpoint.parity import ParityError
     from ascend_kit.demo import resolve
     from ascend_kit.measure.agreement import ParityCheck
-    from ascend_kit.params.notebook import parameters_of
-    from ascend_kit.params.paths import check_paths
-    from ascend_kit.params.yaml_file import naming_lines
     from ascend_kit.show.progress import Progress
     from ascend_kit.show.tables import cell_text
 
     overrides = _overrides(arguments)
-    for option in ("input_model", "output_model", "framework", "device"):
-        if getattr(arguments, option) is not None:
-            overrides[option] = getattr(arguments, option)
     experiment = load_experiment(_parameter_file(arguments), overrides)
     with naming_lines(_parameter_file(arguments), overrides):
         check_paths(experiment, parameters_of("02_convert"))
@@ -281,17 +247,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     for row in parity.describe().get("figures", []):
         print(f"  {row['figure']}: {cell_text(row['value'])}" + (f" (limit {row['limit']})" if row["limit"] else ""))
     print(f"{result.folder}: {'reused, made before in the same way' if result.reused else 'scheme ' + result.scheme}")
-    return 0
 
 
-def _serve(arguments: argparse.Namespace) -> int:
+def _serve(arguments: argparse.Namespace) -> None:
     from ascend_kit import AscendInferEngine
     from ascend_kit.demo import resolve
     from ascend_kit.serve import serve
 
     overrides, given = parse_overrides(arguments.assignments), arguments.parameters
     if given == DEMO or Path(given).is_dir():
-        experiment = build_experiment({**_only_model(given), **overrides}, source="serve")
+        experiment = _model_alone(given, overrides, "serve")
     else:
         experiment = load_experiment(given, overrides)
     try:
@@ -299,31 +264,21 @@ def _serve(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise RunError(str(error)) from error
     serve(engine, experiment.model_name, arguments.host, arguments.port)
-    return 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
-    from ascend_kit.run.experiment import write_run_report
-
+def _report(arguments: argparse.Namespace) -> None:
     print(write_run_report(Path(arguments.run_folder)))
-    return 0
 
 
-def _zip(arguments: argparse.Namespace) -> int:
-    from ascend_kit.run.pack import pack
-
+def _zip(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder)
     target = Path(arguments.to or f"{folder.resolve().name}.zip")
     size = pack(folder, target, with_rows=not arguments.no_rows)
     print(f"{target}: {size / 1e6:.1f} MB")
-    return 0
 
 
-def _work(arguments: argparse.Namespace) -> int:
-    from ascend_kit.run.experiment import make_working_copies
-
-    print(make_working_copies(arguments.parameters, _overrides(arguments), arguments.notebooks))
-    return 0
+def _work(arguments: argparse.Namespace) -> None:
+    print(make_working_copies(_parameter_file(arguments), _overrides(arguments), arguments.notebooks))
 
 
 if __name__ == "__main__":
