@@ -9,10 +9,10 @@ from typing import Any
 from ascend_kit.device.peaks import HardwarePeak
 from ascend_kit.engine.elsewhere import Elsewhere
 from ascend_kit.identity import Identity
-from ascend_kit.measure.engines import Backend, OnDone
+from ascend_kit.measure.engines import Backend
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
-from ascend_kit.measure.workload import Request
+from ascend_kit.measure.workload import OnDone, Request
 from ascend_kit.model.config import ModelConfig
 
 

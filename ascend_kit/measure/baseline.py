@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ascend_kit.checkpoint.manifest import model_identity
 from ascend_kit.device.device import Device
 from ascend_kit.identity import Identity
-from ascend_kit.measure.dispatch import Dispatcher
-from ascend_kit.measure.engines import SWITCHES, OnDone
+from ascend_kit.measure.engines import SWITCHES
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
-from ascend_kit.measure.workload import Request
+from ascend_kit.measure.workload import Dispatcher, OnDone, Request
 from ascend_kit.model.config import DTYPES, ModelConfig
 
 Padding = Literal["longest", "max"]

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.device.device import Device
 from ascend_kit.identity import Identity
 from ascend_kit.measure.baseline import TransformersBackend
-from ascend_kit.measure.dispatch import Dispatcher
-from ascend_kit.measure.engines import OnDone
 from ascend_kit.measure.metrics import RequestRecord
-from ascend_kit.measure.workload import Request
+from ascend_kit.measure.workload import Dispatcher, OnDone, Request
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager

@@ -11,14 +11,13 @@ from typing import Any
 
 import aiohttp
 
-from ascend_kit.measure.dispatch import Dispatcher
 from ascend_kit.measure.http import BUSY, Endpoint, TextCodec, get, open_session, refusal, run_in_loop, wait_s
 from ascend_kit.measure.metrics import COMPLETE, RequestRecord, percentile
 from ascend_kit.measure.over_time import Recorder, Sample
 from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.streams import Answer, EventParser, token_times
 from ascend_kit.measure.tap import read_stream
-from ascend_kit.measure.workload import Request
+from ascend_kit.measure.workload import Dispatcher, Request
 
 LAG_SAMPLE_S = 0.005
 METRICS_EVERY_S = 0.5

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -22,17 +22,15 @@ from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams
 from ascend_kit.engine.worker import own_address
 from ascend_kit.identity import Identity
-from ascend_kit.measure.dispatch import Dispatcher
 from ascend_kit.measure.metrics import RequestRecord, record_from_output
 from ascend_kit.measure.over_time import Observed, Recorder, Sample, columns_of
-from ascend_kit.measure.workload import Request
+from ascend_kit.measure.workload import Dispatcher, OnDone, Request
 from ascend_kit.model.config import DTYPES, ModelConfig
 from ascend_kit.model.tensors import uniform_schemes, weight_bytes
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment
 
-OnDone = Callable[[int], None]
 SWITCHES = ("graph_mode", "operator_fusion", "memory_optimize")  # of every engine; further ones of ours:
 PLAIN_LAUNCHES = 64  # operators that a layer's decode step queues without fusion, views apart: counted for Qwen3
 OPTIONS = ("kv_cache_dtype", "head_dtype", "speculate", "graph_prompt_tokens")

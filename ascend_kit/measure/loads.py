@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,11 @@ from ascend_kit.measure.rows import Point
 from ascend_kit.measure.workload import Request, make_requests
 from ascend_kit.prompts import read_prompts
 
+if TYPE_CHECKING:
+    from ascend_kit.engine.text import Tokenizer
+
 TRACE_BLOCK = 512  # tokens that one of Mooncake's hash_ids stands for
 TIMED = ("constant", "poisson", "gamma", "ramp", "trace")
-
-
-class Encoder(Protocol):
-    """What reading a user's prompts needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 class TraceEntry(NamedTuple):
@@ -75,7 +72,7 @@ def build(
     seed: tuple[int, ...],
     avoid_ids: Sequence[int] = (),
     max_total_len: int,
-    encoder: Encoder | None = None,
+    encoder: Tokenizer | None = None,
     trace_file: str | None = None,
     prompts_file: str | None = None,
 ) -> list[Request]:
@@ -262,7 +259,7 @@ def _first_pair(talk: list[dict[str, Any]]) -> tuple[str, str] | None:
 
 
 def _from_prompts(
-    path: str, count: int, output_len: int, max_total_len: int, encoder: Encoder | None, rng: np.random.Generator
+    path: str, count: int, output_len: int, max_total_len: int, encoder: Tokenizer | None, rng: np.random.Generator
 ) -> list[Request]:
     """A seeded choice without repetition; a reply in the file gives the output length."""
     if encoder is None:

@@ -15,7 +15,7 @@ from ascend_kit.engine.opened_model import CardMeter
 from ascend_kit.measure import metrics
 from ascend_kit.measure.engines import Backend, reckon_weight_bytes, watched_cards
 from ascend_kit.measure.forecast import Card, Deployment, request_flops
-from ascend_kit.measure.loads import Encoder, build
+from ascend_kit.measure.loads import build
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.planner import forecast
 from ascend_kit.measure.rows import DEFAULTS, KEY, Point, key_of
@@ -23,6 +23,7 @@ from ascend_kit.measure.workload import Request, make_requests
 from ascend_kit.results import newest_rows
 
 if TYPE_CHECKING:
+    from ascend_kit.engine.text import Tokenizer
     from ascend_kit.params import Experiment
     from ascend_kit.results import RunFolder
 
@@ -113,7 +114,7 @@ class PointRunner:
         """`settings` are the engine parameters that the sweep varies, as they are here: columns of the rows."""
         self.backend, self.experiment, self.folder, self.ceilings = backend, experiment, folder, ceilings
         self.identity, self.settings = backend.identity, settings or {}
-        self._encoder: Encoder | None = None
+        self._encoder: Tokenizer | None = None
         self._warm: set[tuple[int, int]] = set()
         self._forecast: PointForecast | None = None
         self._processors: ProcessorMeter | None = None  # the last one: short repeats are counted together

@@ -16,12 +16,12 @@ from ascend_kit.device.device import select_device
 from ascend_kit.device.peaks import HardwarePeak, find_peak
 from ascend_kit.identity import Identity
 from ascend_kit.measure.endpoint import Client
-from ascend_kit.measure.engines import SWITCHES, Machine, OnDone, reckon_weight_bytes
+from ascend_kit.measure.engines import SWITCHES, Machine, reckon_weight_bytes
 from ascend_kit.measure.http import Endpoint, TextCodec
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.server_process import ServerProcess
-from ascend_kit.measure.workload import Request
+from ascend_kit.measure.workload import OnDone, Request
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params.engines import OpenAIEngine
 

@@ -1,4 +1,4 @@
-"""Seeded requests made of token ids: what is asked of an engine, apart from how it answers.
+"""Seeded requests made of token ids, and which of them is due: what is asked of an engine, apart from how it answers.
 
 Token ids are drawn at random, so no tokenizer is needed and lengths are exact. Prompts differ from their
 first token on unless a shared prefix is asked for: a prefix cache must not flatter a sweep by accident.
@@ -6,13 +6,14 @@ first token on unless a shared prefix is asked for: a prefix cache must not flat
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-SPREADS = ("fixed", "heavy_tailed")
+OnDone = Callable[[int], None]  # is told how many requests of a workload have ended
 _SIGMA = 0.8  # log-normal: the longest of 1,000 draws is about 10 times the mean, as chat logs show
 
 
@@ -31,10 +32,50 @@ class Request:
     after: int | None = None
     text: str | None = None
 
-    @property
-    def total_len(self) -> int:
-        """Prompt and output tokens together: the KV slots that the request needs at its end."""
-        return len(self.prompt_token_ids) + self.num_output_tokens
+
+class Dispatcher:
+    """Hands out requests of a workload that started at `start_s`, at most `concurrency` of them in flight.
+
+    A request without `send_at_s` arrives when a place is free, so a workload of them is a closed loop. One with it
+    arrives at that time after the start (after the end of the turn before, for later turns) whether or not a place is
+    free: waiting for one counts into its latency. Clocks are handed in.
+    """
+
+    def __init__(self, requests: Sequence[Request], concurrency: int, start_s: float) -> None:
+        self.concurrency, self.in_flight, self.left = concurrency, 0, len(requests)
+        self._due: list[tuple[float, int, Request]] = []  # heap of (arrival, order, request)
+        self._after: dict[int, list[Request]] = {}
+        for request in requests:
+            if request.after is None:
+                self._queue(request, start_s)
+            else:
+                self._after.setdefault(request.after, []).append(request)
+
+    def due(self, now_s: float) -> list[tuple[Request, float]]:
+        """Requests to send now, each with its arrival time."""
+        found = []
+        while self._due and self.in_flight < self.concurrency and self._due[0][0] <= now_s:
+            arrival_s, _, request = heapq.heappop(self._due)
+            found.append((request, now_s if arrival_s == -math.inf else arrival_s))
+            self.in_flight += 1
+        return found
+
+    def ended(self, index: int, now_s: float) -> None:
+        """The request of this index has ended: its place is free, and the turn after it may come."""
+        self.in_flight -= 1
+        self.left -= 1
+        for request in self._after.pop(index, []):
+            self._queue(request, now_s)
+
+    def wait_s(self, now_s: float) -> float | None:
+        """Seconds until the next arrival that has a place; None where only the end of a request can bring one."""
+        if not self._due or self.in_flight >= self.concurrency:
+            return None
+        return max(0.0, self._due[0][0] - now_s)
+
+    def _queue(self, request: Request, from_s: float) -> None:
+        arrival_s = -math.inf if request.send_at_s is None else from_s + request.send_at_s
+        heapq.heappush(self._due, (arrival_s, request.index, request))
 
 
 def make_requests(
@@ -53,41 +94,20 @@ def make_requests(
 
     `spread="fixed"` gives every request exactly these lengths; `"heavy_tailed"` draws log-normal lengths with
     these means, cut so that a request never exceeds `max_total_len` tokens. `avoid_ids` (end-of-text and the
-    like) never appear in a prompt. Raises ValueError for lengths below one or a vocabulary too small to tell
-    prompts apart.
+    like) never appear in a prompt. The shared prefix is shorter than `prompt_len`. ValueError for a vocabulary too
+    small to tell prompts apart.
     """
-    _check(num_requests, prompt_len, output_len, spread, shared_prefix_len)
-    rng = np.random.default_rng(np.random.SeedSequence(seed if isinstance(seed, tuple) else (seed,)))
-    prompt_lens = _lengths(rng, num_requests, prompt_len, spread)
-    output_lens = _lengths(rng, num_requests, output_len, spread)
+    rng = np.random.default_rng(np.random.SeedSequence(seed))
+    prompt_lens, output_lens = (_lengths(rng, num_requests, mean, spread) for mean in (prompt_len, output_len))
     if max_total_len is not None:
-        if prompt_len + output_len > max_total_len:
-            raise ValueError(
-                f"prompt_len {prompt_len} + output_len {output_len} is above max_total_len {max_total_len}"
-            )
-        prompt_lens, output_lens = _cut(prompt_lens, output_lens, max_total_len)
+        output_lens = np.clip(output_lens, 1, max(1, max_total_len - 1))
+        prompt_lens = np.clip(prompt_lens, 1, max_total_len - output_lens)
     allowed = np.array(sorted(set(range(vocab_size)) - set(avoid_ids)))
-    if len(allowed) < 2:
-        raise ValueError(f"vocab_size {vocab_size} leaves {len(allowed)} usable token ids; at least 2 are needed")
-    shared = rng.choice(allowed, shared_prefix_len)
-    prompts = _distinct_prompts(rng, allowed, shared, prompt_lens)
+    prompts = _distinct_prompts(rng, allowed, rng.choice(allowed, shared_prefix_len), prompt_lens)
     return [
-        Request(i, tuple(int(t) for t in prompt), int(n))
-        for i, (prompt, n) in enumerate(zip(prompts, output_lens, strict=True))
+        Request(index, tuple(prompt.tolist()), int(count))
+        for index, (prompt, count) in enumerate(zip(prompts, output_lens, strict=True))
     ]
-
-
-def _check(num_requests: int, prompt_len: int, output_len: int, spread: str, shared_prefix_len: int) -> None:
-    for name, value in (("num_requests", num_requests), ("prompt_len", prompt_len), ("output_len", output_len)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; at least 1 is needed")
-    if spread not in SPREADS:
-        raise ValueError(f"spread is {spread!r}; allowed: {', '.join(SPREADS)}")
-    if not 0 <= shared_prefix_len < prompt_len:
-        raise ValueError(
-            f"shared_prefix_len is {shared_prefix_len}; it must be below prompt_len ({prompt_len}), so that "
-            "each prompt keeps a token of its own"
-        )
 
 
 def _lengths(rng: np.random.Generator, count: int, mean: int, spread: str) -> np.ndarray:
@@ -97,28 +117,21 @@ def _lengths(rng: np.random.Generator, count: int, mean: int, spread: str) -> np
     return np.maximum(1, draws.round().astype(int))
 
 
-def _cut(prompt_lens: np.ndarray, output_lens: np.ndarray, max_total_len: int) -> tuple[np.ndarray, np.ndarray]:
-    output_lens = np.clip(output_lens, 1, max(1, max_total_len - 1))
-    return np.clip(prompt_lens, 1, max_total_len - output_lens), output_lens
-
-
 def _distinct_prompts(
     rng: np.random.Generator, allowed: np.ndarray, shared: np.ndarray, lengths: np.ndarray
 ) -> list[np.ndarray]:
     """Random bodies behind the shared prefix; first own tokens differ for as long as the vocabulary lasts."""
     firsts = np.resize(rng.permutation(allowed), len(lengths))
-    prompts: list[np.ndarray] = []
-    seen: set[bytes] = set()
+    prompts: dict[bytes, np.ndarray] = {}
     for first, length in zip(firsts, lengths, strict=True):
         prefix = shared[: length - 1]
         for _ in range(100):
             body = rng.choice(allowed, length - len(prefix) - 1)
             prompt = np.concatenate([prefix, [first], body]).astype(np.int64)
-            if prompt.tobytes() not in seen:
+            if prompt.tobytes() not in prompts:
                 break
             first = rng.choice(allowed)
         else:
             raise ValueError(f"cannot make {len(lengths)} distinct prompts of {length} tokens from {len(allowed)} ids")
-        seen.add(prompt.tobytes())
-        prompts.append(prompt)
-    return prompts
+        prompts[prompt.tobytes()] = prompt
+    return list(prompts.values())
