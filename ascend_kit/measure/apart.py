@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ascend_kit.device.peaks import HardwarePeak
 from ascend_kit.engine.elsewhere import Elsewhere
 from ascend_kit.identity import Identity
-from ascend_kit.measure.engines import Backend
+from ascend_kit.measure.engines import Backend, DistantMachine
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.workload import OnDone, Request
 from ascend_kit.model.config import ModelConfig
-
-
-@dataclass
-class MachineElsewhere:
-    """The device of the other process."""
-
-    name: str
-    kind: str
-    peak: HardwarePeak | None
-    total_memory_bytes: int
-    there: Elsewhere
-
-    def synchronize(self) -> None:
-        self.there.call("device.synchronize")
-
-    def reset_peak_memory(self) -> None:
-        self.there.call("device.reset_peak_memory")
-
-    def peak_memory_bytes(self) -> int | None:
-        return self.there.call("device.peak_memory_bytes")
-
-    def task_queue_level(self) -> int | None:
-        return self.there.call("device.task_queue_level")
 
 
 class BackendElsewhere:
@@ -65,7 +40,7 @@ class BackendElsewhere:
             for name in BackendElsewhere.__annotations__:
                 setattr(self, name, there.get(name))
             facts = [there.get(f"device.{name}") for name in ("name", "kind", "peak", "total_memory_bytes")]
-            self.device = MachineElsewhere(*facts, there=there)
+            self.device = DistantMachine(*facts, call=there.call)
             self.identity: Identity = there.get("identity")
         return self._there
 

@@ -21,7 +21,6 @@ Padding = Literal["longest", "max"]
 
 if TYPE_CHECKING:
     import torch
-    from transformers.generation.streamers import BaseStreamer
 
     from ascend_kit.params import Experiment
 
@@ -50,8 +49,6 @@ class TransformersBackend:
         padding: Padding = "longest",
         name: str = "transformers",
     ):
-        if precision not in DTYPES:
-            raise ValueError(f"precision is {precision!r}; allowed: {', '.join(DTYPES)}")
         self.model_path, self.config = str(model_path), ModelConfig.from_folder(model_path)
         self.device, self.precision, self.max_seq_length = device, precision, max_seq_length
         self.name, self.padding = name, padding
@@ -125,17 +122,14 @@ class TransformersBackend:
         self.device.synchronize()
         start_s = time.perf_counter()
         ids, mask = self._left_padded(batch)
-        times_s: list[float] = []
+        clock = TokenClock()
         with torch.inference_mode():
             out = self._model.generate(
-                ids,
-                attention_mask=mask,
-                streamer=_token_clock(times_s),
-                max_new_tokens=max(r.num_output_tokens for r in batch),
+                ids, attention_mask=mask, streamer=clock, max_new_tokens=max(r.num_output_tokens for r in batch)
             )
         made = out.shape[1] - ids.shape[1]
         return [
-            _record(r, arrival_s, start_s, times_s[: min(r.num_output_tokens, made)])
+            record_of(r, arrival_s, start_s, clock.times_s[1 : 1 + min(r.num_output_tokens, made)])
             for r, arrival_s in zip(batch, arrivals_s, strict=True)
         ]
 
@@ -168,33 +162,37 @@ def source_of(experiment: Experiment) -> Path:
     return folder
 
 
-def _record(request: Request, arrival_s: float, start_s: float, times: Sequence[float]) -> RequestRecord:
+def record_of(
+    request: Request,
+    arrival_s: float,
+    scheduled_s: float | None,
+    times: Sequence[float],
+    finished_s: float | None = None,
+    error: str | None = None,
+) -> RequestRecord:
+    """The record of a request whose tokens came at `times`, all of perf_counter; `finished_s` where none came."""
     return RequestRecord(
         index=request.index,
         num_prompt_tokens=len(request.prompt_token_ids),
         num_output_tokens=len(times),
         arrival_s=arrival_s,
         token_times_s=tuple(times),
-        finish_reason="length",
-        scheduled_s=start_s,
-        finished_s=times[-1] if times else None,
+        finish_reason="error" if error else "length",
+        error=error,
+        scheduled_s=scheduled_s,
+        finished_s=times[-1] if times else finished_s,
         num_asked_tokens=request.num_output_tokens,
     )
 
 
-def _token_clock(times_s: list[float]) -> BaseStreamer:
-    """A streamer for `generate` that adds the time of every step; its first call carries the prompt."""
-    from transformers.generation.streamers import BaseStreamer
+class TokenClock:
+    """A streamer for `generate` that keeps the time of each call: of the prompt, then of every step."""
 
-    class TokenClock(BaseStreamer):
-        has_prompt = False
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
 
-        def put(self, value: Any) -> None:
-            if self.has_prompt:
-                times_s.append(time.perf_counter())
-            self.has_prompt = True
+    def put(self, value: object) -> None:
+        self.times_s.append(time.perf_counter())
 
-        def end(self) -> None:
-            """Nothing is held back."""
-
-    return TokenClock()
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.device.device import Device
 from ascend_kit.identity import Identity
-from ascend_kit.measure.baseline import TransformersBackend
+from ascend_kit.measure.baseline import TransformersBackend, record_of
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.workload import Dispatcher, OnDone, Request
 
@@ -137,15 +137,5 @@ def _record(request: Request, arrival_s: float, result: GenerationOutput) -> Req
     times, error = tuple(result.timestamps or ()), result.error
     if error is None and len(times) < len(result.generated_tokens):
         error = "transformers began it anew for want of KV cache, and the times of its first tokens are lost"
-    return RequestRecord(
-        index=request.index,
-        num_prompt_tokens=len(request.prompt_token_ids),
-        num_output_tokens=len(times),
-        arrival_s=arrival_s,
-        token_times_s=times,
-        finish_reason="error" if error else "length",
-        error=error,
-        scheduled_s=result.lifespan[0] if result.lifespan[0] > 0 else None,
-        finished_s=times[-1] if times else result.lifespan[1],
-        num_asked_tokens=request.num_output_tokens,
-    )
+    begun_s, ended_s = result.lifespan
+    return record_of(request, arrival_s, begun_s if begun_s > 0 else None, times, ended_s, error)

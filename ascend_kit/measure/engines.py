@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -36,21 +36,31 @@ PLAIN_LAUNCHES = 64  # operators that a layer's decode step queues without fusio
 OPTIONS = ("kv_cache_dtype", "head_dtype", "speculate", "graph_prompt_tokens")
 
 
-class Machine(Protocol):
-    """What a sweep asks of the machine an engine runs on; a `Device`, or what was said of a server's."""
+@dataclass(frozen=True)
+class DistantMachine:
+    """The device of another process, which `call` reaches by the name of a method; without it what was only said of the
+    machine behind an endpoint, on which nothing can be measured from here."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def peak(self) -> HardwarePeak | None: ...
-    @property
-    def total_memory_bytes(self) -> int: ...
-    def synchronize(self) -> None: ...
-    def reset_peak_memory(self) -> None: ...
-    def peak_memory_bytes(self) -> int | None: ...
-    def task_queue_level(self) -> int | None: ...
+    name: str
+    kind: str = "endpoint"
+    peak: HardwarePeak | None = None
+    total_memory_bytes: int = 0
+    call: Callable[[str], Any] = lambda path: None
+
+    def synchronize(self) -> None:
+        self.call("device.synchronize")
+
+    def reset_peak_memory(self) -> None:
+        self.call("device.reset_peak_memory")
+
+    def peak_memory_bytes(self) -> int | None:
+        return self.call("device.peak_memory_bytes")
+
+    def task_queue_level(self) -> int | None:
+        return self.call("device.task_queue_level")
+
+
+Machine = Device | DistantMachine  # that an engine runs on
 
 
 @runtime_checkable

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.device.device import select_device
-from ascend_kit.device.peaks import HardwarePeak, find_peak
+from ascend_kit.device.peaks import find_peak
 from ascend_kit.identity import Identity
 from ascend_kit.measure.endpoint import Client
-from ascend_kit.measure.engines import SWITCHES, Machine, reckon_weight_bytes
+from ascend_kit.measure.engines import SWITCHES, DistantMachine, Machine, reckon_weight_bytes
 from ascend_kit.measure.http import Endpoint, TextCodec
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
@@ -30,35 +29,6 @@ if TYPE_CHECKING:
 
 HERE = "this machine"
 READY_S = 5.0
-
-
-@dataclass(frozen=True)
-class DeclaredMachine:
-    """What was said of the machine behind an endpoint; nothing on it can be measured from here."""
-
-    name: str
-    peak: HardwarePeak | None = None
-    kind: str = "endpoint"
-
-    @property
-    def total_memory_bytes(self) -> int:
-        return self.peak.memory_bytes if self.peak else 0
-
-    def synchronize(self) -> None:
-        """The answer's last byte is all there is to wait for."""
-
-    def reset_peak_memory(self) -> None:
-        """Not ours to reset."""
-
-    def peak_memory_bytes(self) -> int | None:
-        return None
-
-    def task_queue_level(self) -> int | None:
-        return None
-
-    def facts(self) -> dict[str, str]:
-        """The part `device` of an identity."""
-        return {"name": self.name}
 
 
 class EndpointBackend:
@@ -75,7 +45,6 @@ class EndpointBackend:
         self.max_seq_length, self.slots = experiment.max_seq_length, spec.batch_size
         self.cards = self.num_devices = spec.cards
         self.precision = spec.precision or experiment.precision
-        self._machine: Machine | None = None
         self._codec = _codec(spec, model)
         self._client: Client | None = None
         self._facts: dict[str, Any] = {}
@@ -84,13 +53,12 @@ class EndpointBackend:
 
     @property
     def device(self) -> Machine:
-        if self._machine is None:
-            place = self.spec.runs_on
-            if place == HERE:
-                self._machine = select_device(self._experiment.device, self._experiment.device_id)
-            else:
-                self._machine = DeclaredMachine(place or "not declared", find_peak(place) if place else None)
-        return self._machine
+        place = self.spec.runs_on
+        if place == HERE:
+            return select_device(self._experiment.device, self._experiment.device_id)
+        peak = find_peak(place) if place else None
+        memory_bytes = peak.memory_bytes if peak else 0
+        return DistantMachine(place or "not declared", peak=peak, total_memory_bytes=memory_bytes)
 
     @property
     def identity(self) -> Identity:
