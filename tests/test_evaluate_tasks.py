@@ -186,13 +186,16 @@ def needle(prompt: str, sampling) -> tuple[str, str]:
 
 @pytest.mark.long
 def test_ruler_ends_with_a_score_for_the_length_that_fits_made_with_the_models_tokenizer(
-    engine, tiny_qwen3_dir, tmp_path
+    engine, tiny_qwen3_dir, tmp_path, monkeypatch, capfd
 ) -> None:
     pytest.importorskip("wonderwords", reason="RULER's words: pip install wonderwords")
     asked = {"eval_datasets": ["niah_single_1"], "eval_max_seq_length": 2304, "eval_limit": 6}
     experiment = task_experiment(None, tmp_path, input_model=str(tiny_qwen3_dir), **asked)
     able = stand_in(engine, answer=needle)
     able.max_seq_length = 2304
+    monkeypatch.setenv("ASCEND_KIT_CACHE", str(tmp_path / "cache"))  # the documents are drawn here
+    check_data(experiment)
+    assert "it/s" not in capfd.readouterr().err
     result, _ = run(able, experiment)
 
     (row,) = result.tasks.itertuples()

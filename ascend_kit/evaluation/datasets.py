@@ -7,11 +7,12 @@ scored.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -238,7 +239,8 @@ def load_task(folder: str | Path, name: str) -> ConfigurableTask:
 
     random.seed(SHUFFLE_SEED)
     numpy.random.seed(SHUFFLE_SEED)
-    with redirect_stdout(None), without_warnings():  # RULER prints each length that it tries
+    # RULER prints each length that it tries, and draws a bar over its documents.
+    with redirect_stdout(None), redirect_stderr(io.StringIO()), without_warnings():
         manager = TaskManager(include_path=folder, include_defaults=False)
         task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
         documents: list[Any] = list(task.eval_docs)
