@@ -124,17 +124,15 @@ def test_all_reduces_of_one_server_start_on_the_vector_cores():
     assert split == pytest.approx(72 * 10e-6) and more == pytest.approx(72 * 20e-6)
 
 
-def test_guesses_cost_rows_and_give_tokens_up_to_the_first_wrong_one():
+def test_guesses_cost_rows_and_may_lift_the_ceiling_but_no_prediction():
     plain = Deployment(TINY, small_card(1e6, 1e12), async_scheduling=False)  # which guesses rule out
-    guessing = replace(plain, speculate=3, acceptance=0.5)
+    guessing = replace(plain, speculate=3)
 
-    assert guessing.tokens_per_step == 1 + 0.5 + 0.25 + 0.125
     assert guessing.decode_s(2, 10) == pytest.approx(plain.decode_s(8, 10))
-    assert guessing.tpot_s(16, 5, 1) == pytest.approx(plain.decode_s(4, 18.5) / 1.875)
-    # Every guess right: four tokens a step, of which the weights are read once; the ceiling stays above.
-    perfect = replace(plain, card=small_card(1e12, 1e3), speculate=3, acceptance=1.0)
-    assert perfect.output_tokens_per_s(1, 9, 1) <= perfect.ceiling_tokens_per_s(1, 9, 1)
-    assert perfect.ceiling_tokens_per_s(1, 9, 1) > 2 * replace(perfect, speculate=0).ceiling_tokens_per_s(1, 9, 1)
+    assert guessing.tpot_s(16, 5, 1) == pytest.approx(plain.decode_s(4, 18.5))
+    # Every guess right: four tokens a step, of which the weights are read once.
+    slow = replace(guessing, card=small_card(1e12, 1e3))
+    assert slow.ceiling_tokens_per_s(1, 9, 1) > 2 * replace(slow, speculate=0).ceiling_tokens_per_s(1, 9, 1)
 
 
 def test_what_the_engine_refuses_is_refused():
@@ -142,8 +140,3 @@ def test_what_the_engine_refuses_is_refused():
     assert Deployment(QWEN3_8B, small_card(1, 1), kv_cache_dtype="int8").check() is None
     assert "vocab_size" in str(Deployment(replace(QWEN3_8B, vocab_size=151_937), CARD, tp_size=2).check())
     assert "hidden_size" in str(Deployment(replace(QWEN3_8B, hidden_size=4097), CARD, tp_size=2).check())
-
-
-def test_unknown_precision_is_refused_with_what_is_allowed():
-    with pytest.raises(ValueError, match="bf16"):
-        Deployment(TINY, CARD, "int4").decode_floor_s(1, 1)

@@ -6,7 +6,7 @@ import pytest
 
 from ascend_kit.device.peaks import PEAKS
 from ascend_kit.measure.forecast import Card, Deployment
-from ascend_kit.measure.planner import MODELS, Workload, plan, plans_table
+from ascend_kit.measure.planner import MODELS, plan
 
 QWEN3_8B, QWEN25_7B = MODELS["Qwen3-8B"], MODELS["Qwen2.5-7B"]
 CARD = Card(PEAKS["910B2"])
@@ -50,16 +50,16 @@ def test_requests_that_fit_fill_the_memory_left_beside_the_weights():
 def test_small_card_that_cannot_hold_the_weights_is_infeasible_with_the_reason():
     small = replace(CARD, peak=replace(CARD.peak, memory_bytes=16 * 2**30))
 
-    plans = plan(Deployment(QWEN3_8B, small), Workload(1000, 100), card_counts=(1, 2))
+    plans = plan(Deployment(QWEN3_8B, small), 1000, 100, 8, card_counts=(1, 2))
 
     by_split = {(p.cards, p.tensor_parallel): p for p in plans}
     assert "no request of 1100 tokens fits" in by_split[1, 1].reason
     assert by_split[1, 1].output_tokens_per_s is None
-    assert by_split[2, 2].is_feasible and plans[0] == by_split[2, 2]
+    assert by_split[2, 2].reason is None and plans[0] == by_split[2, 2]
 
 
 def test_tensor_parallel_beyond_the_kv_heads_is_refused_by_name():
-    plans = plan(Deployment(QWEN25_7B, CARD), Workload(1000, 100), card_counts=(8,))
+    plans = plan(Deployment(QWEN25_7B, CARD), 1000, 100, 8, card_counts=(8,))
 
     reasons = {p.tensor_parallel: p.reason for p in plans}
     assert reasons[8].startswith("tensor_parallel=8 does not divide num_heads=28, num_kv_heads=4")
@@ -67,8 +67,8 @@ def test_tensor_parallel_beyond_the_kv_heads_is_refused_by_name():
 
 
 def test_one_request_is_served_fastest_by_splitting_and_many_as_fast_by_copies():
-    single = plan(Deployment(QWEN3_8B, CARD), Workload(512, 256, concurrency=1), card_counts=(4,))
-    many = plan(Deployment(QWEN3_8B, CARD), Workload(512, 256), card_counts=(4,))
+    single = plan(Deployment(QWEN3_8B, CARD), 512, 256, 1, card_counts=(4,))
+    many = plan(Deployment(QWEN3_8B, CARD), 512, 256, 10_000, card_counts=(4,))
 
     assert single[0].tensor_parallel == 4
     (copies,) = (item for item in many if item.replicas == 4)
@@ -78,7 +78,7 @@ def test_one_request_is_served_fastest_by_splitting_and_many_as_fast_by_copies()
 
 
 def test_idle_replicas_add_nothing_for_a_single_request():
-    plans = plan(Deployment(QWEN3_8B, CARD), Workload(512, 256, concurrency=1))
+    plans = plan(Deployment(QWEN3_8B, CARD), 512, 256, 1)
 
     by_split = {(p.cards, p.tensor_parallel): p for p in plans}
     assert by_split[8, 1].output_tokens_per_s == by_split[1, 1].output_tokens_per_s
@@ -88,42 +88,19 @@ def test_idle_replicas_add_nothing_for_a_single_request():
 def test_uneven_load_counts_each_replica_with_what_it_serves():
     group = Deployment(QWEN3_8B, CARD)
 
-    three_on_two = next(
-        p for p in plan(Deployment(QWEN3_8B, CARD), Workload(512, 256, 3), card_counts=(2,)) if p.replicas == 2
-    )
+    three_on_two = next(p for p in plan(Deployment(QWEN3_8B, CARD), 512, 256, 3, card_counts=(2,)) if p.replicas == 2)
 
     both = group.output_tokens_per_s(512, 256, 2) + group.output_tokens_per_s(512, 256, 1)
     assert three_on_two.output_tokens_per_s == pytest.approx(both)
     assert three_on_two.tpot_ms == pytest.approx(group.tpot_s(512, 256, 2) * 1e3)
 
 
-def test_tpot_limit_chooses_the_largest_load_that_meets_it():
-    workload = Workload(2000, 100, tpot_limit_ms=40)
-
-    best = plan(Deployment(QWEN3_8B, CARD), workload, card_counts=(1,))[0]
-
-    group = Deployment(QWEN3_8B, CARD)
-    assert best.tpot_ms <= 40 < group.tpot_s(2000, 100, best.concurrency + 1) * 1e3
-
-
-def test_limit_that_no_load_meets_is_named_in_the_reason():
-    worst = plan(Deployment(QWEN3_8B, CARD), Workload(8000, 100, tpot_limit_ms=3), card_counts=(1,))[0]
-    slow = plan(Deployment(QWEN3_8B, CARD), Workload(8000, 100, 1, ttft_limit_ms=10), card_counts=(1,))[0]
+def test_limit_that_the_load_does_not_meet_is_named_in_the_reason():
+    worst = plan(Deployment(QWEN3_8B, CARD), 8000, 100, 64, limits_ms={"tpot": 3}, card_counts=(1,))[0]
+    slow = plan(Deployment(QWEN3_8B, CARD), 8000, 100, 1, limits_ms={"ttft": 10}, card_counts=(1,))[0]
 
     assert "TPOT" in worst.reason and "limit of 3 ms" in worst.reason
     assert "TTFT" in slow.reason and "limit of 10 ms" in slow.reason
-
-
-def test_target_is_met_with_the_fewest_cards():
-    fast = plan(Deployment(QWEN3_8B, CARD), Workload(256, 256))
-    two_cards = next(p for p in fast if (p.cards, p.tensor_parallel) == (2, 1))
-
-    plans = plan(
-        Deployment(QWEN3_8B, CARD), Workload(256, 256, target_tokens_per_s=two_cards.output_tokens_per_s * 0.9)
-    )
-
-    assert plans[0].cards == 2
-    assert fast[0].cards == 8
 
 
 def test_int8_reads_fewer_bytes_and_multiplies_faster_but_launches_more():
@@ -153,9 +130,10 @@ def test_measured_ceilings_make_a_card_without_guessed_shares():
         Card.from_ceilings({**measured, "fp32_flops_per_s": None}, memory_bytes=1, precision="fp32")
 
 
-def test_table_has_a_row_for_every_split_of_every_card_count():
-    table = plans_table(plan(Deployment(QWEN3_8B, CARD), Workload(512, 128)))
+def test_there_is_a_plan_for_every_split_of_every_card_count():
+    plans = plan(Deployment(QWEN3_8B, CARD), 512, 128, 8)
 
-    splits = set(zip(table["cards"], table["tensor_parallel"], strict=True))
-    assert splits == {(c, t) for c in (1, 2, 4, 8) for t in (1, 2, 4, 8) if t <= c}
-    assert (table["replicas"] * table["tensor_parallel"] == table["cards"]).all()
+    assert {(p.cards, p.tensor_parallel) for p in plans} == {
+        (c, t) for c in (1, 2, 4, 8) for t in (1, 2, 4, 8) if t <= c
+    }
+    assert all(p.replicas * p.tensor_parallel == p.cards for p in plans)

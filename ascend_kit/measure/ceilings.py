@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ascend_kit.device.device import Device, select_device
+from ascend_kit.model.config import DTYPES
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment
 
-MATRIX_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SIZES = (512, 1024, 2048, 4096, 8192)
 _REPEATS = 5
 _LONG_ENOUGH_S = 0.02  # a sample this long makes clock resolution and launch cost negligible
@@ -75,8 +75,8 @@ def matrix_rate(device: Device, dtype: str, repeats: int = _REPEATS) -> list[flo
 
     None when the device cannot do it. Raises ValueError for an unknown dtype name.
     """
-    if dtype not in (*MATRIX_DTYPES, "int8"):
-        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join([*MATRIX_DTYPES, 'int8'])}")
+    if dtype not in (*DTYPES, "int8"):
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join([*DTYPES, 'int8'])}")
     best: list[float] | None = None
     for size in _SIZES:
         try:
@@ -112,7 +112,7 @@ def launch_cost(device: Device, repeats: int = _REPEATS) -> list[float]:
 
 
 def _float_product(device: Device, size: int, dtype: str) -> Callable[[], Any]:
-    left = torch.randn(size, size, device=device.torch_device).to(MATRIX_DTYPES[dtype])
+    left = torch.randn(size, size, device=device.torch_device).to(DTYPES[dtype])
     return lambda: torch.nn.functional.linear(left, left)
 
 

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ascend_kit.device.graphs import PROMPT_STRIDE, prompt_sizes
 from ascend_kit.device.parallel import AIV_RANKS, check_division
 from ascend_kit.device.peaks import HardwarePeak
-from ascend_kit.model.config import ModelConfig
+from ascend_kit.model.config import DTYPES, ModelConfig
 from ascend_kit.model.tensors import LINEAR_PARTS, WeightBytes, layer_prefix, num_weights, uniform_schemes, weight_bytes
 
 if TYPE_CHECKING:
     from ascend_kit.measure.metrics import RequestRecord
 
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Launches per layer of our fused path, and outside the layers (embedding, first norm, lm_head, gathers), as counted on
 # the simulated NPU.
 LAYER_LAUNCHES = {"qwen2": 11, "qwen3": 13, "llama": 11}
@@ -132,16 +131,9 @@ def _attention_flops(config: ModelConfig, num_pairs: float) -> float:
 # --- a model on cards -------------------------------------------------------------------------------------------------
 
 
-def element_bytes(precision: str) -> int:
-    """Bytes of one number in a precision; ValueError for an unknown one."""
-    if precision not in ELEMENT_BYTES:
-        raise ValueError(f"precision is {precision!r}; allowed: {', '.join(ELEMENT_BYTES)}")
-    return ELEMENT_BYTES[precision]
-
-
 def kv_bytes_per_token(config: ModelConfig, precision: str = "bf16", kv_cache_dtype: str = "auto") -> int:
     """Bytes of keys and values of one token, over all layers and KV heads; int8 has a float32 scale for each head."""
-    head = config.head_dim + 4 if kv_cache_dtype == "int8" else config.head_dim * element_bytes(precision)
+    head = config.head_dim + 4 if kv_cache_dtype == "int8" else config.head_dim * DTYPES[precision].itemsize
     return 2 * config.num_layers * config.num_kv_heads * head
 
 
@@ -167,8 +159,7 @@ class Deployment:
     stored_bytes: int | None = None  # weights of a loaded model, whole; None: arithmetic
     async_scheduling: bool = True  # where tensor parallel and speculate allow it
     graph_prompt_tokens: int = 256  # of the largest captured step with prompts, on an Ascend
-    speculate: int = 0  # tokens guessed per step, each of which takes a row of its own
-    acceptance: float = 0.0  # probability that a guess behind right ones is right
+    speculate: int = 0  # tokens guessed per step, each of which takes a row of its own; predictions trust in none
 
     def check(self) -> str | None:
         """Why the engine refuses the model on `tp_size` of these cards; None when it runs there."""
@@ -182,11 +173,6 @@ class Deployment:
         return None
 
     @property
-    def tokens_per_step(self) -> float:
-        """Expected new tokens of a request in a decode step: guesses count up to the first wrong one."""
-        return sum(self.acceptance**n for n in range(self.speculate + 1))
-
-    @property
     def scheme(self) -> str:
         """The int8 scheme to reckon with."""
         return "w8a8" if self.quantize in ("auto", "mixed") else self.quantize
@@ -194,7 +180,7 @@ class Deployment:
     @cached_property
     def weights(self) -> WeightBytes:
         """Weight bytes of the whole model, as stored and as one decode step reads them."""
-        size = element_bytes(self.precision)
+        size = DTYPES[self.precision].itemsize
         if self.stored_bytes is None:
             return weight_bytes(self.config, uniform_schemes(self.config, self.scheme, self.keep), size)
         plain = weight_bytes(self.config, {}, size)
@@ -278,13 +264,12 @@ class Deployment:
     def output_tokens_per_s(self, prompt_len: int, output_len: int, concurrency: int) -> float:
         """Predicted steady state: each request's prompt pass, and decode steps shared by all in flight."""
         prefill = concurrency * self.loaded_prefill_s(prompt_len, concurrency)
-        steps = (output_len - 1) / self.tokens_per_step
-        decode = steps * self.decode_s(concurrency, prompt_len + output_len / 2)
+        decode = (output_len - 1) * self.decode_s(concurrency, prompt_len + output_len / 2)
         return concurrency * output_len / (prefill + decode)
 
     def tpot_s(self, prompt_len: int, output_len: int, concurrency: int) -> float:
         """Predicted time per output token: a decode step, and the prompt passes of others in between."""
-        step = self.decode_s(concurrency, prompt_len + output_len / 2) / self.tokens_per_step
+        step = self.decode_s(concurrency, prompt_len + output_len / 2)
         others = (concurrency - 1) * self.loaded_prefill_s(prompt_len, concurrency)
         return step + others / max(output_len - 1, 1)
 
@@ -331,7 +316,7 @@ class Deployment:
         """Two all-reduces per layer; each rank sends and receives 2 (tp - 1) / tp of the activations."""
         if self.tp_size == 1:
             return 0.0
-        size = tokens * self.config.hidden_size * element_bytes(self.precision)
+        size = tokens * self.config.hidden_size * DTYPES[self.precision].itemsize
         moved = 2 * (self.tp_size - 1) / self.tp_size * size
         link, has_aiv = self.card.peak.link_bytes_per_s, self.card.peak.is_ascend and self.tp_size <= AIV_RANKS
         start_s = self.card.allreduce_aiv_s if has_aiv else self.card.allreduce_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +28,6 @@ SERVER_LOADS = (8, 16, 32, 64, 128, 256, 512, 1024)  # requests in flight, all c
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is to be served: requests of these lengths, so many in flight (None: as many as fit), within limits."""
-
-    prompt_len: int
-    output_len: int
-    concurrency: int | None = None
-    ttft_limit_ms: float | None = None
-    tpot_limit_ms: float | None = None
-    target_tokens_per_s: float | None = None  # output tokens; enough is enough: then fewer cards win
-
-
-@dataclass(frozen=True)
 class Plan:
     """A way to use cards, and what it is predicted to do; times in ms, memory in GiB per card.
 
@@ -62,30 +50,28 @@ class Plan:
     ceiling_tokens_per_s: float | None = None
     reason: str | None = None
 
-    @property
-    def is_feasible(self) -> bool:
-        return self.reason is None
-
 
 def plan(
     group: Deployment,
-    workload: Workload,
+    prompt_len: int,
+    output_len: int,
+    concurrency: int,
     *,
+    limits_ms: Mapping[str, float] | None = None,
     card_counts: Sequence[int] = CARD_COUNTS,
-    sizes: Sequence[int] = CARD_COUNTS,
 ) -> list[Plan]:
-    """Every split of every card count into groups like `group` of one of the tensor-parallel `sizes`, the best first.
+    """Every split of every card count into groups like `group` of 1, 2, 4 or 8 cards, the best first.
 
-    Best: feasible (fits, divides, meets the limits), then most output tokens per second, then fewest cards.
-    With a target the plans that reach it come first, fewest cards before speed.
+    So many requests of these lengths are in flight, within `limits_ms` of `ttft` and `tpot`. Best: feasible (fits,
+    divides, meets the limits), then most output tokens per second, then fewest cards.
     """
     plans = [
-        _one_plan(replace(group, tp_size=size), cards // size, workload)
+        _one_plan(replace(group, tp_size=size), cards // size, (prompt_len, output_len), concurrency, limits_ms or {})
         for cards in card_counts
-        for size in sizes
+        for size in CARD_COUNTS
         if size <= cards and cards % size == 0
     ]
-    return sorted(plans, key=lambda item: _rank(item, workload.target_tokens_per_s))
+    return sorted(plans, key=lambda one: (one.reason is not None, -(one.output_tokens_per_s or 0.0), one.cards))
 
 
 def forecast(group: Deployment, replicas: int, prompt_len: int, output_len: int, concurrency: int) -> dict[str, float]:
@@ -105,13 +91,6 @@ def forecast(group: Deployment, replicas: int, prompt_len: int, output_len: int,
     }
 
 
-def plans_table(plans: Sequence[Plan]) -> pandas.DataFrame:
-    """The plans as a table, one row each, in the given order."""
-    import pandas
-
-    return pandas.DataFrame([asdict(item) for item in plans])
-
-
 def outlook(experiment: Experiment, memory_bytes: int, ceilings: dict[str, Any]) -> dict[str, Any]:
     """Sizes and floors of the experiment's model on a device of `memory_bytes` with measured `ceilings`.
 
@@ -125,17 +104,11 @@ def outlook(experiment: Experiment, memory_bytes: int, ceilings: dict[str, Any])
                      kv_cache_dtype=experiment.kv_cache_dtype, speculate=experiment.speculate,
                      graph_mode=experiment.graph_mode, graph_prompt_tokens=experiment.graph_prompt_tokens,
                      async_scheduling=experiment.async_scheduling is not False)  # fmt: skip
-    workload = Workload(
-        max(experiment.sweep["prompt_len"]),
-        max(experiment.sweep["output_len"]),
-        max(experiment.sweep["concurrency"]),
-        ttft_limit_ms=experiment.limits.get("ttft"),
-        tpot_limit_ms=experiment.limits.get("tpot"),
-    )
-    plans = plan(one, workload, card_counts=sorted({1, experiment.cards}))
+    heaviest = [max(experiment.sweep[name]) for name in ("prompt_len", "output_len", "concurrency")]
+    plans = plan(one, *heaviest, limits_ms=experiment.limits, card_counts=sorted({1, experiment.cards}))
     least = min((item.decode_floor_ms for item in plans if item.decode_floor_ms is not None), default=None)
     facts = _facts(one, experiment.max_seq_length)
-    facts[f"least time of a decode step at concurrency {workload.concurrency}, ms"] = least
+    facts[f"least time of a decode step at concurrency {heaviest[-1]}, ms"] = least
     return {"facts": facts, "plans": [asdict(item) for item in plans]}
 
 
@@ -147,12 +120,13 @@ def server_plans(prompt_len: int = 512, output_len: int = 256) -> pandas.DataFra
     import pandas
 
     card = Card(PEAKS[SERVER_CARD])
-    tables = []
-    for name, model in MODELS.items():
-        for load in SERVER_LOADS:
-            plans = plan(Deployment(model, card), Workload(prompt_len, output_len, load), card_counts=SERVER_CARDS)
-            tables.append(plans_table([one for one in plans if one.concurrency == load]).assign(model=name))
-    return pandas.concat(tables, ignore_index=True)
+    return pandas.DataFrame([
+        {**asdict(one), "model": name}
+        for name, model in MODELS.items()
+        for load in SERVER_LOADS
+        for one in plan(Deployment(model, card), prompt_len, output_len, load, card_counts=SERVER_CARDS)
+        if one.concurrency == load
+    ])  # fmt: skip
 
 
 def _facts(one: Deployment, longest: int) -> dict[str, Any]:
@@ -167,19 +141,12 @@ def _facts(one: Deployment, longest: int) -> dict[str, Any]:
     }
 
 
-def _rank(item: Plan, target: float | None) -> tuple[float, ...]:
-    rate = item.output_tokens_per_s or 0.0
-    if target is not None and item.is_feasible and rate >= target:
-        return (0, item.cards, -rate)
-    return (1 if item.is_feasible else 2, -rate, item.cards)
-
-
-def _one_plan(group: Deployment, replicas: int, workload: Workload) -> Plan:
-    total_len = workload.prompt_len + workload.output_len
+def _one_plan(
+    group: Deployment, replicas: int, lengths: tuple[int, int], concurrency: int, limits_ms: Mapping[str, float]
+) -> Plan:
     problem = group.check()
-    most = 0 if problem else group.max_concurrency(total_len)
-    busiest = _busiest(group, replicas, most, workload)
-    running = busiest * replicas if workload.concurrency is None else min(workload.concurrency, busiest * replicas)
+    most = 0 if problem else group.max_concurrency(sum(lengths))
+    running = min(concurrency, most * replicas)
     base = Plan(
         cards=group.tp_size * replicas,
         tensor_parallel=group.tp_size,
@@ -189,26 +156,10 @@ def _one_plan(group: Deployment, replicas: int, workload: Workload) -> Plan:
         max_concurrency=most * replicas,
         concurrency=running,
     )
-    if problem:
-        return replace(base, reason=problem)
     if running == 0:
-        return replace(base, reason=f"no request of {total_len} tokens fits beside the weights")
-    found = forecast(group, replicas, workload.prompt_len, workload.output_len, running)
-    return replace(base, **found, reason=_broken_limit(found["ttft_ms"], found["tpot_ms"], workload))
-
-
-def _busiest(group: Deployment, replicas: int, most: int, workload: Workload) -> int:
-    """Requests in flight on the fullest replica. Without a stated number: the most that fit and meet TPOT."""
-    if workload.concurrency is not None:
-        return min(most, -(-workload.concurrency // replicas))
-    if workload.tpot_limit_ms is None or most == 0:
-        return most
-    low, high = 1, most  # TPOT grows with the number in flight
-    while low < high:
-        middle = (low + high + 1) // 2
-        tpot = group.tpot_s(workload.prompt_len, workload.output_len, middle)
-        low, high = (middle, high) if tpot * 1e3 <= workload.tpot_limit_ms else (low, middle - 1)
-    return low
+        return replace(base, reason=problem or f"no request of {sum(lengths)} tokens fits beside the weights")
+    found = forecast(group, replicas, *lengths, running)
+    return replace(base, **found, reason=_broken_limit(found, limits_ms))
 
 
 def _shares(concurrency: int, replicas: int) -> list[tuple[int, int]]:
@@ -217,8 +168,9 @@ def _shares(concurrency: int, replicas: int) -> list[tuple[int, int]]:
     return [(c, n) for c, n in ((low + 1, extra), (low, replicas - extra)) if c and n]
 
 
-def _broken_limit(ttft_ms: float, tpot_ms: float, workload: Workload) -> str | None:
-    for name, value, limit in (("TTFT", ttft_ms, workload.ttft_limit_ms), ("TPOT", tpot_ms, workload.tpot_limit_ms)):
+def _broken_limit(found: Mapping[str, float], limits_ms: Mapping[str, float]) -> str | None:
+    for name in ("ttft", "tpot"):
+        value, limit = found[f"{name}_ms"], limits_ms.get(name)
         if limit is not None and value > limit:
-            return f"predicted {name} {value:.1f} ms is above the limit of {limit:g} ms"
+            return f"predicted {name.upper()} {value:.1f} ms is above the limit of {limit:g} ms"
     return None

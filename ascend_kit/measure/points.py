@@ -13,7 +13,7 @@ from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.device.meters import PowerMeter, ProcessorMeter
 from ascend_kit.engine.opened_model import CardMeter
 from ascend_kit.measure import metrics
-from ascend_kit.measure.engines import Backend, reckon_weight_bytes, watched_cards
+from ascend_kit.measure.engines import Backend, watched_cards
 from ascend_kit.measure.forecast import Card, Deployment, request_flops
 from ascend_kit.measure.loads import build
 from ascend_kit.measure.metrics import RequestRecord
@@ -38,7 +38,8 @@ class PointForecast:
     where the ceiling of the precision was not measured.
     """
 
-    def __init__(self, backend: Backend, stored_bytes: int, ceilings: dict[str, Any]) -> None:
+    def __init__(self, backend: Backend, stored_bytes: int | None, ceilings: dict[str, Any]) -> None:
+        """`stored_bytes` of the weights of one replica; None: by arithmetic on the model's shape."""
         self.slots, self.replicas = backend.slots, backend.replicas
         variant, device = backend.variant(), backend.device
         self.measured: Deployment | None = None
@@ -146,9 +147,7 @@ class PointRunner:
 
     def known_before(self) -> PointForecast:
         """Floors and predictions before the model is loaded, from the size its weights must have."""
-        variant = self.backend.variant()
-        stored = reckon_weight_bytes(self.backend.config, variant["precision"], variant["quantize"])
-        return PointForecast(self.backend, stored, self.ceilings)
+        return PointForecast(self.backend, None, self.ceilings)
 
     def measure(self, point: Point, on_share: Callable[[float], None] | None = None) -> str:
         """Run one point and append its rows; a few words on how it went. Any failure is a row, and the engine is given
