@@ -110,7 +110,7 @@ def test_prefix_hit_rate_is_cached_over_prompt_tokens():
     records = [request([0.1], prompt=30, num_cached_tokens=12), request([0.1], prompt=10, index=1)]
 
     assert metrics.summarize(records)["prefix_hit_rate"] == 12 / 40
-    assert metrics.prefix_hit_rate([]) is None
+    assert metrics.summarize([])["prefix_hit_rate"] is None
 
 
 def test_utilisation_is_work_over_time_and_peak_and_unknown_without_a_peak():

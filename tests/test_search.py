@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ascend_kit.measure.intervals import mean_interval, percentile_interval, ratio_interval
+from ascend_kit.measure.metrics import mean_interval, percentile_interval, ratio_interval
 from ascend_kit.measure.search import breaches, find_highest
 
 

@@ -1,4 +1,4 @@
-"""Latency, throughput and utilisation of finished requests, from their raw timestamps.
+"""Latency, throughput and utilisation of finished requests, from their raw timestamps, and how sure a number is.
 
 Knows nothing of models or devices: a `RequestRecord` comes in, numbers with units come out. All clocks are
 `time.perf_counter` seconds. The raw samples stay in the records, and every percentile is taken from pooled
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 PERCENTILES = (50, 90, 95, 99)
 COMPLETE = ("stop", "length")
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,6 @@ class Limits:
     tpot_ms: float | None = None
     itl_ms: float | None = None
     e2e_ms: float | None = None
-
-    @property
-    def are_stated(self) -> bool:
-        return self != Limits()
 
     def are_met(self, record: RequestRecord) -> bool:
         """A failed request never passes; a one-token request has no TPOT and no gap and passes those limits."""
@@ -140,39 +138,28 @@ def queue_s(record: RequestRecord) -> float | None:
     return record.scheduled_s - record.arrival_s
 
 
-def steady_window(records: Sequence[RequestRecord]) -> tuple[float, float] | None:
-    """From the first to the last moment with the most requests in flight: without ramp-up and drain; None where that
-    is less than a tenth of the whole."""
+def steady_columns(records: Sequence[RequestRecord]) -> dict[str, float | None]:
+    """Output tokens per second from the first to the last moment with the most requests in flight, which leaves out
+    ramp-up and drain, and the seconds between; None where these are less than a tenth of the whole."""
+    unknown: dict[str, float | None] = dict.fromkeys(("steady_output_tokens_per_s", "steady_s"))
     if not records:
-        return None
+        return unknown
     moments = sorted([(r.arrival_s, 1) for r in records] + [(r.end_s, -1) for r in records])
     counts = list(itertools.accumulate(change for _, change in moments))
     most = max(counts)
-    first = next(place for place, count in enumerate(counts) if count == most)
-    last = len(counts) - 1 - next(place for place, count in enumerate(reversed(counts)) if count == most)
-    start, end = moments[first][0], moments[min(last + 1, len(moments) - 1)][0]
-    return (start, end) if end - start >= 0.1 * wall_s(records) else None
-
-
-def steady_columns(records: Sequence[RequestRecord]) -> dict[str, float | None]:
-    """Output tokens per second within `steady_window`, and its length."""
-    window = steady_window(records)
-    if window is None:
-        return {"steady_output_tokens_per_s": None, "steady_s": None}
-    start, end = window
+    full = [place for place, count in enumerate(counts) if count == most]
+    start, end = moments[full[0]][0], moments[min(full[-1] + 1, len(moments) - 1)][0]
+    if end - start < 0.1 * wall_s(records):
+        return unknown
     inside = sum(start < moment <= end for record in records for moment in record.token_times_s)
     return {"steady_output_tokens_per_s": _rate(inside, end - start), "steady_s": end - start}
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:
     """The q-th percentile, linear between neighbours as numpy's default; None for no values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * q / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    import numpy
+
+    return float(numpy.percentile(values, q)) if values else None
 
 
 def wall_s(records: Sequence[RequestRecord]) -> float:
@@ -182,18 +169,25 @@ def wall_s(records: Sequence[RequestRecord]) -> float:
     return max(record.end_s for record in records) - min(record.arrival_s for record in records)
 
 
-def latency_columns(records: Iterable[RequestRecord]) -> dict[str, float | None]:
-    """`<ttft|tpot|itl|e2e|queue>_<mean|p50|p90|p95|p99>_ms` over the completed requests."""
-    records = list(records)
-    samples = {
-        "ttft": _defined(ttft_s(record) for record in records),
-        "tpot": _defined(tpot_s(record) for record in records),
+def samples_s(records: Sequence[RequestRecord]) -> dict[str, list[float]]:
+    """Every `ttft`, `tpot`, `itl`, `e2e` and `queue` of the completed requests, in seconds."""
+
+    def known(values: Iterable[float | None]) -> list[float]:
+        return [value for value in values if value is not None]
+
+    return {
+        "ttft": known(map(ttft_s, records)),
+        "tpot": known(map(tpot_s, records)),
         "itl": [gap for record in records for gap in itl_s(record)],
-        "e2e": _defined(e2e_s(record) for record in records),
-        "queue": _defined(queue_s(record) for record in records),
+        "e2e": known(map(e2e_s, records)),
+        "queue": known(map(queue_s, records)),
     }
+
+
+def latency_columns(records: Sequence[RequestRecord]) -> dict[str, float | None]:
+    """`<ttft|tpot|itl|e2e|queue>_<mean|p50|p90|p95|p99>_ms` over the completed requests."""
     columns: dict[str, float | None] = {}
-    for name, values in samples.items():
+    for name, values in samples_s(records).items():
         columns[f"{name}_mean_ms"] = _ms(sum(values) / len(values) if values else None)
         for q in PERCENTILES:
             columns[f"{name}_p{q}_ms"] = _ms(percentile(values, q))
@@ -206,14 +200,16 @@ def summarize(
     """One row of metrics, units in the names.
 
     Throughput counts the tokens of completed requests only, over `wall` seconds (default: `wall_s`). Goodput
-    is None when no limit was stated, since it would then be the request rate under another name.
+    is None when no limit was stated, since it would then be the request rate under another name. `prefix_hit_rate` is
+    the share of all prompt tokens that were found in the prefix cache, 0..1.
     """
     done = [record for record in records if record.is_complete]
     seconds = wall_s(records) if wall is None else wall
     output = sum(record.num_output_tokens for record in done)
     given = sum(record.num_prompt_tokens for record in done)
     asked = sum(record.num_asked_tokens or record.num_output_tokens for record in done)
-    good = sum(limits.are_met(record) for record in done)
+    prompt = sum(record.num_prompt_tokens for record in records)
+    are_stated, good = limits != Limits(), sum(limits.are_met(record) for record in done)
     return {
         "num_requests": len(records),
         "num_completed": len(done),
@@ -224,24 +220,15 @@ def summarize(
         "input_tokens_per_s": _rate(given, seconds),
         "total_tokens_per_s": _rate(output + given, seconds),
         "requests_per_s": _rate(len(done), seconds),
-        "goodput_requests_per_s": _rate(good, seconds) if limits.are_stated else None,
-        "good_request_share": good / len(records) if limits.are_stated and records else None,
+        "goodput_requests_per_s": _rate(good, seconds) if are_stated else None,
+        "good_request_share": good / len(records) if are_stated and records else None,
         **{f"{name.removesuffix('_ms')}_limit_ms": value for name, value in asdict(limits).items()},
         **steady_columns(done),
         "output_length_ratio": output / asked if asked else None,
         **latency_columns(done),
         "num_preemptions": sum(record.num_preemptions for record in records),
-        "prefix_hit_rate": prefix_hit_rate(records),
+        "prefix_hit_rate": sum(record.num_cached_tokens for record in records) / prompt if prompt else None,
     }
-
-
-def prefix_hit_rate(records: Iterable[RequestRecord]) -> float | None:
-    """Share of prompt tokens that were found in the prefix cache, 0..1; None without prompts."""
-    records = list(records)
-    prompt_tokens = sum(record.num_prompt_tokens for record in records)
-    if prompt_tokens == 0:
-        return None
-    return sum(record.num_cached_tokens for record in records) / prompt_tokens
 
 
 def utilisation(work: float, seconds: float, peak_per_s: float | None) -> float | None:
@@ -258,9 +245,59 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
 
 
-def _defined(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
 def _none_if_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# --- how sure a number is --------------------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval; the bounds are None for a single value."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_repeats: int
+
+    @property
+    def share(self) -> float | None:
+        """Half the width over the mean."""
+        return None if self.high is None or not self.mean else (self.high - self.mean) / self.mean
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Student's t interval of the mean of independent repeats of a rate or a time: no bound is below 0."""
+    from scipy import stats
+
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return Interval(mean, None, None, count)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Interval(mean, max(0.0, mean - half), mean + half, count)
+
+
+def ratio_interval(values: Sequence[float], base: Sequence[float]) -> Interval:
+    """Quotient of two means, by the delta method on their logarithms with the smaller sample's degrees of freedom."""
+    from scipy import stats
+
+    above, below = statistics.fmean(values), statistics.fmean(base)
+    ratio, count = above / below, min(len(values), len(base))
+    if count < 2:
+        return Interval(ratio, None, None, count)
+    spread = math.hypot(
+        statistics.stdev(values) / math.sqrt(len(values)) / above, statistics.stdev(base) / math.sqrt(len(base)) / below
+    )
+    factor = math.exp(float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread)
+    return Interval(ratio, ratio / factor, ratio * factor, count)
+
+
+def percentile_interval(values: Sequence[float], q: float) -> tuple[float | None, float | None]:
+    """Distribution-free 95 % bounds of a percentile from its order statistics; None where the sample is too small to
+    bound that side: the p99 of 64 requests has no upper bound."""
+    from scipy import stats
+
+    ordered, count = sorted(values), len(values)
+    low = int(stats.binom.ppf((1 - CONFIDENCE) / 2, count, q / 100))
+    high = int(stats.binom.ppf((1 + CONFIDENCE) / 2, count, q / 100)) + 1
+    return (ordered[low - 1] if 1 <= low <= count else None), (ordered[high - 1] if high <= count else None)

@@ -5,8 +5,6 @@ Reads files only: results are shown without a device, and need no torch.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -127,26 +125,6 @@ def asked_rows(folder: RunFolder) -> list[dict[str, Any]]:
     return rows
 
 
-def best_repeats(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The repeats of the point that wrote the most output tokens/s in their mean: of one engine under one identity.
-
-    Rows of another status, or without a rate, as other tools may write, take no part; a single lucky repeat is no best.
-    """
-    points: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row.get("status") == "ok" and row.get(RATE) is not None:
-            engine = (row.get("backend"), row.get("identity"), row.get("cards"), row.get("tensor_parallel"))
-            load = tuple(row.get(name) for name in KEY if name != "repeat")
-            points.setdefault((*engine, *load), []).append(row)
-    return max(points.values(), key=lambda found: statistics.fmean(row[RATE] for row in found), default=[])
-
-
-def mean_of(rows: Iterable[dict[str, Any]], name: str) -> float | None:
-    """Mean of a column over those rows that know it."""
-    known = [row[name] for row in rows if row.get(name) is not None]
-    return statistics.fmean(known) if known else None
-
-
 def load_cards(folder: RunFolder) -> pandas.DataFrame:
     """What each card did during the points that `load_rows` gives."""
     cards, rows = folder.load("cards"), load_rows(folder)
@@ -168,20 +146,12 @@ def failed_points(rows: pandas.DataFrame) -> pandas.DataFrame:
     return rows if rows.empty else rows.loc[~rows["status"].isin(["ok", "pruned"])]
 
 
-def error_of(rows: pandas.DataFrame) -> SweepError | None:
-    """What ends the stage as failed: an error naming points that could not be measured, None where there are none."""
-    failed = failed_points(rows)
-    if failed.empty:
-        return None
-    first = failed.iloc[0]
-    point = f"concurrency {first['concurrency']}, prompt {first['prompt_len']}, output {first['output_len']}"
-    return SweepError(
-        f"{len(failed)} of {len(rows)} points failed; the first: {first['backend']}, {point}: {first['error']}"
-    )
-
-
 def raise_if_failed(rows: pandas.DataFrame) -> None:
-    """The SweepError of `error_of`: what ends a notebook with a failure."""
-    error = error_of(rows)
-    if error is not None:
-        raise error
+    """SweepError naming points that could not be measured, if there are any: what ends a notebook with a failure."""
+    failed = failed_points(rows)
+    if not failed.empty:
+        first = failed.iloc[0]
+        point = f"concurrency {first['concurrency']}, prompt {first['prompt_len']}, output {first['output_len']}"
+        raise SweepError(
+            f"{len(failed)} of {len(rows)} points failed; the first: {first['backend']}, {point}: {first['error']}"
+        )

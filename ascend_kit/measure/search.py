@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.identity import Identity
-from ascend_kit.measure import metrics
-from ascend_kit.measure.intervals import percentile_interval
-from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.metrics import RequestRecord, percentile_interval, samples_s
 from ascend_kit.measure.rows import Point
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ MAX_RUNS = 16
 USUAL_PROBES = 10  # for the progress line: searches that begin at 1 took 10 to 12 runs
 ATTAINMENT = 0.95  # share of requests that must meet limits of every request
 SECONDS = 10  # of arrivals that a probe of a rate lasts at least
-SAMPLES = {"ttft": metrics.ttft_s, "tpot": metrics.tpot_s, "e2e": metrics.e2e_s}
 
 
 @dataclass(frozen=True)
@@ -129,13 +126,13 @@ def _probe(base: Point, axis: str, value: float, experiment: Experiment) -> Poin
 def _bounds(runner: PointRunner, row: dict[str, Any], slo: dict[str, float]) -> dict[str, Any]:
     """Each limited metric at a row: the value and, for percentiles, its distribution-free 95 % bounds."""
     own = (r for r in runner.folder.rows("requests") if r.get("point_id") == row["point_id"])
-    records = [RequestRecord.from_row(one) for one in own]
+    samples = samples_s([RequestRecord.from_row(one) for one in own])
     found: dict[str, Any] = {}
     for name in slo:
         metric, *rest = name.removesuffix("_ms").split("_")
         found[name] = {"value": row.get(name)}
-        if rest and rest[0].startswith("p") and metric in SAMPLES:
-            values = [v * 1e3 for record in records if (v := SAMPLES[metric](record)) is not None]
+        if rest and rest[0].startswith("p") and metric != "itl":  # gaps of one answer are not independent
+            values = [value * 1e3 for value in samples[metric]]
             low, high = percentile_interval(values, float(rest[0][1:]))
             found[name] |= {"low": low, "high": high, "count": len(values)}
     return found

@@ -26,10 +26,10 @@ from ascend_kit.measure.continuous import ContinuousBackend, require_continuous
 from ascend_kit.measure.engines import Backend, EngineBackend, Machine, as_backend, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card
 from ascend_kit.measure.grid import shuffled, sweep_points, why_impossible
-from ascend_kit.measure.intervals import mean_interval
+from ascend_kit.measure.metrics import mean_interval
 from ascend_kit.measure.points import PointForecast, PointRunner
 from ascend_kit.measure.remote import EndpointBackend
-from ascend_kit.measure.rows import Point, SweepError, error_of, load_rows
+from ascend_kit.measure.rows import Point, SweepError, load_rows, raise_if_failed
 from ascend_kit.measure.search import USUAL_PROBES, search_points, searched_loads
 
 if TYPE_CHECKING:
@@ -187,8 +187,9 @@ def run_sweep(
                 if len(runners) > 1:
                     runner.backend.close()
         rows = load_rows(folder)
-        error = error_of(rows.loc[rows["backend"] == name])
-        if error is not None:
+        try:
+            raise_if_failed(rows.loc[rows["backend"] == name])
+        except SweepError as error:
             folder.fail(str(error))
     return rows
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ascend_kit.files import write_atomic
-from ascend_kit.measure.intervals import mean_interval, ratio_interval
-from ascend_kit.measure.rows import KEY
+from ascend_kit.measure.metrics import mean_interval, ratio_interval
+from ascend_kit.measure.rows import KEY, RATE
 from ascend_kit.measure.search import breaches
 from ascend_kit.params import Experiment
 from ascend_kit.params.engines import OWN_SETTINGS
@@ -24,12 +24,13 @@ BOUND_MBU, BOUND_MFU = 0.6, 0.5
 
 
 def measured_points(rows: Rows) -> list[dict[str, Any]]:
-    """One row per engine, setting and load: means over repeats, and the 95 % interval of output tokens/s. The headline
-    of a point is its mean, never its best repeat."""
+    """One row per engine, setting, identity and load: means over repeats, and the 95 % interval of output tokens/s. The
+    headline of a point is its mean, never its best repeat. Rows without a rate, as other tools may write, take no part.
+    """
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("status") == "ok":
-            groups.setdefault(tuple(_plain(row.get(name)) for name in (*SETTINGS, *LOAD)), []).append(row)
+        if row.get("status") == "ok" and row.get(RATE) is not None:
+            groups.setdefault(tuple(_plain(row.get(name)) for name in (*SETTINGS, "identity", *LOAD)), []).append(row)
     found = []
     for own in groups.values():
         numbers = {
@@ -38,10 +39,10 @@ def measured_points(rows: Rows) -> list[dict[str, Any]]:
             if isinstance(value, float)
             and len(values := [r[name] for r in own if isinstance(r.get(name), float)]) == len(own)
         }
-        rates = [row["output_tokens_per_s"] for row in own]
+        rates = [row[RATE] for row in own]
         interval = mean_interval(rates)
-        found.append({**own[0], **numbers, "rates": rates, "low": interval.low, "high": interval.high,
-                      "num_repeats": len(own)})  # fmt: skip
+        rate = {RATE: interval.mean, "rates": rates, "low": interval.low, "high": interval.high}
+        found.append({**own[0], **numbers, **rate, "num_repeats": len(own)})
     return found
 
 
@@ -61,19 +62,22 @@ def cause(point: dict[str, Any]) -> tuple[str, str]:
     return ("memory" if mbu / BOUND_MBU >= mfu / BOUND_MFU else "arithmetic"), text
 
 
+def fastest(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The point that wrote the most output tokens/s; None without any."""
+    return max(points, key=lambda point: point[RATE], default=None)
+
+
 def best(rows: Rows, slo: dict[str, float]) -> dict[str, dict[str, Any]]:
     """`throughput`, `latency` (least mean TPOT), with limits `within_limits`: each a point, its cause and evidence."""
     points = measured_points(rows)
-    choices: dict[str, tuple[list[dict[str, Any]], Callable[[dict[str, Any]], float]]] = {
-        "throughput": (points, lambda p: p["output_tokens_per_s"]),
-        "latency": ([p for p in points if p.get("tpot_mean_ms")], lambda p: -p["tpot_mean_ms"]),
+    timed = [point for point in points if point.get("tpot_mean_ms")]
+    choices = {
+        "throughput": fastest(points),
+        "latency": min(timed, key=lambda point: point["tpot_mean_ms"], default=None),
+        "within_limits": fastest([point for point in points if slo and not breaches(point, slo)]),
     }
-    if slo:
-        kept = [point for point in points if not breaches(point, slo)]
-        choices["within_limits"] = (kept, lambda p: p["output_tokens_per_s"])
-    found = {name: max(among, key=rank) for name, (among, rank) in choices.items() if among}
     return {name: {**point, **dict(zip(("cause", "evidence"), cause(point), strict=True))}
-            for name, point in found.items()}  # fmt: skip
+            for name, point in choices.items() if point}  # fmt: skip
 
 
 def recommended(experiment: Experiment, point: dict[str, Any]) -> Experiment:

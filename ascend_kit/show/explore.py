@@ -12,7 +12,8 @@ from ascend_kit.evaluation.compare import pair_documents
 from ascend_kit.evaluation.runs import RATE, Run, load_scores
 from ascend_kit.files import GIB, Table
 from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
-from ascend_kit.measure.rows import Point, best_repeats, key_of, load_rows, mean_of
+from ascend_kit.measure.rows import Point, key_of, load_rows
+from ascend_kit.measure.verdict import fastest, measured_points
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
@@ -84,7 +85,7 @@ def run_list(runs: Iterable[Run]) -> Table:
 
 def _line(run: Run) -> dict[str, Any]:
     record, values = RunRecord.read(run.folder.path), run.parameters
-    best, switches = best_repeats(run.sweep), [name for name in ENGINE_SWITCHES if values.get(name) is True]
+    best, switches = fastest(measured_points(run.sweep)), [name for name in ENGINE_SWITCHES if values.get(name) is True]
     scores = load_scores(run.folder)
     right = scores[(scores["metric"] == "acc") & (scores["status"] == "ok")]
     return {
@@ -92,9 +93,9 @@ def _line(run: Run) -> dict[str, Any]:
         "model": ", ".join(
             str(values[name]) for name in ("model_name", "precision", "quantize") if values.get(name, "none") != "none"
         ),
-        "engine, switches": ", ".join([*{row["backend"] for row in best}, *switches]),
-        "tokens/s": mean_of(best, RATE),
-        "TTFT, ms": mean_of(best, "ttft_p50_ms"),
+        "engine, switches": ", ".join([*([best["backend"]] if best else []), *switches]),
+        "tokens/s": best and best[RATE],
+        "TTFT, ms": best and best.get("ttft_p50_ms"),
         "accuracy, %": 100 * (right["value"] * right["n"]).sum() / right["n"].sum() if len(right) else None,
         "changed": (record.updated or "")[:16].replace("T", " "),
         "state": replace(record, stages={name: one for name, one in record.stages.items() if name != EXPLORING}).state,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from ascend_kit.messages import Finding, phrase, translate
@@ -93,22 +92,22 @@ def _speed(folder: RunFolder, compared: Finding | None) -> list[tuple[str, str]]
     """(text, note) of output tokens/s, TTFT and TPOT, by the mean of the repeats: at the point that the verdict tells,
     else at the engine's best.
     """
-    from ascend_kit.measure.rows import asked_rows, best_repeats, load_of, mean_of
+    from ascend_kit.measure.rows import asked_rows, load_of
+    from ascend_kit.measure.verdict import fastest, measured_points
 
-    rows = [row for row in asked_rows(folder) if row.get("backend") != "transformers"]
-    own = [row for row in rows if row.get("backend") == "ascend_kit"]  # another engine's only where ours has none
+    points = measured_points([row for row in asked_rows(folder) if row.get("backend") != "transformers"])
+    own = [point for point in points if point.get("backend") == "ascend_kit"]  # another's only where ours has none
     told = compared.values if compared else {}
     load = load_of(told.get("load") or {name: told.get(name) for name in POINT})
-    best = best_repeats(row for row in own if load_of(row) == load) or best_repeats(own or rows)
-    if not best:
+    best = fastest([point for point in own if load_of(point) == load]) or fastest(own or points)
+    if best is None:
         return [("", "")] * 3
-    rates = [row["output_tokens_per_s"] for row in best]
-    arrivals = best[0].get("rate")
+    rates, arrivals = best["rates"], best.get("rate")
     at = "number.at" if arrivals is None else "number.at_rate"
-    place = translate(at, arrivals=arrivals, **{name: best[0][name] for name in POINT})
+    place = translate(at, arrivals=arrivals, **{name: best[name] for name in POINT})
     spread = translate("number.range", low=min(rates), high=max(rates), count=len(rates))
-    times = [mean_of(best, f"{name}_p50_ms") for name in ("ttft", "tpot")]
-    return [(f"{statistics.fmean(rates):,.0f}", f"{spread}, {place}")] + [
+    times = [best.get(f"{name}_p50_ms") for name in ("ttft", "tpot")]
+    return [(f"{best['output_tokens_per_s']:,.0f}", f"{spread}, {place}")] + [
         ("" if value is None else f"{cell_text(value)} ms", translate("number.median")) for value in times
     ]
 
