@@ -7,12 +7,12 @@ import re
 import torch
 
 from ascend_kit.checkpoint.huggingface import Checkpoint
+from ascend_kit.checkpoint.quantized_tensors import FLOATS
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.messages import did_you_mean
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import EMBEDDING, HEAD, expected_shapes, linear_names
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 COMPARE_ROWS = 4096  # at a time
 QUANTIZED_PARTS = ("weight_scale", "weight_zero_point", "weight_g_idx", "input_scale", "input_offset")
 # A folded bias of a linear that has none is rounding error, at most this many steps of the weight's scale.

@@ -16,18 +16,16 @@ from typing_extensions import TypedDict
 from ascend_kit.checkpoint.quantized_tensors import (
     COMPRESSED_TENSORS,
     W4A8,
-    Unpacked,
+    Part,
     add_static,
     check_groups,
-    check_linear,
-    check_shapes,
-    in_float32,
     nibbles,
-    packed_int8,
     pattern_fits,
+    present,
+    present_int8,
     present_kv_scales,
     refuse_unknown,
-    scale_column,
+    unpack_int8,
 )
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 from ascend_kit.files import one_line
@@ -162,24 +160,21 @@ def _present_linear(
         if f"{linear}.{extra}" in result:
             raise CheckpointError(f"{folder}: {linear}.{extra} is stored, which a {scheme} linear does not have")
     if f"{linear}.weight_packed" in result:
-        shape = _shape_of_packed(linear, result)
+        shape = rows, width = _shape_of_packed(linear, result)
         if scheme == "w4a16":
-            _present_packed(linear, result, shape, None if group_size in (None, -1) else group_size)
+            _present_groups(linear, result, shape, group_size)
             return
-        packed = result.pop(f"{linear}.weight_packed")
-        if packed.dtype != torch.int32 or packed.shape != (shape[0], (shape[1] + 3) // 4):
-            raise CheckpointError(
-                f"{packed.origin}: {linear}.weight_packed is {packed.dtype} {list(packed.shape)}, expected int32 with "
-                f"four numbers an element for weight_shape {list(shape)}"
-            )
-        result[f"{linear}.weight"] = packed_int8(packed, shape)
+        stored = [(rows, -(-width // 4))]
+        packed = Part("weight_packed", stored, shape, unpack_int8, [torch.int32], torch.int8)
+        present(linear, result, {"weight": packed})
     elif scheme == "w4a16":
         raise CheckpointError(f"{folder}: {linear}.weight_packed is missing; 4 bits are read packed only")
-    check_linear(folder, linear, result)
-    result[f"{linear}.weight_scale"] = scale_column(result[f"{linear}.weight_scale"])
+    present_int8(folder, linear, result)
     if scheme == "w8a8_static":
+        if f"{linear}.input_scale" not in result:
+            raise CheckpointError(f"{folder}: {linear}.input_scale is missing, though its activations are static")
         offset = result.pop(f"{linear}.input_zero_point", None)
-        add_static(folder, linear, result.get(f"{linear}.input_scale"), offset, result)
+        add_static(linear, result[f"{linear}.input_scale"], offset, result)
 
 
 def _shape_of_packed(linear: str, result: dict[str, TensorSource]) -> tuple[int, int]:
@@ -191,20 +186,21 @@ def _shape_of_packed(linear: str, result: dict[str, TensorSource]) -> tuple[int,
     return shape[0], shape[1]
 
 
-def _present_packed(
+def _present_groups(
     linear: str, sources: dict[str, TensorSource], shape: tuple[int, int], group_size: int | None
 ) -> None:
     """Replace one 4-bit linear by the common form."""
-    name = f"{linear}.weight"
-    words, scale = sources.pop(f"{name}_packed"), sources[f"{name}_scale"]
-    table = (shape[0], 1 if group_size is None else -(-shape[1] // group_size))
-    check_shapes(linear, {"weight_packed": (words, (shape[0], -(-shape[1] // 8))), "weight_scale": (scale, table)})
-    check_groups(linear, words, {"group_size": group_size or -1}, shape, table[1])
-    sources[name] = Unpacked(words, shape, lambda w: nibbles(w).flatten(1) - 8, packed_dim=1)
-    sources[f"{name}_scale"] = in_float32(scale, table)
-    if (zeros := sources.get(f"{name}_zero_point")) is not None:
-        check_shapes(linear, {"weight_zero_point": (zeros, (-(-shape[0] // 8), table[1]))})
-        unpack = lambda w: nibbles(w).transpose(1, 2).flatten(0, 1) - 8  # noqa: E731
-        sources[f"{name}_zero_point"] = Unpacked(zeros, table, unpack, packed_dim=0, dtype=torch.float32)
-    if (group_of := sources.get(f"{name}_g_idx")) is not None:
-        check_shapes(linear, {"weight_g_idx": (group_of, (shape[1],))})
+    rows, width = shape
+    groups = 1 if group_size in (None, -1) else -(-width // group_size)
+    check_groups(linear, sources[f"{linear}.weight_packed"].origin, group_size, shape, groups)
+    table, words = (rows, groups), [torch.int32]
+    by_columns = lambda found: nibbles(found).flatten(1) - 8  # noqa: E731
+    by_rows = lambda found: nibbles(found).transpose(1, 2).flatten(0, 1) - 8  # noqa: E731
+    zeros = [(-(-rows // 8), groups)]
+    parts = {
+        "weight": Part("weight_packed", [(rows, -(-width // 8))], shape, by_columns, words, torch.int8),
+        "weight_scale": Part("weight_scale", [table], table),
+        "weight_zero_point": Part("weight_zero_point", zeros, table, by_rows, words, rows_in_one=8),
+        "weight_g_idx": Part("weight_g_idx", [(width,)], (width,), dtype=torch.int32),
+    }
+    present(linear, sources, parts)

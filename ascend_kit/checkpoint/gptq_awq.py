@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_kit.checkpoint.quantized_tensors import Unpacked, check_groups, check_shapes, nibbles, refuse_unknown
+from ascend_kit.checkpoint.quantized_tensors import Part, check_groups, nibbles, present, refuse_unknown
 from ascend_kit.checkpoint.tensor_file import CheckpointError, TensorSource
 
 AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)  # of each of 8 neighbouring outputs
@@ -48,7 +48,7 @@ def present_gptq(where: Path, stored: Mapping[str, Any], sources: dict[str, Tens
     def zero(words: Tensor) -> Tensor:
         return nibbles(words).flatten(1).t() + step - 8
 
-    return _present(stored, sources, weight, zero, packed_dim=1, more=("g_idx",))
+    return _present(stored, sources, weight, zero, needed=("qzeros", "scales", "g_idx"))
 
 
 def present_awq(where: Path, stored: Mapping[str, Any], sources: dict[str, TensorSource]) -> dict[str, str]:
@@ -61,45 +61,39 @@ def present_awq(where: Path, stored: Mapping[str, Any], sources: dict[str, Tenso
     def ordered(words: Tensor) -> Tensor:
         return nibbles(words)[..., order].flatten(1).t() - 8
 
-    return _present(stored, sources, ordered, ordered, packed_dim=0)
+    return _present(stored, sources, ordered, ordered, outputs_in_one=8)
 
 
 def _present(
-    stored: Mapping[str, Any], sources: dict[str, TensorSource], weight: Unpack, zero: Unpack, *, packed_dim: int,
-    more: tuple[str, ...] = (),
+    stored: Mapping[str, Any], sources: dict[str, TensorSource], weight: Unpack, zero: Unpack, *,
+    outputs_in_one: int = 1, needed: tuple[str, ...] = ("qzeros", "scales"),
 ) -> dict[str, str]:  # fmt: skip
     """The linears of `sources` in the common form, by how words of weights [in, out] and of zeros become [out, ...]."""
     linears = [name.removesuffix(".qweight") for name in sources if name.endswith(".qweight")]
     if not linears:
         raise CheckpointError("the weights hold no .qweight, though config.json describes 4-bit linears")
+    words_of = {"stored_dtypes": [torch.int32], "turned": True}
     for linear in linears:
-        words, zeros, scales, *group_of = _take(linear, sources, "qweight", "qzeros", "scales", *more)
-        rows, width = (count * (8 if dim == packed_dim else 1) for dim, count in enumerate(reversed(words.shape)))
-        groups, name = scales.shape[0], f"{linear}.weight"
-        check_shapes(linear, {"qzeros": (zeros, (groups, -(-rows // 8))), "scales": (scales, (groups, rows))})
-        check_groups(linear, words, stored, (rows, width), groups)
-        sources[name] = Unpacked(words, (rows, width), weight, packed_dim=packed_dim, turned=True)
-        table = {"shape": (rows, groups), "turned": True, "dtype": torch.float32}
-        sources[f"{name}_scale"] = Unpacked(scales, unpack=torch.t, packed_dim=None, **table)
-        sources[f"{name}_zero_point"] = Unpacked(zeros, unpack=zero, packed_dim=0, **table)
-        for source in group_of:
-            check_shapes(linear, {"g_idx": (source, (width,))})
-            sources[f"{name}_g_idx"] = source
+        words = sources[f"{linear}.qweight"]
+        for part in needed:
+            if f"{linear}.{part}" not in sources:
+                raise CheckpointError(f"{words.origin}: {linear}.{part} is missing beside {linear}.qweight")
+        forms = words.shape, sources[f"{linear}.scales"].shape
+        if any(len(form) != 2 for form in forms):
+            raise CheckpointError(f"{words.origin}: {linear}.qweight is {forms[0]}, .scales {forms[1]}; not two tables")
+        (width, rows), groups = forms[0], forms[1][0]
+        width, rows = width * 8 // outputs_in_one, rows * outputs_in_one
+        check_groups(linear, words.origin, stored.get("group_size"), (rows, width), groups)
+        table = (rows, groups)
+        form = {"dtype": torch.int8, "rows_in_one": outputs_in_one, **words_of}
+        parts = {
+            "weight": Part("qweight", [words.shape], (rows, width), weight, **form),
+            "weight_scale": Part("scales", [(groups, rows)], table, torch.t, turned=True),
+            "weight_zero_point": Part("qzeros", [(groups, -(-rows // 8))], table, zero, rows_in_one=8, **words_of),
+            "weight_g_idx": Part("g_idx", [(width,)], (width,), dtype=torch.int32),
+        }
+        present(linear, sources, parts)
     return dict.fromkeys(linears, "w4a16")
-
-
-def _take(linear: str, sources: dict[str, TensorSource], *parts: str) -> list[TensorSource]:
-    missing = next((part for part in parts if f"{linear}.{part}" not in sources), None)
-    if missing is not None:
-        origin = sources[f"{linear}.{parts[0]}"].origin
-        raise CheckpointError(f"{origin}: {linear}.{missing} is missing beside {linear}.{parts[0]}")
-    taken = [sources.pop(f"{linear}.{part}") for part in parts]
-    for part, source in zip(parts, taken, strict=True):
-        if part in (parts[0], "qzeros") and (source.dtype != torch.int32 or len(source.shape) != 2):
-            raise CheckpointError(
-                f"{source.origin}: {linear}.{part} is {source.dtype} {list(source.shape)}, not a table of int32"
-            )
-    return taken
 
 
 def _check_config(

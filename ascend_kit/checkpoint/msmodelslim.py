@@ -16,13 +16,11 @@ import torch
 from ascend_kit.checkpoint.quantized_tensors import (
     MSMODELSLIM,
     W4A8,
-    Unpacked,
+    Part,
     add_static,
-    check_linear,
-    check_shapes,
-    in_float32,
+    present,
+    present_int8,
     present_kv_scales,
-    scale_column,
 )
 from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource
 from ascend_kit.model.config import ModelConfig
@@ -89,7 +87,7 @@ def present_msmodelslim(
 
 
 def _present_linear(path: Path, linear: str, kind: str, result: dict[str, TensorSource]) -> None:
-    check_linear(path.parent, linear, result)
+    present_int8(path.parent, linear, result)
     offset = result.pop(f"{linear}.weight_offset", None)
     if offset is not None and bool(offset.read().ne(0).any()):
         raise CheckpointError(
@@ -101,7 +99,6 @@ def _present_linear(path: Path, linear: str, kind: str, result: dict[str, Tensor
         result.pop(f"{linear}.{key}", None) for key in ("input_scale", "input_offset", "quant_bias")
     )
     if scale is not None and kind != "W8A8":  # W8A8_MIX holds both
-        result[f"{linear}.weight_scale"] = scale_column(scale)
         return
     if deq is None or input_scale is None or input_offset is None or quant_bias is None:
         raise CheckpointError(
@@ -116,21 +113,17 @@ def _present_linear(path: Path, linear: str, kind: str, result: dict[str, Tensor
     result[f"{linear}.weight_scale"] = _recovered_scale(deq, input_scale)
     result[f"{linear}.bias"] = _recovered_bias(quant_bias, input_offset, result[f"{linear}.weight"], deq)
     if kind == "W8A8":
-        add_static(path.parent, linear, input_scale, input_offset, result)
+        add_static(linear, input_scale, input_offset, result)
 
 
 def _present_bytes(linear: str, sources: dict[str, TensorSource], shape: tuple[int, int]) -> None:
     """Replace one W4A16 linear (two nibbles a byte, or one) by the common form."""
-    weight, scale = sources[f"{linear}.weight"], sources[f"{linear}.weight_scale"]
-    offset = sources.pop(f"{linear}.weight_offset", None)
+    (rows, width), scale = shape, sources[f"{linear}.weight_scale"]
     groups = scale.shape[1] if len(scale.shape) == 2 else 1
-    forms: dict[tuple[int, ...], int | None] = {shape: None, (shape[0], shape[1] // 2): 1, (shape[0] // 2, shape[1]): 0}
-    if weight.dtype not in (torch.int8, torch.uint8) or weight.shape not in forms or shape[1] % groups:
-        raise CheckpointError(
-            f"{weight.origin}: {linear}.weight is {weight.dtype} {list(weight.shape)} with {groups} groups; W4A16 of "
-            f"shape {list(shape)} is stored as int8 of {', '.join(str(list(form)) for form in forms)}"
-        )
-    dim = forms[weight.shape]
+    if width % groups:
+        raise CheckpointError(f"{scale.origin}: {linear}.weight_scale has {groups} groups over {width} inputs")
+    packed_dims: dict[tuple[int, ...], int | None] = {shape: None, (rows, width // 2): 1, (rows // 2, width): 0}
+    dim = packed_dims.get(sources[f"{linear}.weight"].shape)
 
     def signed(block: torch.Tensor) -> torch.Tensor:
         if dim is None:
@@ -138,8 +131,10 @@ def _present_bytes(linear: str, sources: dict[str, TensorSource], shape: tuple[i
         low, high = (block.view(torch.int8) << 4) >> 4, block.view(torch.int8) >> 4
         return torch.stack([low, high], dim + 1).flatten(dim, dim + 1)
 
-    sources[f"{linear}.weight"] = Unpacked(weight, shape, signed, packed_dim=dim, pack=2)
-    for name, source in (("weight_scale", scale), ("weight_zero_point", offset)):
-        if source is not None:
-            check_shapes(linear, {name: (source, (shape[0], groups))})
-            sources[f"{linear}.{name}"] = in_float32(source, (shape[0], groups))
+    form, table = {"dtype": torch.int8, "rows_in_one": 2 if dim == 0 else 1}, (rows, groups)
+    parts = {
+        "weight": Part("weight", list(packed_dims), shape, signed, [torch.int8, torch.uint8], **form),
+        "weight_scale": Part("weight_scale", [table], table),
+        "weight_zero_point": Part("weight_offset", [table], table),
+    }
+    present(linear, sources, parts)

@@ -16,16 +16,17 @@ compressed-tensors' kv_cache_scheme ({k,v}_scale, {k,v}_zero_point) in int8.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import regex
 import torch
 from torch import Tensor
 
-from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, MemoryTensor, TensorSource, check_slice
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, MemoryTensor, TensorSource
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import layer_prefix
 
@@ -36,6 +37,7 @@ W4A8 = (
     "4-bit weights with 8-bit activations, for which no dense operator has a documented contract on this card; "
     "quantise again as W4A16 or W8A8, or convert the float model with quantize: w4a16"
 )
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MSMODELSLIM = re.compile(r"(.*\.self_attn\.)([kv])_proj\.kv_cache_(scale|offset)")
 COMPRESSED_TENSORS = re.compile(r"(.*\.self_attn\.)([kv])_(scale|zero_point)")
 LIMIT_S = 0.2  # a name has some fifty characters: what takes longer tries the same thing again and again
@@ -66,38 +68,88 @@ def refuse_unknown(
 # --- stored forms of tensors ------------------------------------------------------------------------------------------
 
 
-class Unpacked:
-    """A packed tensor presented unpacked: `unpack(block)` turns blocks of `inner`, whose packed dimension holds `pack`
-    numbers an element, into blocks of this one; `turned`: the two have their dimensions the other way round."""
+class Part(NamedTuple):
+    """How one tensor of the common form lies in the files: what the layouts differ in."""
 
-    def __init__(
-        self,
-        inner: TensorSource,
-        shape: tuple[int, int],
-        unpack: Callable[[Tensor], Tensor],
-        *,
-        packed_dim: int | None,
-        turned: bool = False,
-        pack: int = 8,
-        dtype: torch.dtype = torch.int8,
-    ) -> None:
-        self.inner, self.shape, self.unpack, self.dtype, self.origin = inner, shape, unpack, dtype, inner.origin
-        self.packed_dim, self.turned, self.pack = packed_dim, turned, pack
+    stored: str  # its name there, behind the linear's
+    stored_shapes: Sequence[tuple[int, ...]]  # those that it may have there
+    shape: tuple[int, ...]
+    unpack: Callable[[Tensor], Tensor] = lambda stored: stored  # of rows there (`turned`: columns) into rows here
+    stored_dtypes: Sequence[torch.dtype] = ()  # those that it may have there; none: any
+    dtype: torch.dtype = torch.float32
+    rows_in_one: int = 1  # of its rows in one there
+    turned: bool = False
 
-    def read(self) -> Tensor:
-        return self.read_slice(0, 0, self.shape[0])
+    def open(self, stored: TensorSource) -> ByRows:
+        """The tensor, unpacked as it is read; padding behind its last row and column is left out."""
 
-    def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
-        check_slice("of packed numbers", self.shape, dim, start, stop)
-        inner_dim = 1 - dim if self.turned else dim
-        first, last = start, stop
-        if dim == self.packed_dim:
-            first, last = start // self.pack, -(-stop // self.pack)
-        found = self.unpack(self.inner.read_slice(inner_dim, first, last)).to(self.dtype)
-        offset = start - first * self.pack if dim == self.packed_dim else 0
-        found = found.narrow(dim, offset, stop - start)
-        # Padding beyond the last number of the other dimension.
-        return found.narrow(1 - dim, 0, self.shape[1 - dim]).contiguous()
+        def rows(start: int, stop: int) -> Tensor:
+            first, last = start // self.rows_in_one, -(-stop // self.rows_in_one)
+            found = self.unpack(stored.read_slice(int(self.turned), first, last)).to(self.dtype)
+            found = found.narrow(0, start - first * self.rows_in_one, stop - start)
+            return found.narrow(-1, 0, self.shape[-1] if found.dim() > 1 else stop - start).contiguous()
+
+        return ByRows(rows, self.dtype, self.shape, stored.origin)
+
+
+def present(linear: str, sources: dict[str, TensorSource], parts: Mapping[str, Part]) -> None:
+    """Put those of a linear's tensors that are stored into the common form, by their names in it.
+
+    CheckpointError names one of another shape or dtype.
+    """
+    for name, part in parts.items():
+        stored = sources.get(f"{linear}.{part.stored}")
+        if stored is None:
+            continue
+        if stored.shape not in part.stored_shapes or (part.stored_dtypes and stored.dtype not in part.stored_dtypes):
+            shapes = " or ".join(str(list(shape)) for shape in part.stored_shapes)
+            raise CheckpointError(
+                f"{stored.origin}: {linear}.{part.stored} is {stored.dtype} {list(stored.shape)}, expected "
+                f"{' or '.join(map(str, part.stored_dtypes)) or 'numbers'} {shapes}"
+            )
+        if part.stored != name:
+            del sources[f"{linear}.{part.stored}"]
+        sources[f"{linear}.{name}"] = part.open(stored)
+
+
+def present_int8(folder: Path, linear: str, sources: dict[str, TensorSource]) -> None:
+    """Check an int8 linear and give its scale, where it has one, the common form."""
+    weight = sources.get(f"{linear}.weight")
+    if weight is None:
+        raise CheckpointError(f"{folder}: {linear}.weight_scale has no {linear}.weight beside it")
+    if weight.dtype != torch.int8 or len(weight.shape) != 2:
+        raise CheckpointError(
+            f"{weight.origin}: {linear}.weight is {weight.dtype} {list(weight.shape)}, expected int8 [out, in]"
+        )
+    rows = weight.shape[0]
+    scale = Part("weight_scale", [(rows,), (rows, 1)], (rows,), lambda found: found.reshape(-1), FLOATS)
+    present(linear, sources, {"weight_scale": scale})
+
+
+def add_static(linear: str, scale: TensorSource, offset: TensorSource | None, sources: dict[str, TensorSource]) -> None:
+    """The scale and the offset of static activations, read now: one number each."""
+    for name, source in (
+        ("input_scale", scale),
+        ("input_offset", offset or MemoryTensor(torch.zeros(1), scale.origin)),
+    ):
+        if math.prod(source.shape) != 1:
+            raise CheckpointError(
+                f"{source.origin}: {linear}.{name} has shape {list(source.shape)}; static activations are read with "
+                "one scale and offset a tensor"
+            )
+        sources[f"{linear}.{name}"] = MemoryTensor(source.read().reshape(1).float(), source.origin)
+    if not 0 < float(sources[f"{linear}.input_scale"].read()) < math.inf:
+        raise CheckpointError(f"{scale.origin}: {linear}.input_scale is no positive number")
+
+
+def check_groups(linear: str, origin: str, group_size: Any, shape: tuple[int, int], groups: int) -> None:
+    """CheckpointError unless the inputs of a weight [out, in] are in `groups` groups of a size that is read."""
+    size = shape[1] if group_size in (-1, None) else group_size
+    if size not in (32, 64, 128, shape[1]) or groups * size != shape[1]:
+        raise CheckpointError(
+            f"{origin}: {linear} has {groups} groups over {shape[1]} inputs, group_size is {group_size}; read are "
+            "groups of 32, 64, 128 and the whole row"
+        )
 
 
 def nibbles(words: Tensor) -> Tensor:
@@ -112,80 +164,15 @@ def pack_int4(codes: Tensor) -> Tensor:
     return (low | high << 4).contiguous().view(torch.int32)
 
 
-def packed_int8(inner: TensorSource, shape: tuple[int, int]) -> Unpacked:
-    """int8 values packed four to an int32 (offset by 128, little-endian, rows padded), as int8 [out, in]."""
-    return Unpacked(inner, shape, lambda w: (w.view(torch.uint8) ^ 128).view(torch.int8), packed_dim=1, pack=4)
+def unpack_int8(words: Tensor) -> Tensor:
+    """int32 [out, n], of four numbers each (offset by 128, little-endian) -> int8 [out, 4 n]."""
+    return (words.view(torch.uint8) ^ 128).view(torch.int8)
 
 
 def pack_int8(values: Tensor) -> Tensor:
-    """int8 [out, in] -> int32 [out, ceil(in / 4)], the inverse of `packed_int8`; padding bytes are zero."""
+    """int8 [out, in] -> int32 [out, ceil(in / 4)], the inverse of `unpack_int8`; padding bytes are zero."""
     flipped = values.contiguous().view(torch.uint8) ^ 128
     return torch.nn.functional.pad(flipped, (0, -values.shape[1] % 4)).contiguous().view(torch.int32)
-
-
-def in_float32(inner: TensorSource, shape: tuple[int, int]) -> Unpacked:
-    """A table of scales or zero points of any dtype as float32."""
-    return Unpacked(inner, shape, lambda stored: stored, packed_dim=None, dtype=torch.float32)
-
-
-def scale_column(inner: TensorSource) -> ByRows:
-    """A stored scale [out] or [out, 1] of any float dtype, presented as float32 [out]."""
-    rows = lambda start, stop: inner.read_slice(0, start, stop).reshape(-1).float()  # noqa: E731
-    return ByRows(rows, torch.float32, (inner.shape[0],), inner.origin)
-
-
-def add_static(
-    folder: Path, linear: str, scale: TensorSource | None, offset: TensorSource | None, result: dict[str, TensorSource]
-) -> None:
-    for name, source in (("input_scale", scale), ("input_offset", offset)):
-        if source is None and name == "input_scale":
-            raise CheckpointError(f"{folder}: {linear}.input_scale is missing, though its activations are static")
-        if source is not None and torch.Size(source.shape).numel() != 1:
-            raise CheckpointError(
-                f"{source.origin}: {linear}.{name} has shape {list(source.shape)}; static activations are read with "
-                "one scale and offset a tensor"
-            )
-        value = torch.zeros(1) if source is None else source.read().reshape(1).float()
-        result[f"{linear}.{name}"] = MemoryTensor(value, str(folder) if source is None else source.origin)
-    if not 0 < float(result[f"{linear}.input_scale"].read()) < float("inf"):
-        raise CheckpointError(f"{folder}: {linear}.input_scale is no positive number")
-
-
-def check_linear(folder: Path, linear: str, result: dict[str, TensorSource]) -> None:
-    weight, scale = result.get(f"{linear}.weight"), result.get(f"{linear}.weight_scale")
-    if weight is None:
-        raise CheckpointError(f"{folder}: {linear}.weight_scale has no {linear}.weight beside it")
-    if weight.dtype != torch.int8 or len(weight.shape) != 2:
-        raise CheckpointError(
-            f"{weight.origin}: {linear}.weight is {weight.dtype} {weight.shape}, expected int8 [out, in]"
-        )
-    if scale is not None and (
-        scale.shape not in ((weight.shape[0],), (weight.shape[0], 1)) or not scale.dtype.is_floating_point
-    ):
-        raise CheckpointError(
-            f"{scale.origin}: {linear}.weight_scale is {scale.dtype} {scale.shape}, expected "
-            f"float [{weight.shape[0]}] (one per output channel)"
-        )
-
-
-def check_shapes(linear: str, parts: Mapping[str, tuple[TensorSource, tuple[int, ...]]]) -> None:
-    for name, (source, wanted) in parts.items():
-        if source.shape != wanted:
-            raise CheckpointError(
-                f"{source.origin}: {linear}.{name} has shape {list(source.shape)}, expected {list(wanted)}"
-            )
-
-
-def check_groups(
-    linear: str, words: TensorSource, stored: Mapping[str, Any], shape: tuple[int, int], groups: int
-) -> None:
-    size = stored.get("group_size")
-    size = shape[1] if size in (-1, None) else size
-    if size not in (32, 64, 128, shape[1]) or groups * size != shape[1]:
-        raise CheckpointError(
-            f"{words.origin}: {linear} has {groups} groups over {shape[1]} inputs, group_size is "
-            f"{stored.get('group_size')}; read are groups of 32, 64, 128 and the whole row"
-        )
 
 
 # --- scales of a KV cache ---------------------------------------------------------------------------------------------
