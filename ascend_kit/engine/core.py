@@ -17,7 +17,6 @@ from ascend_kit.device.graphs import GraphHang, memory_reserve, prompt_sizes
 from ascend_kit.device.ops import select_ops
 from ascend_kit.device.ops.reference import SCALE_BYTES
 from ascend_kit.device.parallel import TensorParallel
-from ascend_kit.engine import scoring
 from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.loader import load_decoder
@@ -25,7 +24,7 @@ from ascend_kit.engine.profile import Phase, profile_core
 from ascend_kit.engine.runner import Launched, ModelRunner
 from ascend_kit.engine.sampler import NOT_FINITE
 from ascend_kit.engine.scheduler import Pending, Scheduler, StepPace, StepPlan
-from ascend_kit.engine.sequence import RequestOutput, Sequence
+from ascend_kit.engine.sequence import LOGITS_NOT_FINITE, RequestOutput, Sequence
 from ascend_kit.files import GIB
 from ascend_kit.model.config import DTYPES, ModelConfig
 
@@ -200,7 +199,7 @@ class EngineCore:
             touched.append(sequence)
             if token == NOT_FINITE:
                 self.finish(sequence, "error", now)
-                sequence.error = f"after {sequence.num_output_tokens} tokens {scoring.NOT_FINITE}"
+                sequence.error = f"after {sequence.num_output_tokens} tokens {LOGITS_NOT_FINITE}"
             else:
                 self._append(sequence, token, now, should_stop)
             if sequence.is_finished:

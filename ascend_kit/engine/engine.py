@@ -17,8 +17,15 @@ from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.core import ReplicasLost
 from ascend_kit.engine.opened_model import OpenedModel
 from ascend_kit.engine.sampler import mix
-from ascend_kit.engine.scoring import OnScore, ScoreSheet, score_sequences
-from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score, Sequence
+from ascend_kit.engine.sequence import (
+    OnScore,
+    RequestOutput,
+    SamplingParams,
+    Score,
+    ScoreSheet,
+    Sequence,
+    score_sequences,
+)
 from ascend_kit.files import Progress
 
 Prompt = str | Seq[int] | np.ndarray
