@@ -10,7 +10,7 @@ from conftest import TINY, make_model
 
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.layers import rotary_frequencies
+from ascend_kit.model.decoder import rotary_frequencies
 
 QWEN3 = {**TINY, "model_type": "qwen3", "hidden_act": "silu"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

@@ -215,10 +215,10 @@ def test_recordings_share_memory_and_still_repeat_their_own_step():
             x = cpu_native.linear(x, weight)
         return x
 
-    arena, recorded = native.Arena(), []
+    arena, recorded = cpu_native.Arena(), []
     for rows in (1, 7, 20):
         x = torch.zeros(rows, 256).bfloat16()
-        with native.Recording(arena) as recording:
+        with cpu_native.Recording(arena) as recording:
             recorded.append((x, recording, step(x)))
     assert recorded[0][2].data_ptr() != recorded[2][2].data_ptr() and len(arena.chunks) == 1
 

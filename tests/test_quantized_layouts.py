@@ -24,7 +24,7 @@ from ascend_kit.device.ops import select_ops
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.engine.loader import load_decoder
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.layers import Int4WeightLinear, Int8StaticLinear
+from ascend_kit.model.quantized_layers import Int4WeightLinear, Int8StaticLinear
 from ascend_kit.model.tensors import HEAD
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}

@@ -17,7 +17,7 @@ from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange
 from ascend_kit.device.ops import AttentionMeta, reference
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.layers import DecoderLayer, Linear, RMSNorm, Rotary, SideBySide, build_layer
+from ascend_kit.model.decoder import DecoderLayer, Linear, RMSNorm, Rotary, SideBySide, build_layer
 from ascend_kit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, layer_prefix, layer_tensors
 
 BLOCK_SIZE = 32

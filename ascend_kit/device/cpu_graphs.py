@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascend_kit.device.device import Device
 from ascend_kit.device.graph_inputs import StaticInputs, Unreadable
 from ascend_kit.device.ops import AttentionMeta
-from ascend_kit.device.ops.native import Arena, Recording, TorchCalls
+from ascend_kit.device.ops.cpu_native import MAX_RECORDED, Arena, Recording
 
 StepFn = Callable[[Tensor, Tensor, AttentionMeta], Tensor]
 
@@ -36,8 +37,6 @@ class RecordedCalls:
     mode = "recorded_calls"
 
     def __init__(self, device: Device, step_fn: StepFn, sizes: Sequence[int], max_blocks: int, block_size: int) -> None:
-        from ascend_kit.device.ops.cpu_native import MAX_RECORDED
-
         self.device, self.step_fn = device, step_fn
         self.max_blocks, self.block_size = max_blocks, block_size
         # No padding on a CPU: every batch size is recorded when it first comes up, which takes one step.
@@ -59,6 +58,60 @@ class RecordedCalls:
         with Recording(self.arena) as recording, TorchCalls(recording):
             logits = self.step_fn(inputs.token_ids, inputs.positions, inputs.meta(None))
         return inputs, recording, logits
+
+
+class NotRecordable(RuntimeError):
+    """An operator whose result depends on the host's reading of the device; the message names it."""
+
+
+class TorchCalls(TorchDispatchMode):
+    """Notes the torch operators between the kernels of a recording, collectives among them.
+
+    A replay computes each again and copies the result to where the recording has it. Views of buffers stay what they
+    are. NotRecordable where the host reads numbers, or where a result's size depends on them.
+    """
+
+    ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "detach")
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._schema.name
+        if name.removeprefix("aten::") in self.ALLOCATING:
+            return result
+        if name.startswith("c10d::"):
+            self._note(lambda: _waited(func(*args, **kwargs)), args)
+            return _waited(result)
+        if not isinstance(result, torch.Tensor | list | tuple) or torch.Tag.dynamic_output_shape in func.tags:
+            raise NotRecordable(f"{name} reads numbers that a recorded step cannot know")
+        if func._schema.is_mutable:
+            self._note(lambda: func(*args, **kwargs), args)
+            return result
+        kept = [result] if isinstance(result, torch.Tensor) else list(result)
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if not all(tensor.untyped_storage().data_ptr() in given for tensor in kept):
+            self._note(lambda: _refill(kept, func(*args, **kwargs)), kept)
+        return result
+
+    def _note(self, repeat: Any, kept: Any) -> None:
+        self.recording.note(repeat, (), kept)
+
+
+def _refill(kept: list[torch.Tensor], result: Any) -> None:
+    for target, source in zip(kept, [result] if isinstance(result, torch.Tensor) else result, strict=True):
+        target.copy_(source)
+
+
+def _waited(result: Any) -> Any:
+    """The result of a collective once it is there."""
+    for part in result if isinstance(result, tuple) else (result,):
+        if hasattr(part, "wait"):
+            part.wait()
+    return result
 
 
 class CompiledLayers:

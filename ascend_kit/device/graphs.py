@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from ascend_kit.device.advice import advice
-from ascend_kit.device.cpu_graphs import CompiledLayers, Eager, RecordedCalls, StepFn
+from ascend_kit.device.cpu_graphs import CompiledLayers, Eager, NotRecordable, RecordedCalls, StepFn
 from ascend_kit.device.device import Device
 from ascend_kit.device.graph_inputs import GraphError, StaticInputs
 from ascend_kit.device.ops import AttentionMeta
-from ascend_kit.device.ops.native import NotRecordable, compiler
+from ascend_kit.device.ops.native import compiler
 
 # Few sizes: every graph takes device memory, streams and start-up time. Waste is at most half a batch below
 # 16.

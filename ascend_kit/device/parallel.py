@@ -26,15 +26,12 @@ class TensorParallel:
     group: Any = None  # a torch.distributed process group; None is the default group
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum of `x` over the ranks, in place."""
-        if self.size > 1:
-            torch.distributed.all_reduce(x, group=self.group)
+        """Sum of `x` over several ranks, in place."""
+        torch.distributed.all_reduce(x, group=self.group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """The ranks' parts joined along the last dimension, in rank order."""
-        if self.size == 1:
-            return x
+        """The parts of several ranks joined along the last dimension, in rank order."""
         x = x.contiguous()  # HCCL refuses strided tensors
         # Into one tensor: a list of parts would be copied part by part, each on a stream of its own.
         parts = x.new_empty(self.size * x.shape[0], *x.shape[1:])  # gloo wants them joined along the first dimension

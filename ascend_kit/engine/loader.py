@@ -16,22 +16,16 @@ from ascend_kit.checkpoint.quantized_tensors import kv_scales
 from ascend_kit.device.device import Device
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
-from ascend_kit.model.decoder import Decoder, Embedding
-from ascend_kit.model.layers import (
+from ascend_kit.model.decoder import Decoder, Embedding, Linear, RMSNorm, Rotary, SideBySide, StackedLinear, build_layer
+from ascend_kit.model.quantize import quantize_weight
+from ascend_kit.model.quantized_layers import (
     Int4WeightLinear,
     Int8Linear,
     Int8StaticLinear,
     Int8WeightLinear,
     KVScales,
-    Linear,
-    RMSNorm,
-    Rotary,
-    SideBySide,
-    StackedLinear,
-    build_layer,
     frozen,
 )
-from ascend_kit.model.quantize import quantize_weight
 from ascend_kit.model.tensors import (
     EMBEDDING,
     FINAL_NORM,

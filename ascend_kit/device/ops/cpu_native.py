@@ -3,11 +3,13 @@
 Where the processor has the instructions (native.packs), weights are packed once at load and every product, of one row
 or of thousands, reads them in that form; attention reads the paged cache where it lies. Elsewhere, and for widths that
 are no multiple of 64, decode-sized products run in kernels of our own and large ones in torch. A decode step consists
-of kernel calls alone, so that it can be recorded and repeated (see native.Recording).
+of kernel calls alone: while a `Recording` is open every call is also noted, so that a step over fixed buffers can be
+repeated as a bare list of calls, the CPU's counterpart of a captured graph.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +18,11 @@ from torch import Tensor
 
 from ascend_kit.device.ops import cpu
 from ascend_kit.device.ops.cpu import *  # noqa: F403 - the rest of this table
-from ascend_kit.device.ops.native import DTYPES, Recording, call, empty, packs
-from ascend_kit.device.ops.reference import SCALE_BYTES, widened
+from ascend_kit.device.ops.native import library, packs
+from ascend_kit.device.ops.reference import SCALE_BYTES, attend_mixed, widened
 from ascend_kit.device.ops.table import AttentionMeta
 
+DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 RECORDS = True
 MAX_RECORDED = 64  # largest decode batch that is recorded; beyond it the Python in between no longer matters
 # Rows up to which reading each unpacked weight once beats torch's blocked product (one core of Zen 4: 1.2x at 16 rows,
@@ -89,7 +92,7 @@ def paged_attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Atten
     if k_cache.dtype == torch.int8:  # a prompt computes far more than its context's numbers take to widen
         k_cache, v_cache, meta = widened(q_TNH, k_cache, v_cache, meta)
     if not (packs() and q_TNH.dtype == torch.bfloat16 and q_TNH.shape[2] % PANEL == 0):
-        return cpu.attend_mixed(q_TNH, k_cache, v_cache, meta, scale, _decode)
+        return attend_mixed(q_TNH, k_cache, v_cache, meta, scale, _decode)
     out = empty(*q_TNH.shape, dtype=q_TNH.dtype)
     first = next(i for i, end in enumerate(meta.cu_seqlens_q) if end != i + 1)  # decoding sequences come first
     table, lens = meta.block_table, meta.context_lens_t
@@ -266,3 +269,86 @@ def _over_rows(name: str, x: Tensor, *arguments: Any) -> None:
 
 def _threads() -> int:
     return torch.get_num_threads()
+
+
+# --- calls of kernels -------------------------------------------------------------------------------------------------
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Run one kernel; tensors are passed as addresses and must stay alive while a recording holds them."""
+    function = getattr(library(), name)
+    addresses = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
+    if Recording.active is not None:
+        Recording.active.note(function, addresses, arguments)
+    _run(function, addresses)
+
+
+def _run(function: Any, addresses: tuple) -> None:
+    """Call it; under a profiler by its name, which torch would not see."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        with torch.autograd.profiler.record_function(getattr(function, "__name__", "operator")):
+            function(*addresses)
+    else:
+        function(*addresses)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A result of a kernel; from the arena of the open recording, if there is one."""
+    if Recording.active is None:
+        return torch.empty(shape, dtype=dtype)
+    return Recording.active.arena.empty(shape, dtype)
+
+
+class Arena:
+    """Memory that all recordings of one model share: only one of their steps runs at a time."""
+
+    CHUNK_BYTES = 16 << 20
+
+    def __init__(self) -> None:
+        self.chunks: list[torch.Tensor] = []
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Give everything out again from the start."""
+        self.chunk, self.used = 0, 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        while self.chunk < len(self.chunks) and self.used + size > self.chunks[self.chunk].numel():
+            self.chunk, self.used = self.chunk + 1, 0
+        if self.chunk == len(self.chunks):
+            self.chunks.append(torch.empty(max(size, self.CHUNK_BYTES), dtype=torch.uint8))
+        piece = self.chunks[self.chunk][self.used : self.used + size]
+        self.used += -(-size // 64) * 64
+        return piece.view(dtype).view(shape)
+
+
+class Recording:
+    """The kernel calls of one step over fixed buffers, to be repeated without the Python in between."""
+
+    active: Recording | None = None
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.calls: list[tuple[Any, tuple]] = []
+        self.kept: list[Any] = []  # keeps buffers alive: the calls hold bare addresses
+
+    def __enter__(self) -> Recording:
+        self.arena.rewind()
+        Recording.active = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Recording.active = None
+
+    def note(self, function: Any, addresses: tuple, arguments: Any) -> None:
+        self.calls.append((function, addresses))
+        self.kept.append(arguments)
+
+    def replay(self) -> None:
+        if torch.autograd.profiler._is_profiler_enabled:
+            for function, addresses in self.calls:
+                _run(function, addresses)
+            return
+        for function, addresses in self.calls:
+            function(*addresses)

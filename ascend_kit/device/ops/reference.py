@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -235,3 +236,40 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
 def _rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
+
+
+# --- for tables with a decode attention of their own -----------------------------------------------------------------
+
+
+def attend_mixed(
+    q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, decode: Callable[..., Tensor]
+) -> Tensor:
+    """The decoding sequences at the start of the step through `decode`, each prompt chunk in a flash call."""
+    first = next(i for i, end in enumerate(meta.cu_seqlens_q) if end != i + 1)  # decoding sequences come first
+    rows, start = [], first
+    if first:
+        decoding = replace(meta, block_table=meta.block_table[:first], context_lens_t=meta.context_lens_t[:first])
+        rows.append(decode(q_TNH[:first], k_cache, v_cache, decoding, scale))
+    for index in range(first, len(meta.context_lens)):
+        end, length = meta.cu_seqlens_q[index], meta.context_lens[index]
+        blocks = meta.block_table[index, : math.ceil(length / meta.block_size)]
+        q = q_TNH[start:end].transpose(0, 1).unsqueeze(0)
+        keys, values = (
+            cache[blocks].flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0) for cache in (k_cache, v_cache)
+        )
+        rows.append(_flash(q, keys, values, scale).squeeze(0).transpose(0, 1))
+        start = end
+    return torch.cat(rows)
+
+
+def _flash(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """[1, N, Q, H] over [1, K, C, H]; causal, aligned at the end."""
+    new, context = q.shape[-2], keys.shape[-2]
+    if new == context or new == 1:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, is_causal=new > 1, scale=scale, enable_gqa=True
+        )
+    visible = torch.ones(new, context, dtype=torch.bool, device=q.device).tril(context - new)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+    )
