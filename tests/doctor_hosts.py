@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from ascend_kit.doctor.findings import Finding
+from ascend_kit.doctor.findings import Finding, OpCheck
 from ascend_kit.doctor.host import CommandResult, Host
-from ascend_kit.doctor.stages import PREFIX, OpCheck
+from ascend_kit.doctor.stages import PREFIX
 
 DATA = Path(__file__).parent / "data"
 ROOT = "/usr/local/Ascend/ascend-toolkit/latest"
@@ -111,9 +112,13 @@ COMMON_FILES = {
 }
 
 
+def line_of(check: OpCheck) -> str:
+    return PREFIX + json.dumps(asdict(check))
+
+
 def stage_output(*checks: OpCheck) -> CommandResult:
     failed = any(check.status == "fail" for check in checks)
-    return CommandResult(int(failed), "\n".join(check.to_line() for check in checks))
+    return CommandResult(int(failed), "\n".join(map(line_of, checks)))
 
 
 def probe_output(kind: str, count: int, name: str, free: int, total: int, **versions: str) -> CommandResult:

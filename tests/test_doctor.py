@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from doctor_hosts import ORDER, ROOT, STAGE, ascend_server, find, laptop, probe_output, sample, stage_output, trouble
+from doctor_hosts import (
+    ORDER,
+    ROOT,
+    STAGE,
+    ascend_server,
+    find,
+    laptop,
+    line_of,
+    probe_output,
+    sample,
+    stage_output,
+    trouble,
+)
 
 from ascend_kit.doctor import run_checks, run_self_test
-from ascend_kit.doctor.findings import worst_status
+from ascend_kit.doctor.findings import OpCheck
 from ascend_kit.doctor.host import CommandResult
-from ascend_kit.doctor.stages import OpCheck
 
 # ------------------------------------------------------------------------------------- whole machines
 
@@ -36,7 +47,7 @@ def test_plain_laptop_is_told_so_and_still_checked():
     assert {item.status for item in findings if item.section in ("Driver", "CANN", "Versions")} == {"n/a"}
     assert find(findings, "First operators", "linear").status == "ok"
     assert find(findings, "Workbench", "c++ compiler").status == "ok"
-    assert worst_status(findings) == "ok"
+    assert trouble(findings) == []
 
 
 def test_laptop_asked_for_an_npu_fails_with_what_is_missing():
@@ -166,7 +177,7 @@ def test_device_is_left_alone_when_asked():
 
 
 def test_hang_in_capture_keeps_earlier_results_and_is_explained():
-    done = OpCheck("graph", "capture and replay", "x", "ok", 0.003, 0.016).to_line()
+    done = line_of(OpCheck("graph", "capture and replay", "x", "ok", 0.003, 0.016))
     hung = CommandResult(None, done, problem="no end after 600 s, stopped")
 
     findings = run_checks(ascend_server(commands={STAGE + "graph": hung}))

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from doctor_hosts import ascend_server, stage_output
 
+from ascend_kit.device.device import select_device
+from ascend_kit.doctor.findings import OpCheck
 from ascend_kit.doctor.first_run import SMALL, first_run, measure_model, without_names
 from ascend_kit.doctor.host import CommandResult
-from ascend_kit.doctor.stages import PREFIX, OpCheck, plain_ops_line
+from ascend_kit.doctor.stages import PREFIX, plain_ops_line
 
 SELF_TEST = "python -m ascend_kit.doctor.self_test --stage "
 ROW = {
@@ -22,9 +24,7 @@ STEPS = ["doctor", "device", "self-test", "capture", "two-card all-reduce", "ran
 
 def server(*, ops: tuple[OpCheck, ...] = (OpCheck("ops", "rms_norm", "bf16", "ok", 0.001, 0.01),), **row: float):
     model = CommandResult(0, PREFIX + json.dumps({**ROW, **row}))
-    return ascend_server(
-        commands={SELF_TEST + "ops": stage_output(*ops), "python -m ascend_kit.doctor.first_run": model}
-    )
+    return ascend_server(commands={SELF_TEST + "ops": stage_output(*ops), SELF_TEST + "model": model})
 
 
 def run(host, folder: Path) -> tuple[int, dict, list[str]]:
@@ -93,7 +93,7 @@ def test_plain_operators_are_those_that_failed_their_self_test():
 
 
 def test_a_random_model_is_measured_eager_and_in_graphs_beside_its_floor(device):
-    rows = measure_model(device, SMALL, seconds=0.5)
+    rows = measure_model(select_device(device), SMALL, seconds=0.5)
 
     assert [(row["batch"], row["graph_mode"]) for row in rows] == [(1, False), (8, False), (1, True), (8, True)]
     assert all(row["steps"] >= 1 and row["step_ms"] > 0 and row["floor_ms"] > 0 for row in rows)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from doctor_hosts import STAGE, ascend_server, stage_output
 
 from ascend_kit.device.device import select_device
 from ascend_kit.device.ops import OPS, reference
 from ascend_kit.doctor import run_self_test, self_test
 from ascend_kit.doctor.comparison import AttentionCase, Comparer, attention_cases, bound, make_inputs, relative_error
+from ascend_kit.doctor.findings import OpCheck
 from ascend_kit.doctor.graph_and_ranks import run_graph
-from ascend_kit.doctor.stages import PREFIX, OpCheck
+from ascend_kit.doctor.stages import PREFIX, run_stage
 
 HEADS = (4, 2, 16)
 CPU = select_device("cpu")
@@ -226,7 +227,7 @@ def test_child_prints_one_line_per_result(capsys):
 
 def test_result_survives_the_way_through_a_line_of_text():
     check = OpCheck("ops", "rms_norm", "bf16 [1, 8]", "fail", 0.25, 0.01, 1.5, "why")
-    assert OpCheck(**json.loads(check.to_line().removeprefix(PREFIX))) == check
+    assert run_stage(ascend_server(commands={STAGE + "ops": stage_output(check)}), "ops", "npu:0") == [check]
     assert "[fail] rms_norm" in check.describe() and "2.50e-01" in check.describe()
 
 

@@ -158,7 +158,7 @@ def test_slow_governor_numa_balancing_and_swapping_are_warnings_with_commands():
         }
     )
 
-    found = by_check(check_tuning(host, is_ascend=True).findings)
+    found = by_check(check_tuning(host, is_ascend=True))
 
     assert found["cpu governor"].status == "warn"
     assert "sysctl -w kernel.numa_balancing=0" in found["kernel.numa_balancing"].remedy
@@ -166,7 +166,7 @@ def test_slow_governor_numa_balancing_and_swapping_are_warnings_with_commands():
 
 
 def test_swapping_of_a_laptop_is_not_its_business():
-    found = by_check(check_tuning(laptop(), is_ascend=False).findings)
+    found = by_check(check_tuning(laptop(), is_ascend=False))
 
     assert found["vm.swappiness"].status == "n/a" and found["cpu governor"].status == "n/a"
 
@@ -176,7 +176,7 @@ def test_container_limits_count_as_the_machine():
         files={**laptop().files, "/sys/fs/cgroup/cpu.max": "150000 100000\n", "/sys/fs/cgroup/memory.max": str(2**30)}
     )
 
-    found = by_check(check_machine(host, []).findings)
+    found = by_check(check_machine(host, []))
 
     assert found["cpus"].status == "warn" and "may use 1.5" in found["cpus"].evidence
     assert found["memory"].status == "warn" and "1.0 of 1.0 GiB" in found["memory"].evidence
@@ -185,7 +185,7 @@ def test_container_limits_count_as_the_machine():
 def test_compiler_packages_and_disk_of_a_bare_machine():
     host = laptop(files={}, packages={"torch": "2.8.0", "ascend-kit": "0.1.0"}, free_disk=2**29, closed={"."})
 
-    found = by_check(check_workbench(host).findings)
+    found = by_check(check_workbench(host))
 
     assert found["c++ compiler"].status == "warn" and "graph_mode: false" in found["c++ compiler"].remedy
     assert found["packages"].evidence == "torch 2.8.0 (needs >=2.9)"
@@ -196,13 +196,13 @@ def test_compiler_packages_and_disk_of_a_bare_machine():
 def test_compiler_without_python_headers_is_a_warning():
     host = laptop(files={"/usr/bin/g++": ""})
 
-    assert "python3-dev" in by_check(check_workbench(host).findings)["c++ compiler"].remedy
+    assert "python3-dev" in by_check(check_workbench(host))["c++ compiler"].remedy
 
 
 def test_vllm_ascend_beside_torch_213_is_a_warning():
     host = ascend_server(packages={"torch": "2.13.0", "vllm_ascend": "0.23.0"})
 
-    assert by_check(check_workbench(host).findings)["vllm-ascend"].status == "warn"
+    assert by_check(check_workbench(host))["vllm-ascend"].status == "warn"
 
 
 # -------------------------------------------------------------------------------------- several machines

@@ -6,9 +6,8 @@ Importing this package does not import torch.
 from ascend_kit.device.advice import Explanation, explain
 from ascend_kit.doctor.checks import run_checks
 from ascend_kit.doctor.command import main, run_self_test
-from ascend_kit.doctor.findings import Finding, as_table, render
+from ascend_kit.doctor.findings import Finding, OpCheck, as_table, render
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.stages import OpCheck
 
 __all__ = [
     "Explanation",

@@ -10,22 +10,21 @@ process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ascend_kit.doctor import hardware, machine
 from ascend_kit.doctor.findings import Finding, Section
 from ascend_kit.doctor.host import Host
 from ascend_kit.doctor.network import SECTION as NETWORK_SECTION
 from ascend_kit.doctor.network import check_network
-from ascend_kit.doctor.stages import add_stage, probe_device, trouble
+from ascend_kit.doctor.stages import add_stage, name_of, probe_device
 from ascend_kit.doctor.variables import check_variables
 from ascend_kit.doctor.versions import check_cann_pair, check_torch_build, check_versions
 
 NO_ASCEND = "no Ascend card or software on this machine"
 VENDOR_SECTIONS = ("Driver", "Device files", "CANN", "NNAL", "Versions")
+DEVICE_SECTIONS = ("Import", "Devices", "First operators", "Two ranks", "Graph")  # each needs the one before it
 MIN_FREE_SHARE = 0.85  # of a card's memory, before anything of ours runs
-
-OnSection = Callable[[list[Finding]], None]
 
 
 def run_checks(
@@ -35,7 +34,7 @@ def run_checks(
     peers: Sequence[str] = (),
     use_device: bool = True,
     graph_mode: bool = True,
-    on_section: OnSection | None = None,
+    on_section: Callable[[list[Finding]], None] | None = None,
 ) -> list[Finding]:
     """The whole checklist as findings, in order.
 
@@ -44,64 +43,59 @@ def run_checks(
     parameters; `on_section` receives each
     section when it is done.
     """
-    host = host or Host()
     findings: list[Finding] = []
-
-    def done(section_findings: list[Finding]) -> None:
-        findings.extend(section_findings)
-        if on_section and section_findings:
-            on_section(section_findings)
-
-    signs = hardware.ascend_signs(host)
-    is_ascend = bool(signs) or device.split(":")[0] in ("npu", "ascend")
-    found = hardware.Installation()
-    done(machine.check_machine(host, signs).findings)
-    for section in _vendor_sections(host, found, is_ascend):
-        done(section.findings)
-    for section in _device_sections(host, found, device, is_ascend, use_device):
-        done(section.findings)
-    done(check_variables(host, found.num_cards, graph_mode) if is_ascend else _not_here("Environment variables"))
-    done(machine.check_tuning(host, is_ascend).findings)
-    npu_ids = sorted({chip.npu for chip in found.smi.chips}) if found.smi else []
-    done(check_network(host, npu_ids, peers, found.is_a3) if is_ascend or peers else _not_here(NETWORK_SECTION))
-    done(machine.check_workbench(host).findings)
+    for section in _sections(host or Host(), device, peers, use_device, graph_mode):
+        findings += section
+        if on_section and section:
+            on_section(section)
     return findings
 
 
-def _not_here(name: str) -> list[Finding]:
-    return [Finding(name, "all", "n/a", NO_ASCEND)]
+def _sections(host: Host, device: str, peers: Sequence[str], use_device: bool, graph_mode: bool) -> Iterator[Section]:
+    """One by one, so that each is shown when it is ready."""
+    signs = hardware.ascend_signs(host)
+    is_ascend = bool(signs) or device.split(":")[0] in ("npu", "ascend")
+    found = hardware.Installation()
+    yield machine.check_machine(host, signs)
+    if is_ascend:
+        yield hardware.check_driver(host, found)
+        yield hardware.check_device_files(host)
+        yield hardware.check_cann(host, found)
+        yield hardware.check_nnal(host)
+        yield check_versions(host, found.cann, found.driver)
+    else:
+        yield from _not_tried(VENDOR_SECTIONS, NO_ASCEND)
+    if use_device:
+        yield from _device_sections(host, found, "npu" if is_ascend and device == "auto" else device)
+    else:
+        yield from _not_tried(DEVICE_SECTIONS, "device not used (--no-device)")
+    if is_ascend:
+        yield check_variables(host, found.num_cards, graph_mode)
+    else:
+        yield from _not_tried(["Environment variables"], NO_ASCEND)
+    yield machine.check_tuning(host, is_ascend)
+    if is_ascend or peers:
+        npu_ids = sorted({chip.npu for chip in found.smi.chips}) if found.smi else []
+        yield check_network(host, npu_ids, peers, found.is_a3)
+    else:
+        yield from _not_tried([NETWORK_SECTION], NO_ASCEND)
+    yield machine.check_workbench(host)
 
 
-def _vendor_sections(host: Host, found: hardware.Installation, is_ascend: bool):
-    """Sections below Python, one by one, so that each is shown when it is ready."""
-    if not is_ascend:
-        for name in VENDOR_SECTIONS:
-            section = Section(name)
-            section.na("all", NO_ASCEND)
-            yield section
-        return
-    yield hardware.check_driver(host, found)
-    yield hardware.check_device_files(host, found)
-    yield hardware.check_cann(host, found)
-    yield hardware.check_nnal(host, found)
-    section = Section("Versions")
-    check_versions(section, host, found.cann, found.driver)
-    yield section
-
-
-def _device_sections(host: Host, found: hardware.Installation, device: str, is_ascend: bool, use_device: bool):
-    """Import, devices, first operators, two ranks, graph: each needs the one before it."""
-    wanted = "npu" if is_ascend and device == "auto" else device
-    names = ("Import", "Devices", "First operators", "Two ranks", "Graph")
-    if not use_device:
-        yield from _skip(names, "device not used (--no-device)")
-        return
-    section = Section("Import")
-    seen, result = probe_device(host, wanted)
-    if seen is None:
-        section.fail("torch", *trouble(result))
+def _not_tried(names: Sequence[str], reason: str) -> Iterator[Section]:
+    for name in names:
+        section = Section(name)
+        section.na("all", reason)
         yield section
-        yield from _skip(names[1:], "the import failed")
+
+
+def _device_sections(host: Host, found: hardware.Installation, device: str) -> Iterator[Section]:
+    section = Section("Import")
+    seen, trouble = probe_device(host, device)
+    if seen is None:
+        section.fail("torch", *trouble)
+        yield section
+        yield from _not_tried(DEVICE_SECTIONS[1:], "the import failed")
         return
     section.ok("torch", ", ".join(f"{name} {version}" for name, version in seen["versions"].items()))
     if seen["kind"] == "npu":
@@ -114,13 +108,6 @@ def _device_sections(host: Host, found: hardware.Installation, device: str, is_a
     yield section
     yield _devices(host, found, seen)
     yield from _trials(host, seen)
-
-
-def _skip(names: Sequence[str], reason: str):
-    for name in names:
-        section = Section(name)
-        section.na("all", reason)
-        yield section
 
 
 def _devices(host: Host, found: hardware.Installation, seen: dict) -> Section:
@@ -145,21 +132,17 @@ def _devices(host: Host, found: hardware.Installation, seen: dict) -> Section:
     return section
 
 
-def _trials(host: Host, seen: dict):
+def _trials(host: Host, seen: dict) -> Iterator[Section]:
     """A few operators, a collective and a graph; the last two only where there is something to try."""
-    device = seen["kind"] if seen["kind"] == "cpu" else f"{seen['kind']}:{seen['index']}"
-    section = Section("First operators")
-    add_stage(section, host, "smoke", device)
-    yield section
-    section = Section("Two ranks")
-    if seen["count"] > 1:
-        add_stage(section, host, "collective", device)
-    else:
-        section.na("all-reduce", "one device" if seen["kind"] != "cpu" else "on the CPU with --self-test")
-    yield section
-    section = Section("Graph")
-    if seen["kind"] == "cpu":
-        section.na("capture", "on the CPU with --self-test")
-    else:
-        add_stage(section, host, "graph", device)
-    yield section
+    is_cpu = seen["kind"] == "cpu"
+    for name, stage, check, is_there in (
+        ("First operators", "smoke", "", True),
+        ("Two ranks", "collective", "all-reduce", seen["count"] > 1),
+        ("Graph", "graph", "capture", not is_cpu),
+    ):
+        section = Section(name)
+        if is_there:
+            add_stage(section, host, stage, name_of(seen))
+        else:
+            section.na(check, "on the CPU with --self-test" if is_cpu else "one device")
+        yield section

@@ -10,35 +10,34 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from ascend_kit.device.advice import explain, render_explanations
 from ascend_kit.doctor.checks import run_checks
-from ascend_kit.doctor.findings import render_sections, to_rows, totals, worst_status
+from ascend_kit.doctor.findings import OpCheck, render_sections, totals
+from ascend_kit.doctor.first_run import first_run
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.stages import OpCheck, plain_ops_line, probe_device, run_stage, trouble
-
-Report = Callable[[OpCheck], None]
+from ascend_kit.doctor.stages import name_of, plain_ops_line, probe_device, run_stage
 
 
-def run_self_test(host: Host | None = None, device: str = "auto", on_check: Report | None = None) -> list[OpCheck]:
+def run_self_test(
+    host: Host | None = None, device: str = "auto", on_check: Callable[[OpCheck], None] = lambda _: None
+) -> list[OpCheck]:
     """Every operator, graph and collective of a device against the reference, each stage in a process.
 
     A stage that hangs or dies ends in one more result with status fail that carries the explanation.
     """
     host = host or Host()
-    report = on_check or (lambda check: None)
-    seen, result = probe_device(host, device)
+    seen, (evidence, remedy) = probe_device(host, device)
     if seen is None:
-        evidence, remedy = trouble(result)
-        checks = [OpCheck("import", "import", device, "fail", detail=evidence, remedy=remedy)]
-        report(checks[0])
-        return checks
-    name = seen["kind"] if seen["kind"] == "cpu" else f"{seen['kind']}:{seen['index']}"
+        check = OpCheck("import", "import", device, "fail", detail=evidence, remedy=remedy)
+        on_check(check)
+        return [check]
     stages = ["ops", "graph"] + (["collective"] if seen["count"] > 1 or seen["kind"] == "cpu" else [])
-    return [check for stage in stages for check in run_stage(host, stage, name, report)]
+    return [check for stage in stages for check in run_stage(host, stage, name_of(seen), on_check)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,8 +46,6 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.explain:
         return _explain(arguments.explain, arguments.json)
     if arguments.first_run:
-        from ascend_kit.doctor.first_run import first_run
-
         show = (lambda _: None) if arguments.json else print
         code = first_run(
             Host(), arguments.device, arguments.output, seconds=arguments.seconds, small=arguments.small, show=show
@@ -67,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         on_section=show,
     )
     if arguments.json:
-        print(json.dumps(to_rows(findings), indent=1, ensure_ascii=False))
+        print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
     else:
         print("\n" + totals(findings))
-    return int(worst_status(findings) == "fail")
+    return int(any(finding.status == "fail" for finding in findings))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,14 +114,12 @@ def _explain(source: str, as_json: bool) -> int:
 
 
 def _self_test(device: str, as_json: bool) -> int:
-    show = None if as_json else (lambda check: print(check.describe(), flush=True))
-    checks = run_self_test(device=device, on_check=show)
+    checks = run_self_test(device=device, on_check=lambda one: None if as_json else print(one.describe(), flush=True))
+    counts = Counter(check.status for check in checks)
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=1))
-    failed = [check for check in checks if check.status == "fail"]
-    if not as_json:
-        skipped = sum(check.status == "skip" for check in checks)
-        print(f"\n{len(checks) - len(failed) - skipped} ok, {len(failed)} fail, {skipped} skipped")
+    else:
+        print(f"\n{counts['ok']} ok, {counts['fail']} fail, {counts['skip']} skipped")
         if line := plain_ops_line(checks):
             print(f"To go on without the fused operators that failed, add to the parameter file:\n{line}")
-    return int(bool(failed))
+    return int(bool(counts["fail"]))

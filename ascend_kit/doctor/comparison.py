@@ -19,7 +19,7 @@ from torch import Tensor
 from ascend_kit.device.advice import explain
 from ascend_kit.device.device import Device
 from ascend_kit.device.ops import AttentionMeta, reference
-from ascend_kit.doctor.stages import OpCheck
+from ascend_kit.doctor.findings import OpCheck
 
 KEPT_IN_FLOAT32 = ("act_scale", "weight_scale", "dequantization", "scale", "offset", "zero")
 # Operators over weights of a form that the table chooses: what makes it, and out of which arguments.

@@ -1,4 +1,4 @@
-"""What a check found, and how findings are shown: terminal text, JSON rows, a table."""
+"""What a check or a comparison found, and how that is shown: terminal text, rows, a table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partialmethod
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,51 +27,48 @@ class Finding:
     evidence: str
     remedy: str = ""
 
-    def __post_init__(self) -> None:
-        if self.status not in STATUSES:
-            raise ValueError(f"status {self.status!r} of {self.check!r}: must be one of {', '.join(STATUSES)}")
 
-
-class Section:
-    """Collects the findings of one section, so that a check reads as a list of statements."""
+class Section(list[Finding]):
+    """The findings of one section, so that a check reads as a list of statements."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
-        self.findings: list[Finding] = []
 
     def add(self, status: Status, check: str, evidence: str, remedy: str = "") -> None:
-        self.findings.append(Finding(self.name, check, status, evidence, remedy))
+        """Another finding; `ok`, `warn`, `fail` and `na` are this with a status."""
+        self.append(Finding(self.name, check, status, evidence, remedy))
+
+    ok = partialmethod(add, "ok")
+    warn = partialmethod(add, "warn")
+    fail = partialmethod(add, "fail")
+    na = partialmethod(add, "n/a")
 
     def judge(self, check: str, evidence: str, *, fail: str = "", warn: str = "", tip: str = "") -> None:
         """What was seen is a failure or a warning where there is a remedy for it, else it is well."""
         self.add("fail" if fail else "warn" if warn else "ok", check, evidence, fail or warn or tip)
 
-    def ok(self, check: str, evidence: str, tip: str = "") -> None:
-        self.add("ok", check, evidence, tip)
 
-    def warn(self, check: str, evidence: str, remedy: str) -> None:
-        self.add("warn", check, evidence, remedy)
+@dataclass(frozen=True)
+class OpCheck:
+    """One comparison: `error` is the largest difference over the largest wanted value (None: not run)."""
 
-    def fail(self, check: str, evidence: str, remedy: str) -> None:
-        self.add("fail", check, evidence, remedy)
+    stage: str
+    op: str
+    case: str
+    status: Literal["ok", "fail", "skip"]
+    error: float | None = None
+    tolerance: float | None = None
+    seconds: float = 0.0
+    detail: str = ""
+    remedy: str = ""
 
-    def na(self, check: str, reason: str) -> None:
-        self.add("n/a", check, reason)
-
-
-def worst_status(findings: Iterable[Finding]) -> Status:
-    """The most serious status present: fail, warn, ok, or n/a when nothing applied."""
-    seen = {finding.status for finding in findings}
-    order: tuple[Status, ...] = ("fail", "warn", "ok")
-    for status in order:
-        if status in seen:
-            return status
-    return "n/a"
-
-
-def to_rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
-    """One plain dict per finding: what `--json` prints and `pandas.DataFrame` takes."""
-    return [asdict(finding) for finding in findings]
+    def describe(self) -> str:
+        """One row of the self-test's table."""
+        error = "" if self.error is None else f"{self.error:9.2e}"
+        bound = "" if self.tolerance is None else f"<= {self.tolerance:.0e}"
+        text = f"{self.detail}. {self.remedy}" if self.remedy else self.detail
+        return f"  [{self.status:^4}] {self.op:<18} {self.case:<46} {error:>9} {bound:<9} {text}".rstrip()
 
 
 def as_table(items: Iterable[Any]) -> pandas.DataFrame:

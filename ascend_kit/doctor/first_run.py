@@ -6,22 +6,23 @@ beside what memory bandwidth allows. Every part runs in a process of its own, an
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ascend_kit.doctor.checks import run_checks
-from ascend_kit.doctor.findings import to_rows
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.stages import PREFIX, plain_ops_line, probe_device, run_stage, trouble
+from ascend_kit.doctor.stages import name_of, plain_ops_line, probe_device, run_child, run_stage, trouble
 from ascend_kit.files import to_json, write_atomic
+
+if TYPE_CHECKING:
+    from ascend_kit.device.device import Device
 
 HALF_BILLION = dict(
     num_hidden_layers=22, hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
@@ -30,7 +31,7 @@ HALF_BILLION = dict(
 SMALL = {**HALF_BILLION, "num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2,
          "num_key_value_heads": 1, "intermediate_size": 256, "vocab_size": 512}  # fmt: skip
 PROMPT_TOKENS, BATCHES = 64, (1, 8)
-COPY_BYTES = 256 << 20
+READ_BYTES = 256 << 20
 # A step this many times its floor is bound by the host or by a wrong setting, not by memory (a card reaches 0.6 to 0.8
 # of its bandwidth).
 SLOW = 3.0
@@ -38,8 +39,6 @@ SLOW_REMEDY = (
     "far above the floor of memory: graph_mode: true, TASK_QUEUE_ENABLE=1, CPU governor performance, no "
     "ASCEND_LAUNCH_BLOCKING, no profiler; then compare doctor's section Host tuning"
 )
-MODEL_TIMEOUT_S = 900.0
-Step = dict[str, Any]
 
 
 def first_run(
@@ -57,14 +56,16 @@ def first_run(
     failed = [item for item in findings if item.status == "fail"]
     first = failed[0] if failed else None
     counts = f"{len(failed)} of {len(findings)} checks failed"
-    add("doctor", "fail" if first else "ok", f"{counts}: {first.section}, {first.evidence}" if first else counts,
-        first.remedy if first else "", findings=to_rows(findings))  # fmt: skip
-    seen, result = probe_device(host, device)
+    rows = [asdict(finding) for finding in findings]
+    if first:
+        add("doctor", "fail", f"{counts}: {first.section}, {first.evidence}", first.remedy, findings=rows)
+    else:
+        add("doctor", "ok", counts, findings=rows)
+    seen, why = probe_device(host, device)
     if seen is None:
-        add("device", "fail", *trouble(result))
+        add("device", "fail", *why)
         return 1
-    report["device"] = seen
-    name = seen["kind"] if seen["kind"] == "cpu" else f"{seen['kind']}:{seen['index']}"
+    report["device"], name = seen, name_of(seen)
     add("device", "ok", f"{seen['count']} x {seen['name']}, task queue level {seen['task_queue_level']}")
     for stage, title in (("ops", "self-test"), ("graph", "capture"), ("collective", "two-card all-reduce")):
         if stage == "collective" and seen["count"] < 2 and seen["kind"] != "cpu":
@@ -90,16 +91,15 @@ def _stage(host: Host, stage: str, title: str, device: str, add: Callable[..., N
 
 
 def _model(host: Host, device: str, seconds: float, small: bool, add: Callable[..., None]) -> None:
-    command = [host.python, "-m", "ascend_kit.doctor.first_run", "--device", device, "--seconds", str(seconds)]
-    result = host.run([*command, "--small"] if small else command, timeout_s=MODEL_TIMEOUT_S)
-    rows = [json.loads(line.removeprefix(PREFIX)) for line in result.stdout.splitlines() if line.startswith(PREFIX)]
-    for row in rows:
+    def take(row: dict[str, Any]) -> None:
         slow = row["times_floor"] > SLOW and row["graph_mode"] and not small
         text = (
             f"batch {row['batch']}, {row['mode']}: {row['step_ms']:.2f} ms a step, floor {row['floor_ms']:.2f} ms "
             f"at the {row['bandwidth_gb_per_s']:.0f} GB/s measured ({row['times_floor']:.1f} times)"
         )
         add("random model", "warn" if slow else "ok", text, SLOW_REMEDY if slow else "", numbers=row)
+
+    result = run_child(host, "model", device, take, "--seconds", str(seconds), *(["--small"] if small else []))
     if not result.is_ok:
         add("random model", "fail", *trouble(result))
 
@@ -136,35 +136,19 @@ def write_random_model(folder: Path, shape: dict[str, int]) -> None:
     save_file({name: weight(size).bfloat16() for name, size in shapes.items()}, folder / "model.safetensors")
 
 
-def measure_model(device_name: str, shape: dict[str, int], seconds: float) -> list[dict[str, Any]]:
+def measure_model(device: Device, shape: dict[str, int], seconds: float) -> list[dict[str, Any]]:
     """Decode steps of a random model, eager and in graphs: median ms, and the floor that reading memory sets."""
     import torch
 
-    from ascend_kit.device.device import select_device
+    from ascend_kit.measure.ceilings import read_bandwidth
 
-    device = select_device(device_name)
-    bandwidth = _copy_bandwidth(device.torch_device, device.synchronize)
+    bandwidth = statistics.median(read_bandwidth(device, READ_BYTES))
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         write_random_model(Path(name), shape)
         return [row for graphs in (False, True) for row in _decode(device, Path(name), graphs, seconds / 4, bandwidth)]
 
 
-def _copy_bandwidth(device: Any, synchronize: Callable[[], None]) -> float:
-    """Bytes per second that a large copy moves, read and written."""
-    import torch
-
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    target, times = torch.empty_like(source), []
-    for _ in range(5):
-        synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * COPY_BYTES / min(times)
-
-
-def _decode(device: Any, folder: Path, graph_mode: bool, seconds: float, bandwidth: float) -> list[dict[str, Any]]:
+def _decode(device: Device, folder: Path, graph_mode: bool, seconds: float, bandwidth: float) -> list[dict[str, Any]]:
     from ascend_kit.engine.config import EngineConfig
     from ascend_kit.engine.core import EngineCore
     from ascend_kit.model.config import ModelConfig
@@ -209,19 +193,3 @@ def _steps(core: Any, batch: int, seconds: float, bandwidth: float) -> dict[str,
         "times_floor": step_s / floor_s, "bandwidth_gb_per_s": bandwidth / 1e9, "weight_bytes": stats["weight_bytes"],
         "task_queue_level": core.device.task_queue_level(),
     }  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Child process: measure the random model and print one line per row."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--small", action="store_true")
-    arguments = parser.parse_args(argv)
-    for row in measure_model(arguments.device, SMALL if arguments.small else HALF_BILLION, arguments.seconds):
-        print(PREFIX + json.dumps(row), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

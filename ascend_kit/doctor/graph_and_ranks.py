@@ -24,7 +24,7 @@ from ascend_kit.doctor.comparison import (
     make_inputs,
     relative_error,
 )
-from ascend_kit.doctor.stages import OpCheck
+from ascend_kit.doctor.findings import OpCheck
 
 GRAPH_HEADS = HEADS[1]
 _SCALE = GRAPH_HEADS[2] ** -0.5

@@ -116,7 +116,7 @@ def _read_smi(section: Section, text: str, found: Installation) -> None:
         section.warn("temperature", "; ".join(hot), "check the cooling: hot cards lower their clock")
 
 
-def check_device_files(host: Host, found: Installation) -> Section:
+def check_device_files(host: Host) -> Section:
     """/dev/davinci*, the control files, and whether this user may open them."""
     section = Section("Device files")
     cards = device_files(host)
@@ -236,7 +236,7 @@ def _check_operator_package(section: Section, host: Host, root: str, found: Inst
         )
 
 
-def check_nnal(host: Host, found: Installation) -> Section:
+def check_nnal(host: Host) -> Section:
     """NNAL is optional: only `_npu_*` operators need it, and ascend_kit uses none of them."""
     section = Section("NNAL")
     home = host.env.get("ATB_HOME_PATH")

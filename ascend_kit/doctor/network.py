@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ascend_kit.doctor.findings import Finding, Section
+from ascend_kit.doctor.findings import Section
 from ascend_kit.doctor.host import Host
 from ascend_kit.doctor.variables import CONNECT_TIMEOUT_DEFAULT_S
 
@@ -35,12 +35,12 @@ def wants_several_machines(host: Host, peers: Sequence[str]) -> bool:
     return bool(peers) or any(name in host.env for name in names) or master not in ("", "localhost", "127.0.0.1")
 
 
-def check_network(host: Host, npu_ids: Sequence[int], peers: Sequence[str] = (), is_a3: bool = False) -> list[Finding]:
+def check_network(host: Host, npu_ids: Sequence[int], peers: Sequence[str] = (), is_a3: bool = False) -> Section:
     """Findings on addresses, interfaces, timeouts; `peers` are card addresses on other machines to ping."""
     section = Section(SECTION)
     if not wants_several_machines(host, peers):
         section.na("all", "one machine: no peers given, no HCCL_IF_IP, RAY_ADDRESS or remote MASTER_ADDR")
-        return section.findings
+        return section
     interfaces = _interfaces(host)
     _check_addresses(section, host, interfaces)
     _check_interfaces(section, host, interfaces)
@@ -48,7 +48,7 @@ def check_network(host: Host, npu_ids: Sequence[int], peers: Sequence[str] = (),
     _check_ports(section, host)
     if npu_ids:
         _check_cards(section, host, npu_ids, peers, is_a3)
-    return section.findings
+    return section
 
 
 def _interfaces(host: Host) -> dict[str, list[str]]:

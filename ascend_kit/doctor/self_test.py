@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
 
@@ -32,8 +32,10 @@ from ascend_kit.doctor.comparison import (
     make_inputs,
     relative_error,
 )
+from ascend_kit.doctor.findings import OpCheck
+from ascend_kit.doctor.first_run import HALF_BILLION, SMALL, measure_model
 from ascend_kit.doctor.graph_and_ranks import run_collective, run_graph
-from ascend_kit.doctor.stages import PREFIX, OpCheck
+from ascend_kit.doctor.stages import PREFIX
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -264,16 +266,21 @@ STAGES = {"smoke": run_smoke, "ops": run_ops, "graph": run_graph, "collective": 
 def main(argv: list[str] | None = None) -> int:
     """Child process: run one stage and print one line per result."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stage", choices=(*STAGES, "probe"), required=True)
+    parser.add_argument("--stage", choices=(*STAGES, "probe", "model"), required=True)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args(argv)
+    device, failed = select_device(arguments.device), False
     if arguments.stage == "probe":
-        print(PREFIX + json.dumps(probe(select_device(arguments.device))), flush=True)
-        return 0
-    failed = False
-    for check in STAGES[arguments.stage](select_device(arguments.device)):
-        print(check.to_line(), flush=True)
-        failed |= check.status == "fail"
+        rows = iter([probe(device)])
+    elif arguments.stage == "model":
+        rows = measure_model(device, SMALL if arguments.small else HALF_BILLION, arguments.seconds)
+    else:
+        rows = map(asdict, STAGES[arguments.stage](device))
+    for row in rows:
+        print(PREFIX + json.dumps(row), flush=True)
+        failed |= row.get("status") == "fail"
     return int(failed)
 
 

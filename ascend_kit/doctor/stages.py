@@ -1,4 +1,4 @@
-"""Runs the self-test in child processes: a hang, a crash or a failed import is an answer there, not an end.
+"""Runs what touches a device in child processes: a hang, a crash or a failed import is an answer there, not an end.
 
 Knows no torch: a child prints one JSON line per result as soon as it has it, so what was finished before a
 hang is kept.
@@ -8,71 +8,55 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any
 
 from ascend_kit.device.advice import explain
-from ascend_kit.doctor.findings import Section, Status
+from ascend_kit.doctor.findings import OpCheck, Section, Status
 from ascend_kit.doctor.host import CommandResult, Host
 
 PREFIX = "ascend_kit-self-test "
 DISTRUST = "do not trust results of this device: run doctor --self-test and compare versions"
 # First calls load kernels and set up channels: minutes are normal on a new machine.
-TIMEOUT_S = {"probe": 240.0, "smoke": 300.0, "ops": 1200.0, "graph": 600.0, "collective": 420.0}
+TIMEOUT_S = {"probe": 240.0, "smoke": 300.0, "ops": 1200.0, "graph": 600.0, "collective": 420.0, "model": 900.0}
 
 
-@dataclass(frozen=True)
-class OpCheck:
-    """One comparison: `error` is the largest difference over the largest wanted value (None: not run)."""
+def run_child(host: Host, stage: str, device: str, on_row: Callable[[Any], None], *options: str) -> CommandResult:
+    """How a stage ended in a process of its own; `on_row` gets each of its results as soon as it is there."""
 
-    stage: str
-    op: str
-    case: str
-    status: Literal["ok", "fail", "skip"]
-    error: float | None = None
-    tolerance: float | None = None
-    seconds: float = 0.0
-    detail: str = ""
-    remedy: str = ""
+    def take(line: str) -> None:
+        if line.startswith(PREFIX):
+            on_row(json.loads(line.removeprefix(PREFIX)))
 
-    def to_line(self) -> str:
-        return PREFIX + json.dumps(asdict(self))
-
-    def describe(self) -> str:
-        """One row of the self-test's table."""
-        error = "" if self.error is None else f"{self.error:9.2e}"
-        bound = "" if self.tolerance is None else f"<= {self.tolerance:.0e}"
-        text = f"{self.detail}. {self.remedy}" if self.remedy else self.detail
-        return f"  [{self.status:^4}] {self.op:<18} {self.case:<46} {error:>9} {bound:<9} {text}".rstrip()
+    command = [host.python, "-m", "ascend_kit.doctor.self_test", "--stage", stage, "--device", device, *options]
+    return host.run(command, timeout_s=TIMEOUT_S[stage], on_line=take)
 
 
 def run_stage(host: Host, stage: str, device: str, on_check: Callable[[OpCheck], None] | None = None) -> list[OpCheck]:
     """Results of one stage on a device; one more, failed, that explains a process that hung or died."""
     checks: list[OpCheck] = []
 
-    def add(check: OpCheck) -> None:
-        checks.append(check)
+    def add(row: dict[str, Any]) -> None:
+        checks.append(OpCheck(**row))
         if on_check:
-            on_check(check)
+            on_check(checks[-1])
 
-    def take(line: str) -> None:
-        if line.startswith(PREFIX):
-            add(OpCheck(**json.loads(line.removeprefix(PREFIX))))
-
-    command = [host.python, "-m", "ascend_kit.doctor.self_test", "--stage", stage, "--device", device]
-    result = host.run(command, timeout_s=TIMEOUT_S[stage], on_line=take)
+    result = run_child(host, stage, device, add)
     if not result.is_ok and not any(check.status == "fail" for check in checks):
         evidence, remedy = trouble(result)
-        add(OpCheck(stage, f"{stage} process", device, "fail", detail=evidence, remedy=remedy))
+        add(dict(stage=stage, op=f"{stage} process", case=device, status="fail", detail=evidence, remedy=remedy))
     return checks
 
 
-def probe_device(host: Host, device: str) -> tuple[dict | None, CommandResult]:
-    """What torch says of itself and of the device, asked in a child; None when it did not get that far."""
-    command = [host.python, "-m", "ascend_kit.doctor.self_test", "--stage", "probe", "--device", device]
-    result = host.run(command, timeout_s=TIMEOUT_S["probe"])
-    lines = [line for line in result.stdout.splitlines() if line.startswith(PREFIX)]
-    return (json.loads(lines[-1].removeprefix(PREFIX)) if lines else None), result
+def probe_device(host: Host, device: str) -> tuple[dict | None, tuple[str, str]]:
+    """What torch says of itself and of the device, asked in a child; None and the trouble where it came not so far."""
+    rows: list[dict] = []
+    result = run_child(host, "probe", device, rows.append)
+    return (rows[-1], ("", "")) if rows else (None, trouble(result))
+
+
+def name_of(seen: dict) -> str:
+    """What `select_device` takes for the device that was probed."""
+    return seen["kind"] if seen["kind"] == "cpu" else f"{seen['kind']}:{seen['index']}"
 
 
 def plain_ops_line(checks: Iterable[OpCheck]) -> str:

@@ -53,7 +53,7 @@ def effective_exec_timeout_s(env: Mapping[str, str]) -> int | None:
     return asked or None
 
 
-def check_variables(host: Host, num_cards: int, graph_mode: bool = True) -> list:
+def check_variables(host: Host, num_cards: int, graph_mode: bool = True) -> Section:
     """Findings on every variable that is set to something noteworthy, or whose absence costs speed."""
     section = Section("Environment variables")
     env = host.env
@@ -65,7 +65,7 @@ def check_variables(host: Host, num_cards: int, graph_mode: bool = True) -> list
     _threads(section, env, num_cards)
     _logging_and_caches(section, host)
     _numerics(section, env)
-    return section.findings
+    return section
 
 
 def _allocator(section: Section, env: Mapping[str, str]) -> None:

@@ -49,8 +49,9 @@ def install(torch: str, torch_npu: str) -> str:
     return f"pip install torch=={torch}+cpu {CPU_INDEX}, then pip install torch-npu=={torch_npu}"
 
 
-def check_versions(section: Section, host: Host, cann: str | None, driver: str | None) -> None:
+def check_versions(host: Host, cann: str | None, driver: str | None) -> Section:
     """Python, torch, torch_npu, CANN, driver and CANN's Python packages; one finding for each pairing."""
+    section = Section("Versions")
     torch, torch_npu = host.import_version("torch"), host.import_version("torch_npu")
     if torch is None or torch_npu is None:
         missing = "torch" if torch is None else "torch_npu"
@@ -64,6 +65,7 @@ def check_versions(section: Section, host: Host, cann: str | None, driver: str |
         section.ok("pair for this CANN", f"CANN {cann}: {_pair_of(cann)}")
         _check_numpy(section, host, cann)
     check_cann_packages(section, host)
+    return section
 
 
 def check_torch_build(section: Section, torch: str) -> bool:
