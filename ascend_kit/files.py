@@ -72,10 +72,12 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 def append_lines(path: Path, data: bytes) -> None:
     """Add whole lines to a file and push them to the disk; without space for all of them it stays as it was."""
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab+", buffering=0) as file:
         size = file.tell()
-        if size and not _ends_with_newline(path):
-            data = b"\n" + data  # a killed writer left half a line; keep it apart from this one
+        if size:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data  # a killed writer left half a line; keep it apart from this one
         rest = memoryview(data)
         try:
             while rest:
@@ -97,12 +99,6 @@ def os_error_text(error: OSError) -> str:
     return f"{error.filename}: {cause}" if error.filename else cause
 
 
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
-
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Strict JSON: numpy scalars and paths as plain values, NaN and infinity as null, half characters written out.
 
@@ -115,7 +111,7 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 def strict_json(text: str) -> Any:
     """The value of a JSON text; ValueError also for a field that stands twice and for nesting without end."""
     try:
-        return _STRICT.decode(text)
+        return json.loads(text, object_pairs_hook=_without_repetition)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -139,9 +135,6 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError(f"a field stands twice among {[key for key, _ in pairs]}")
     return found
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_without_repetition)
 
 
 def require_regular(path: Path) -> None:
@@ -174,8 +167,5 @@ def _clean(value: Any) -> Any:
         return None
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "size", None) == 1:
-        return _clean(item())
-    tolist = getattr(value, "tolist", None)
+    tolist = getattr(value, "tolist", None)  # of arrays, and of numpy's scalars
     return _clean(tolist()) if callable(tolist) else str(value)

@@ -7,10 +7,11 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,24 +19,18 @@ import xxhash
 
 from ascend_kit.files import cache_root, to_json, write_atomic
 
-HASH_BLOCK_BYTES = 8 << 20
 Use = Literal["resume", "pair", "line", "history"]
-
+PARTS = ("weights", "tokenizer", "chat_template", "data", "prompts", "task", "engine", "versions", "device")
 # Which parts must agree
-#   resume   for a row to count as done when the same thing is asked for again
-#   pair     for two answers to one document to be compared
-#   line     for two points to lie on one line of a figure
-#   history  for two runs to be one experiment under different versions
-MUST_AGREE: dict[str, frozenset[str]] = {
-    "weights": frozenset({"resume", "line", "history"}),
-    "tokenizer": frozenset({"resume", "line", "history"}),
-    "chat_template": frozenset({"resume", "history"}),
-    "data": frozenset({"resume", "pair", "history"}),
-    "prompts": frozenset({"resume", "pair", "history"}),
-    "task": frozenset({"resume", "pair", "history"}),
-    "engine": frozenset({"resume", "line", "history"}),
-    "versions": frozenset({"resume", "line"}),
-    "device": frozenset({"resume", "line"}),
+MUST_AGREE: dict[Use, tuple[str, ...]] = {
+    # for a row to count as done when the same thing is asked for again
+    "resume": PARTS,
+    # for two answers to one document to be compared
+    "pair": ("data", "prompts", "task"),
+    # for two points to lie on one line of a figure
+    "line": ("weights", "tokenizer", "engine", "versions", "device"),
+    # for two runs to be one experiment under different versions
+    "history": ("weights", "tokenizer", "chat_template", "data", "prompts", "task", "engine"),
 }
 
 
@@ -58,7 +53,7 @@ class Identity:
     engine: Any = None
     versions: Any = None
     device: Any = None
-    declared: tuple[str, ...] = field(default=())
+    declared: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -67,15 +62,12 @@ class Identity:
 
     def with_parts(self, **parts: Any) -> Identity:
         """The same identity with some parts set."""
-        return Identity(**{**{item.name: getattr(self, item.name) for item in fields(self)}, **parts})
+        return replace(self, **parts)
 
     def differences(self, other: Identity, use: Use) -> list[str]:
         """What stands between the two for this use, as `part: ours -> theirs`; empty when they agree."""
-        found: list[str] = []
-        for part, uses in MUST_AGREE.items():
-            if use in uses:
-                found += _differences(part, getattr(self, part), getattr(other, part))
-        return found
+        pairs = ((part, getattr(self, part), getattr(other, part)) for part in MUST_AGREE[use])
+        return [text for pair in pairs for text in _differences(*pair)]
 
     def agrees(self, other: Identity, use: Use) -> bool:
         """Whether every part that `use` needs is equal."""
@@ -83,16 +75,14 @@ class Identity:
 
     def to_row(self) -> dict[str, Any]:
         """The parts that are set, as plain JSON values."""
-        parts = {item.name: getattr(self, item.name) for item in fields(self)}
-        return json.loads(to_json({key: value for key, value in parts.items() if value is not None and value != ()}))
+        return _plain({key: value for key, value in vars(self).items() if value not in (None, ())})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Identity:
         """The identity that `to_row` wrote; parts of a later version are left out."""
-        known = {item.name for item in fields(cls)}
-        parts = {key: value for key, value in row.items() if key in known}
-        declared = parts.get("declared")
-        return cls(**{**parts, "declared": tuple(declared) if isinstance(declared, (list, tuple)) else ()})
+        declared = row.get("declared")
+        parts = {key: row[key] for key in PARTS if key in row}
+        return cls(**parts, declared=tuple(declared) if isinstance(declared, (list, tuple)) else ())
 
 
 def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
@@ -124,11 +114,8 @@ def hash_value(value: Any) -> str:
 
 def hash_file(path: str | Path) -> str:
     """XXH3-128 of a file's bytes, read in full."""
-    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def file_hash(path: str | Path) -> str:

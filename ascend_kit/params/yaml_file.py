@@ -29,21 +29,6 @@ class YamlFault(yaml.MarkedYAMLError):
         super().__init__(problem=problem, problem_mark=node.start_mark)
 
 
-class BoundedLoader(yaml.SafeLoader):
-    """Stops at the depth that no parameter file has, before the nodes below it are made."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise YamlFault("nested too deeply", self.peek_event())
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; a duplicate key, a list or broken YAML is a ParameterError."""
     return read_with_places(path)[0]
@@ -54,13 +39,13 @@ def read_with_places(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     path = Path(path).expanduser()
     text = _text(path)
     try:
-        node = yaml.compose(text, Loader=BoundedLoader)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = _value(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         raise ParameterError(f"{path}{where}: not valid YAML for parameters: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ParameterError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if value is None:
         return {}, {}
@@ -126,8 +111,8 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise ParameterError(f"--set takes key=value, got {shown(text)}")
         try:
-            result[key.strip()] = _value(yaml.compose(value, Loader=BoundedLoader))
-        except (yaml.YAMLError, ValueError) as error:
+            result[key.strip()] = _value(yaml.compose(value, Loader=yaml.SafeLoader))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
             raise ParameterError(f"--set {key}: {_one_line(problem)}") from None
     return result
@@ -136,21 +121,22 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
 def _text(path: Path) -> str:
     try:
         require_regular(path)
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ParameterError(f"{path} is {path.stat().st_size} bytes long: no parameter file")
-        # Text copied from a web page indents with no-break spaces, which YAML takes for part of a name.
-        return path.read_bytes().decode("utf-8-sig").replace("\u00a0", " ")
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         beside = [found.name for found in path.parent.glob("*.y*ml")]
         meant = did_you_mean(path.name, beside, shown=lambda name: str(path.parent / name))
         raise ParameterError(f"no parameter file at {path}{meant}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ParameterError(f"parameter file {shown(str(path))} cannot be read: {reason}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ParameterError(f"{path} is longer than {MAX_FILE_BYTES} bytes: no parameter file")
+    try:
+        # Text copied from a web page indents with no-break spaces, which YAML takes for part of a name.
+        return data.decode("utf-8-sig").replace("\u00a0", " ")
     except UnicodeDecodeError as error:
         raise ParameterError(f"{path} is not valid YAML: no UTF-8 text at byte {error.start}") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ParameterError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ParameterError(f"parameter file {shown(str(path))} cannot be read: {reason}") from None
 
 
 def _value(node: yaml.Node | None) -> Any:
@@ -158,17 +144,14 @@ def _value(node: yaml.Node | None) -> Any:
     if node is None:
         return None
     _check(node, 0, [0])
-    try:
-        return yaml.constructor.SafeConstructor().construct_document(node)
-    except (ValueError, OverflowError) as error:
-        raise YamlFault(f"a value cannot be built: {_one_line(error)}", node) from None
+    return yaml.constructor.SafeConstructor().construct_document(node)
 
 
 def _check(node: yaml.Node, depth: int, count: list[int]) -> None:
     """Refuse what is too deep or too much (aliases counted each time they stand), and what YAML reads in surprise."""
     count[0] += 1
     if depth > MAX_DEPTH or count[0] > MAX_NODES:
-        raise YamlFault("an alias that refers to itself or to too much", node)
+        raise YamlFault("nested too deeply, or an alias that refers to itself or to too much", node)
     if isinstance(node, yaml.ScalarNode):
         _check_scalar(node)
     elif isinstance(node, yaml.SequenceNode):
@@ -178,7 +161,8 @@ def _check(node: yaml.Node, depth: int, count: list[int]) -> None:
         keys = set()
         for key, item in node.value:
             if key.tag != "tag:yaml.org,2002:str":
-                what = "a merge key `<<`" if key.tag.endswith(":merge") else f"{_written(key)} as a name"
+                written = shown(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a block"
+                what = "a merge key `<<`" if key.tag.endswith(":merge") else f"{written} as a name"
                 raise YamlFault(f"{what} is not allowed: names are plain words, each with its value", key)
             if key.value in keys:
                 raise YamlFault(f"key {key.value!r} stands twice", key)
@@ -202,9 +186,7 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
         raise YamlFault(f"{shown(text)} cannot be read as {kind}", node) from None
 
 
-def _written(key: yaml.Node) -> str:
-    return shown(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a block"
-
-
 def _one_line(error: object) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -68,7 +68,7 @@ def history(runs: Iterable[Run]) -> Table:
 
 
 def _history_key(identity: Identity) -> str:
-    return hash_value([getattr(identity, part) for part, uses in MUST_AGREE.items() if "history" in uses])
+    return hash_value([getattr(identity, part) for part in MUST_AGREE["history"]])
 
 
 def _line_of_history(now: Repeated, before: Repeated | None) -> dict[str, Any]:
