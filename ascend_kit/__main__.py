@@ -22,11 +22,11 @@ from typing import Any
 from ascend_kit.engine.ranks import environment_ranks, without_ranks
 from ascend_kit.files import os_error_text
 from ascend_kit.messages import phrase
-from ascend_kit.params import Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
+from ascend_kit.params import Experiment, ParameterError, build_experiment, load_experiment
 from ascend_kit.params.experiment import DEMO
 from ascend_kit.params.notebook import parameters_of, write_cells
 from ascend_kit.params.paths import check_paths
-from ascend_kit.params.yaml_file import naming_lines
+from ascend_kit.params.yaml_file import naming_lines, parse_overrides
 from ascend_kit.run.checks import RunError
 from ascend_kit.run.experiment import check_experiment, make_working_copies, run_experiment, write_run_report
 from ascend_kit.run.pack import pack

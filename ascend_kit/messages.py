@@ -55,11 +55,10 @@ class Finding:
         if isinstance(row, str):
             return cls("text", {"text": row})
         found = cls(row["key"], row["values"], row["level"])
-        try:
-            is_known = row["key"] in keys() and bool(found.text("en"))
-        except KeyError:
-            is_known = False
-        return found if is_known else cls("text", {"text": row["text"]}, row["level"])
+        with contextlib.suppress(KeyError):
+            if row["key"] in keys() and found.text("en"):
+                return found
+        return cls("text", {"text": row["text"]}, row["level"])
 
 
 def say(key: str, level: Level = "note", /, **values: Any) -> Finding:
@@ -155,11 +154,8 @@ def translate(key: str, language: str | None = None, /, **values: Any) -> str:
 @cache
 def keys(language: str = "en") -> frozenset[str]:
     """Every key that the catalogue of `language` has a text for."""
-    return frozenset(str(_plain(message.id)) for message in _catalogue(language) if message.id and message.string)
-
-
-def _plain(text: Any) -> Any:
-    return text[0] if isinstance(text, (list, tuple)) else text
+    known = (message.id for message in _catalogue(language) if message.id and message.string)
+    return frozenset(text if isinstance(text, str) else text[0] for text in known)  # else singular and plural
 
 
 @cache

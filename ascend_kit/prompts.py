@@ -60,16 +60,13 @@ def read_prompts(path: str | Path, parameter: str = "prompts_file") -> list[Prom
         raise PromptsError(f"{parameter} {str(path)!r} is no path: {error}") from None
     if "\0" in text:
         raise PromptsError(f"{where} is no text: a NUL stands at character {text.index(chr(0))} (UTF-16?)")
-    lines = [(f"line {n}", line) for n, line in enumerate(_lines(text), 1) if line and not line.isspace()]
+    # str.splitlines would also split at U+2028, U+0085 and form feeds, which are part of a prompt.
+    split = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = [(f"line {number}", line) for number, line in enumerate(split, 1) if line and not line.isspace()]
     if not lines:
         raise PromptsError(f"{where} holds no prompt; {EXPECTED}")
     entries = _json_entries(text, lines, where, is_json=path.suffix.lower() in JSON_SUFFIXES)
     return [_prompt(entry, f"{where}, {place}") for place, entry in entries]
-
-
-def _lines(text: str) -> list[str]:
-    """str.splitlines would also split at U+2028, U+0085 and form feeds, which are part of a prompt."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _json_entries(text: str, lines: list[tuple[str, str]], where: str, *, is_json: bool) -> list[tuple[str, Any]]:
@@ -119,7 +116,8 @@ def _prompt(entry: Any, where: str) -> Prompt:
         return Prompt(value)
     if isinstance(value, list) and value and isinstance(value[0], dict) and isinstance(entry, dict):
         for number, item in enumerate(value, 1):
-            if not _is_message(item):
+            text = item.get("content") if isinstance(item, dict) and item.get("role") in ROLES else None
+            if not isinstance(text, str):
                 raise PromptsError(
                     f"{where}, message {number}: expected a content, a text, and a role, one of {', '.join(ROLES)}; "
                     f"found {_short(repr(item))}"
@@ -131,10 +129,6 @@ def _prompt(entry: Any, where: str) -> Prompt:
         f"{where}: expected a text, or an object with one of the fields {', '.join(FIELDS)} (a text, or a list of "
         f'{{"role", "content"}}), found {found}'
     )
-
-
-def _is_message(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("content"), str) and item.get("role") in ROLES
 
 
 def _refuse_unread(entry: dict[str, Any], where: str) -> None:

@@ -39,7 +39,8 @@ from ascend_kit.checkpoint.manifest import check_converted, model_identity, veri
 from ascend_kit.evaluation.datasets import find_tasks
 from ascend_kit.identity import Identity
 from ascend_kit.measure.loads import read_load_prompts, read_trace
-from ascend_kit.params import EVAL_SETS, Experiment, load_experiment
+from ascend_kit.params import Experiment, load_experiment
+from ascend_kit.params.experiment import EVAL_SETS
 from ascend_kit.prompts import read_prompts
 from ascend_kit.results import RunFolder, list_runs, newest_rows, run_parameters
 from ascend_kit.show.report import write_report

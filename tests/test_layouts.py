@@ -25,7 +25,7 @@ def experiment_for(tmp_path, model, **changes):
 
 def sweep(experiment, **options):
     with RunFolder.open(experiment, stage="04_throughput") as folder:
-        engine = AscendInferEngine.from_experiment(experiment.on_cards(1)).load_model()
+        engine = AscendInferEngine.from_experiment(experiment.alone(cards=1, tensor_parallel=1)).load_model()
         rows = run_sweep(engine, experiment, folder, ceilings=CEILINGS, **options)
         assert engine.core is None  # its cards were needed
         return rows, load_cards(folder)

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from ascend_kit.__main__ import main
-from ascend_kit.params import ParameterError, build_experiment, load_experiment, parse_overrides
+from ascend_kit.params import ParameterError, build_experiment, load_experiment
 from ascend_kit.params.notebook import cell_source, write_cells
 from ascend_kit.params.paths import check_paths
+from ascend_kit.params.yaml_file import parse_overrides
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)

@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from ascend_kit.params import (
-    Experiment,
-    ParameterError,
-    build_experiment,
-    experiment_from_notebook,
-    load_experiment,
-    parse_overrides,
-)
+from ascend_kit.params import Experiment, ParameterError, build_experiment, experiment_from_notebook, load_experiment
+from ascend_kit.params.yaml_file import parse_overrides
 
 ARTICLE = """model_name: qwen3-8b
 precision: bf16

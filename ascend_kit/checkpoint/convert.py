@@ -32,7 +32,8 @@ from ascend_kit.device.device import select_device
 from ascend_kit.files import GIB
 from ascend_kit.model.config import end_ids_in
 from ascend_kit.model.tensors import kept_linears
-from ascend_kit.params import ConversionParameters, Experiment, ParameterError
+from ascend_kit.params import Experiment, ParameterError
+from ascend_kit.params.fields import ConversionParameters
 from ascend_kit.params.values import explained
 
 CHECK_BYTES = 4 * GIB  # of weights that `check_model` reads whole: some seconds

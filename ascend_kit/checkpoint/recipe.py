@@ -28,7 +28,7 @@ from ascend_kit.checkpoint.tensor_jobs import CastJob, QuantizeJob, Quantizer, R
 from ascend_kit.model.config import DTYPES, ModelConfig
 from ascend_kit.model.quantize import best_group_size, group_size_for
 from ascend_kit.model.tensors import LAYER_PATTERN, UNITS, expected_shapes, linear_names, uniform_schemes
-from ascend_kit.params import ConversionParameters
+from ascend_kit.params.fields import ConversionParameters
 from ascend_kit.prompts import read_prompts
 
 MIX_TOKENS = 1024  # tokens on which mixes are compared; hidden states of every variant are held for them

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from ascend_kit.messages import did_you_mean
-from ascend_kit.params import DEVICE_PATTERN, PRECISIONS, Experiment
+from ascend_kit.params import Experiment
+from ascend_kit.params.fields import PRECISIONS
+from ascend_kit.params.values import DEVICE_PATTERN
 
 # Where the weights lie and whether they are read twice changes neither answers nor speed.
 LARGEST_GUESSED_STEP = 256  # rows; more would need further graphs, and guessing pays in small batches

@@ -72,7 +72,9 @@ class Reference:
 def reference_answers(experiment: Experiment, *, num_tokens: int = 8) -> Reference:
     """Answers of plain operators without graphs to a few short prompts; the model is loaded and freed."""
     size = experiment.tensor_parallel
-    plain = experiment.on_cards(size, size, graph_mode=False, operator_fusion=False, batch_size=len(CHECK_PROMPTS))
+    plain = experiment.alone(
+        cards=size, tensor_parallel=size, graph_mode=False, operator_fusion=False, batch_size=len(CHECK_PROMPTS)
+    )
     with AscendInferEngine.from_experiment(plain) as engine:
         outputs = _greedy_answers(engine, num_tokens)
         schemes = open_checkpoint(engine.model_path).quantization.schemes.values()

@@ -181,10 +181,6 @@ class Experiment(StageParameters):
             return copy
         return copy.with_changes(output_model=f"{self.output_model}-{copy.converted_suffix}")
 
-    def on_cards(self, cards: int, tensor_parallel: int = 1, **changes: Any) -> Experiment:
-        """`alone` with one layout of cards."""
-        return self.alone(cards=cards, tensor_parallel=tensor_parallel, **changes)
-
     def swept(self, key: str) -> list[Any]:
         """The values of a parameter in the sweep, or its one value."""
         return self.sweep[key] if key in self.sweep else [getattr(self, key)]
@@ -225,8 +221,8 @@ class Experiment(StageParameters):
         """
         keys = [key for key in self.sweep if key in engine_rules.OWN_SETTINGS]
         every = [dict(zip(keys, values, strict=True)) for values in itertools.product(*(self.sweep[k] for k in keys))]
-        sizes = [(one.get("cards", self.cards), one.get("tensor_parallel", self.tensor_parallel)) for one in every]
-        return [one for one, (cards, size) in zip(every, sizes, strict=True) if cards % size == 0]
+        cards, size = self.cards, self.tensor_parallel
+        return [one for one in every if one.get("cards", cards) % one.get("tensor_parallel", size) == 0]
 
     @property
     def swept_checkpoints(self) -> list[Experiment]:
@@ -300,8 +296,3 @@ def kind_of(key: str) -> str:
     annotation = Experiment.model_fields[key].annotation
     text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
     return re.sub(r"typing\.Literal\[.*?\]", "str", text)
-
-
-def choices_of(key: str) -> list[str]:
-    """The allowed words of a parameter that is a choice, else nothing."""
-    return rules.choices(Experiment, key)

@@ -16,12 +16,12 @@ from typing import Any
 
 from ascend_kit.files import write_atomic
 from ascend_kit.messages import show_errors_in_one_line, use_language
-from ascend_kit.params.experiment import RETIRED, Experiment, choices_of, expand_aliases, kind_of
+from ascend_kit.params.experiment import RETIRED, Experiment, expand_aliases, kind_of
 from ascend_kit.params.fields import notebooks_of
 from ascend_kit.params.paths import check_paths
 from ascend_kit.params.sweep import ALIASES as OLD_NAMES
 from ascend_kit.params.sweep import layered
-from ascend_kit.params.values import ParameterError, shown, unknown_key
+from ascend_kit.params.values import ParameterError, choices, shown, unknown_key
 from ascend_kit.params.yaml_file import build_over_params_file
 
 CELL_MARK = "# Parameters of this notebook"  # first line of a generated cell starts with this
@@ -44,14 +44,10 @@ def experiment_from_notebook(namespace: Mapping[str, Any]) -> Experiment:
     declared, injected = _cells(namespace)
     _refuse_unknown(declared, "the parameters cell")
     _refuse_unknown(injected, "the injected parameters")
-    changed = {
-        name: value
-        for name, value in declared.items()
-        if name not in Experiment.model_fields or value != _default(name)
-    }
+    known = Experiment.model_fields
+    changed = {name: value for name, value in declared.items() if name not in known or value != known[name].default}
     given = layered(layered(expand_aliases(changed), expand_aliases(injected)), applied)
-    names_a_model = given.keys() & {"input_model", "model_name"}
-    default_file = None if names_a_model else _demo_file()
+    default_file = None if given.keys() & {"input_model", "model_name"} else _demo_file()
     experiment = build_over_params_file(given, source="notebook parameters", default_file=default_file)
     if _history(namespace):
         check_paths(experiment, declared.keys())
@@ -147,10 +143,6 @@ def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
         raise ParameterError(f"{where}: {unknown_key(wrong, known)}")
 
 
-def _default(name: str) -> Any:
-    return Experiment.model_fields[name].default
-
-
 def _demo_file() -> str | None:
     checkout = Path(__file__).resolve().parents[2]
     return next((str(path) for path in (Path(DEMO_FILE), checkout / DEMO_FILE) if path.is_file()), None)
@@ -183,10 +175,9 @@ def cell_source(notebook: str) -> str:
 
 def _line(name: str) -> str:
     field = Experiment.model_fields[name]
-    meaning, default = field.description or "", field.default
-    missing = [word for word in choices_of(name) if word not in meaning]
-    if missing:
-        meaning += f": {', '.join(choices_of(name))}"
+    meaning, default, words = field.description or "", field.default, choices(Experiment, name)
+    if any(word not in meaning for word in words):
+        meaning += f": {', '.join(words)}"
     written = json.dumps(default) if isinstance(default, (str, list, dict)) else str(default)
     return f"{name}: {kind_of(name)} = {written}  # {meaning}"
 
@@ -208,9 +199,6 @@ def _write_cell(path: Path, check: bool) -> list[str]:
     if not check:
         cell["source"] = wanted.splitlines(keepends=True)
         write_atomic(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return [f"{path.name}: {_difference(literal_assignments(before), literal_assignments(wanted))}"]
-
-
-def _difference(before: dict[str, Any], wanted: dict[str, Any]) -> str:
-    changed = [name for name in {**before, **wanted} if before.get(name, ...) != wanted.get(name, ...)]
-    return ", ".join(changed) or "wording"
+    old, new = literal_assignments(before), literal_assignments(wanted)
+    changed = [name for name in {**old, **new} if old.get(name, ...) != new.get(name, ...)]
+    return [f"{path.name}: {', '.join(changed) or 'wording'}"]

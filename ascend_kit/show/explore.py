@@ -15,7 +15,7 @@ from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
 from ascend_kit.measure.rows import Point, key_of, load_rows
 from ascend_kit.measure.verdict import fastest, measured_points
 from ascend_kit.messages import Finding, phrase, say
-from ascend_kit.params import ENGINE_SWITCHES
+from ascend_kit.params.experiment import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
 from ascend_kit.show.drawing import (
     FONT,

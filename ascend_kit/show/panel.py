@@ -12,10 +12,12 @@ import yaml
 
 from ascend_kit.files import os_error_text, write_atomic
 from ascend_kit.messages import phrase, translate
-from ascend_kit.params import PRECISIONS, Experiment, ParameterError, build_experiment, load_experiment, parse_overrides
-from ascend_kit.params.experiment import choices_of, kind_of
-from ascend_kit.params.fields import FRAMEWORKS
+from ascend_kit.params import Experiment, ParameterError, build_experiment, load_experiment
+from ascend_kit.params.experiment import kind_of
+from ascend_kit.params.fields import FRAMEWORKS, PRECISIONS
 from ascend_kit.params.notebook import applied
+from ascend_kit.params.values import choices
+from ascend_kit.params.yaml_file import parse_overrides
 from ascend_kit.show.progress import in_browser
 from ascend_kit.show.tables import readable
 
@@ -241,7 +243,7 @@ def _choices(key: str) -> list[str]:
     named = {"precision": PRECISIONS, "framework": FRAMEWORKS}.get(key)
     if named is not None:
         return list(dict.fromkeys(named.values()))
-    return ["", "true", "false"] if kind_of(key) == "bool | None" else choices_of(key)
+    return ["", "true", "false"] if kind_of(key) == "bool | None" else choices(Experiment, key)
 
 
 def _field_value(key: str, value: Any) -> Any:

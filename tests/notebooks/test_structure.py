@@ -8,8 +8,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ascend_kit.params import Experiment, experiment_from_notebook, load_experiment, read_yaml
+from ascend_kit.params import Experiment, experiment_from_notebook, load_experiment
 from ascend_kit.params.notebook import write_cells
+from ascend_kit.params.yaml_file import read_yaml
 from ascend_kit.run.checks import find_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
