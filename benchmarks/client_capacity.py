@@ -14,9 +14,9 @@ import time
 from multiprocessing.connection import Connection
 
 from ascend_kit.measure.endpoint import Client
-from ascend_kit.measure.http import Endpoint
 from ascend_kit.measure.metrics import percentile
 from ascend_kit.measure.workload import Request
+from ascend_kit.params.engines import OpenAIEngine
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 
@@ -74,7 +74,7 @@ def main() -> None:
     server = multiprocessing.Process(target=generate, args=(theirs, arguments.rate), daemon=True)
     server.start()
     recorder = Recorder()
-    client = Client(Endpoint(f"http://127.0.0.1:{ours.recv()}/v1", "m"), recorder)
+    client = Client(OpenAIEngine(base_url=f"http://127.0.0.1:{ours.recv()}/v1", model="m"), recorder)
     spread_s = 1 / arguments.rate  # so that not all streams write at one moment
     requests = [Request(n, (1,), arguments.tokens, send_at_s=n * spread_s / 8) for n in range(arguments.streams)]
     before_s = time.process_time()

@@ -22,11 +22,12 @@ import tempfile
 from pathlib import Path
 
 from ascend_kit import demo
-from ascend_kit.measure.endpoint import Client, Endpoint
+from ascend_kit.measure.endpoint import Client
 from ascend_kit.measure.metrics import summarize
 from ascend_kit.measure.server_process import ServerProcess
 from ascend_kit.measure.workload import Request
 from ascend_kit.params import build_experiment
+from ascend_kit.params.engines import OpenAIEngine
 
 PEERS = Path.home() / ".cache/ascend-kit/peers/vllm/bin/python"
 OUTPUT_LEN = 32
@@ -58,7 +59,7 @@ def server_command(kind: str, python: Path, model: str, port: int) -> str:
 
 def ours(url: str, prompts: list[str], concurrency: int) -> dict[str, float]:
     """The metrics of one run by our client."""
-    client = Client(Endpoint(url, "m"))
+    client = Client(OpenAIEngine(base_url=url, model="m"))
     requests = [Request(number, (1,), OUTPUT_LEN, text=prompt) for number, prompt in enumerate(prompts)]
     records = client.run(requests, concurrency)
     bad = [record.error for record in records if record.error]
@@ -107,8 +108,8 @@ def main() -> int:
         server = ServerProcess(
             server_command(asked.server, asked.python, str(model), port), Path(scratch) / "server.log"
         )
-        client = Client(Endpoint(root + "/v1", "m"))
-        server.start(lambda: client.get("/v1/models", 2) is not None, 600)
+        client = Client(OpenAIEngine(base_url=root + "/v1", model="m"))
+        server.start(lambda: client.get("/v1/models") is not None, 600)
         try:
             ours(root + "/v1", prompts[:8], asked.concurrency)  # first calls are apart
             for _ in range(asked.repeats):

@@ -30,8 +30,8 @@ from ascend_kit import AscendInferEngine
 from ascend_kit.engine.sequence import SamplingParams
 from ascend_kit.evaluation.endpoint import EndpointEngine
 from ascend_kit.evaluation.harness import evaluate
-from ascend_kit.measure.http import Endpoint
 from ascend_kit.params import build_experiment
+from ascend_kit.params.engines import OpenAIEngine
 from ascend_kit.results import RunFolder
 from ascend_kit.stages import RunRecord
 
@@ -173,7 +173,12 @@ def test_the_same_through_an_endpoint(loaded, data, tmp_path, name) -> None:
     engine, folder = loaded(name)
     server = Running(engine)
 
-    found = alarms(EndpointEngine(Endpoint(f"{server.base}/v1", ""), str(folder)), data, tmp_path, ["gsm8k", "mmlu"])
+    found = alarms(
+        EndpointEngine(OpenAIEngine(base_url=f"{server.base}/v1", model=""), str(folder)),
+        data,
+        tmp_path,
+        ["gsm8k", "mmlu"],
+    )
 
     server.wait(server.runner.cleanup())
     assert found.keys() == BROKEN[name][1] - {"wikitext"}
@@ -190,7 +195,12 @@ def test_a_server_that_answers_nothing_ends_with_alarms(loaded, data, tmp_path, 
     nothing = {"text": "", "finish_reason": "stop", "logprobs": {"token_logprobs": [None, *[logprob] * 600]}}
     server = scripted({"choices": [nothing]})
 
-    found = alarms(EndpointEngine(Endpoint(server.url, ""), str(loaded("as it is")[1])), data, tmp_path, sorted(ALL))
+    found = alarms(
+        EndpointEngine(OpenAIEngine(base_url=server.url, model=""), str(loaded("as it is")[1])),
+        data,
+        tmp_path,
+        sorted(ALL),
+    )
 
     server.close()
     assert found["mmlu"] >= {"tied", "one_choice"} and found["gsm8k"] >= {"empty_answers", "never_right"}
@@ -199,7 +209,7 @@ def test_a_server_that_answers_nothing_ends_with_alarms(loaded, data, tmp_path, 
 
 def test_an_answer_without_choices_is_an_error_that_says_so(loaded) -> None:
     server = scripted({"choices": []})
-    served = EndpointEngine(Endpoint(server.url, ""), str(loaded("as it is")[1]))
+    served = EndpointEngine(OpenAIEngine(base_url=server.url, model=""), str(loaded("as it is")[1]))
 
     (output,) = served.generate([[1, 2]], [SamplingParams(max_new_tokens=1)])
 

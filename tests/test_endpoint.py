@@ -11,15 +11,15 @@ from scripted_server import DONE, HEAD, ScriptedServer, chat_chunk, event, failu
 
 from ascend_kit.measure import http
 from ascend_kit.measure.endpoint import Client
-from ascend_kit.measure.http import Endpoint
 from ascend_kit.measure.streams import Chunk, EventParser, token_times
 from ascend_kit.measure.workload import Request, make_requests
+from ascend_kit.params.engines import OpenAIEngine
 
 
 def asked(*scripts, count=1, concurrency=1, codec=None, requests=None, **endpoint):
     """Records of requests to a scripted server, the client and the server."""
     server = ScriptedServer(*scripts)
-    client = Client(Endpoint(server.url, "m", **endpoint), codec)
+    client = Client(OpenAIEngine(base_url=server.url, model="m", **endpoint), codec)
     try:
         found = client.run(requests or make_requests(count, 8, 4, vocab_size=200), concurrency)
     finally:
@@ -59,7 +59,7 @@ def test_a_whole_answer_is_asked_again_where_the_server_is_busy_and_not_where_it
         ([failure("200 OK", "no JSON")], 3, "JSONDecodeError"),
     ):
         server = ScriptedServer(*scripts)
-        endpoint = Endpoint(server.url, "m", retries=2, leave_out=("top_k",), extra_body={"own": 1})
+        endpoint = OpenAIEngine(base_url=server.url, model="m", retries=2, leave_out=["top_k"], extra_body={"own": 1})
         (answer,) = http.ask(endpoint, "/v1/x", [{"top_k": 3}], on_answer=lambda place, value: heard.append(place))
         server.close()
         assert server.bodies == [{"model": "m", "own": 1}] * times
@@ -341,7 +341,7 @@ def test_a_silent_stream_ends_by_the_idle_limit():
 
 
 def test_nobody_is_there():
-    client = Client(Endpoint("http://127.0.0.1:9/v1", "m"))
+    client = Client(OpenAIEngine(base_url="http://127.0.0.1:9/v1", model="m"))
 
     (record,) = client.run(make_requests(1, 8, 4, vocab_size=200), 1)
 
@@ -367,7 +367,7 @@ def test_closed_loop_and_timed_arrivals_hold_on_the_wire():
 def test_fields_a_server_refuses_can_be_left_out_and_others_added():
     _, _, server = asked(
         [(0, HEAD), (0.01, event(text_chunk("a"))), (0.02, DONE)],
-        leave_out=("stream_options", "min_tokens", "ignore_eos"), extra_body={"top_k": 1},
+        leave_out=["stream_options", "min_tokens", "ignore_eos"], extra_body={"top_k": 1},
     )  # fmt: skip
 
     assert server.bodies[0].keys() == {"model", "prompt", "temperature", "stream", "max_tokens", "top_k"}

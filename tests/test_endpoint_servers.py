@@ -13,11 +13,11 @@ from capacity_server import CapacityServer
 from scripted_server import DONE, HEAD, ScriptedServer, event, failure, text_chunk, usage
 
 from ascend_kit.measure.endpoint import Client
-from ascend_kit.measure.http import Endpoint
 from ascend_kit.measure.points import check_complete
 from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.server_process import ServerProcess
 from ascend_kit.measure.workload import make_requests
+from ascend_kit.params.engines import OpenAIEngine
 
 
 def test_metrics_of_three_servers_have_one_set_of_names():
@@ -69,7 +69,7 @@ def test_a_started_server_ends_with_its_children_and_a_dead_one_is_explained(tmp
 def test_our_own_server_gives_every_token_its_time(served, monkeypatch):
     monkeypatch.setattr("ascend_kit.measure.endpoint.METRICS_EVERY_S", 0.01)
     requests = make_requests(12, 16, 10, vocab_size=250)
-    client = Client(Endpoint(served.base + "/v1", "tiny"))
+    client = Client(OpenAIEngine(base_url=served.base + "/v1", model="tiny"))
 
     records = client.run(requests, 4)
 

@@ -12,7 +12,7 @@ from running_server import Running
 
 from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation.endpoint import EndpointEngine
-from ascend_kit.measure.http import Endpoint
+from ascend_kit.params.engines import OpenAIEngine
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -175,7 +175,7 @@ def test_the_other_family_equals_hflm_with_chat_shots_stops_and_cut_prompts(tiny
     with AscendInferEngine(tiny_qwen2_dir, precision="fp32", device="cpu", max_seq_length=512) as engine:
         server = Running(engine) if through == "endpoint" else None
         url = f"{server.base}/v1" if server else ""
-        model = EndpointEngine(Endpoint(url, ""), str(tiny_qwen2_dir)) if server else engine
+        model = EndpointEngine(OpenAIEngine(base_url=url, model=""), str(tiny_qwen2_dir)) if server else engine
         model.tokenizer.chat_template = CHAT
         ours = adapter(model, max_length=96)
         prompt = ours.apply_chat_template([*shots, {"role": "user", "content": "Which?"}])

@@ -25,7 +25,8 @@ from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.runs import Run
 from ascend_kit.evaluation.scores import pass_at_k
 from ascend_kit.evaluation.tasks import allocate, detectable, draw
-from ascend_kit.measure.http import Endpoint, EndpointError
+from ascend_kit.measure.http import EndpointError
+from ascend_kit.params.engines import OpenAIEngine
 from ascend_kit.params.notebook import parameters_of
 from ascend_kit.run.checks import RunError, check_contents
 
@@ -208,12 +209,12 @@ def test_what_a_server_cannot_do_is_said_before_work(tiny_qwen3_dir, tmp_path) -
     with ThreadingHTTPServer(("127.0.0.1", 0), Terse) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
-        served = EndpointEngine(Endpoint(url, ""), str(tiny_qwen3_dir))
+        served = EndpointEngine(OpenAIEngine(base_url=url, model=""), str(tiny_qwen3_dir))
         data = write_sets(tmp_path / "data", documents=2)
         with pytest.raises(DataError, match=r"mmlu_abstract_algebra, .* cannot be asked: .* 0 log-probabilities of 6"):
             run(served, task_experiment(data, tmp_path, eval_datasets=["mmlu"], eval_fewshot=0))
         with pytest.raises(EndpointError, match="serves m, not 'other'"):
-            EndpointEngine(Endpoint(url, "other"), str(tiny_qwen3_dir))
+            EndpointEngine(OpenAIEngine(base_url=url, model="other"), str(tiny_qwen3_dir))
         server.shutdown()
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -25,11 +23,11 @@ from ascend_kit.files import Table
 from ascend_kit.identity import Identity
 from ascend_kit.measure import http
 from ascend_kit.measure.agreement import check_against, reference_answers
-from ascend_kit.measure.http import Endpoint, EndpointError
-from ascend_kit.measure.remote import endpoint_of
+from ascend_kit.measure.http import EndpointError
 from ascend_kit.measure.server_process import ServerProcess
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.params import Experiment
+from ascend_kit.params.engines import OpenAIEngine
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # where the server wants a key; it is never stored
 TIMEOUT_S = 600.0  # of an answer that comes as a whole
@@ -58,35 +56,33 @@ class EndpointEngine:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: OpenAIEngine,
         model_path: str,
         *,
         tokenizer_path: str | None = None,
         concurrency: int = 8,
         process: ServerProcess | None = None,
-        ready_timeout_s: float = 600.0,
     ) -> None:
         self.url, self.concurrency, self._process = endpoint.base_url.rstrip("/"), concurrency, process
         if endpoint.api == "chat":
             raise EndpointError(
                 f"{self.url}: api is chat, but prompts are built and encoded here: completions is needed"
             )
-        self.endpoint = replace(
-            endpoint, retries=max(RETRIES, endpoint.retries), idle_s=max(TIMEOUT_S, endpoint.idle_s)
-        )
+        patience = {"retries": max(RETRIES, endpoint.retries), "idle_s": max(TIMEOUT_S, endpoint.idle_s)}
+        self.endpoint = endpoint.model_copy(update=patience)
         self.tokenizer: Any = load_tokenizer(tokenizer_path or model_path)
         self.config = ModelConfig.from_folder(tokenizer_path or model_path)
         self.device: Any = _Nowhere()
         self._paths = (model_path, tokenizer_path)
         if process is not None:
-            once = replace(self.endpoint, retries=0)
-            process.start(lambda: isinstance(http.ask(once, MODELS, [None])[0], dict), ready_timeout_s)
+            once = self.endpoint.model_copy(update={"retries": 0})
+            process.start(lambda: isinstance(http.ask(once, MODELS, [None])[0], dict), endpoint.ready_timeout_s)
         try:
             self.served = self._find()
         except EndpointError:
             self.close()
             raise
-        self.endpoint = replace(self.endpoint, model=str(self.served["id"]))
+        self.endpoint = self.endpoint.model_copy(update={"model": str(self.served["id"])})
         self.max_seq_length = int(self.served.get("max_model_len") or self.config.max_position_embeddings)
 
     @classmethod
@@ -95,21 +91,18 @@ class EndpointEngine:
         that is evaluated.
         """
         assert experiment.eval_endpoint is not None
-        spec, process, wait_s = experiment.endpoint_spec, None, 600.0
+        spec, process = experiment.endpoint_spec, None
         if spec is None:
-            key = os.environ.get(KEY_VARIABLE)
-            endpoint = Endpoint(experiment.eval_endpoint, experiment.eval_endpoint_model or "", api_key=key)
-        else:
-            endpoint, wait_s = endpoint_of(spec), spec.ready_timeout_s
-            if spec.engine_command:
-                process = ServerProcess(spec.engine_command, experiment.run_folder / f"{experiment.eval_endpoint}.log")
+            model = experiment.eval_endpoint_model or ""
+            spec = OpenAIEngine(base_url=experiment.eval_endpoint, model=model, api_key_env=KEY_VARIABLE)
+        if spec.engine_command:
+            process = ServerProcess(spec.engine_command, experiment.run_folder / f"{experiment.eval_endpoint}.log")
         return cls(
-            endpoint,
+            spec,
             experiment.input_model,
             tokenizer_path=experiment.tokenizer_path,
             concurrency=experiment.batch_size,
             process=process,
-            ready_timeout_s=wait_s,
         )
 
     @property

@@ -6,104 +6,105 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from ascend_kit.measure.http import BUSY, Endpoint, TextCodec, get, open_session, refusal, run_in_loop, wait_s
+from ascend_kit.measure.http import first_error, get, one_try, open_session, run_in_loop, with_retries
 from ascend_kit.measure.metrics import COMPLETE, RequestRecord, percentile
 from ascend_kit.measure.over_time import Recorder, Sample
 from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.streams import Answer, EventParser, token_times
 from ascend_kit.measure.tap import read_stream
-from ascend_kit.measure.workload import Dispatcher, Request
+from ascend_kit.measure.workload import Dispatcher, OnDone, Request
+from ascend_kit.params.engines import OpenAIEngine
+
+if TYPE_CHECKING:
+    from ascend_kit.engine.text import Tokenizer
 
 LAG_SAMPLE_S = 0.005
 METRICS_EVERY_S = 0.5
 LAG_LIMIT_MS = 5.0
 OTHER_ENDS = ("eos_token", "stop_sequence", "tool_calls", "function_call")  # other servers' words for a good end
+# Fields of a request that only some servers know; `leave_out` takes them away where they are refused.
+GREEDY: dict[str, Any] = {"temperature": 0, "stream": True, "ignore_eos": True}
+USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
 
 class Client:
-    """Drives one endpoint through workloads; after `run`, `facts` holds the client's lag and what the server
-    told, `samples` its metrics over time."""
+    """Drives one server through workloads; after `run`, `facts` holds the client's lag and what the server told,
+    `samples` its metrics over time. `codec` is needed where prompts without text are sent as text."""
 
-    def __init__(self, endpoint: Endpoint, codec: TextCodec | None = None) -> None:
-        self.endpoint, self.codec = endpoint, codec
+    def __init__(self, server: OpenAIEngine, codec: Tokenizer | None = None) -> None:
+        self.server, self.codec = server, codec
         self.facts: dict[str, Any] = {}
         self.samples: list[Sample] = []  # of the server's metrics
         self._turn = asyncio.Lock()  # of reading what has come; a new one for each event loop
 
-    def run(
-        self, requests: Sequence[Request], concurrency: int, on_done: Callable[[int], None] | None = None
-    ) -> list[RequestRecord]:
+    def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
         """Serve all requests; one record each, in the order they ended. Failures are records too."""
-        bodies = {request.index: self.endpoint.body(request, self.codec) for request in requests}
-        return run_in_loop(lambda: self._run(requests, bodies, concurrency, on_done))
+        return run_in_loop(lambda: self._run(requests, concurrency, on_done))
 
-    def get(self, path: str, timeout_s: float = 10.0) -> Any:
+    def get(self, path: str) -> Any:
         """The JSON, or else the text, of a GET below the address; None when there is no good answer."""
 
         async def read() -> Any:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with aiohttp.ClientSession(timeout=timeout, headers=self.endpoint.headers) as session:
-                return await get(session, self.endpoint.root + path)
+            async with open_session(self.server) as session:
+                return await get(session, self.server.root + path)
 
         return run_in_loop(read)
 
-    async def _run(
-        self,
-        requests: Sequence[Request],
-        bodies: dict[int, dict[str, Any]],
-        concurrency: int,
-        on_done: Callable[[int], None] | None,
-    ) -> list[RequestRecord]:
-        self._turn = asyncio.Lock()
+    async def _run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None) -> list[RequestRecord]:
+        bodies = {request.index: self._body(request) for request in requests}
         records: list[RequestRecord] = []
         lags: list[float] = []
-        recorder = Recorder[str](METRICS_EVERY_S)
-        async with open_session(self.endpoint) as session:
+        self._turn, recorder = asyncio.Lock(), Recorder[str](METRICS_EVERY_S)
+        async with open_session(self.server) as session:
             await self._sample(session, recorder)
             watchers = [
                 asyncio.create_task(_measure_lag(lags)),
                 asyncio.create_task(self._keep_sampling(session, recorder)),
             ]
             dispatcher, changed = Dispatcher(requests, concurrency, time.perf_counter()), asyncio.Event()
-            tasks: list[asyncio.Task[None]] = []
-            faults: list[BaseException] = []  # of this program: those of a server are records
 
             async def serve(request: Request, arrival_s: float) -> None:
                 def on_end() -> None:  # its place is free before its answer is read
                     dispatcher.ended(request.index, time.perf_counter())
                     changed.set()
 
-                try:
-                    records.append(await self._one(session, request, arrival_s, bodies[request.index], on_end))
-                    if on_done:
-                        on_done(len(records))
-                except BaseException as error:
-                    faults.append(error)
-                    changed.set()
-                    raise
+                records.append(await self._one(session, request, arrival_s, bodies[request.index], on_end))
+                if on_done:
+                    on_done(len(records))
 
             try:
-                while dispatcher.left and not faults:
-                    for request, arrival_s in dispatcher.due(time.perf_counter()):
-                        tasks.append(asyncio.create_task(serve(request, arrival_s)))
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(changed.wait(), dispatcher.wait_s(time.perf_counter()))
-                    changed.clear()
-                await asyncio.gather(*tasks)
+                with first_error():  # of this program: those of a server are records
+                    async with asyncio.TaskGroup() as streams:
+                        while dispatcher.left:
+                            for request, arrival_s in dispatcher.due(time.perf_counter()):
+                                streams.create_task(serve(request, arrival_s))
+                            with contextlib.suppress(TimeoutError):
+                                await asyncio.wait_for(changed.wait(), dispatcher.wait_s(time.perf_counter()))
+                            changed.clear()
             finally:
-                for task in [*watchers, *tasks]:
+                for task in watchers:
                     task.cancel()
-                await asyncio.gather(*watchers, *tasks, return_exceptions=True)
+                await asyncio.gather(*watchers, return_exceptions=True)
             await self._sample(session, recorder)
         # Read only now: a text of vLLM takes some 20 ms, which no stream should wait.
         self.samples = [{"time_s": time_s, **found} for time_s, text in recorder.taken if (found := read_metrics(text))]
         self.facts = {**client_facts(lags, records), **observed(self.samples)}
         return records
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        """The JSON of one request: greedy, of exactly the asked length where the server can do that."""
+        server, count = self.server, request.num_output_tokens
+        prompt: Any = list(request.prompt_token_ids) if request.text is None else request.text
+        if request.text is None and (server.api == "chat" or server.send_prompts_as == "text"):
+            assert self.codec is not None
+            prompt = self.codec.decode(prompt)
+        said = {"messages": [{"role": "user", "content": prompt}]} if server.api == "chat" else {"prompt": prompt}
+        return server.complete({**said, **GREEDY, "max_tokens": count, "min_tokens": count, **USAGE})
 
     async def _one(
         self,
@@ -114,57 +115,12 @@ class Client:
         on_end: Callable[[], None],
     ) -> RequestRecord:
         """One request and its retries; `on_end` is called once, when its last byte has come or all has failed."""
-        sent_s, num_retries, tell = time.perf_counter(), 0, _Once(on_end)
-        may_retry = self.endpoint.retries > 0
-        answer, pause_s = await self._ask(session, body, (lambda: None) if may_retry else tell)
-        # What was streamed is not asked for again, and what was refused for good neither.
-        while pause_s is not None and not answer.text_chunks and num_retries < self.endpoint.retries:
-            num_retries += 1
-            await asyncio.sleep(pause_s(num_retries))
-            answer, pause_s = await self._ask(session, body, lambda: None)
+        sent_s, tell, retries = time.perf_counter(), functools.cache(on_end), self.server.retries
+        # The end of a stream that may be asked for again is not yet that of the request.
+        answer, num_retries = await with_retries(
+            retries, lambda: self._try(session, body, (lambda: None) if retries else tell)
+        )
         tell()
-        return self._record(request, answer, arrival_s, sent_s, num_retries)
-
-    async def _ask(
-        self, session: aiohttp.ClientSession, body: dict[str, Any], on_end: Callable[[], None]
-    ) -> tuple[Answer, Callable[[int], float] | None]:
-        """One try, and where another may help, seconds to wait before it by its number."""
-        answer, parser, start, kind, last_s = Answer(), EventParser(), b"", "", time.perf_counter()
-        path = "/v1/chat/completions" if self.endpoint.api == "chat" else "/v1/completions"
-
-        def take(time_s: float, data: bytes) -> bool:
-            nonlocal start, last_s
-            start, last_s = start or data[:200], time_s
-            for event in parser.feed(data):
-                answer.take(event, time_s)
-            return answer.is_done  # some servers keep the connection open
-
-        pause_s: Callable[[int], float] | None = functools.partial(wait_s, headers={})
-        options = {"allow_redirects": False, "headers": {"Accept-Encoding": "identity"}}  # nothing held back to pack it
-        try:
-            async with session.post(self.endpoint.root + path, json=body, **options) as response:
-                kind = response.content_type
-                if response.status != 200:
-                    answer.error = f"HTTP {await refusal(response, 300)}"
-                    is_busy = response.status in BUSY
-                    return answer, functools.partial(wait_s, headers=dict(response.headers)) if is_busy else None
-                await read_stream(response, self.endpoint.idle_s, on_end, take, self._turn)
-                for event in parser.end():
-                    answer.take(event, last_s)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            answer.error = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        if answer.error is None and not answer.chunks:
-            answer.error = f"no event came, but {kind}: {start.decode(errors='replace')!r}; does the server stream?"
-            pause_s = None
-        if answer.error is None and not answer.is_done and answer.finish_reason is None:
-            answer.error = "the stream ended without a finish reason"
-        if answer.error is None and answer.finish_reason not in (None, *COMPLETE, *OTHER_ENDS):
-            answer.error = f"the server ended the answer with {answer.finish_reason!r}"
-        return answer, pause_s if answer.error else None
-
-    def _record(
-        self, request: Request, answer: Answer, arrival_s: float, sent_s: float, num_retries: int
-    ) -> RequestRecord:
         count, source = self._count(answer)
         times = token_times(answer.chunks, count)
         error, end = answer.error, answer.finish_reason
@@ -187,6 +143,40 @@ class Client:
             tokens_counted_by=source,
         )
 
+    async def _try(
+        self, session: aiohttp.ClientSession, body: dict[str, Any], on_end: Callable[[], None]
+    ) -> tuple[Answer, Mapping[str, str] | None]:
+        """One try, and headers where another may help: what was streamed is not asked for again."""
+        answer, parser, start, kind, last_s = Answer(), EventParser(), b"", "", time.perf_counter()
+        path = "/v1/chat/completions" if self.server.api == "chat" else "/v1/completions"
+
+        def take(time_s: float, data: bytes) -> bool:
+            nonlocal start, last_s
+            start, last_s = start or data[:200], time_s
+            for event in parser.feed(data):
+                answer.take(event, time_s)
+            return answer.is_done  # some servers keep the connection open
+
+        async def read(response: aiohttp.ClientResponse) -> None:
+            nonlocal kind
+            kind = response.content_type
+            await read_stream(response, self.server.idle_s, on_end, take, self._turn)
+            for event in parser.end():
+                answer.take(event, last_s)
+
+        fault = await one_try(session, self.server.root + path, body, read)
+        headers: Mapping[str, str] | None = {}
+        if fault is not None:
+            answer.error, headers = fault
+        elif answer.error is None and not answer.chunks:
+            answer.error = f"no event came, but {kind}: {start.decode(errors='replace')!r}; does the server stream?"
+            headers = None
+        elif answer.error is None and not answer.is_done and answer.finish_reason is None:
+            answer.error = "the stream ended without a finish reason"
+        elif answer.error is None and answer.finish_reason not in (None, *COMPLETE, *OTHER_ENDS):
+            answer.error = f"the server ended the answer with {answer.finish_reason!r}"
+        return answer, None if answer.error is None or answer.text_chunks else headers
+
     def _count(self, answer: Answer) -> tuple[int, str]:
         """Tokens of an answer and who counted them."""
         if answer.number("completion_tokens"):
@@ -205,21 +195,9 @@ class Client:
                 await self._sample(session, recorder)
 
     async def _sample(self, session: aiohttp.ClientSession, recorder: Recorder[str]) -> None:
-        text = await get(session, self.endpoint.root + "/metrics")
+        text = await get(session, self.server.root + "/metrics")
         if isinstance(text, str):
             recorder.add(text)
-
-
-class _Once:
-    """Calls a function the first time it is called."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function: Callable[[], None] | None = function
-
-    def __call__(self) -> None:
-        function, self._function = self._function, None
-        if function is not None:
-            function()
 
 
 async def _measure_lag(lags: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""The one HTTP client of OpenAI-compatible servers: how one is asked, and whole answers of it, many at a time.
+"""The one HTTP client of OpenAI-compatible servers: one try, further ones, and whole answers, many at a time.
 
 Answers that are measured while they stream are read in endpoint.py, through the same sessions.
 """
@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 
-from ascend_kit.measure.workload import Request
+from ascend_kit.params.engines import OpenAIEngine
 
 READ_BUFFER_BYTES = 1 << 22  # aiohttp's 64 KiB stalls long streams (vllm issue 39963)
 BUSY = (408, 429, 500, 502, 503, 504)
 WAIT_S = 1.0  # before a second try, twice as long before each further one; a server's Retry-After goes before
 MOST_WAIT_S = 60.0
+PAGE_S = 5.0  # that a page such as /metrics may take
+MOST_CHARACTERS = 1000  # of what a server said in place of an answer
 KEEP_ALIVE_S = 4.0  # uvicorn, hence vLLM, closes after 5 s of silence: a request must not meet that
-# Fields of a request that only some servers know; `leave_out` takes them away where they are refused.
-GREEDY: dict[str, Any] = {"temperature": 0, "stream": True, "ignore_eos": True}
-
-
-class TextCodec(Protocol):
-    """What a client needs of a tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str: ...
+Result = TypeVar("Result")
 
 
 class EndpointError(RuntimeError):
@@ -41,53 +33,11 @@ class EndpointError(RuntimeError):
 Answer = dict[str, Any] | EndpointError  # the JSON of a whole answer, or why there is none
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a server is and how it wants to be asked.
+class Fault(NamedTuple):
+    """Why a request has no answer, and the headers of what came where another try may help, else None."""
 
-    `send_prompts_as` ids (exact lengths, /v1/completions only) or text; `retries` of a request that failed before its
-    first token, each counted in the record; `idle_s` is how long a stream may stay silent.
-    """
-
-    base_url: str
-    model: str
-    api: Literal["completions", "chat"] = "completions"
-    api_key: str | None = None
-    send_prompts_as: Literal["ids", "text"] = "ids"
-    leave_out: tuple[str, ...] = ()
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    retries: int = 0
-    idle_s: float = 120.0
-
-    @property
-    def root(self) -> str:
-        """The address without /v1, where /metrics is."""
-        return self.base_url.rstrip("/").removesuffix("/v1")
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Authorisation, where there is a key."""
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-
-    def body(self, request: Request, codec: TextCodec | None) -> dict[str, Any]:
-        """The JSON of one request: greedy, of exactly the asked length where the server can do that."""
-        ids, count = list(request.prompt_token_ids), request.num_output_tokens
-        limits = {"max_tokens": count, "min_tokens": count}
-        options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        prompt: Any = ids
-        if self.api == "chat" or self.send_prompts_as == "text" or request.text is not None:
-            prompt = request.text
-            if prompt is None:
-                if codec is None:
-                    raise ValueError("prompts as text need a tokenizer: set tokenizer_path")
-                prompt = codec.decode(ids)
-        said = {"messages": [{"role": "user", "content": prompt}]} if self.api == "chat" else {"prompt": prompt}
-        return self.complete({**said, **GREEDY, **limits, **options})
-
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A request's fields with the model and the server's own fields, without those that it refuses."""
-        whole = {"model": self.model, **body, **self.extra_body}
-        return {key: value for key, value in whole.items() if key not in self.leave_out}
+    text: str
+    headers: Mapping[str, str] | None
 
 
 def run_in_loop(work: Callable[[], Any]) -> Any:
@@ -110,20 +60,29 @@ def run_in_loop(work: Callable[[], Any]) -> Any:
             raise
 
 
-def open_session(endpoint: Endpoint) -> aiohttp.ClientSession:
+@contextlib.contextmanager
+def first_error() -> Iterator[None]:
+    """The first error itself in place of the group that a TaskGroup makes of it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+def open_session(server: OpenAIEngine) -> aiohttp.ClientSession:
     """A session with any number of connections, which may stay silent for `idle_s`."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=endpoint.idle_s),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=server.idle_s),
         read_bufsize=READ_BUFFER_BYTES,
-        headers=endpoint.headers,
+        headers={**server.headers, "Accept-Encoding": "identity"},  # nothing is held back to pack it
     )
 
 
 async def get(session: aiohttp.ClientSession, url: str) -> Any:
-    """The JSON, or else the text, of a page whatever its type says; None when there is no good answer."""
+    """The JSON, or else the text, of a page whatever its type says; None when there is no good answer in time."""
     try:
-        async with session.get(url) as response:
+        async with session.get(url, timeout=aiohttp.ClientTimeout(total=PAGE_S)) as response:
             if response.status != 200:
                 return None
             text = await response.text()
@@ -132,14 +91,41 @@ async def get(session: aiohttp.ClientSession, url: str) -> Any:
         return None
 
 
-async def refusal(response: aiohttp.ClientResponse, most: int) -> str:
-    """What a server said in place of an answer, at most so many characters of it, and where it sends one to.
+async def one_try(
+    session: aiohttp.ClientSession,
+    url: str,
+    body: dict[str, Any] | None,
+    read: Callable[[aiohttp.ClientResponse], Awaitable[Result]],
+) -> Result | Fault:
+    """What `read` makes of the answer to a POST of a body, or a GET for None.
 
-    Redirects are not followed: most turn a POST into a GET, and a way round would be in every time that is taken.
+    Redirects of a POST are not followed but told: most turn it into a GET, and a way round would be in every time that
+    is taken.
     """
-    text = (await response.text(errors="replace"))[:most]
-    place = response.headers.get("Location")
-    return f"{response.status}: {text}" + (f" (it is at {place}: name that in base_url)" if place else "")
+    method, is_get = ("GET", True) if body is None else ("POST", False)
+    try:
+        async with session.request(method, url, json=body, allow_redirects=is_get) as response:
+            if response.status == 200:
+                return await read(response)
+            text = (await response.text(errors="replace"))[:MOST_CHARACTERS]
+            place = response.headers.get("Location")
+            told = f"HTTP {response.status}: {text}" + (f" (it is at {place}: name that in base_url)" if place else "")
+            return Fault(told, dict(response.headers) if response.status in BUSY else None)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        return Fault(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, {})
+
+
+async def with_retries(
+    retries: int, try_once: Callable[[], Awaitable[tuple[Result, Mapping[str, str] | None]]]
+) -> tuple[Result, int]:
+    """What the last try gave, and how many followed the first. A try gives it with the headers of a `Fault`."""
+    number = 0
+    while True:
+        found, headers = await try_once()
+        if headers is None or number == retries:
+            return found, number
+        number += 1
+        await asyncio.sleep(wait_s(number, headers))
 
 
 def wait_s(number: int, headers: Mapping[str, str]) -> float:
@@ -149,7 +135,7 @@ def wait_s(number: int, headers: Mapping[str, str]) -> float:
 
 
 def ask(
-    endpoint: Endpoint,
+    server: OpenAIEngine,
     path: str,
     bodies: Sequence[dict[str, Any] | None],
     concurrency: int = 1,
@@ -164,36 +150,26 @@ def ask(
 
     async def work(session: aiohttp.ClientSession) -> None:
         for place, body in waiting:  # shared by all that work
-            found[place] = await _whole(session, endpoint, path, body)
+            found[place] = await _whole(session, server, server.root + path, body)
             if on_answer is not None:
                 on_answer(place, found[place])
 
     async def all_of_them() -> None:
-        async with open_session(endpoint) as session:
-            working = [asyncio.create_task(work(session)) for _ in range(min(concurrency, len(bodies)))]
-            try:
-                await asyncio.gather(*working)
-            finally:
-                for task in working:
-                    task.cancel()
-                await asyncio.gather(*working, return_exceptions=True)
+        async with open_session(server) as session:
+            with first_error():
+                async with asyncio.TaskGroup() as working:
+                    for _ in range(min(concurrency, len(bodies))):
+                        working.create_task(work(session))
 
     run_in_loop(all_of_them)
     return found
 
 
-async def _whole(session: aiohttp.ClientSession, endpoint: Endpoint, path: str, body: dict[str, Any] | None) -> Answer:
-    fault, url, headers = "", endpoint.root + path, dict[str, str]()
-    for number in range(endpoint.retries + 1):
-        await asyncio.sleep(wait_s(number, headers) if number else 0)
-        try:
-            post = functools.partial(session.post, json=endpoint.complete(body or {}), allow_redirects=False)
-            async with session.get(url) if body is None else post(url) as response:
-                if response.status == 200:
-                    return await response.json(content_type=None)
-                fault, headers = await refusal(response, 2000), dict(response.headers)
-                if response.status not in BUSY:
-                    break
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            fault = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return EndpointError(f"{url}: {fault}")
+async def _whole(session: aiohttp.ClientSession, server: OpenAIEngine, url: str, body: dict[str, Any] | None) -> Answer:
+    whole = None if body is None else server.complete(body)
+
+    async def try_once() -> tuple[Answer, Mapping[str, str] | None]:
+        found = await one_try(session, url, whole, lambda response: response.json(content_type=None))
+        return (EndpointError(f"{url}: {found.text}"), found.headers) if isinstance(found, Fault) else (found, None)
+
+    return (await with_retries(server.retries, try_once))[0]

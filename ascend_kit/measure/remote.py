@@ -6,7 +6,6 @@ against that when it is opened.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from ascend_kit.device.peaks import find_peak
 from ascend_kit.identity import Identity
 from ascend_kit.measure.endpoint import Client
 from ascend_kit.measure.engines import SWITCHES, DistantMachine, Machine, reckon_weight_bytes
-from ascend_kit.measure.http import Endpoint, TextCodec
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.server_process import ServerProcess
@@ -25,10 +23,10 @@ from ascend_kit.model.config import ModelConfig
 from ascend_kit.params.engines import OpenAIEngine
 
 if TYPE_CHECKING:
+    from ascend_kit.engine.text import Tokenizer
     from ascend_kit.params import Experiment
 
 HERE = "this machine"
-READY_S = 5.0
 
 
 class EndpointBackend:
@@ -76,10 +74,10 @@ class EndpointBackend:
         """Start the server where it is ours; RuntimeError when it does not answer or serves another model."""
         if self._client is not None:
             return
-        spec, client = self.spec, Client(endpoint_of(self.spec), self._codec)
+        spec, client = self.spec, Client(self.spec, self._codec)
         if self._process:
-            self._process.start(lambda: client.get("/v1/models", READY_S) is not None, spec.ready_timeout_s)
-        models = client.get("/v1/models", READY_S)
+            self._process.start(lambda: client.get("/v1/models") is not None, spec.ready_timeout_s)
+        models = client.get("/v1/models")
         if not isinstance(models, dict):
             raise RuntimeError(f"{self.name}: no answer from {spec.base_url}/models; start the server, or give the "
                                "entry an engine_command")  # fmt: skip
@@ -87,7 +85,7 @@ class EndpointBackend:
         if served and spec.model not in served:
             raise RuntimeError(f"{self.name}: model {spec.model!r} is not served; {spec.base_url} has {list(served)}")
         longest = served.get(spec.model, {}).get("max_model_len")
-        version = client.get("/version", READY_S)
+        version = client.get("/version")
         self._facts = {"server_max_model_len": longest, "server_version": (
             version.get("version") if isinstance(version, dict) else None)}  # fmt: skip
         self._client = client
@@ -121,16 +119,7 @@ class EndpointBackend:
         return reckon_weight_bytes(self.config, self.precision, self.spec.quantize)
 
 
-def endpoint_of(spec: OpenAIEngine) -> Endpoint:
-    """How the server of an entry is asked; its key is read from the environment."""
-    key = os.environ.get(spec.api_key_env) if spec.api_key_env else None
-    return Endpoint(
-        spec.base_url, spec.model, spec.api, key, spec.send_prompts_as,
-        tuple(spec.leave_out), spec.extra_body, spec.retries, spec.idle_s,
-    )  # fmt: skip
-
-
-def _codec(spec: OpenAIEngine, folder: Path) -> TextCodec | None:
+def _codec(spec: OpenAIEngine, folder: Path) -> Tokenizer | None:
     """The tokenizer, needed where text is sent or must be counted; None where prompts are ids and it has none."""
     from ascend_kit.checkpoint.huggingface import load_tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -64,17 +65,33 @@ class OpenAIEngine(BaseModel):
     api: Literal["completions", "chat"] = "completions"
     api_key_env: str | None = None  # the variable that holds the key; the key itself is never stored
     engine_command: str | None = None  # starts the server; it is ended with its whole process group
-    ready_timeout_s: float = Field(600.0, gt=0)
+    ready_timeout_s: float = Field(default=600.0, gt=0)
     send_prompts_as: Literal["ids", "text"] = "ids"
     leave_out: list[str] = []  # fields of a request that the server refuses
     extra_body: dict[str, Any] = {}
-    retries: int = Field(0, ge=0, le=10)
-    idle_s: float = Field(120.0, gt=0)
+    retries: int = Field(default=0, ge=0, le=10)
+    idle_s: float = Field(default=120.0, gt=0)
     runs_on: str | None = None  # `this machine`, or a card such as 910B3: whose limits the rows are compared with
     precision: str | None = None
     quantize: str = "none"
-    cards: int = Field(1, ge=1)
-    batch_size: int | None = Field(None, ge=1)
+    cards: int = Field(default=1, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+
+    @property
+    def root(self) -> str:
+        """The address without /v1, where /metrics is."""
+        return self.base_url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Authorisation, where there is a key: it is read from the environment now."""
+        key = os.environ.get(self.api_key_env) if self.api_key_env else None
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A request's fields with the model and the server's own fields, without those that it refuses."""
+        whole = {"model": self.model, **body, **self.extra_body}
+        return {key: value for key, value in whole.items() if key not in self.leave_out}
 
 
 class EngineSpec(BaseModel):
