@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ascend_kit.engine.engine import AscendInferEngine
-from ascend_kit.measure.answers import load_answers, load_metrics
+from ascend_kit.measure.answers import answers_file, load_answers, load_metrics
 from ascend_kit.measure.batch import run_batch
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
@@ -49,12 +49,12 @@ def test_every_prompt_is_answered_in_file_order_as_generate_would(experiment, en
     with RunFolder.open(experiment, "03_generate") as folder:
         result = run_batch(engine, experiment, folder, on_progress=lambda done, total, text: steps.append(done))
 
-    answers = json.loads(result.path.read_text(encoding="utf-8"))
+    answers = json.loads(answers_file(experiment).read_text(encoding="utf-8"))
     assert [answer["prompt"] for answer in answers] == PROMPTS
     assert [answer["text"] for answer in answers] == expected
     assert steps == [1, 2, 3, 4, 5]
-    assert (result.answers["ttft_ms"] > 0).all() and set(result.answers["status"]) == {"ok"}
-    assert list(load_metrics(result.answers)["plain_ops"]) == ["linear, rotary"]
+    assert (result["ttft_ms"] > 0).all() and set(result["status"]) == {"ok"}
+    assert list(load_metrics(result)["plain_ops"]) == ["linear, rotary"]
 
 
 def test_interrupted_batch_goes_on_with_the_missing_prompts(experiment, engine):
@@ -83,7 +83,7 @@ def test_prompt_that_does_not_fit_fails_alone(experiment, engine):
         file.write(json.dumps({"prompt": "word " * 200}) + "\n")
 
     with RunFolder.open(experiment, "03_generate") as folder:
-        answers = run_batch(engine, experiment, folder).answers
+        answers = run_batch(engine, experiment, folder)
 
     assert list(answers["status"]) == ["ok"] * 5 + ["failed"]
     assert "max_seq_length" in answers["error"].iloc[-1]
@@ -92,16 +92,16 @@ def test_prompt_that_does_not_fit_fails_alone(experiment, engine):
 def test_answers_are_those_of_the_present_file_in_its_order(experiment, engine):
     """A prompts file that lost two lines, changed one and was turned round: nothing of the old one is in the result."""
     with RunFolder.open(experiment, "03_generate") as folder:
-        before = run_batch(engine, experiment, folder).answers.set_index("prompt")["text"]
+        before = run_batch(engine, experiment, folder).set_index("prompt")["text"]
     now = ["five five five", "two and more!", "one"]
     Path(experiment.prompts_file).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in now))
     steps = []
 
     with RunFolder.open(experiment, "03_generate") as folder:
-        result = run_batch(engine, experiment, folder, on_progress=lambda done, total, text: steps.append(done))
+        run_batch(engine, experiment, folder, on_progress=lambda done, total, text: steps.append(done))
         kept = list(folder.rows("answers"))
 
-    answers = json.loads(result.path.read_text(encoding="utf-8"))
+    answers = json.loads(answers_file(experiment).read_text(encoding="utf-8"))
     assert [answer["prompt"] for answer in answers] == now
     assert [answer["index"] for answer in answers] == [0, 1, 2]
     assert [answers[0]["text"], answers[2]["text"]] == [before["five five five"], before["one"]]
@@ -114,7 +114,7 @@ def test_answers_to_another_question_are_not_reused(experiment, engine, changes)
     with RunFolder.open(experiment, "03_generate") as folder:
         run_batch(engine, experiment, folder)
         changed = experiment.with_changes(**changes)
-        answers = run_batch(engine, changed, folder).answers
+        answers = run_batch(engine, changed, folder)
         rows = list(folder.rows("answers"))
 
     assert len(rows) == 10 and len(answers) == 5
@@ -124,12 +124,12 @@ def test_answers_to_another_question_are_not_reused(experiment, engine, changes)
 def test_sampled_answer_belongs_to_its_place_and_a_greedy_one_to_its_text(experiment, engine):
     sampled = experiment.with_changes(temperature=0.9)
     with RunFolder.open(sampled, "03_generate") as folder:
-        first = run_batch(engine, sampled, folder).answers
+        first = run_batch(engine, sampled, folder)
         lines = Path(experiment.prompts_file).read_text().splitlines(True)
         Path(experiment.prompts_file).write_text("".join(lines[:1] + lines[2:]))
-        second = run_batch(engine, sampled, folder).answers
+        second = run_batch(engine, sampled, folder)
         fresh = RunFolder.open(sampled.with_changes(run="fresh"), "03_generate")
-        alone = run_batch(engine, sampled.with_changes(run="fresh"), fresh).answers
+        alone = run_batch(engine, sampled.with_changes(run="fresh"), fresh)
 
     assert second["text"][0] == first["text"][0]
     assert list(second["text"]) == list(alone["text"])  # as if the old file had never been
@@ -141,8 +141,8 @@ def test_half_an_emoji_fails_alone_and_stays_readable(experiment, engine):
     with RunFolder.open(experiment, "03_generate") as folder:
         result = run_batch(engine, experiment, folder)
 
-    assert list(result.answers["status"]) == ["ok", "failed", "ok"]
-    assert json.loads(result.path.read_text(encoding="utf-8"))[1]["prompt"] == "half \\ud83d"
+    assert list(result["status"]) == ["ok", "failed", "ok"]
+    assert json.loads(answers_file(experiment).read_text(encoding="utf-8"))[1]["prompt"] == "half \\ud83d"
 
 
 def test_closed_engine_is_loaded_and_answers_are_read_without_one(experiment):
@@ -152,7 +152,7 @@ def test_closed_engine_is_loaded_and_answers_are_read_without_one(experiment):
     engine.close()
 
     saved = load_answers(RunFolder(experiment.run_folder, "03_generate"))
-    assert list(saved["text"]) == list(result.answers["text"])
+    assert list(saved["text"]) == list(result["text"])
 
 
 def _greedy(tokens):
@@ -172,7 +172,7 @@ def test_conversations_are_rendered_with_the_models_template_and_thinking_is_pas
     wanted = engine.generate(["<user>one!", "<user>two<assistant>3!"], _greedy(5))
 
     with RunFolder.open(chat, "03_generate") as folder:
-        answers = run_batch(engine, chat, folder).answers
+        answers = run_batch(engine, chat, folder)
 
     assert list(answers["text"]) == [output.text for output in wanted]
 

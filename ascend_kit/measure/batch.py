@@ -12,8 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.engine.engine import AscendInferEngine
@@ -22,7 +21,7 @@ from ascend_kit.engine.text import render_chat
 from ascend_kit.files import to_json, write_atomic
 from ascend_kit.identity import hash_value
 from ascend_kit.measure.answers import TABLE, answers_file, load_answers
-from ascend_kit.measure.metrics import RequestRecord, e2e_s, record_from_output, tpot_s, ttft_s
+from ascend_kit.measure.metrics import RequestRecord, e2e_s, in_ms, record_from_output, tpot_s, ttft_s
 from ascend_kit.params import Experiment
 from ascend_kit.prompts import Prompt, read_prompts
 from ascend_kit.results import RunFolder
@@ -33,18 +32,11 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class BatchResult:
-    """Answers, one row per prompt in prompt order, and the JSON file that holds them."""
-
-    answers: pandas.DataFrame
-    path: Path
-
-
 def run_batch(
     engine: AscendInferEngine, experiment: Experiment, folder: RunFolder, *, on_progress: Progress | None = None
-) -> BatchResult:
-    """Answer every prompt of `prompts_file` that has no answer yet, `concurrency` requests in flight.
+) -> pandas.DataFrame:
+    """Answer every prompt of `prompts_file` that has no answer yet, `concurrency` requests in flight; a row per prompt,
+    in prompt order.
 
     The engine is loaded if it is not. A prompt that cannot be encoded, or that the engine refuses, becomes a failed row
     and the others go on. The JSON file (`output_path`, or generations.json in the run folder) is written once every
@@ -73,11 +65,11 @@ def run_batch(
             if on_progress:
                 on_progress(finished, len(prompts), f"{len(record.token_times_s)} tokens for prompt {index}")
         answers = load_answers(folder)
-        path = answers_file(experiment)
-        write_atomic(path, to_json(_for_people(answers), indent=1) + "\n")
+        told = answers[["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]]
+        write_atomic(answers_file(experiment), to_json(told.to_dict("records"), indent=1) + "\n")
         unused = bool(engine.tokenizer.chat_template) and not experiment.chat_template
         _raise_alarms(answers, folder, "; the tokenizer has a chat template: try chat_template: true" if unused else "")
-    return BatchResult(answers, path)
+    return answers
 
 
 def _serve(
@@ -122,14 +114,12 @@ def _needs_template(experiment: Experiment, prompt: str) -> bool:
 
 def _sampling(experiment: Experiment, model_path: str) -> SamplingParams:
     """How every prompt is decoded, but for its seed. `sampling: model` fills in what is at its default."""
-    names = [
-        item.name for item in fields(SamplingParams) if item.name in Experiment.model_fields and item.name != "seed"
-    ]
+    names = {item.name for item in fields(SamplingParams)} & Experiment.model_fields.keys() - {"seed"}
     values = {name: getattr(experiment, name) for name in names}
     if experiment.sampling == "given":
         return SamplingParams(**values)
-    defaults = {name: Experiment.model_fields[name].default for name in names}
-    given = {name: value for name, value in values.items() if value != defaults[name] or name == "max_new_tokens"}
+    known = Experiment.model_fields
+    given = {name: value for name, value in values.items() if value != known[name].default or name == "max_new_tokens"}
     return SamplingParams.from_model(model_path, **given)
 
 
@@ -160,19 +150,8 @@ def _raise_alarms(answers: pandas.DataFrame, folder: RunFolder, remedy: str) -> 
 
 
 def _row(index: int, prompt: str, output: RequestOutput, record: RequestRecord) -> dict[str, Any]:
-    failed = output.finish_reason == "error"
     return {
         **record.to_row(), "index": index, "prompt": prompt, "text": output.text,
-        "ttft_ms": _ms(ttft_s(record)), "tpot_ms": _ms(tpot_s(record)), "e2e_ms": _ms(e2e_s(record)),
-        "status": "failed" if failed else "ok", "error": output.error,
+        "ttft_ms": in_ms(ttft_s(record)), "tpot_ms": in_ms(tpot_s(record)), "e2e_ms": in_ms(e2e_s(record)),
+        "status": "failed" if output.finish_reason == "error" else "ok", "error": output.error,
     }  # fmt: skip
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1e3
-
-
-def _for_people(answers: pandas.DataFrame) -> list[dict[str, Any]]:
-    """What the JSON file holds per prompt: the text and how it ended; timelines stay in the table."""
-    names = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
-    return answers.loc[:, names].to_dict("records")

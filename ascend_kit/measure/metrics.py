@@ -188,9 +188,9 @@ def latency_columns(records: Sequence[RequestRecord]) -> dict[str, float | None]
     """`<ttft|tpot|itl|e2e|queue>_<mean|p50|p90|p95|p99>_ms` over the completed requests."""
     columns: dict[str, float | None] = {}
     for name, values in samples_s(records).items():
-        columns[f"{name}_mean_ms"] = _ms(sum(values) / len(values) if values else None)
+        columns[f"{name}_mean_ms"] = in_ms(sum(values) / len(values) if values else None)
         for q in PERCENTILES:
-            columns[f"{name}_p{q}_ms"] = _ms(percentile(values, q))
+            columns[f"{name}_p{q}_ms"] = in_ms(percentile(values, q))
     return columns
 
 
@@ -241,7 +241,8 @@ def _rate(count: float, seconds: float) -> float | None:
     return count / seconds if seconds > 0 else None
 
 
-def _ms(seconds: float | None) -> float | None:
+def in_ms(seconds: float | None) -> float | None:
+    """Milliseconds; None stays unknown."""
     return None if seconds is None else seconds * 1e3
 
 
