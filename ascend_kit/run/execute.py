@@ -8,6 +8,7 @@ must have written.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -21,13 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.device.advice import explain
 from ascend_kit.files import write_atomic
-from ascend_kit.run.copies import translate_cells
 from ascend_kit.run.signals import SIGNALS, StopRequest
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
-
-    from ascend_kit.run.engine import ExecutedCopy
 
 # A kernel must not reach for a network, must draw inline, and must not believe that it has a browser.
 KERNEL_ENVIRONMENT = {
@@ -121,39 +119,17 @@ class Execution:
             self.failure = error
 
     def _execute(self, log: Any) -> None:
-        import logging
-
-        import papermill
-
         from ascend_kit.run import engine
 
-        # What it warns of (an unknown parameter, no tag) was found before as an error; its errors are raised.
-        engine.logger.setLevel(logging.CRITICAL)
         environment = {**os.environ, **KERNEL_ENVIRONMENT, **self.popen.get("env", {})}
         for name in BROWSER_VARIABLES:
             environment.pop(name, None)
         lines = _Lines(self.echo) if self.echo else None
         self._manager = engine.kernel_manager(self.connection)
-        papermill.execute_notebook(
-            str(self.source).replace("{", "{{").replace("}", "}}"),  # papermill takes braces for placeholders
-            None,
-            parameters=self.parameters,
-            engine_name=engine.NAME,
-            kernel_name="python3",
-            stdout_file=lines,
-            stderr_file=lines,
-            copy=self._copy,
-            manager=self._manager,
-            popen={**self.popen, "env": environment, "cwd": os.getcwd(), "stdout": log, "stderr": log},
-        )
+        popen = {**self.popen, "env": environment, "cwd": os.getcwd(), "stdout": log, "stderr": log}
+        engine.execute(self.source, self.target, self.parameters, self._before_cell, self._manager, lines, popen)
         if lines:
             lines.end()
-
-    def _copy(self, notebook: NotebookNode) -> ExecutedCopy:
-        from ascend_kit.run.engine import ExecutedCopy
-
-        translate_cells(notebook.cells, self.parameters.get("language", "en"))
-        return ExecutedCopy(notebook, self.target, self._before_cell)
 
     def _before_cell(self) -> None:
         if self.stop.number is not None:
@@ -182,10 +158,15 @@ class Execution:
 
     def _judge(self, duration_s: float) -> Outcome:
         """The outcome, also noted in the notebook itself at the cell where it stopped."""
+        import nbformat
+
         state, name, text, by, traceback = self._ending()
-        notebook = self._notebook()
-        cells = [index for index, cell in enumerate(notebook.cells) if _is_code(cell)]
-        last = max((index for index in cells if _began(notebook.cells[index])), default=None)
+        # The copy as far as it got; the source itself when nothing was saved.
+        notebook = nbformat.read(self.target if self.target.exists() else self.source, as_version=4)
+        for cell in notebook.cells:
+            cell.metadata.setdefault("papermill", {"status": "pending"})
+        cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
+        last = max((i for i in cells if notebook.cells[i].metadata.papermill.get("start_time")), default=None)
         pending = next((index for index in cells if notebook.cells[index].execution_count is None), None)
         if state == "ok" and pending is not None:
             state, name, last = "failed", "Unfinished", pending
@@ -195,10 +176,9 @@ class Execution:
             text = f"every cell ran, but the result file {self.marker.name} was not written"
         if state == "ok":
             return Outcome("ok", duration_s)
-        if not _holds_error(notebook, last):
-            _note(notebook, last, name, text)
+        _note(notebook, last, name, text)
         with contextlib.suppress(OSError):  # without space for the note, the copy as it was saved has to do
-            _write(self.target, notebook)
+            write_atomic(self.target, nbformat.writes(notebook) + "\n")
         return Outcome(state, duration_s, text, last, traceback, by)
 
     def _ending(self) -> tuple[str, str, str, int | None, str | None]:
@@ -223,68 +203,40 @@ class Execution:
         what = "" if began else "the notebook could not be started: "
         return "failed", type(error).__name__, f"{what}{type(error).__name__}: {_one_line(error)}", None, None
 
-    def _notebook(self) -> NotebookNode:
-        """The copy as far as it got; the source itself when nothing was saved."""
-        import nbformat
-
-        notebook = nbformat.read(self.target if self.target.exists() else self.source, as_version=4)
-        for cell in notebook.cells:
-            cell.metadata.setdefault("papermill", {"status": "pending"})
-        return notebook
-
 
 def working_files(folder: Path, stage: str) -> tuple[Path, Path]:
     """Log and connection file of a stage's kernel; they are there only while it runs."""
     return folder / f".{stage}.log", folder / f".{stage}.kernel.json"
 
 
-class _Lines:
+class _Lines(io.TextIOBase):
     """A text file for papermill that hands on whole lines; a carriage return starts a line anew."""
 
     def __init__(self, echo: Callable[[str], None]):
         self._echo, self._rest = echo, ""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str, /) -> int:
         *whole, self._rest = (self._rest + ANSI.sub("", text)).split("\n")
         for line in whole:
             self._echo(line.rsplit("\r", 1)[-1])
-
-    def flush(self) -> None:
-        """Nothing is held back but an unfinished line."""
+        return len(text)
 
     def end(self) -> None:
         if self._rest:
             self.write("\n")
 
 
-def _is_code(cell: NotebookNode) -> bool:
-    return cell.cell_type == "code" and bool(cell.source.strip())
-
-
-def _began(cell: NotebookNode) -> bool:
-    return bool(cell.metadata.papermill.get("start_time"))
-
-
-def _holds_error(notebook: NotebookNode, index: int | None) -> bool:
-    return index is not None and any(output.output_type == "error" for output in notebook.cells[index].outputs)
-
-
 def _note(notebook: NotebookNode, index: int | None, name: str, text: str) -> None:
-    """Put the reason into the notebook, as the error output of the cell where it stopped."""
+    """Put the reason into the notebook, as the error output of the cell where it stopped, unless that has one."""
     import nbformat
 
     if index is None:
         notebook.cells.append(nbformat.v4.new_markdown_cell(f"**{name}**: {text}"))
         return
     cell = notebook.cells[index]
-    cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"]))
-    cell.metadata.papermill["status"] = "failed"
-
-
-def _write(target: Path, notebook: NotebookNode) -> None:
-    import nbformat
-
-    write_atomic(target, nbformat.writes(notebook) + "\n")
+    if not any(output.output_type == "error" for output in cell.outputs):
+        cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"]))
+        cell.metadata.papermill["status"] = "failed"
 
 
 def _kernel_death(code: int) -> str:
