@@ -65,8 +65,8 @@ def run_batch(
             if on_progress:
                 on_progress(finished, len(prompts), f"{len(record.token_times_s)} tokens for prompt {index}")
         answers = load_answers(folder)
-        told = answers[["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]]
-        write_atomic(answers_file(experiment), to_json(told.to_dict("records"), indent=1) + "\n")
+        told = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
+        write_atomic(answers_file(experiment), to_json(answers.loc[:, told].to_dict("records"), indent=1) + "\n")
         unused = bool(engine.tokenizer.chat_template) and not experiment.chat_template
         _raise_alarms(answers, folder, "; the tokenizer has a chat template: try chat_template: true" if unused else "")
     return answers
