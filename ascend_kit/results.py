@@ -11,10 +11,9 @@ import contextlib
 import gzip
 import json
 import os
-import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ __all__ = ["RunFolder", "RunFolderError", "list_runs", "run_parameters"]
 class RunFolder:
     """One run's files. Open it with `RunFolder.open`; a stage writes under its own table names."""
 
-    def __init__(self, path: str | Path, stage: str | None = None):
+    def __init__(self, path: str | Path, stage: str = ""):
         self.path = Path(path)
         self.stage = stage
         self._lock: StageLock | None = None
@@ -57,8 +56,18 @@ class RunFolder:
         folder._is_made_anew = anew and experiment.if_exists == "resume"
         folder.path.mkdir(parents=True, exist_ok=True)
         folder._lock = StageLock(folder.path, stage)
+        by_hand = not folder._lock.is_parents  # else the command line has admitted and started the stage
         try:
-            folder._start(experiment, facts or {})
+            with folder._changing(experiment) as entry:
+                if by_hand and not folder._is_made_anew:
+                    admit(entry, experiment, experiment.if_exists)
+                if experiment.if_exists == "overwrite":
+                    folder.clear(*entry.tables)
+                    entry.tables = []
+                folder._is_idle = by_hand and entry.state in DONE and experiment.if_exists != "overwrite"
+                if by_hand and not folder._is_idle:
+                    entry.start(experiment, by_hand=True)
+                entry.facts = json.loads(to_json(facts or {}))
         except BaseException:
             folder._lock.close()
             raise
@@ -191,15 +200,14 @@ class RunFolder:
         `part` (by default the first table) names this piece of the stage's work: alarms and failures that an earlier
         pass of it left are gone, those of other parts are not. Raises RunFolderError as `open` does.
         """
-        assert self.stage is not None, "open the folder for a stage with RunFolder.open"
         if (self._lock is None or self._is_idle) and not self._is_made_anew:
             admit(RunRecord.read(self.path).stages.get(self.stage), experiment, "resume")
         if self._lock is None:
             self._lock, self._opened_s = StageLock(self.path, self.stage), time.monotonic()
         self._part = part or next(iter(tables), None)
-        with changing_stage(self.path, self.stage, experiment) as stage:
+        with self._changing(experiment) as stage:
             if stage.state != "running":
-                self._run(stage.go_on, stage, experiment)
+                stage.start(experiment, anew=False, by_hand=not self._lock.is_parents)
             stage.forget(self._part, *([None] if self._is_idle else []))
             stage.tables = list(dict.fromkeys([*stage.tables, *tables]))
             stage.identity = {} if identity is None else identity.to_row()
@@ -255,43 +263,9 @@ class RunFolder:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.close(error)
 
-    def _changing(self) -> contextlib.AbstractContextManager[Stage]:
-        assert self.stage is not None, "open the folder for a stage with RunFolder.open"
-        return changing_stage(self.path, self.stage)
-
-    def _start(self, experiment: Experiment, facts: dict[str, Any]) -> None:
-        assert self._lock is not None and self.stage is not None
-        by_hand = not self._lock.is_parents  # else the command line has admitted and started the stage
-        with changing_stage(self.path, self.stage, experiment) as stage:
-            if by_hand and not self._is_made_anew:
-                admit(stage, experiment, experiment.if_exists)
-            if experiment.if_exists == "overwrite":
-                self.clear(*stage.tables)
-                stage.tables = []
-            self._is_idle = by_hand and stage.state in DONE and experiment.if_exists != "overwrite"
-            if by_hand and not self._is_idle:
-                self._run(stage.start, stage, experiment)
-            stage.facts = json.loads(to_json(facts))
-
-    def _run(self, start: Callable[[Experiment], None], stage: Stage, experiment: Experiment) -> None:
-        assert self._lock is not None
-        start(experiment)
-        if not self._lock.is_parents:
-            stage.by_hand, stage.notebook = True, executed_notebook()
-
-
-def executed_notebook() -> str | None:
-    """The file of the notebook that this kernel executes, as far as JupyterLab, VS Code or papermill tell."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    told = shell.user_ns if shell else {}
-    path = os.environ.get("JPY_SESSION_NAME") or told.get("__vsc_ipynb_file__") or told.get("PAPERMILL_OUTPUT_PATH")
-    if shell and not path:
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
-            names = [word for word in words if word.endswith(".ipynb")]  # papermill in.ipynb out.ipynb
-            path = names[1] if len(names) > 1 and any("papermill" in word for word in words) else None
-    return os.path.abspath(path) if path else None
+    def _changing(self, experiment: Experiment | None = None) -> contextlib.AbstractContextManager[Stage]:
+        assert self.stage, "open the folder for a stage with RunFolder.open"
+        return changing_stage(self.path, self.stage, experiment)
 
 
 def newest_rows(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> dict[tuple, dict[str, Any]]:

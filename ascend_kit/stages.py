@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -80,17 +81,16 @@ class Stage:
     identity: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def start(self, experiment: Experiment) -> None:
-        """The stage runs from now on; what an earlier try said of itself is gone, its tables are not."""
-        self.go_on(experiment)
-        self.alarms, self.failures = [], []
-
-    def go_on(self, experiment: Experiment) -> None:
-        """The stage runs again, and what its parts said of themselves stands until they are done anew."""
-        self.state, self.started = "running", now()
-        self.duration_s = self.error = self.cell = self.traceback = self.notebook = None
-        self.inputs, self.by_hand = {}, False
-        self.parameters = parameter_values(experiment)
+    def start(self, experiment: Experiment, *, anew: bool = True, by_hand: bool = False) -> None:
+        """The stage runs from now on. `anew`: what an earlier try said of itself is gone, its tables are not; else that
+        stands until each part is done anew.
+        """
+        self.state, self.started, self.by_hand = "running", now(), by_hand
+        self.duration_s = self.error = self.cell = self.traceback = None
+        self.inputs, self.parameters = {}, parameter_values(experiment)
+        self.notebook = executed_notebook() if by_hand else None
+        if anew:
+            self.alarms, self.failures = [], []
 
     def forget(self, *parts: str | None) -> None:
         """Alarms and failures of these parts of the work do not hold any more."""
@@ -147,9 +147,8 @@ class RunRecord:
             values = strict_json(path.read_text(encoding="utf-8"))
             if values["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"schema version {values['schema_version']}, this version reads {SCHEMA_VERSION}")
-            stages = {name: Stage(name, **entry) for name, entry in values["stages"].items()}
-            header = {item.name for item in fields(cls)} - {"stages"}
-            record = cls(**{key: value for key, value in values.items() if key in header}, stages=stages)
+            values["stages"] = {name: Stage(name, **entry) for name, entry in values["stages"].items()}
+            record = cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
             return _RECORD.validate_python(record, strict=True)
         except FileNotFoundError:
             return cls()
@@ -158,11 +157,11 @@ class RunRecord:
 
     def to_row(self) -> dict[str, Any]:
         """The record as run.json holds it."""
-        stages = {name: asdict(stage) for name, stage in sorted(self.stages.items())}
-        for stage in stages.values():
+        row = asdict(self)
+        for stage in row["stages"].values():
             del stage["name"]
-        header = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "stages"}
-        return {"schema_version": SCHEMA_VERSION, "state": self.state, **header, "stages": stages}
+        row["stages"] = dict(sorted(row["stages"].items()))
+        return {"schema_version": SCHEMA_VERSION, "state": self.state, **row}
 
 
 _RECORD = TypeAdapter(RunRecord)
@@ -295,16 +294,28 @@ def _try(file: IO[str], after_s: float = 0) -> bool:
 def source_state() -> dict[str, Any]:
     """Commit and dirty flag of the checkout this package runs from; None where it is no checkout."""
 
-    def git(*words: str) -> str | None:
-        folder = Path(__file__).resolve().parent
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
-    commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def executed_notebook() -> str | None:
+    """The file of the notebook that this kernel executes, as far as JupyterLab, VS Code or papermill tell."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    told = shell.user_ns if shell else {}
+    path = os.environ.get("JPY_SESSION_NAME") or told.get("__vsc_ipynb_file__") or told.get("PAPERMILL_OUTPUT_PATH")
+    if shell and not path:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+            names = [word for word in words if word.endswith(".ipynb")]  # papermill in.ipynb out.ipynb
+            path = names[1] if len(names) > 1 and any("papermill" in word for word in words) else None
+    return os.path.abspath(path) if path else None
 
 
 def now() -> str:

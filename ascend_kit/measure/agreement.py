@@ -71,10 +71,8 @@ class Reference:
 
 def reference_answers(experiment: Experiment, *, num_tokens: int = 8) -> Reference:
     """Answers of plain operators without graphs to a few short prompts; the model is loaded and freed."""
-    size = experiment.tensor_parallel
-    plain = experiment.alone(
-        cards=size, tensor_parallel=size, graph_mode=False, operator_fusion=False, batch_size=len(CHECK_PROMPTS)
-    )
+    cards, slots = experiment.tensor_parallel, len(CHECK_PROMPTS)
+    plain = experiment.alone(cards=cards, graph_mode=False, operator_fusion=False, batch_size=slots)
     with AscendInferEngine.from_experiment(plain) as engine:
         outputs = _greedy_answers(engine, num_tokens)
         schemes = open_checkpoint(engine.model_path).quantization.schemes.values()
