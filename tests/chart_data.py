@@ -49,9 +49,8 @@ def sweep_rows(lengths=((64, 32),), repeats=2, variants=({},), concurrency=(1, 4
 
 def score_table():
     rows = [
-        {"status": "ok", "run": run, "task": task, "metric": "acc", "value": value, "stderr": 0.03}
-        for run, shift in (("plain", 0.0), ("w8a8", -0.02))
-        for task, value in (("mmlu", 0.62 + shift), ("ceval-valid", 0.55 + shift), ("agieval", 0.41 + shift))
+        {"status": "ok", "task": task, "metric": "acc", "value": value, "stderr": 0.03}
+        for task, value in (("mmlu", 0.62), ("ceval-valid", 0.55), ("agieval", 0.41))
     ]
     return pandas.DataFrame(rows)
 
@@ -145,13 +144,11 @@ def fastest(rows):
 def plan_table():
     rows = [
         {
-            "model": model,
             "cards": c,
             "tensor_parallel": t,
             "output_tokens_per_s": None if t == 8 else 2000 * c / t**0.3,
             "reason": "does not divide" if t == 8 else "TPOT above the limit" if t == 1 else None,
         }
-        for model in ("Qwen2.5-7B", "Qwen3-8B")
         for c in (1, 2, 4, 8)
         for t in (1, 2, 4, 8)
         if t <= c
@@ -178,7 +175,6 @@ EXAMPLES = {
     "speedup_8_lengths": lambda: sweep_charts.speedup(sweep_rows(EIGHT_LENGTHS, concurrency=(1, 4, 16, 64))),
     "accuracy_vs_throughput": lambda: charts.accuracy_vs_throughput(tradeoff_table()),
     "sensitivity": lambda: charts.sensitivity(sensitivity_table(), chosen_schemes()),
-    "sensitivity_plain": lambda: charts.sensitivity(sensitivity_table()),
     "mixes": lambda: charts.mixes(mix_table(), "w8a8, 7 of 72 units float", max_kl=2e-3),
     "planner": lambda: sweep_charts.planner(plan_table()),
     "layouts_by_load": lambda: sweep_charts.layouts_by_load(server_plans),

@@ -14,7 +14,7 @@ from compared_runs import answers, make_run, sweep_row
 from ascend_kit.evaluation import evidence
 from ascend_kit.evaluation.gate import break_even, gate, speed_ratios
 from ascend_kit.evaluation.sequential import Decision, SequentialTest
-from ascend_kit.show import calibration
+from ascend_kit.show import charts
 
 SURE = [math.log(0.9), math.log(0.1)]
 UNSURE = [math.log(0.4), math.log(0.6)]
@@ -45,7 +45,7 @@ def test_calibration_by_hand() -> None:
 
 def test_the_calibration_figure_joins_only_bins_of_enough_documents() -> None:
     bins = {"set": "s", "bin": [4, 6, 9], "documents": [12, 1, 30], "confidence": [0.45, 0.62, 0.95]}
-    figure = calibration.reliability(pandas.DataFrame({**bins, "accuracy": [0.5, 0.0, 0.9]}))
+    figure = charts.reliability(pandas.DataFrame({**bins, "accuracy": [0.5, 0.0, 0.9]}))
 
     lines = {line.get_linestyle(): list(line.get_xdata()) for line in figure.axes[0].lines}
     assert lines["None"] == [62.0] and [45.0, 95.0] in lines.values()

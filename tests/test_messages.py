@@ -13,7 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 import ascend_kit
 from ascend_kit.messages import LANGUAGES, Finding, keys, phrase, say, show_errors_in_one_line, translate, use_language
 from ascend_kit.params import Experiment
-from ascend_kit.show import profiles, steps, tables
+from ascend_kit.show import tables
 from ascend_kit.show.explore import AXES
 from ascend_kit.show.panel import GROUPS
 
@@ -109,7 +109,7 @@ def doctor_texts():
 
 def columns():
     yield from (*tables.SWEEP, *tables.EXPECTED, *tables.SCORES, *tables.PAIRED, *tables.VERDICT, *tables.ANSWERS)
-    yield from (*tables.CHECKS, *steps.VERDICT, *profiles.COLUMNS)
+    yield from (*tables.CHECKS, *tables.BEST, *tables.OPERATORS)
 
 
 def phrases_asked_for():

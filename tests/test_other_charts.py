@@ -18,7 +18,7 @@ def test_accuracy_bars_carry_values_in_percent_and_missing_errors_are_left_out()
 
     (axes,) = figure.axes
     assert [patch.get_width() for patch in axes.patches[:3]] == pytest.approx([62, 55, 41])
-    assert len([c for c in axes.collections if len(c.get_segments())]) == 5  # one error line per known error
+    assert len([c for c in axes.collections if len(c.get_segments())]) == 2  # one error line per known error
 
 
 def test_linears_kept_in_float_are_hollow_and_weight_only_ones_square():
@@ -33,9 +33,8 @@ def test_linears_kept_in_float_are_hollow_and_weight_only_ones_square():
 def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():
     figure = sweep_charts.planner(plan_table())
 
-    left, right = figure.axes
-    assert [axes.get_title() for axes in (left, right)] == ["Qwen2.5-7B", "Qwen3-8B"]
-    bars = [patch for patch in left.patches if patch.get_height() > 0]
+    (axes,) = figure.axes
+    bars = [patch for patch in axes.patches if patch.get_height() > 0]
     assert len(bars) == 9  # ten splits, tensor parallel 8 does not divide
     assert sum(patch.get_hatch() is not None for patch in bars) == 4
 

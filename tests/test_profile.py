@@ -11,7 +11,7 @@ from ascend_kit.device.profiler import ProfileError, kind_of, read_kernel_detail
 from ascend_kit.measure.profile import bound_of, profile_engine
 from ascend_kit.measure.rows import load_profile
 from ascend_kit.params import Experiment
-from ascend_kit.show.profiles import operator_table, profile_figure, profile_findings
+from ascend_kit.show import charts, findings, tables
 from ascend_kit.show.tables import memory
 from ascend_kit.stages import RunRecord
 
@@ -120,8 +120,8 @@ def test_a_profile_is_written_once_with_its_traces_and_read_back(tiny_qwen3_dir,
         assert json.loads(gzip.decompress((folder.path / row["trace"]).read_bytes()))["traceEvents"]
     products = operators[(operators["profile_id"] == decode["profile_id"]) & (operators["kind"] == "product")]
     assert products["calls_per_step"].sum() >= 2 * 4 + 1  # two layers of four products and the head, recorded or not
-    assert len(profile_findings(folder)) == 2 and decode["bound"] in profile_findings(folder)[1].key
-    assert set(operator_table(folder)["phase"]) == {"prefill", "decode"} and profile_figure(folder) is not None
+    assert len(findings.profile_findings(folder)) == 2 and decode["bound"] in findings.profile_findings(folder)[1].key
+    assert set(tables.operators(folder)["phase"]) == {"prefill", "decode"} and charts.profile(folder) is not None
 
 
 @pytest.mark.npu
@@ -143,5 +143,5 @@ def test_an_npu_without_its_profiler_says_what_is_missing_and_the_sweep_goes_on(
 def test_without_a_profile_there_is_nothing_to_show(tmp_path):
     folder = RunFolder(tmp_path)
 
-    assert profile_findings(folder) == [] and profile_figure(folder) is None
-    assert isinstance(operator_table(folder), pandas.DataFrame) and operator_table(folder).empty
+    assert findings.profile_findings(folder) == [] and charts.profile(folder) is None
+    assert isinstance(tables.operators(folder), pandas.DataFrame) and tables.operators(folder).empty

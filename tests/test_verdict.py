@@ -11,7 +11,7 @@ from ascend_kit.measure.conventions import by_tool, vllm_bench
 from ascend_kit.measure.metrics import RequestRecord, summarize
 from ascend_kit.measure.verdict import ablation, best, break_even, cause, measured_points, use_from, vllm_command
 from ascend_kit.params import ParameterError, build_experiment
-from ascend_kit.show import steps
+from ascend_kit.show import sweep_charts
 
 
 def stream(sent, *chunks, tokens, counted="usage", error=None):
@@ -109,14 +109,14 @@ def test_an_ablation_gives_each_step_and_the_whole_with_intervals():
     assert [one["variant"] for one in found] == list(rates)
     assert [one["gain"] for one in found] == pytest.approx([1.0, 2.0, 1.5])
     assert found[-1]["total"] == pytest.approx(3.0) and found[1]["gain_low"] < 2.0 < found[1]["gain_high"]
-    assert steps.waterfall(pandas.DataFrame(rows), []) is None
+    assert sweep_charts.waterfall(pandas.DataFrame(rows), []) is None
 
 
 def test_a_waterfall_is_linear_and_its_texts_stay_within_the_panel():
     rates = {"padded": [10, 11, 9], "continuous_batching": [200, 900, 100], "graphs": [3000, 900, 2700]}
     rows = [row(rate, backend=name, repeat=n) for name, own in rates.items() for n, rate in enumerate(own)]
 
-    figure = steps.waterfall(pandas.DataFrame(rows), list(rates))
+    figure = sweep_charts.waterfall(pandas.DataFrame(rows), list(rates))
     figure.canvas.draw()
 
     (axes,) = figure.axes
@@ -134,7 +134,7 @@ def test_int8_pays_from_the_concurrency_on_after_which_it_is_never_slower():
     assert {cell["concurrency"]: round(cell["ratio"], 2) for cell in cells} == {1: 1.2, 4: 0.95, 16: 1.3, 64: 1.45}
     assert [one["use_from"] for one in use_from(cells)] == [16]
     assert use_from(break_even(rows[:4]))[0]["use_from"] is None
-    assert steps.break_even_map(pandas.DataFrame(rows)) is not None
+    assert sweep_charts.break_even_map(pandas.DataFrame(rows)) is not None
 
 
 def test_settings_translate_into_vllms_words_and_variants_into_engines():

@@ -12,22 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.evaluation.runs import RATE
 from ascend_kit.files import Table, write_atomic
+from ascend_kit.measure.rows import load_profile
 from ascend_kit.messages import phrase
-from ascend_kit.show import tables
-from ascend_kit.show.drawing import (
-    DASHES,
-    FONT,
-    GREY,
-    PALETTE,
-    RED,
-    config_looks,
-    finish,
-    finished_rows,
-    known,
-    make_grid,
-    tip,
-    value_axis,
-)
+from ascend_kit.show import drawing, tables
+from ascend_kit.show.drawing import DASHES, FONT, GREY, PALETTE, RED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +25,9 @@ if TYPE_CHECKING:
 # Figures are saved with 150 dots per inch; on a page an inch has 96 pixels, and a little less reads better.
 PAGE_SCALE = 0.58
 BEST_AND_WORST = 10
+ENOUGH = 10  # documents of a bin: its accuracy is known to some 30 points at worst
+LONGEST = 9  # operators drawn by name
+KIND_COLOURS = dict(zip(("product", "attention", "copy", "communication", "other"), PALETTE, strict=False))
 
 
 def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str, *, of_this_run: bool = True) -> Any:
@@ -66,30 +57,26 @@ def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str, *, o
 # --- accuracy -----------------------------------------------------------------------------------------------
 
 
-def accuracy(scores: Table, documents: Table | None = None, metric: str = "acc") -> Figure | None:
-    """Bars of a metric per task with one standard error; a bar per `run` where the table has several.
+def accuracy(scores: Table, documents: Table | None = None) -> Figure | None:
+    """Bars of the accuracy of each task with one standard error.
 
     `documents` with choices give the score of guessing, drawn as a short red line: a bar at that height is an alarm.
     Of very many tasks the ten best and the ten worst are drawn.
     """
-    table = finished_rows(scores)
-    table = table[table["metric"] == metric] if not table.empty else table
+    table = drawing.finished_rows(scores)
+    table = table[table["metric"] == "acc"] if not table.empty else table
     if len(table) < 2:
         return None
-    runs = sorted(table["run"].unique()) if "run" in table else [metric]
-    table = table.assign(run=table.get("run", metric))
     tasks, left_out = _ends(table)
-    looks = config_looks(runs)
-    figure, ((axes,),) = make_grid(1, 1, height=1.6 + 0.34 * len(tasks) * max(1, 0.6 * len(runs)), width=8)
-    height = 0.8 / len(runs)
-    for row in table[table["task"].isin(tasks)].itertuples():
-        y = tasks.index(row.task) + (runs.index(row.run) - (len(runs) - 1) / 2) * height
-        error = row.stderr * 100 if known(row.stderr) else None
-        bars = axes.barh(y, row.value * 100, height * 0.92, color=looks[row.run]["color"], label=row.run, xerr=error,
-                         capsize=3)  # fmt: skip
-        tip(bars[0], [f"{row.task}: {row.value * 100:.1f} %" + (f" ± {error:.1f}" if error else "")])
-        axes.annotate(f"{row.value * 100:.1f}", (row.value * 100 + (error or 0), y), (5, 0), textcoords="offset points",
-                      va="center")  # fmt: skip
+    rows = [row for row in table.itertuples() if row.task in tasks]
+    figure, ((axes,),) = drawing.make_grid(1, 1, height=1.6 + 0.34 * len(tasks), width=8)
+    for row in rows:
+        y, percent = tasks.index(row.task), row.value * 100
+        error = row.stderr * 100 if drawing.known(row.stderr) else None
+        bars = axes.barh(y, percent, 0.736, color=PALETTE[0], label="acc", xerr=error, capsize=3)
+        drawing.tip(bars[0], [f"{row.task}: {percent:.1f} %" + (f" ± {error:.1f}" if error else "")])
+        end = (percent + (error or 0), y)
+        axes.annotate(f"{percent:.1f}", end, (5, 0), textcoords="offset points", va="center")
     for task, value in _guessing(table, documents).items():
         if task in tasks:
             y = tasks.index(task)
@@ -99,10 +86,10 @@ def accuracy(scores: Table, documents: Table | None = None, metric: str = "acc")
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
-    axes.set_xlabel(f"{metric}, % (line: one standard error)", fontsize=FONT)
+    axes.set_xlabel("acc, % (line: one standard error)", fontsize=FONT)
     title = f"Accuracy: the {BEST_AND_WORST} best and worst, {left_out} tasks between them" if left_out else "Accuracy"
-    alt = ", ".join(f"{row.task} {row.value * 100:.1f} %" for row in table[table["task"].isin(tasks[:12])].itertuples())
-    return finish(figure, title, alt, legend=len(runs) > 1 or documents is not None)
+    alt = ", ".join(f"{row.task} {row.value * 100:.1f} %" for row in rows if row.task in tasks[:12])
+    return drawing.finish(figure, title, alt, legend=documents is not None)
 
 
 def _ends(table: Table) -> tuple[list[str], int]:
@@ -131,20 +118,20 @@ def accuracy_vs_throughput(table: Table) -> Figure | None:
     table = table.dropna(subset=["accuracy_percent", RATE]) if len(table) else table
     if len(table) < 2:
         return None
-    looks = config_looks(table["run"])
-    figure, ((axes,),) = make_grid(1, 1, height=4.2, width=7.5)
+    looks = drawing.config_looks(table["run"])
+    figure, ((axes,),) = drawing.make_grid(1, 1, height=4.2, width=7.5)
     rows = table.to_dict("records")
     for row in rows:
         x, y, look = float(row[RATE]), float(row["accuracy_percent"]), looks[row["run"]]
         x_error, y_error = (_reach(row, name) for name in (RATE, "accuracy_percent"))
         bars = axes.errorbar(x, y, y_error, x_error, fmt=look["marker"], markersize=9, capsize=4, color=look["color"],
                              label=row["run"])  # fmt: skip
-        tip(bars[0], [f"{row['run']}: {y:.1f} %, {x:,.0f} tokens/s"])
+        drawing.tip(bars[0], [f"{row['run']}: {y:.1f} %, {x:,.0f} tokens/s"])
     axes.margins(x=0.25, y=0.2)
     axes.set_ylabel("accuracy, % (95 % interval)", fontsize=FONT)
-    value_axis(axes, "output tokens/s (range of repeats)", which="x", log=False, zero=False)
+    drawing.value_axis(axes, "output tokens/s (range of repeats)", which="x", log=False, zero=False)
     alt = "; ".join(f"{row['run']}: {row['accuracy_percent']:.1f} %, {row[RATE]:,.0f} tokens/s" for row in rows)
-    return finish(figure, "Accuracy against throughput", alt)
+    return drawing.finish(figure, "Accuracy against throughput", alt)
 
 
 def _reach(row: dict[str, Any], name: str) -> list[list[float]] | None:
@@ -152,22 +139,44 @@ def _reach(row: dict[str, Any], name: str) -> list[list[float]] | None:
     stem = name.removesuffix("_percent")
     unit = name.removeprefix(stem)
     low, high = row.get(f"{stem}_low{unit}"), row.get(f"{stem}_high{unit}")
-    return [[row[name] - low], [high - row[name]]] if known(low) and known(high) else None
+    return [[row[name] - low], [high - row[name]]] if drawing.known(low) and drawing.known(high) else None
 
 
-# --- quantisation and planning ------------------------------------------------------------------------------
+def reliability(table: Table) -> Figure | None:
+    """Accuracy against mean confidence of each bin, a line per set; on the diagonal confidence is what it says.
 
-_SCHEME_MARKS = {
-    "w8a8": {"marker": "o"},
-    "w8a16": {"marker": "s"},
-    "w4a16": {"marker": "D"},
-    "float": {"marker": "o", "fillstyle": "none"},
-}
-_MIX_NAMES = {
-    "w8a8": "all int8",
-    "w4a16": "all in 4 bits",
-    "float": "sensitive ones in float",
-    "w8a16": "sensitive ones in w8a16",
+    Bins of fewer than ten documents are grey points beside the lines.
+    """
+    if table.empty:
+        return None
+    looks = drawing.config_looks(table["set"])
+    figure, ((axes,),) = drawing.make_grid(1, 1, height=4.4, width=6)
+    axes.plot([0, 100], [0, 100], "--", color=GREY, label="as sure as right")
+    for name, part in table.groupby("set", sort=True):
+        is_known = part["documents"] >= ENOUGH
+        for here, look in ((part[~is_known], {"color": GREY, "linestyle": "none", "marker": "."}),
+                           (part[is_known], {**looks[str(name)], "label": str(name)})):  # fmt: skip
+            if len(here):
+                texts = [
+                    f"{bin.accuracy:.0%} right of {bin.documents} at {bin.confidence:.0%}" for bin in here.itertuples()
+                ]
+                drawing.draw_points(axes, 100 * here["confidence"], 100 * here["accuracy"], texts, **look)
+    axes.set_xlim(0, 102)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("confidence: share of the best choice's probability, % (mean of a bin)", fontsize=FONT)
+    axes.set_ylabel("right answers, %", fontsize=FONT)
+    alt = "accuracy against confidence in ten bins of each set; grey: fewer than ten documents"
+    return drawing.finish(figure, "Calibration", alt)
+
+
+# --- quantisation ------------------------------------------------------------------------------
+
+# Scheme -> its mark, and what a mix is called that has it for its sensitive linears.
+_SCHEMES = {
+    "w8a8": ({"marker": "o"}, "all int8"),
+    "w8a16": ({"marker": "s"}, "sensitive ones in w8a16"),
+    "w4a16": ({"marker": "D"}, "all in 4 bits"),
+    "float": ({"marker": "o", "fillstyle": "none"}, "sensitive ones in float"),
 }
 
 
@@ -195,7 +204,7 @@ def show_choice(folder: RunFolder, quantization: dict[str, Any], max_kl: float |
     print(phrase(f"Chosen: {quantization['chosen']}."))
 
 
-def sensitivity(rows: Table, schemes: Mapping[str, str] | None = None) -> Figure | None:
+def sensitivity(rows: Table, schemes: Mapping[str, str]) -> Figure | None:
     """KL divergence that quantising one linear alone causes, by layer and kind of linear.
 
     `rows`: one per linear, with linear (its full name), layer, part and kl (nats per token). `schemes` is the
@@ -205,52 +214,86 @@ def sensitivity(rows: Table, schemes: Mapping[str, str] | None = None) -> Figure
 
     if rows.empty:
         return None
-    smallest = rows.loc[rows["kl"] > 0, "kl"].min()
-    rows = rows.assign(kl=rows["kl"].clip(lower=smallest))  # zero has no place on a logarithmic axis
-    figure, ((axes,),) = make_grid(1, 1, height=4.6, width=9)
+    rows = _above_zero(rows)
+    figure, ((axes,),) = drawing.make_grid(1, 1, height=4.6, width=9)
     for i, (name, part) in enumerate(rows.groupby("part", sort=True)):
         part, colour = part.sort_values("layer"), PALETTE[i % len(PALETTE)]
         axes.plot(part["layer"], part["kl"], linestyle=DASHES[i % len(DASHES)], color=colour, label=name, linewidth=1.2)
-        kinds = part["linear"].map(lambda linear: "w8a8" if schemes is None else schemes.get(linear, "float"))
+        kinds = part["linear"].map(lambda linear: schemes.get(linear, "float"))
         for kind, marks in part.groupby(kinds):
-            (dots,) = axes.plot(marks["layer"], marks["kl"], linestyle="", color=colour, markersize=6,
-                                **_SCHEME_MARKS[kind])  # fmt: skip
-            tip(dots, [f"{row.linear}: {row.kl:.3g} nats/token, {kind}" for row in marks.itertuples()])
-    for kind, look in _SCHEME_MARKS.items() if schemes is not None else ():
+            look = {"linestyle": "", "color": colour, "markersize": 6, **_SCHEMES[kind][0]}
+            texts = [f"{row.linear}: {row.kl:.3g} nats/token, {kind}" for row in marks.itertuples()]
+            drawing.draw_points(axes, marks["layer"], marks["kl"], texts, **look)
+    for kind, (look, _) in _SCHEMES.items():
         axes.plot([], [], linestyle="", color=GREY, markersize=6, label=f"chosen: {kind}", **look)
     axes.set_xlabel("layer", fontsize=FONT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    value_axis(axes, "KL divergence, nats/token", log=True)
+    drawing.value_axis(axes, "KL divergence, nats/token", log=True)
     worst = rows.loc[rows["kl"].idxmax()]
-    return finish(figure, "Cost of quantising one linear alone", f"largest: {worst['kl']:.3g} in {worst['linear']}")
+    alt = f"largest: {worst['kl']:.3g} in {worst['linear']}"
+    return drawing.finish(figure, "Cost of quantising one linear alone", alt)
 
 
-def mixes(candidates: Table, chosen: str | None = None, max_kl: float | None = None) -> Figure | None:
+def mixes(candidates: Table, chosen: str, max_kl: float | None) -> Figure | None:
     """Every measured mix of schemes: KL divergence against the weight bytes that a decode step reads.
 
     Columns: candidate (its name), weight_bytes, kl (nats per token). `max_kl` is drawn as a limit.
     """
     if len(candidates) < 2:
         return None
-    figure, ((axes,),) = make_grid(1, 1, height=4.6, width=9)
-    table = candidates.assign(kl=candidates["kl"].clip(lower=candidates.loc[candidates["kl"] > 0, "kl"].min()))
-    table["mb"] = table["weight_bytes"] / 1e6
-    for kind, look in _SCHEME_MARKS.items():
-        part = table[table["candidate"].map(_mix_kind) == kind]
+    figure, ((axes,),) = drawing.make_grid(1, 1, height=4.6, width=9)
+    table = _above_zero(candidates).assign(mb=candidates["weight_bytes"] / 1e6)
+    kinds = table["candidate"].map(lambda name: next((kind for kind in _SCHEMES if name.endswith(kind)), "w8a8"))
+    for kind, (mark, name) in _SCHEMES.items():
+        part = table[kinds == kind]
         if len(part):
-            (dots,) = axes.plot(part["mb"], part["kl"], linestyle="", color=PALETTE[0], markersize=8,
-                                label=_MIX_NAMES[kind], **look)  # fmt: skip
-            tip(dots, [f"{row.candidate}: {row.mb:,.1f} MB, {row.kl:.3g} nats/token" for row in part.itertuples()])
+            look = {"linestyle": "", "color": PALETTE[0], "markersize": 8, "label": name, **mark}
+            texts = [f"{row.candidate}: {row.mb:,.1f} MB, {row.kl:.3g} nats/token" for row in part.itertuples()]
+            drawing.draw_points(axes, part["mb"], part["kl"], texts, **look)
     best = table[table["candidate"] == chosen]
     if len(best):
         axes.plot(best["mb"], best["kl"], "o", color=PALETTE[1], markersize=16, fillstyle="none", markeredgewidth=2,
                   label=f"chosen: {chosen}")  # fmt: skip
     if max_kl is not None:
         axes.axhline(max_kl, color=RED, linewidth=1, label="stated limit")
-    value_axis(axes, "weights read per decode step, MB", which="x", log=False, zero=False)
-    value_axis(axes, "KL divergence, nats/token", log=True)
-    return finish(figure, "Mixes of schemes", f"chosen: {chosen}", legend=True)
+    drawing.value_axis(axes, "weights read per decode step, MB", which="x", log=False, zero=False)
+    drawing.value_axis(axes, "KL divergence, nats/token", log=True)
+    return drawing.finish(figure, "Mixes of schemes", f"chosen: {chosen}")
 
 
-def _mix_kind(candidate: str) -> str:
-    return next((kind for kind in ("w8a16", "float", "w4a16") if candidate.endswith(kind)), "w8a8")
+def _above_zero(rows: Table) -> Table:
+    """Zero has no place on a logarithmic axis: it is drawn at the smallest other value."""
+    return rows.assign(kl=rows["kl"].clip(lower=rows.loc[rows["kl"] > 0, "kl"].min()))
+
+
+# --- operators ------------------------------------------------------------------------------------------------
+
+
+def profile(folder: RunFolder) -> Figure | None:
+    """Milliseconds a step of the longest operators, the rest together and the host's gap, a panel for each phase."""
+    steps, operators = load_profile(folder)
+    if steps.empty:
+        return None
+    figure, grid = drawing.make_grid(len(steps), 1, height=3.6, width=8)
+    texts = []
+    for (axes,), step in zip(grid, steps.to_dict("records"), strict=True):
+        lines = [row for row in operators.to_dict("records") if row["profile_id"] == step["profile_id"]]
+        every = [(row["operator"], row["ms_per_step"], row["calls_per_step"], row["kind"]) for row in lines]
+        every.sort(key=lambda bar: -bar[1])
+        bars, rest = every[:LONGEST], every[LONGEST:]
+        if rest:
+            bars.append((phrase("all others"), sum(bar[1] for bar in rest), sum(bar[2] for bar in rest), "other"))
+        for place, (_, time_ms, calls, kind) in enumerate(bars):
+            axes.barh(place, time_ms, color=KIND_COLOURS[kind], label=kind)
+            axes.annotate(f"{time_ms:.3g} ms, {calls:.3g}x", (time_ms, place), (4, 0), textcoords="offset points",
+                          va="center", fontsize=9)  # fmt: skip
+        gap = step["host_gap_ms"]
+        axes.barh(len(bars), gap, color="#BBBBBB", hatch="//", label=tables.HOST_GAP)
+        axes.annotate(f"{gap:.3g} ms", (gap, len(bars)), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set_yticks(range(len(bars) + 1), [name[-44:] for name, *_ in bars] + [phrase(tables.HOST_GAP)], fontsize=9)
+        axes.invert_yaxis()
+        drawing.value_axis(axes, "ms per step", which="x", log=False)
+        axes.set_xlim(0, 1.25 * max(gap, *(bar[1] for bar in bars)))
+        axes.set_title(f"{step['phase']}, batch {step['batch']}: {step['counted_step_ms']:.3g} ms", fontsize=10)
+        texts.append(f"{step['phase']} {step['counted_step_ms']:.3g} ms, {step['bound']}")
+    return drawing.finish(figure, "Operators of a step", "; ".join(texts))

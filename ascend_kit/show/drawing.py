@@ -124,6 +124,12 @@ def tip(artist: Artist, texts: Iterable[str]) -> None:
     artist.set_gid(TIP + TIP_SEPARATOR.join(map(phrase, texts)))
 
 
+def draw_points(axes: Axes, x: Any, y: Any, texts: Iterable[str], **look: Any) -> None:
+    """A line or marks through points, each of which says its text under the mouse."""
+    (line,) = axes.plot(x, y, **look)
+    tip(line, texts)
+
+
 def make_grid(lines: int, columns: int, *, height: float, width: float = 4.4) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
@@ -142,9 +148,8 @@ def make_panels(rows: Table) -> tuple[Figure, list[tuple[Axes, Table]]]:
     groups = panel_groups(rows)
     columns = min(3 if len(groups) <= MOST_PANELS else 4, len(groups))
     width = {1: 7, 4: 3.6}.get(columns, 4.8)
-    figure, grid = make_grid(
-        math.ceil(len(groups) / columns), columns, height=0.75 * width if width < 4 else 3.6, width=width
-    )
+    height = 0.75 * width if width < 4 else 3.6
+    figure, grid = make_grid(math.ceil(len(groups) / columns), columns, height=height, width=width)
     for axes in list(grid.flat)[len(groups) :]:
         axes.remove()
     for axes, (lengths, _) in zip(grid.flat, groups, strict=False):
@@ -164,10 +169,10 @@ def lengths_text(lengths: Sequence[int]) -> str:
 def series(axes: Axes, rows: Table, looks: dict[str, Any], column: str, unit: str, **style: Any) -> None:
     """A line through the median of the repeats per configuration; repeats themselves are points."""
     for label, part in rows.dropna(subset=[column]).groupby("_label", sort=True):
-        look = looks[label] | style
+        look = {"markersize": 6, "linewidth": 1.8, **looks[label], **style}
         middle = part.groupby("_load")[column].median()
-        (line,) = axes.plot(middle.index, middle, label=label, markersize=6, linewidth=1.8, **look)
-        tip(line, [f"{label}: {cell_text(float(value))} {unit} at {plain(c)}" for c, value in middle.items()])
+        texts = [f"{label}: {cell_text(float(value))} {unit} at {plain(c)}" for c, value in middle.items()]
+        draw_points(axes, middle.index, middle, texts, label=label, **look)
         if len(part) > len(middle):
             axes.plot(part["_load"], part[column], look["marker"], color=look["color"], markersize=3, alpha=0.6)
 
@@ -181,8 +186,8 @@ def reference_line(axes: Axes, rows: Table, looks: dict[str, Any], column: str, 
     distinct = {tuple(line.round(6).items()): name for name, line in own.items() if not line.empty}
     for name in distinct.values():
         colour, label = (GREY, text) if len(distinct) == 1 else (looks[name]["color"], f"{text}: {name}")
-        (line,) = axes.plot(own[name].index, own[name], linestyle=style, linewidth=1.4, color=colour, label=label)
-        tip(line, [f"{label}: {cell_text(float(own[name].max()))} at most"])
+        look = {"linestyle": style, "linewidth": 1.4, "color": colour, "label": label}
+        draw_points(axes, own[name].index, own[name], [f"{label}: {cell_text(float(own[name].max()))} at most"], **look)
 
 
 def limit_line(axes: Axes, rows: Table, column: str) -> None:
@@ -268,6 +273,7 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
 
     `good` is high, low or ratio: there 1 is white, more is blue and less is red. Equal values have a middle colour.
     """
+    import numpy
     from matplotlib.colors import CenteredNorm, Normalize
 
     groups = list(with_labels(rows).groupby("_label", sort=True))
@@ -283,7 +289,7 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
         table = part.pivot_table(index=LENGTHS, columns="_load", values=column, aggfunc="median").reindex(lengths)
         values = table.to_numpy() * factor
         axes.imshow(values, cmap={"high": "YlGnBu", "low": "YlOrRd", "ratio": "RdBu"}[good], norm=norm, aspect="auto")
-        for (y, x), value in ((place, values[place]) for place in _places(values.shape)):
+        for (y, x), value in numpy.ndenumerate(values):
             depth = abs(2 * norm(value) - 1) > 0.7 if good == "ratio" else norm(value) > 0.6
             colour = "#FEFEFE" if depth else "#111111"
             axes.text(x, y, plain(float(f"{value:.3g}")) if known(value) else "", ha="center", va="center",
@@ -301,10 +307,6 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
     return finish(figure, f"{title}{between}{unit}", alt, legend=False)
 
 
-def _places(shape: tuple[int, int]) -> Iterable[tuple[int, int]]:
-    return ((y, x) for y in range(shape[0]) for x in range(shape[1]))
-
-
 def finish(figure: Figure, title: str, alt: str = "", legend: bool = True) -> Figure:
     """Title, names of the lines and `alt`, the key values for who cannot see, parted by semicolons.
 
@@ -313,26 +315,24 @@ def finish(figure: Figure, title: str, alt: str = "", legend: bool = True) -> Fi
     """
     figure.suptitle(title, fontsize=FONT + 2)
     figure.set_label(phrase(alt))
-    figure = _with_legend(figure, legend)
+    if legend:
+        _name_lines(figure)
     _localize(figure)
     return figure
 
 
-def _with_legend(figure: Figure, legend: bool) -> Figure:
+def _name_lines(figure: Figure) -> None:
     entries: dict[str, Any] = {}
-    for axes in figure.axes:
+    named = [axes for axes in figure.axes if axes.get_legend_handles_labels()[1]]
+    for axes in named:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)  # of several lines with one name the first: the median, solid
-    if not legend or not entries:
-        return figure
-    named = [axes for axes in figure.axes if axes.get_legend_handles_labels()[1]]
     if len(named) == 1 and len(entries) <= MOST_DIRECT_LABELS and _label_ends(named[0], entries):
-        return figure
-    columns = _legend_columns(list(entries), figure.get_figwidth())
-    figure.legend(
-        entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=FONT - 1, frameon=False
-    )
-    return figure
+        return
+    if entries:
+        columns = _legend_columns(list(entries), figure.get_figwidth())
+        style = {"loc": "outside lower center", "ncols": columns, "fontsize": FONT - 1, "frameon": False}
+        figure.legend(entries.values(), entries, **style)
 
 
 def _localize(figure: Figure) -> None:

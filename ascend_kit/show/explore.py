@@ -17,23 +17,8 @@ from ascend_kit.measure.verdict import fastest, measured_points
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params.experiment import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
-from ascend_kit.show.drawing import (
-    FONT,
-    GREY,
-    LENGTHS,
-    PALETTE,
-    config_looks,
-    finish,
-    finished_rows,
-    heat_map,
-    is_many,
-    lengths_text,
-    log2_axis,
-    make_grid,
-    make_panels,
-    tip,
-    value_axis,
-)
+from ascend_kit.show import drawing
+from ascend_kit.show.drawing import FONT, GREY, LENGTHS, PALETTE
 from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunFolderError, RunRecord
 
@@ -113,7 +98,7 @@ def points(runs: Iterable[Run]) -> Table:
             parts.append(rows.assign(run=run.name, label=[_label(run.name, row) for row in rows.to_dict("records")]))
     if not parts:
         return pandas.DataFrame()
-    table = finished_rows(pandas.concat(parts, ignore_index=True))
+    table = drawing.finished_rows(pandas.concat(parts, ignore_index=True))
     return table.assign(peak_memory_gib=table["peak_memory_bytes"] / GIB)
 
 
@@ -140,29 +125,31 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
     found = means(table, AXES[x], AXES[y]) if len(table) else table
     if len(found) < 2:
         return None
-    if is_many(found) and AXES[x] == "concurrency":
-        return heat_map(
+    if drawing.is_many(found) and AXES[x] == "concurrency":
+        return drawing.heat_map(
             found.assign(backend=found["label"]),
             "y",
             f"{y} against {x}",
             y,
             good="high" if y in MORE_IS_BETTER else "low",
         )
-    figure, panels = make_panels(found.assign(backend=found["label"]))
-    looks = config_looks(found["label"])
+    figure, panels = drawing.make_panels(found.assign(backend=found["label"]))
+    looks = drawing.config_looks(found["label"])
     for axes, part in panels:
         for label, line in part.groupby("label", sort=True):
             reach = [line["y"] - line["low"], line["high"] - line["y"]]
             drawn = axes.errorbar(line["x"], line["y"], reach, label=label, linewidth=1.8, capsize=3, **looks[label])
-            tip(drawn[0], [f"{label}, {row.concurrency} in flight: {cell_text(row.y)}" for row in line.itertuples()])
+            drawing.tip(
+                drawn[0], [f"{label}, {row.concurrency} in flight: {cell_text(row.y)}" for row in line.itertuples()]
+            )
             if AXES[x] == "concurrency" and line["ceiling"].notna().any():
                 axes.plot(line["x"], line["ceiling"], "--", linewidth=1, color=looks[label]["color"])
         if AXES[x] == "concurrency":
-            log2_axis(axes, part.assign(_load=part["x"], _timed=False))
+            drawing.log2_axis(axes, part.assign(_load=part["x"], _timed=False))
         else:
-            value_axis(axes, x, which="x", zero=False)
-        value_axis(axes, y)
-    return finish(figure, f"{y} against {x}", f"{len(found)} points; {found['label'].nunique()} lines")
+            drawing.value_axis(axes, x, which="x", zero=False)
+        drawing.value_axis(axes, y)
+    return drawing.finish(figure, f"{y} against {x}", f"{len(found)} points; {found['label'].nunique()} lines")
 
 
 def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
@@ -171,7 +158,7 @@ def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
     if not len(found):
         return None
     values = [
-        {**row, "lengths": lengths_text([row["prompt_len"], row["output_len"]])}
+        {**row, "lengths": drawing.lengths_text([row["prompt_len"], row["output_len"]])}
         for row in found.astype(object).where(found.notna(), None).to_dict("records")
     ]
     is_load = AXES[x] == "concurrency"
@@ -234,16 +221,16 @@ def histograms(requests: Table) -> Figure | None:
         "TTFT, ms": [value * 1e3 for record in records if (value := ttft_s(record)) is not None],
         "ITL, ms": [gap * 1e3 for record in records for gap in itl_s(record)],
     }
-    figure, (line,) = make_grid(1, 2, height=3.2, width=5)
+    figure, (line,) = drawing.make_grid(1, 2, height=3.2, width=5)
     for axes, (name, values) in zip(line, spread.items(), strict=True):
         if values:
             axes.hist(values, bins=min(40, max(5, len(values) // 2)), color=PALETTE[0], edgecolor="white")
             axes.axvline(statistics.median(values), linestyle="--", color=GREY)
             middle, most = cell_text(statistics.median(values)), cell_text(max(values))
             axes.set_title(f"median {middle}, most {most}", fontsize=FONT)
-        value_axis(axes, name, which="x", log=False, zero=False)
-        value_axis(axes, "count", log=False)
-    return finish(figure, "TTFT and ITL of one point", f"{len(records)} requests", legend=False)
+        drawing.value_axis(axes, name, which="x", log=False, zero=False)
+        drawing.value_axis(axes, "count", log=False)
+    return drawing.finish(figure, "TTFT and ITL of one point", f"{len(records)} requests", legend=False)
 
 
 # --- documents --------------------------------------------------------------------------------------------------------

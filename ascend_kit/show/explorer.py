@@ -17,7 +17,6 @@ from ascend_kit.files import Table
 from ascend_kit.messages import phrase, translate
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, explore, history, sweep_charts, tables
-from ascend_kit.show.profiles import operator_table, profile_figure
 from ascend_kit.show.progress import in_browser
 
 if TYPE_CHECKING:
@@ -142,14 +141,14 @@ class Explorer:
         self._show("profile", {"profiled": self._profiled}, self._profile)
 
     def _profiled(self) -> list[str]:
-        return [run.name for run in self.runs if len(operator_table(run.folder))]
+        return [run.name for run in self.runs if len(tables.operators(run.folder))]
 
     def _profile(self, profiled: str) -> list[Any]:
         if profiled not in self.every:
             return [None] * 2
         folder = self.every[profiled].folder
-        figure = self._keep("profile", profile_figure(folder), "Operators of a prefill and of a decode step by time")
-        return [tables.readable(operator_table(folder), keys=2), figure]
+        figure = self._keep("profile", charts.profile(folder), "Operators of a prefill and of a decode step by time")
+        return [tables.readable(tables.operators(folder), keys=2), figure]
 
     def documents(self) -> None:
         """A task's documents that a run got wrong, or that turned over between two runs; with a search."""

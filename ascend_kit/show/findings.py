@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.files import Table, to_json
 from ascend_kit.messages import Finding, Level, say, translate
 from ascend_kit.results import RunFolder
-from ascend_kit.show.drawing import LOADS, config_labels, with_labels
+from ascend_kit.show.drawing import LOADS, config_labels, known, with_labels
 
 if TYPE_CHECKING:
     from ascend_kit.evaluation.runs import EvaluationResult
@@ -119,6 +119,22 @@ def _gain(done: Table) -> list[Finding]:
         for name, values in ((name, column.dropna()) for name, column in ratios.items())
         if len(values)
     ]
+
+
+def profile_findings(folder: RunFolder) -> list[Finding]:
+    """What bounds prefill and decode, with the evidence; nothing where nothing was profiled."""
+    from ascend_kit.measure.rows import load_profile
+
+    steps, _ = load_profile(folder)
+    found = []
+    for row in steps.to_dict("records"):
+        values: dict[str, Any] = {
+            name: value for name, value in row.items() if isinstance(value, (str, int, float)) and known(value)
+        }
+        for floor in ("memory_floor_ms", "arithmetic_floor_ms"):
+            values[floor.replace("floor_ms", "share")] = values.get(floor, 0.0) / values["counted_step_ms"]
+        found.append(say(f"profile.{row['bound']}", **values))
+    return found
 
 
 def batch_findings(answers: Table) -> list[Finding]:

@@ -11,7 +11,8 @@ from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.files import Table
 from ascend_kit.identity import MUST_AGREE, Identity, hash_value
 from ascend_kit.measure.rows import Point, key_of
-from ascend_kit.show.drawing import FONT, RED, config_looks, finish, make_grid, tip, value_axis
+from ascend_kit.show import drawing
+from ascend_kit.show.drawing import FONT, RED
 from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunRecord
 
@@ -92,13 +93,13 @@ def history_chart(table: Table) -> Figure | None:
     """Output tokens/s of each run of a series, oldest first; regressions are red crosses."""
     if len(table) < 2:
         return None
-    figure, ((axes,),) = make_grid(1, 1, height=3.6, width=8)
+    figure, ((axes,),) = drawing.make_grid(1, 1, height=3.6, width=8)
     names = table["series"].astype(str) + ": " + table["at"]
-    looks = config_looks(names)
+    looks = drawing.config_looks(names)
     for name, part in table.groupby(names, sort=True):
         places = range(1, len(part) + 1)
         (line,) = axes.plot(places, part["tokens/s"], label=name, **looks[name])
-        tip(line, [f"{row['run']}: {cell_text(row['tokens/s'])}" for row in part.to_dict("records")])
+        drawing.tip(line, [f"{row['run']}: {cell_text(row['tokens/s'])}" for row in part.to_dict("records")])
         slower = [
             (x, row["tokens/s"]) for x, row in zip(places, part.to_dict("records"), strict=True) if row["regression"]
         ]
@@ -106,5 +107,5 @@ def history_chart(table: Table) -> Figure | None:
             axes.plot(x, y, "x", color=RED, markersize=14, markeredgewidth=3, label="regression")
     axes.set_xticks(range(1, table.groupby("series").size().max() + 1))
     axes.set_xlabel("run of the series, oldest first", fontsize=FONT)
-    value_axis(axes, "output tokens/s", log=False)
-    return finish(figure, "History", f"{int(table['regression'].eq(True).sum())} regressions")
+    drawing.value_axis(axes, "output tokens/s", log=False)
+    return drawing.finish(figure, "History", f"{int(table['regression'].eq(True).sum())} regressions")

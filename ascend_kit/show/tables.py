@@ -9,16 +9,21 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from html import escape
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import GIB, Table
+from ascend_kit.measure import verdict as verdicts
+from ascend_kit.measure.rows import load_profile
 from ascend_kit.messages import keys as known_keys
 from ascend_kit.messages import phrase, translate
 
 if TYPE_CHECKING:
     from IPython.display import HTML
+
+    from ascend_kit.results import RunFolder
 
 LONGEST_TEXT = 300
 WIDE_TEXT = 40
@@ -29,26 +34,10 @@ MOST_LINES = 40
 BEST_AND_WORST = 10
 SWEEP = [
     *("backend", "concurrency", "rate", "prompt_len", "output_len", "output_tokens_per_s", "ttft_p50_ms"),
-    *(
-        "tpot_p50_ms",
-        "ceiling_share",
-        "repeat",
-        "cards",
-        "tensor_parallel",
-        "itl_p99_ms",
-        "e2e_p99_ms",
-        "requests_per_s",
-    ),
-    *("goodput_requests_per_s", "mbu", "mfu", "kv_use_max", "running_mean", "waiting_mean", "prefix_hit_rate"),
-    *(
-        "num_preemptions",
-        "tokens_per_step",
-        "energy_j_per_output_token",
-        "power_w",
-        "other_cpu_cores",
-        "status",
-        "error",
-    ),
+    *("tpot_p50_ms", "ceiling_share", "repeat", "cards", "tensor_parallel", "itl_p99_ms", "e2e_p99_ms"),
+    *("requests_per_s", "goodput_requests_per_s", "mbu", "mfu", "kv_use_max", "running_mean", "waiting_mean"),
+    *("prefix_hit_rate", "num_preemptions", "tokens_per_step", "energy_j_per_output_token", "power_w"),
+    *("other_cpu_cores", "status", "error"),
 ]
 EXPECTED = [
     *("cards", "tensor_parallel", "concurrency", "prompt_len", "output_len", "decode_floor_ms", "prefill_floor_ms"),
@@ -68,6 +57,12 @@ VERDICT = [
 ]
 ANSWERS = ["index", "prompt", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens", "error"]
 CHECKS = ["section", "check", "status", "evidence", "remedy"]
+BEST = [
+    *("best_for", "backend", "concurrency", "rate", "prompt_len", "output_len", "output_tokens_per_s", "low", "high"),
+    *("num_repeats", "ttft_mean_ms", "tpot_mean_ms", "ceiling_share", "cause", "evidence"),
+]
+OPERATORS = ["phase", "operator", "kind", "ms_per_step", "share", "calls_per_step"]
+HOST_GAP = "host gap"
 SERIOUS_FIRST = ("fail", "warn", "ok", "n/a")
 # Columns that hold words of ours and no data: they are shown in the reader's language.
 SPOKEN = frozenset((*CHECKS, "at", "set", "kind", "speedup", "figure", "state", "outcome", "verdict", "decision",
@@ -289,6 +284,39 @@ def _chosen(table: Table, columns: list[str]) -> Table:
     """Those columns that the table has; layouts of cards only where there are several."""
     alike = {name for name in ("cards", "tensor_parallel") if name in table and table[name].nunique() <= 1}
     return table[[name for name in columns if name in table and name not in alike]]
+
+
+def best_points(rows: Table, slo: dict[str, float]) -> HTML | None:
+    """One line for throughput, one for latency, one within the limits where there are any."""
+    import pandas
+
+    best = [{"best_for": kind, **point} for kind, point in verdicts.best(rows.to_dict("records"), slo).items()]
+    return readable(pandas.DataFrame(best, columns=BEST))
+
+
+def steps(folder: RunFolder, rows: Table, variants: Sequence[str]) -> HTML | None:
+    """The ablation's steps, from where on int8 pays, and the brackets of a search, one below the other."""
+    import pandas
+
+    records = rows.to_dict("records")
+    gains = verdicts.ablation(records, variants) if variants else []
+    pays = verdicts.use_from(verdicts.break_even(records))
+    texts = [{"int8": f"use it from {row['use_from']:.0f} on" if row["use_from"] else "not throughout", **row}
+             for row in pays]  # fmt: skip
+    return readable(pandas.DataFrame([*gains, *texts, *(folder.read_json("search") or [])]))
+
+
+def operators(folder: RunFolder) -> Table:
+    """Operators of both profiled phases, the longest first, below the host's gap where no operator runs."""
+    import pandas
+
+    phases, found = load_profile(folder)
+    if phases.empty:
+        return found
+    names = {"host_gap_ms": "ms_per_step", "host_share": "share"}
+    gaps = phases.rename(columns=names).reindex(columns=OPERATORS).assign(operator=phrase(HOST_GAP))
+    table: Table = pandas.concat([gaps, found], ignore_index=True)[OPERATORS]
+    return table.sort_values(["phase", "ms_per_step"], ascending=[False, False], ignore_index=True)
 
 
 def cards(rows: Table) -> HTML | None:
