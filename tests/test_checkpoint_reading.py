@@ -14,7 +14,7 @@ from conftest import folder_with
 from safetensors.torch import load_file, save_file
 
 from ascend_kit.checkpoint.huggingface import open_checkpoint
-from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile
+from ascend_kit.checkpoint.tensor_file import CheckpointError, open_safetensors
 from ascend_kit.checkpoint.torch_file import TorchFile
 
 TENSORS = {
@@ -230,7 +230,7 @@ def test_flipped_bytes_never_crash_the_header_parser(single: Path):
         damaged = original[:position] + bytes([value]) + original[position + 1 :]
         (single / "model.safetensors").write_bytes(damaged)
         try:
-            SafetensorsFile(single / "model.safetensors")
+            open_safetensors(single / "model.safetensors")
         except CheckpointError as error:
             assert "model.safetensors" in str(error)
 

@@ -15,7 +15,7 @@ from ascend_kit.checkpoint.gptq_awq import present_awq, present_gptq
 from ascend_kit.checkpoint.mindspore_file import check_mindspore_file
 from ascend_kit.checkpoint.msmodelslim import present_msmodelslim
 from ascend_kit.checkpoint.source import find_weights
-from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, SafetensorsFile, TensorSource, read_json
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource, open_safetensors, read_json
 from ascend_kit.checkpoint.torch_file import TorchFile, check_torch_file
 from ascend_kit.messages import did_you_mean
 from ascend_kit.model.config import ModelConfig
@@ -206,7 +206,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def open_weights(path: Path) -> dict[str, TensorSource]:
     """The tensors of one safetensors or .bin file by their names."""
     if path.suffix == ".safetensors":
-        return dict(SafetensorsFile(path).tensors)
+        return open_safetensors(path)
     file = TorchFile(path)
     loaded = file.content
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):

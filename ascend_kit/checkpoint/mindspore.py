@@ -32,7 +32,7 @@ from ascend_kit.checkpoint.huggingface import Checkpoint, read_config
 from ascend_kit.checkpoint.mindspore_file import Messages, MindSporeFile
 from ascend_kit.checkpoint.pieces import joined, renamed
 from ascend_kit.checkpoint.source import iteration_of, mindspore_ranks
-from ascend_kit.checkpoint.tensor_file import CheckpointError, ReadFile, SafetensorsFile, TensorSource, read_json
+from ascend_kit.checkpoint.tensor_file import CheckpointError, ReadFile, TensorSource, open_safetensors, read_json
 from ascend_kit.files import one_line
 from ascend_kit.model.config import ModelConfig
 
@@ -81,7 +81,7 @@ def _open_rank(files: Sequence[Path], skipped: dict[str, list[str]]) -> dict[str
             tensors: Mapping[str, TensorSource] = opened.tensors
             skipped.setdefault("entries that are no tensors", []).extend(opened.others)
         else:
-            tensors = SafetensorsFile(path).tensors
+            tensors = open_safetensors(path)
         for name, source in tensors.items():
             if TRAINING_ENTRY.fullmatch(name) or ("." not in name and len(source.shape) < 2):
                 skipped.setdefault("entries of the optimizer and of training", []).append(name)

@@ -26,7 +26,7 @@ import regex
 import torch
 from torch import Tensor
 
-from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, MemoryTensor, TensorSource
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, TensorSource, in_memory
 from ascend_kit.model.config import ModelConfig
 from ascend_kit.model.tensors import layer_prefix
 
@@ -128,16 +128,13 @@ def present_int8(folder: Path, linear: str, sources: dict[str, TensorSource]) ->
 
 def add_static(linear: str, scale: TensorSource, offset: TensorSource | None, sources: dict[str, TensorSource]) -> None:
     """The scale and the offset of static activations, read now: one number each."""
-    for name, source in (
-        ("input_scale", scale),
-        ("input_offset", offset or MemoryTensor(torch.zeros(1), scale.origin)),
-    ):
+    for name, source in (("input_scale", scale), ("input_offset", offset or in_memory(torch.zeros(1), scale.origin))):
         if math.prod(source.shape) != 1:
             raise CheckpointError(
                 f"{source.origin}: {linear}.{name} has shape {list(source.shape)}; static activations are read with "
                 "one scale and offset a tensor"
             )
-        sources[f"{linear}.{name}"] = MemoryTensor(source.read().reshape(1).float(), source.origin)
+        sources[f"{linear}.{name}"] = in_memory(source.read().reshape(1).float(), source.origin)
     if not 0 < float(sources[f"{linear}.input_scale"].read()) < math.inf:
         raise CheckpointError(f"{scale.origin}: {linear}.input_scale is no positive number")
 

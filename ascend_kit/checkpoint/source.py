@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from ascend_kit.checkpoint.pieces import LAYER_NAME, LAYER_NAMES, OUTER_NAMES
-from ascend_kit.checkpoint.tensor_file import CheckpointError, SafetensorsFile, read_json
+from ascend_kit.checkpoint.tensor_file import CheckpointError, open_safetensors, read_json
 from ascend_kit.model.tensors import HEAD
 
 WEIGHT_PATTERNS = ("[!.]*.safetensors", "pytorch_model*.bin")  # not the ._ files that macOS writes beside others
@@ -53,10 +53,9 @@ def _is_mindspore(folder: Path) -> bool:
     if not files or ((folder / "config.json").is_file() and list(folder.glob("*.safetensors.index.json"))):
         return False
     try:
-        header = SafetensorsFile(files[0])
+        return any(map(_is_mindspores, open_safetensors(files[0])))
     except CheckpointError:
         return False  # the reader of Hugging Face folders names the damage
-    return any(map(_is_mindspores, header.tensors))
 
 
 def _is_mindspores(name: str) -> bool:

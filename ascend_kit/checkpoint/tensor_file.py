@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from ascend_kit import files
@@ -58,17 +57,15 @@ def folder_version(folder: str | Path) -> tuple[int, int, int] | None:
 @contextlib.contextmanager
 def unreplaced(folder: str | Path, version: tuple[int, int, int] | None) -> Iterator[None]:
     """CheckpointError at the end of the block when the folder is not of this version: two may have been read."""
+    fault: Exception | None = None
     try:
         yield
     except (ValueError, OSError) as error:
-        _check_version(folder, version, error)
-        raise
-    _check_version(folder, version)
-
-
-def _check_version(folder: str | Path, version: tuple[int, int, int] | None, cause: Exception | None = None) -> None:
+        fault = error
     if folder_version(folder) != version:
-        raise CheckpointError(f"{folder} was replaced while it was read; load the model again") from cause
+        raise CheckpointError(f"{folder} was replaced while it was read; load the model again") from fault
+    if fault is not None:
+        raise fault
 
 
 class TensorSource(Protocol):
@@ -88,30 +85,19 @@ class ReadFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._fd: int | None = None
-        self._lock = threading.Lock()
         try:
             require_regular(self.path)
-            self.size = os.stat(self.path).st_size
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  closed with the last of its tensors
+            self.size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-
-    @property
-    def fd(self) -> int:
-        with self._lock:
-            if self._fd is None:
-                try:
-                    self._fd = os.open(self.path, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-            return self._fd
 
     def read_into(self, buffer: memoryview, offset: int, what: str) -> None:
         """Fill `buffer` with the bytes at `offset`; `what` is named when they are not there."""
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self.fd, [buffer[done:]], offset + done)
+                count = os.preadv(self._file.fileno(), [buffer[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(f"cannot read {what} from {self.path}: {error.strerror}") from error
             if count == 0:
@@ -130,11 +116,12 @@ class ReadFile:
         self.read_into(memoryview(buffer), offset, what)
         return bytes(buffer)
 
-    def close(self) -> None:
-        with self._lock:
-            if self._fd is not None:
-                os.close(self._fd)
-                self._fd = None
+    def map_table(self, offset: int, shape: tuple[int, int], what: str) -> np.ndarray:
+        """Bytes of the file as a table, for its columns: pages that nobody touches stay on disk."""
+        try:
+            return np.memmap(self._file, np.uint8, "r", offset, shape)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"cannot read {what} from {self.path}: {error}") from error
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -161,7 +148,7 @@ class RawTensor:
         inner_bytes = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize
         if math.prod(self.shape[:dim]) == 1:
             return self._read_span(shape, self.offset + start * inner_bytes)
-        return self._read_strided(dim, shape, start * inner_bytes, stop * inner_bytes)
+        return self._read_columns(dim, shape, start * inner_bytes, stop * inner_bytes)
 
     def _read_span(self, shape: tuple[int, ...], offset: int) -> torch.Tensor:
         result = torch.empty(shape, dtype=self.dtype)
@@ -169,40 +156,13 @@ class RawTensor:
             self.file.read_into(as_bytes(result), offset, f"tensor {self.name}")
         return result
 
-    def _read_strided(self, dim: int, shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
-        # A column block: map the region, copy the wanted bytes of every row, unmap. Untouched pages stay on
-        # disk.
-        import numpy as np
-
+    def _read_columns(self, dim: int, shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
         result = torch.empty(shape, dtype=self.dtype)
-        if not result.numel():
-            return result
-        if self.offset + self.nbytes > self.file.size:
-            raise CheckpointError(
-                f"{self.origin} is truncated: tensor {self.name} ends at byte "
-                f"{self.offset + self.nbytes}, the file at {self.file.size}"
-            )
-        start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        with mmap.mmap(self.file.fd, self.offset + self.nbytes - start, access=mmap.ACCESS_READ, offset=start) as area:
+        if result.numel():
             rows = math.prod(self.shape[:dim])
-            source = np.frombuffer(area, np.uint8, self.nbytes, self.offset - start).reshape(rows, -1)
-            np.copyto(np.frombuffer(as_bytes(result), np.uint8).reshape(rows, -1), source[:, first:last])
-            del source
+            stored = self.file.map_table(self.offset, (rows, self.nbytes // rows), f"tensor {self.name}")
+            np.copyto(np.frombuffer(as_bytes(result), np.uint8).reshape(rows, -1), stored[:, first:last])
         return result
-
-
-class MemoryTensor:
-    """A tensor that is in memory already (only the pre-2020 .bin format needs this)."""
-
-    def __init__(self, tensor: torch.Tensor, origin: str) -> None:
-        self.tensor, self.dtype, self.shape, self.origin = tensor, tensor.dtype, tuple(tensor.shape), origin
-
-    def read(self) -> torch.Tensor:
-        return self.tensor
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        check_slice("", self.shape, dim, start, stop)
-        return self.tensor.narrow(dim, start, stop - start).contiguous()
 
 
 def check_slice(name: str, shape: tuple[int, ...], dim: int, start: int, stop: int) -> None:
@@ -228,68 +188,53 @@ class ByRows:
         return self._rows(start, stop) if dim == 0 else self.read().narrow(dim, start, stop - start).contiguous()
 
 
-class SafetensorsFile:
-    """The checked header of one .safetensors file: every fault of the layout is found before a tensor is
-    read.
-    """
+def in_memory(tensor: torch.Tensor, origin: str) -> ByRows:
+    """A tensor that is in memory already."""
+    rows = lambda start, stop: torch.atleast_1d(tensor)[start:stop].contiguous()  # noqa: E731
+    return ByRows(rows, tensor.dtype, tuple(tensor.shape), origin)
 
-    def __init__(self, path: Path) -> None:
-        self.file = ReadFile(path)
-        self.header_bytes = self._read_header()
-        self.metadata: dict[str, str] = {}
-        self.tensors = self._parse(self.header_bytes[8:])
 
-    def _read_header(self) -> bytes:
-        path, size = self.file.path, self.file.size
-        if size < 8:
-            raise CheckpointError(f"{path} is truncated: {size} bytes, a safetensors file has a header of at least 8")
-        length = int.from_bytes(self.file.read_bytes(0, 8, "the header length"), "little")
-        if length > MAX_HEADER_BYTES or length < 2:
-            raise CheckpointError(f"{path} is not a safetensors file: its header would be {length} bytes long")
-        if 8 + length > size:
-            raise CheckpointError(f"{path} is truncated: header of {length} bytes in a file of {size}")
-        return self.file.read_bytes(0, 8 + length, "the header")
-
-    def _parse(self, text: bytes) -> dict[str, RawTensor]:
-        path, data_start = self.file.path, len(text) + 8
-        tensors: dict[str, RawTensor] = {}
-        expected = 0
-        for name, code, shape, start, stop in self._entries(text):
-            tensor = RawTensor(self.file, name, DTYPE_OF_CODE[code], shape, data_start + start)
-            if start != expected or stop - start != tensor.nbytes:
-                raise CheckpointError(
-                    f"{path} has a wrong header: tensor {name} {code} {shape} claims bytes "
-                    f"{start}..{stop}, expected {expected}..{expected + tensor.nbytes}"
-                )
-            expected, tensors[name] = stop, tensor
-        if data_start + expected != self.file.size:
-            kind = "truncated" if data_start + expected > self.file.size else "longer than its header says"
+def open_safetensors(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a .safetensors file; every fault of the layout is found before one is read."""
+    file = ReadFile(path)
+    if file.size < 8:
+        raise CheckpointError(f"{path} is truncated: {file.size} bytes, a safetensors file has a header of at least 8")
+    length = int.from_bytes(file.read_bytes(0, 8, "the header length"), "little")
+    if length > MAX_HEADER_BYTES or length < 2:
+        raise CheckpointError(f"{path} is not a safetensors file: its header would be {length} bytes long")
+    if 8 + length > file.size:
+        raise CheckpointError(f"{path} is truncated: header of {length} bytes in a file of {file.size}")
+    tensors: dict[str, TensorSource] = {}
+    end = 8 + length
+    for name, code, shape, start, stop in _header_entries(path, file.read_bytes(8, length, "the header")):
+        tensor, first = RawTensor(file, name, DTYPE_OF_CODE[code], shape, end), end - 8 - length
+        if start != first or stop - start != tensor.nbytes:
             raise CheckpointError(
-                f"{path} is {kind}: {self.file.size} bytes, the header needs "
-                f"{data_start + expected} (last tensor: {next(reversed(tensors), 'none')})"
+                f"{path} has a wrong header: tensor {name} {code} {shape} claims bytes {start}..{stop}, expected "
+                f"{first}..{first + tensor.nbytes}"
             )
-        return tensors
+        end, tensors[name] = end + tensor.nbytes, tensor
+    if end != file.size:
+        raise CheckpointError(
+            f"{path} is {'truncated' if end > file.size else 'longer than its header says'}: {file.size} bytes, the "
+            f"header needs {end} (last tensor: {next(reversed(tensors), 'none')})"
+        )
+    return tensors
 
-    def _entries(self, text: bytes) -> list[tuple[str, str, list[int], int, int]]:
-        """(name, dtype code, shape, first byte, byte after the last) in file order."""
-        path = self.file.path
-        try:
-            header = strict_json(text.decode())
-            self.metadata = header.pop("__metadata__", None) or {}
-            entries = [
-                (name, item["dtype"], list(item["shape"]), *item["data_offsets"]) for name, item in header.items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} has a damaged header: {type(error).__name__}: {error}") from error
-        if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):
-            raise CheckpointError(f"{path} has a damaged header: __metadata__ must hold texts, found {self.metadata}")
-        for name, code, shape, *offsets in entries:
-            if not isinstance(code, str) or code not in DTYPE_OF_CODE:
-                known = ", ".join(DTYPE_OF_CODE)
-                raise CheckpointError(f"{path}: tensor {name} has dtype {code}, known: {known}")
-            if len(offsets) != 2 or not all(type(n) is int and 0 <= n < 1 << 64 for n in (*shape, *offsets)):
-                raise CheckpointError(f"{path} has a wrong header: tensor {name} {shape} at {offsets}")
-        return sorted(entries, key=lambda entry: (entry[3], entry[4]))
 
-    def close(self) -> None:
-        self.file.close()
+def _header_entries(path: Path, text: bytes) -> list[tuple[str, str, list[int], int, int]]:
+    """(name, dtype code, shape, first byte, byte after the last) in file order."""
+    try:
+        header = strict_json(text.decode())
+        notes = header.pop("__metadata__", None) or {}
+        entries = [(name, item["dtype"], list(item["shape"]), *item["data_offsets"]) for name, item in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {type(error).__name__}: {error}") from error
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise CheckpointError(f"{path} has a damaged header: __metadata__ must hold texts, found {notes}")
+    for name, code, shape, *offsets in entries:
+        if not isinstance(code, str) or code not in DTYPE_OF_CODE:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {code}, known: {', '.join(DTYPE_OF_CODE)}")
+        if len(offsets) != 2 or not all(type(n) is int and 0 <= n < 1 << 64 for n in (*shape, *offsets)):
+            raise CheckpointError(f"{path} has a wrong header: tensor {name} {shape} at {offsets}")
+    return sorted(entries, key=lambda entry: (entry[3], entry[4]))

@@ -21,7 +21,7 @@ from torch._utils import _rebuild_tensor_v2
 from torch._weights_only_unpickler import Unpickler
 from torch.serialization import StorageType, get_unsafe_globals_in_checkpoint, safe_globals
 
-from ascend_kit.checkpoint.tensor_file import CheckpointError, MemoryTensor, RawTensor, ReadFile, TensorSource
+from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, RawTensor, ReadFile, TensorSource, in_memory
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CRC_BLOCK_BYTES = 4 << 20
@@ -51,22 +51,6 @@ MSADAPTER_NAMES: dict[str, Any] = {
     "StubTensor": torch.Tensor,
     "Parameter": torch.Tensor,
 }
-
-
-class StridedTensor(RawTensor):
-    """A tensor saved as a view (a transpose, a stride): its whole span is read, then viewed."""
-
-    def __init__(self, base: RawTensor, stride: tuple[int, ...]) -> None:
-        super().__init__(base.file, base.name, base.dtype, base.shape, base.offset)
-        self.stride = stride
-
-    def read(self) -> torch.Tensor:
-        span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        flat = RawTensor(self.file, self.name, self.dtype, (span,), self.offset).read()
-        return flat.as_strided(self.shape, self.stride).contiguous()
-
-    def read_slice(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        return self.read().narrow(dim, start, stop - start).contiguous()
 
 
 class TorchFile:
@@ -147,7 +131,7 @@ class TorchFile:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise CheckpointError(f"{self.path}: tensor {name} is sparse or of torch's own quantisation; save it dense")
         if tensor.device.type != "meta":
-            return MemoryTensor(tensor.detach(), str(self.path))
+            return in_memory(tensor.detach(), str(self.path))
         storage = tensor.untyped_storage()
         first: int = getattr(storage, "_checkpoint_offset", -1)
         shape, stride = tuple(tensor.shape), tensor.stride()
@@ -155,8 +139,13 @@ class TorchFile:
         size, start = tensor.element_size(), int(tensor.storage_offset())
         if (start + span) * size > self._sizes.get(first, -1):
             raise CheckpointError(f"{self.path}: tensor {name} of shape {shape} reaches outside its storage")
-        region = RawTensor(self.file, name, tensor.dtype, shape, first + start * size)
-        return region if tensor.is_contiguous() else StridedTensor(region, stride)
+        place = first + start * size
+        if tensor.is_contiguous():
+            return RawTensor(self.file, name, tensor.dtype, shape, place)
+        # Saved as a view (a transpose, a stride): its whole span is read, then viewed.
+        whole = RawTensor(self.file, name, tensor.dtype, (span,), place)
+        rows = lambda start, stop: whole.read().as_strided(shape, stride)[start:stop].contiguous()  # noqa: E731
+        return ByRows(rows, tensor.dtype, shape, whole.origin)
 
 
 def _msadapter_global(name: str) -> Any | None:
