@@ -33,7 +33,6 @@ class ConversionResult:
     folder: Path
     reused: bool
     manifest: dict[str, Any] = field(repr=False)
-    bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
     resumed_shards: tuple[str, ...] = ()
@@ -120,7 +119,6 @@ class Conversion:
             manifest,
             resumed_shards=tuple(resumed),
             seconds=seconds,
-            bytes_read=sum(entry["size"] for entry in manifest["source"]["files"]),
             bytes_written=sum(entry["size"] for entry in manifest["files"]),
         )
 
@@ -128,7 +126,7 @@ class Conversion:
         plan = {
             "settings": self.settings,
             "recipe": self.recipe.digest(),
-            "shards": [shard.describe() for shard in self.shards],
+            "shards": [[shard.name, shard.header()[8:].decode()] for shard in self.shards],
             "source": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.files],
         }
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,7 @@ from ascend_kit.checkpoint.huggingface import Checkpoint, load_tokenizer
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts, plain_linear
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
 from ascend_kit.checkpoint.tensor_file import CheckpointError
-from ascend_kit.checkpoint.tensor_jobs import CastJob, QuantizeJob, Quantizer, RepackJob, ScaleChange, TensorJob
+from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange, TensorJob, cast_job, quantized_job
 from ascend_kit.model.config import DTYPES, ModelConfig
 from ascend_kit.model.quantize import best_group_size, group_size_for
 from ascend_kit.model.tensors import LAYER_PATTERN, UNITS, expected_shapes, linear_names, uniform_schemes
@@ -130,14 +130,20 @@ def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
     source, linear = checkpoint.source(name), name.removesuffix(".weight")
     stored = checkpoint.quantization.scheme(linear) if name.endswith(".weight") else "none"
     target = recipe.schemes.get(linear, "none") if name.endswith(".weight") else "none"
-    kept = stored in ("w8a8", "w8a8_static", "w8a16") and target in ("w8a8", "w8a16")
-    if kept:  # codes of 8 bits are taken over as they are
-        return RepackJob(linear, source, checkpoint.source(f"{linear}.weight_scale"), target)
+    change = recipe.changes.get(name)
+    if stored in ("w8a8", "w8a8_static", "w8a16") and target in ("w8a8", "w8a16"):
+        scale = checkpoint.source(f"{linear}.weight_scale")  # codes of 8 bits are taken over as they are
+        return quantized_job(linear, source, target, lambda rows, *span: (rows, scale.read_slice(0, *span)))
     if stored != "none":
         source = checkpoint.dequantized(linear)
     if target == "none":
-        return CastJob(name, source, recipe.dtype, recipe.changes.get(name))
-    return QuantizeJob(linear, source, target, recipe.quantizer, recipe.changes.get(name))
+        return cast_job(name, source, recipe.dtype, change)
+
+    def codes(rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return recipe.quantizer.codes(linear, change(rows, start, stop) if change else rows.float(), target)
+
+    groups = source.shape[1] // recipe.quantizer.group_size if target == "w4a16" else 1
+    return quantized_job(linear, source, target, codes, groups)
 
 
 def result_config(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """One source tensor in, one or more result tensors out, a block of rows at a time.
 
-Casting and per-channel quantisation both work row by row, so no job ever holds more than one block of its
-tensor, however large the tensor is. A job yields its results in the order of `outputs`; scales, which are
-complete only after the last row, come after the weight.
+Casting and quantisation both work row by row, so no job ever holds more than one block of its tensor, however large
+the tensor is. A job yields its results in the order of `outputs`; scales, which are complete only after the last row,
+come after the weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -41,22 +41,26 @@ class OutputTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True, eq=False)
 class TensorJob:
-    """Reads `source` and yields (index into `outputs`, block of rows)."""
+    """`convert(rows, first row, row after the last)` of `source` gives these rows of the first output or the first two;
+    a third holds the shape."""
 
-    outputs: tuple[OutputTensor, ...]
     source: TensorSource
-
-    @property
-    def read_bytes(self) -> int:
-        return math.prod(self.source.shape) * self.source.dtype.itemsize
-
-    @property
-    def write_bytes(self) -> int:
-        return sum(output.nbytes for output in self.outputs)
+    outputs: tuple[OutputTensor, ...]
+    convert: Callable[[Tensor, int, int], tuple[Tensor, ...]]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        raise NotImplementedError
+        """(index into `outputs`, block of rows)."""
+        scales: list[Tensor] = []
+        for start, stop, block in self._row_blocks():
+            weight, *scale = self.convert(block, start, stop)
+            scales += scale
+            yield 0, weight
+        if scales:
+            yield 1, torch.cat(scales)
+        if len(self.outputs) > 2:
+            yield 2, torch.tensor(self.source.shape, dtype=torch.int64)
 
     def _row_blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first row, row after the last, values) of blocks of about BLOCK_BYTES, checked for NaN and Inf."""
@@ -93,20 +97,17 @@ class ScaleChange:
         return rows
 
 
-class CastJob(TensorJob):
+def cast_job(name: str, source: TensorSource, dtype: torch.dtype, change: ScaleChange | None = None) -> TensorJob:
     """A tensor in another float dtype, after an optional change such as folding smoothing factors in."""
 
-    def __init__(self, name: str, source: TensorSource, dtype: torch.dtype, change: ScaleChange | None = None):
-        self.source, self.dtype, self.change = source, dtype, change
-        self.outputs = (OutputTensor(name, dtype, source.shape),)
+    def convert(block: Tensor, start: int, stop: int) -> tuple[Tensor]:
+        changed = change(block, start, stop) if change else block
+        result = changed.to(dtype)
+        if torch.finfo(dtype).max < torch.finfo(changed.dtype).max:
+            _check_range(changed, result, name, source.origin)
+        return (result,)
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for start, stop, block in self._row_blocks():
-            changed = self.change(block, start, stop) if self.change else block
-            result = changed.to(self.dtype)
-            if torch.finfo(self.dtype).max < torch.finfo(changed.dtype).max:
-                _check_range(changed, result, self.outputs[0].name, self.source.origin)
-            yield 0, result
+    return TensorJob(source, (OutputTensor(name, dtype, source.shape),), convert)
 
 
 @dataclass(frozen=True)
@@ -141,65 +142,37 @@ class Quantizer:
         return dequantize_groups(codes, scale, None) if scheme == "w4a16" else dequantize_weight(codes, scale)
 
 
-class QuantizeJob(TensorJob):
-    """Codes and scales of a float linear in the compressed-tensors layout.
+def quantized_job(
+    linear: str,
+    source: TensorSource,
+    scheme: str,
+    codes: Callable[[Tensor, int, int], tuple[Tensor, Tensor]],
+    groups: int = 1,
+) -> TensorJob:
+    """Codes and scales of a linear in the compressed-tensors layout; `codes(rows, first row, row after the last)` are
+    int8 [rows, in] with scales [rows] or [rows, groups].
 
     w8a8: `weight` int8 [out, in], `weight_scale` float32 [out, 1].
-    w8a16: `weight_packed` int32 [out, in / 4], `weight_scale`, `weight_shape` int64 [2] (the form vLLM
-    reads). w4a16: the same with int32 [out, in / 8] and `weight_scale` float32 [out, groups].
+    w8a16: `weight_packed` int32 [out, in / 4], `weight_scale`, `weight_shape` int64 [2] (the form vLLM reads).
+    w4a16: the same with int32 [out, in / 8] and `weight_scale` float32 [out, groups].
     """
-
-    def __init__(
-        self, linear: str, source: TensorSource, scheme: str, quantizer: Quantizer, change: ScaleChange | None = None
-    ):
-        self.linear, self.source, self.scheme = linear, source, scheme
-        self.quantizer, self.change = quantizer, change
-        groups = source.shape[1] // quantizer.group_size if scheme == "w4a16" else 1
-        self.outputs = quantized_outputs(linear, source.shape, scheme, groups)
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        scales = []
-        for start, stop, block in self._row_blocks():
-            rows = block.float() if self.change is None else self.change(block, start, stop)
-            codes, scale = self.quantizer.codes(self.linear, rows, self.scheme)
-            scales.append(scale)
-            yield 0, _stored(codes, self.scheme)
-        yield from _closing(torch.cat(scales), self.source.shape, self.scheme)
-
-
-class RepackJob(TensorJob):
-    """An int8 linear whose codes and scales are taken over as they are, in our layout."""
-
-    def __init__(self, linear: str, source: TensorSource, scale: TensorSource, scheme: str):
-        self.source, self.scale, self.scheme = source, scale, scheme
-        self.outputs = quantized_outputs(linear, source.shape, scheme, 1)
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for _, _, codes in self._row_blocks():
-            yield 0, _stored(codes, self.scheme)
-        scale = self.scale.read()
-        check_finite(scale, self.outputs[1].name, self.scale.origin, 0)
-        yield from _closing(scale, self.source.shape, self.scheme)
-
-
-def quantized_outputs(linear: str, shape: tuple[int, ...], scheme: str, groups: int) -> tuple[OutputTensor, ...]:
-    """The stored tensors of one quantised linear of weight shape [out, in]."""
-    scale = OutputTensor(f"{linear}.weight_scale", torch.float32, (shape[0], groups))
-    if scheme == "w8a8":
-        return OutputTensor(f"{linear}.weight", torch.int8, shape), scale
-    per_word = 8 if scheme == "w4a16" else 4
-    packed = OutputTensor(f"{linear}.weight_packed", torch.int32, (shape[0], -(-shape[1] // per_word)))
-    return packed, scale, OutputTensor(f"{linear}.weight_shape", torch.int64, (2,))
-
-
-def _stored(codes: Tensor, scheme: str) -> Tensor:
-    return codes if scheme == "w8a8" else pack_int4(codes) if scheme == "w4a16" else pack_int8(codes)
-
-
-def _closing(scale: Tensor, shape: tuple[int, ...], scheme: str) -> Iterator[tuple[int, Tensor]]:
-    yield 1, scale.reshape(shape[0], -1).float()
+    rows, columns = source.shape
+    outputs = (
+        OutputTensor(f"{linear}.weight", torch.int8, (rows, columns)),
+        OutputTensor(f"{linear}.weight_scale", torch.float32, (rows, groups)),
+    )
     if scheme != "w8a8":
-        yield 2, torch.tensor(shape, dtype=torch.int64)
+        words = OutputTensor(
+            f"{linear}.weight_packed", torch.int32, (rows, -(-columns // (8 if scheme == "w4a16" else 4)))
+        )
+        outputs = (words, outputs[1], OutputTensor(f"{linear}.weight_shape", torch.int64, (2,)))
+
+    def convert(block: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        found, scale = codes(block, start, stop)
+        stored = found if scheme == "w8a8" else pack_int4(found) if scheme == "w4a16" else pack_int8(found)
+        return stored, scale.reshape(stop - start, -1).float()
+
+    return TensorJob(source, outputs, convert)
 
 
 def check_finite(block: Tensor, name: str, origin: str, first_row: int) -> None:

@@ -16,7 +16,8 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,25 @@ WRITING_SUFFIX, NEW_SUFFIX = ".writing", ".new"
 FLUSH_BYTES = 64 << 20
 
 
+@dataclass
 class Shard:
     """The jobs whose results share a file."""
 
-    def __init__(self, jobs: list[TensorJob]) -> None:
-        self.jobs, self.name = jobs, ""
+    jobs: list[TensorJob] = field(default_factory=list)
+    name: str = ""
+
+    @property
+    def order(self) -> list[tuple[TensorJob, list[int]]]:
+        """(job, those of its outputs that follow here) in file order: job by job, unless that leaves a tensor at an odd
+        address. Readers view the bytes in place: then widest types first, as safetensors itself does."""
+        order, offset, is_aligned = [(job, list(range(len(job.outputs)))) for job in self.jobs], 0, True
+        for output in self.outputs:
+            is_aligned &= offset % output.dtype.itemsize == 0
+            offset += output.nbytes
+        if is_aligned:
+            return order
+        alone = [(job, [index]) for job, indices in order for index in indices]
+        return sorted(alone, key=lambda item: -item[0].outputs[item[1][0]].dtype.itemsize)
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -45,26 +60,28 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        return sum(job.write_bytes for job in self.jobs)
+        return sum(output.nbytes for output in self.outputs)
 
     def header(self) -> bytes:
         """The file's header, in the order in which the tensors are written."""
-        return shard_header([job.outputs[index] for job, index in write_order(self)])
+        return shard_header([job.outputs[index] for job, indices in self.order for index in indices])
 
     @property
     def file_bytes(self) -> int:
         return len(self.header()) + self.nbytes
 
-    def describe(self) -> list[Any]:
-        return [self.name, [[o.name, CODE_OF_DTYPE[o.dtype], list(o.shape)] for o in self.outputs]]
+    def blocks(self) -> Iterator[Tensor]:
+        """The tensors block by block in file order; a job runs again where its results are apart."""
+        for job, wanted in self.order:
+            yield from (block for index, block in job.blocks() if index in wanted)
 
 
 def plan_shards(jobs: list[TensorJob], max_bytes: int) -> list[Shard]:
     """Jobs in order, cut into files of at most `max_bytes` (one larger tensor still gets its own file)."""
     shards: list[Shard] = []
     for job in jobs:
-        if not shards or shards[-1].nbytes + job.write_bytes > max_bytes:
-            shards.append(Shard([]))
+        if not shards or shards[-1].nbytes + sum(output.nbytes for output in job.outputs) > max_bytes:
+            shards.append(Shard())
         shards[-1].jobs.append(job)
     for number, shard in enumerate(shards, start=1):
         shard.name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -85,34 +102,6 @@ def shard_header(outputs: list[OutputTensor]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def write_order(shard: Shard) -> list[tuple[TensorJob, int]]:
-    """(job, output) in file order. Job by job, unless that would leave a tensor at an odd address."""
-    order = [(job, index) for job in shard.jobs for index in range(len(job.outputs))]
-    offset = 0
-    for job, index in order:
-        if offset % job.outputs[index].dtype.itemsize:
-            # Readers view the bytes in place, which needs alignment: widest types first, as safetensors
-            # itself does.
-            return sorted(order, key=lambda item: -item[0].outputs[item[1]].dtype.itemsize)
-        offset += job.outputs[index].nbytes
-    return order
-
-
-def stream_shard(shard: Shard) -> Iterator[Tensor]:
-    """The shard's tensors block by block in file order; a job is run again where its results are not
-    adjacent.
-    """
-    order = write_order(shard)
-    position = 0
-    while position < len(order):
-        job, first = order[position]
-        run = 1
-        while position + run < len(order) and order[position + run] == (job, first + run):
-            run += 1
-        yield from (block for index, block in job.blocks() if first <= index < first + run)
-        position += run
 
 
 class PartialFolder:
@@ -226,54 +215,34 @@ def undo_exchange(destination: Path) -> str | None:
 def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> dict[str, Any]:
     """Write one shard; its size and hash.
 
-    Reading, converting, hashing and writing a block follow each other in one thread, while the block is in
-    the processor's cache: handing blocks to other threads costs more than it hides.
+    Reading, converting, hashing and writing a block follow each other in one thread, while the block is in the
+    processor's cache: handing blocks to other threads costs more than it hides. What is written goes to the disk in the
+    background, so that the final fsync has little left to do.
     """
     path, temporary = folder / shard.name, folder / (shard.name + WRITING_SUFFIX)
-    digest, header, size = xxhash.xxh3_128(), shard.header(), shard.file_bytes
+    digest, size, done, flushed = xxhash.xxh3_128(), shard.file_bytes, 0, 0
     try:
-        with writing(path), open(temporary, "wb", buffering=0) as file, Flusher(file.fileno()) as flusher:
+        with writing(path), open(temporary, "wb") as file, ThreadPoolExecutor(1, "flush") as pool:
             reserve(file.fileno(), size)
-            for view in itertools.chain([memoryview(header)], map(as_bytes, stream_shard(shard))):
+            flushing = pool.submit(os.fdatasync, file.fileno())
+            for view in itertools.chain([memoryview(shard.header())], map(as_bytes, shard.blocks())):
                 digest.update(view)
-                _write_all(file, view)
-                flusher.advance(len(view))
+                file.write(view)
+                done += len(view)
                 on_bytes(len(view))
-            if file.tell() != size:
-                raise CheckpointError(f"{path}: wrote {file.tell()} bytes, the header promises {size}")
-            flusher.finish()
+                if done - flushed >= FLUSH_BYTES and flushing.done():
+                    flushing.result()  # raises what the disk reported
+                    flushed, flushing = done, pool.submit(os.fdatasync, file.fileno())
+            if done != size:
+                raise CheckpointError(f"{path}: wrote {done} bytes, the header promises {size}")
+            flushing.result()
+            file.flush()
+            os.fsync(file.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
     return {"size": size, "hash": digest.hexdigest()}
-
-
-class Flusher:
-    """Sends a growing file to the disk in the background, so that the final fsync has little left to do."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd, self._since_flush = fd, 0
-        self._pool = ThreadPoolExecutor(1, "flush")
-        self._running: Future[None] | None = None
-
-    def __enter__(self) -> Flusher:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._pool.shutdown()
-
-    def advance(self, count: int) -> None:
-        """`count` more bytes were written."""
-        self._since_flush += count
-        if self._since_flush >= FLUSH_BYTES and (self._running is None or self._running.done()):
-            if self._running is not None:
-                self._running.result()  # raises what the disk reported
-            self._running, self._since_flush = self._pool.submit(os.fdatasync, self._fd), 0
-
-    def finish(self) -> None:
-        """Return when every byte is on the disk."""
-        self._pool.submit(os.fsync, self._fd).result()
 
 
 def reserve(fd: int, size: int) -> None:
@@ -283,12 +252,6 @@ def reserve(fd: int, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-
-
-def _write_all(file: Any, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        done += file.write(view[done:])
 
 
 @contextlib.contextmanager
