@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Figures are saved with 150 dots per inch; on a page an inch has 96 pixels, and a little less reads better.
 PAGE_SCALE = 0.58
+METRIC = "acc"  # what the bars of `accuracy` show
 BEST_AND_WORST = 10
 ENOUGH = 10  # documents of a bin: its accuracy is known to some 30 points at worst
 LONGEST = 9  # operators drawn by name
@@ -64,7 +65,7 @@ def accuracy(scores: Table, documents: Table | None = None) -> Figure | None:
     Of very many tasks the ten best and the ten worst are drawn.
     """
     table = drawing.finished_rows(scores)
-    table = table[table["metric"] == "acc"] if not table.empty else table
+    table = table[table["metric"] == METRIC] if not table.empty else table
     if len(table) < 2:
         return None
     tasks, left_out = _ends(table)
@@ -73,7 +74,7 @@ def accuracy(scores: Table, documents: Table | None = None) -> Figure | None:
     for row in rows:
         y, percent = tasks.index(row.task), row.value * 100
         error = row.stderr * 100 if drawing.known(row.stderr) else None
-        bars = axes.barh(y, percent, 0.736, color=PALETTE[0], label="acc", xerr=error, capsize=3)
+        bars = axes.barh(y, percent, 0.736, color=PALETTE[0], label=METRIC, xerr=error, capsize=3)
         drawing.tip(bars[0], [f"{row.task}: {percent:.1f} %" + (f" ± {error:.1f}" if error else "")])
         end = (percent + (error or 0), y)
         axes.annotate(f"{percent:.1f}", end, (5, 0), textcoords="offset points", va="center")
