@@ -12,7 +12,7 @@ from doctor_hosts import STAGE, ascend_server, stage_output
 from ascend_kit.device.device import select_device
 from ascend_kit.device.ops import OPS, reference
 from ascend_kit.doctor import run_self_test, self_test
-from ascend_kit.doctor.comparison import AttentionCase, Comparer, attention_cases, bound, make_inputs, relative_error
+from ascend_kit.doctor.comparison import AttentionCase, Comparer, attention_cases, make_inputs, relative_error
 from ascend_kit.doctor.findings import OpCheck
 from ascend_kit.doctor.graph_and_ranks import run_graph
 from ascend_kit.doctor.stages import PREFIX, run_stage
@@ -28,9 +28,9 @@ def table(**changed) -> SimpleNamespace:
 
 def errors_of(ops, dtype=torch.float32) -> dict[str, list[str]]:
     """Status of each attention case under a table, by operator."""
-    comparer, found = Comparer(CPU, ops, "ops"), {"store_kv": [], "paged_attention": []}
+    comparer, found = Comparer(CPU, ops, "ops", dtype), {"store_kv": [], "paged_attention": []}
     for case in attention_cases(CPU.default_block_size):
-        for check in self_test._check_case(comparer, case, HEADS, dtype):
+        for check in self_test._check_case(comparer, case, HEADS):
             found[check.op].append(check.status)
     return found
 
@@ -151,9 +151,9 @@ def _one_scale_for_all(x):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mistakes_of_other_operators_fail(check, name, wrong, dtype):
-    comparer = Comparer(CPU, table(**{name: wrong}), "ops")
+    comparer = Comparer(CPU, table(**{name: wrong}), "ops", dtype)
 
-    statuses = {item.status for item in getattr(self_test, check)(comparer, dtype) if item.op == name}
+    statuses = {item.status for item in getattr(self_test, check)(comparer) if item.op == name}
 
     assert "fail" in statuses
 
@@ -170,8 +170,8 @@ def test_refusal_of_a_kernel_is_a_result_with_its_explanation():
     def refuse(*args):
         raise RuntimeError("npu_fused_infer_attention_score failed, error code is 561002")
 
-    comparer = Comparer(CPU, table(paged_attention=refuse), "ops")
-    _, check = self_test._check_case(comparer, attention_cases(32)[0], HEADS, torch.float32)
+    comparer = Comparer(CPU, table(paged_attention=refuse), "ops", torch.float32)
+    _, check = self_test._check_case(comparer, attention_cases(32)[0], HEADS)
 
     assert (check.status, check.error) == ("fail", None)
     assert "561002" in check.detail and "attention parameter check" in check.detail
@@ -180,13 +180,15 @@ def test_refusal_of_a_kernel_is_a_result_with_its_explanation():
 def test_shape_outside_the_limits_of_a_table_is_skipped_with_the_reason():
     comparer = Comparer(CPU, table(validate=lambda *shape: ["head size 64 with GQA"]), "ops")
 
-    (check,) = self_test._check_attention(comparer, (14, 2, 64), torch.bfloat16)
+    (check,) = self_test._check_attention(comparer, (14, 2, 64))
 
     assert check.status == "skip" and "head size 64" in check.detail
 
 
 def test_bound_of_bf16_is_far_wider_than_that_of_float32():
-    assert bound(torch.float32, 4) < 1e-4 < bound(torch.bfloat16, 4) < 0.05
+    narrow, wide = (Comparer(CPU, table(), "ops", dtype).bound(4) for dtype in (torch.float32, torch.bfloat16))
+
+    assert narrow < 1e-4 < wide < 0.05
 
 
 # -------------------------------------------------------------------------------------------- on this machine

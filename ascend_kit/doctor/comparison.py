@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ascend_kit.device.advice import explain
 from ascend_kit.device.device import Device
-from ascend_kit.device.ops import AttentionMeta, reference
+from ascend_kit.device.ops import FUSED, AttentionMeta, reference
 from ascend_kit.doctor.findings import OpCheck
 
 KEPT_IN_FLOAT32 = ("act_scale", "weight_scale", "dequantization", "scale", "offset", "zero")
@@ -30,16 +30,8 @@ PACKS = {
     "int8_static_matmul": ("pack_int8_static", "weight"),
     "int4_weight_matmul": ("pack_int4", "weight", "scale", "zero"),
 }
-ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-def bound(dtype: torch.dtype, roundings: int) -> float:
-    """Allowed error after so many roundings to `dtype`; float32 gets room for another summation order."""
-    return max(roundings * ROUNDING[dtype], 2e-5 if dtype == torch.float32 else 0.0)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+# Name of a dtype and its rounding.
+ROUNDING = {torch.float32: ("fp32", 2**-23), torch.bfloat16: ("bf16", 2**-8), torch.float16: ("fp16", 2**-11)}
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -53,43 +45,47 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 class Comparer:
-    """Runs comparisons of one op table on one device, turning exceptions into failed results."""
+    """Runs comparisons of one op table on one device in one dtype, turning exceptions into failed results."""
 
-    def __init__(self, device: Device, ops: ModuleType, stage: str, seed: int = 0) -> None:
-        self.device, self.ops, self.stage = device, ops, stage
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, device: Device, ops: ModuleType, stage: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device, self.ops, self.stage, self.dtype = device, ops, stage, dtype
+        self.dtype_name, self._rounding = ROUNDING[dtype]
+        self.generator = torch.Generator().manual_seed(0)
 
-    def values(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Normal values rounded to `dtype`, as float32 on the CPU."""
-        return torch.randn(*shape, generator=self.generator).to(dtype).float()
+    def bound(self, roundings: int) -> float:
+        """Allowed error after so many roundings; float32 gets room for another summation order."""
+        return max(roundings * self._rounding, 2e-5 if self.dtype == torch.float32 else 0.0)
 
-    def place(self, *tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Copies on the device; integers keep their type."""
-        return [
-            tensor.to(self.device.torch_device, dtype if tensor.is_floating_point() else tensor.dtype).clone()
-            for tensor in tensors
-        ]
+    def values(self, *shape: int) -> Tensor:
+        """Normal values rounded to the dtype, as float32 on the CPU."""
+        return torch.randn(*shape, generator=self.generator).to(self.dtype).float()
 
-    def compare(self, op: str, case: str, tolerance: float, dtype: torch.dtype, *arguments: Any) -> OpCheck:
+    def compare(self, op: str, case: str, tolerance: float, *arguments: Any) -> OpCheck:
         """An operator of the table beside the reference's, which gets the same arguments in float32.
 
-        On the device floats are of `dtype`, but for scales and the like, and so is what the caller asks for (a dtype
-        among the arguments).
+        On the device floats are of the dtype, but for scales and the like, and so is what the caller asks for (a dtype
+        among the arguments). Of a fused operator the codes times their scale are compared with what was to be rounded.
         """
-        plain = dict(zip(inspect.signature(getattr(reference, op)).parameters, arguments, strict=False))
+        plain_op = FUSED[op][0] if op in FUSED else op
+        plain = dict(zip(inspect.signature(getattr(reference, plain_op)).parameters, arguments, strict=False))
 
         def placed(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                kept = torch.float32 if name in KEPT_IN_FLOAT32 else self.dtype
+                return value.to(self.device.torch_device, kept, copy=True)
             if isinstance(value, Tensor):
-                return self.place(value, dtype=torch.float32 if name in KEPT_IN_FLOAT32 else dtype)[0]
-            return dtype if isinstance(value, torch.dtype) else value
+                return value.to(self.device.torch_device, copy=True)
+            return self.dtype if isinstance(value, torch.dtype) else value
 
         def error() -> float:
-            wanted = _call(reference, op, plain)
-            found = _call(self.ops, op, {name: placed(name, value) for name, value in plain.items()})
-            pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple) else [(found, wanted)]
-            return max(relative_error(*pair) for pair in pairs)
+            wanted = _tuple(_call(reference, plain_op, plain))
+            found = _tuple(_call(self.ops, op, {name: placed(name, value) for name, value in plain.items()}))
+            if op in FUSED:
+                codes, scale, *others = found
+                found = (codes.cpu().float() * scale.cpu().unsqueeze(-1), *others)
+            return max(relative_error(*pair) for pair in zip(found, wanted, strict=True))
 
-        return self.check(op, f"{dtype_name(dtype)} {case}", tolerance, error)
+        return self.check(op, f"{self.dtype_name} {case}", tolerance, error)
 
     def check(self, op: str, case: str, tolerance: float, measure: Callable[[], float]) -> OpCheck:
         """`measure` returns the error; ok when it is within `tolerance`."""
@@ -111,8 +107,12 @@ def _call(table: ModuleType, op: str, arguments: dict[str, Any]) -> Any:
     if op in PACKS:
         name, *parts = PACKS[op]
         packed = getattr(table, name)(*(arguments[part] for part in parts))
-        arguments = arguments | dict(zip(parts, packed if isinstance(packed, tuple) else [packed], strict=True))
+        arguments = arguments | dict(zip(parts, _tuple(packed), strict=True))
     return getattr(table, op)(*arguments.values())
+
+
+def _tuple(result: Any) -> tuple:
+    return result if isinstance(result, tuple) else (result,)
 
 
 # Query heads, KV heads, head size of Qwen2.5-7B, Qwen3-8B and Qwen2.5-0.5B (GQA with heads of 64).
@@ -165,25 +165,20 @@ class AttentionInputs:
         return replace(self, meta=replace(self.meta, mask=mask, **meta), **tensors)
 
 
-def make_inputs(
-    case: AttentionCase, heads: tuple[int, int, int], block: int, dtype: torch.dtype, seed: int = 0
-) -> AttentionInputs:
+def make_inputs(case: AttentionCase, heads: tuple[int, int, int], block: int, dtype: torch.dtype) -> AttentionInputs:
     """Random caches, blocks handed out in random order, values rounded to `dtype` (kept as float32)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     num_heads, num_kv_heads, head_size = heads
-    live = list(case.requests)
-    counts = [-(-length // block) for _, length in live]
+    counts = [-(-length // block) for _, length in case.requests]
     ids = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
-    num_rows, width = len(live) + case.num_dead, max(counts)
-    table = torch.zeros(num_rows, width, dtype=torch.int32)
+    table = torch.zeros(len(counts) + case.num_dead, max(counts), dtype=torch.int32)
     slots: list[int] = []
-    for row, ((new, length), count) in enumerate(zip(live, counts, strict=True)):
+    for row, ((new, length), count) in enumerate(zip(case.requests, counts, strict=True)):
         own, ids = ids[:count], ids[count:]
         table[row, :count] = torch.tensor(own, dtype=torch.int32)
         slots += [own[position // block] * block + position % block for position in range(length - new, length)]
     slots += range(case.num_dead)  # block 0 is nobody's; each dead row has a slot of its own there
-    news = [new for new, _ in live] + [1] * case.num_dead
-    lengths = [length for _, length in live] + [1] * case.num_dead
+    news, lengths = map(list, zip(*case.requests, *[(1, 1)] * case.num_dead, strict=True))
     meta = AttentionMeta(
         slot_mapping=torch.tensor(slots, dtype=torch.int32),
         block_table=table,

@@ -15,15 +15,7 @@ from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta, reference, select_ops
 from ascend_kit.device.parallel import BACKENDS
-from ascend_kit.doctor.comparison import (
-    HEADS,
-    AttentionCase,
-    AttentionInputs,
-    Comparer,
-    bound,
-    make_inputs,
-    relative_error,
-)
+from ascend_kit.doctor.comparison import HEADS, AttentionCase, AttentionInputs, Comparer, make_inputs, relative_error
 from ascend_kit.doctor.findings import OpCheck
 
 GRAPH_HEADS = HEADS[1]
@@ -38,14 +30,16 @@ def run_graph(device: Device) -> Iterator[OpCheck]:
     rows leave a dead row as well. On an NPU prompts beside a decode follow, the second time of more requests.
     """
     comparer = Comparer(device, select_ops(device.kind, fused=True), "graph")
-    dtype, block = torch.bfloat16, device.default_block_size
-    first = make_inputs(AttentionCase("", ((1, block - 1), (1, block + 1), (1, 7))), GRAPH_HEADS, block, dtype)
-    longer = make_inputs(AttentionCase("", ((1, block), (1, block + 2), (1, 8))), GRAPH_HEADS, block, dtype)
+    block, allowed = device.default_block_size, comparer.bound(4)
+
+    def step(*requests: tuple[int, int]) -> AttentionInputs:
+        return make_inputs(AttentionCase("", requests), GRAPH_HEADS, block, comparer.dtype)
+
+    first, longer = step((1, block - 1), (1, block + 1), (1, 7)), step((1, block), (1, block + 2), (1, 8))
     graphs: list[DecodeGraphs] = []
-    allowed = bound(dtype, 4)
 
     def captured() -> float:
-        graphs.append(_capture(comparer, first, dtype))
+        graphs.append(_capture(comparer, first))
         return _replay(graphs[0], first)
 
     yield comparer.check("capture and replay", "decode, 3 requests and a dead row", allowed, captured)
@@ -53,11 +47,10 @@ def run_graph(device: Device) -> Iterator[OpCheck]:
         yield comparer.check("update and replay", "one more token each", allowed, lambda: _replay(graphs[0], longer))
         graphs[0].close()
     if device.kind == "npu":
-        cases = ((1, block - 1), (93, block + 7)), ((1, block - 2), (33, 33), (60, 60))
-        steps = [make_inputs(AttentionCase("", requests), GRAPH_HEADS, block, dtype) for requests in cases]
+        steps = [step((1, block - 1), (93, block + 7)), step((1, block - 2), (33, 33), (60, 60))]
 
         def with_prompts() -> float:
-            graphs = _capture(comparer, steps[0], dtype, prompt_sizes=[128])
+            graphs = _capture(comparer, steps[0], prompt_sizes=[128])
             found = max(_replay(graphs, inputs) for inputs in steps)
             graphs.close()
             return found
@@ -66,12 +59,10 @@ def run_graph(device: Device) -> Iterator[OpCheck]:
         yield replace(check, remedy=NO_PROMPTS if check.status == "fail" else "")
 
 
-def _capture(
-    comparer: Comparer, inputs: AttentionInputs, dtype: torch.dtype, prompt_sizes: Sequence[int] = ()
-) -> DecodeGraphs:
+def _capture(comparer: Comparer, inputs: AttentionInputs, prompt_sizes: Sequence[int] = ()) -> DecodeGraphs:
     """A step whose token ids choose rows of a table of queries, over caches that stay where they are."""
     target = comparer.device.torch_device
-    held = inputs.to(target, dtype, comparer.ops.make_mask(target))
+    held = inputs.to(target, comparer.dtype, comparer.ops.make_mask(target))
     queries = torch.cat((held.q.flatten(1), held.q.flatten(1)[:1]))  # the last row is for dead tokens
 
     def step(token_ids: Tensor, positions: Tensor, meta: AttentionMeta) -> Tensor:
