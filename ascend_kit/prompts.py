@@ -43,6 +43,11 @@ class Prompt(str):
 
 def read_prompts(path: str | Path, parameter: str = "prompts_file") -> list[Prompt]:
     """Every prompt of a file in its order. PromptsError names `parameter`, the file and the line of a fault."""
+    return [_prompt(entry, where) for where, entry in read_entries(path, parameter)]
+
+
+def read_entries(path: str | Path, parameter: str) -> list[tuple[str, Any]]:
+    """(where it stands, entry) of every text or JSON value of a file, whatever is in them; PromptsError as above."""
     path = Path(path).expanduser()
     where = f"{parameter} {path}"
     if path.suffix.lower() in TABLES:
@@ -66,7 +71,7 @@ def read_prompts(path: str | Path, parameter: str = "prompts_file") -> list[Prom
     if not lines:
         raise PromptsError(f"{where} holds no prompt; {EXPECTED}")
     entries = _json_entries(text, lines, where, is_json=path.suffix.lower() in JSON_SUFFIXES)
-    return [_prompt(entry, f"{where}, {place}") for place, entry in entries]
+    return [(f"{where}, {place}", entry) for place, entry in entries]
 
 
 def _json_entries(text: str, lines: list[tuple[str, str]], where: str, *, is_json: bool) -> list[tuple[str, Any]]:

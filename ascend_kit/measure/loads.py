@@ -16,7 +16,7 @@ import numpy as np
 from ascend_kit.files import FileError, one_line, require_regular
 from ascend_kit.measure.rows import Point
 from ascend_kit.measure.workload import Request, make_requests
-from ascend_kit.prompts import read_prompts
+from ascend_kit.prompts import read_entries, read_prompts
 
 if TYPE_CHECKING:
     from ascend_kit.engine.text import Tokenizer
@@ -45,21 +45,17 @@ def arrival_times(load: Point, count: int, rng: np.random.Generator) -> list[flo
         return [None] * count
     if load.load == "all_at_once":
         return [0.0] * count
-    rate = load.rate or 1.0
-    if load.load == "constant":
-        return [number / rate for number in range(count)]
+    rate, numbers = load.rate or 1.0, np.arange(count)
+    end = load.rate_end or 4 * rate
+    if load.load == "constant" or (load.load == "ramp" and end == rate):
+        return (numbers / rate).tolist()
     if load.load == "ramp":
-        end = load.rate_end or 4 * rate
-        seconds = 2 * count / (rate + end)
-        slope = (end - rate) / seconds
+        slope = (end - rate) / (2 * count / (rate + end))
         # Requests so far after t: rate t + slope t^2 / 2.
-        return [
-            number / rate if slope == 0 else (math.sqrt(rate**2 + 2 * slope * number) - rate) / slope
-            for number in range(count)
-        ]
+        return ((np.sqrt(rate**2 + 2 * slope * numbers) - rate) / slope).tolist()
     shape = 1.0 if load.load == "poisson" else load.burstiness or 1.0
     times = np.cumsum(rng.gamma(shape, 1 / (rate * shape), count))
-    return [float(value) for value in times * (count / rate / times[-1])]
+    return (times * (count / rate / times[-1])).tolist()
 
 
 def build(
@@ -138,15 +134,12 @@ def read_trace(path: str | Path) -> list[TraceEntry]:
     first = lines[0].lstrip()[:1] if lines else "{"
     entries: list[TraceEntry] = []
     try:
-        rows = json.loads("".join(lines)) if first == "[" else map(json.loads, lines)
-        if first not in "[{":
+        if first in "[{":
+            rows = map(_mooncake, json.loads("".join(lines)) if first == "[" else map(json.loads, lines))
+        else:
             rows = map(_azure, csv.DictReader(lines, skipinitialspace=True))
         for row in rows:
-            entries.append(row if isinstance(row, TraceEntry) else _mooncake(row))
-            if not math.isfinite(entries[-1].at_s):
-                raise ValueError(f"{entries.pop().at_s} is no time")
-            if min(entries[-1][1:3]) < 0:
-                raise ValueError(f"{min(entries.pop()[1:3])} tokens")
+            entries.append(row)  # one by one: a fault is in the next
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
         raise FileError(
             f"trace_file {path}, request {len(entries) + 1}: expected Mooncake's JSON lines (timestamp, input_length, "
@@ -162,17 +155,19 @@ def read_trace(path: str | Path) -> list[TraceEntry]:
 def _azure(row: dict[str, str]) -> TraceEntry:
     at = datetime.datetime.fromisoformat(row["TIMESTAMP"].strip())
     at = at if at.tzinfo else at.replace(tzinfo=datetime.UTC)  # the clock here may jump, theirs did not
-    return TraceEntry(at.timestamp(), _whole(row["ContextTokens"]), _whole(row["GeneratedTokens"]))
+    return TraceEntry(at.timestamp(), _count(row["ContextTokens"]), _count(row["GeneratedTokens"]))
 
 
 def _mooncake(row: dict[str, Any]) -> TraceEntry:
-    blocks = tuple(int(block) for block in row.get("hash_ids") or ())
-    return TraceEntry(float(row["timestamp"]) / 1e3, _whole(row["input_length"]), _whole(row["output_length"]), blocks)
+    at_s, blocks = float(row["timestamp"]) / 1e3, tuple(int(block) for block in row.get("hash_ids") or ())
+    if not math.isfinite(at_s):
+        raise ValueError(f"{at_s} is no time")
+    return TraceEntry(at_s, _count(row["input_length"]), _count(row["output_length"]), blocks)
 
 
-def _whole(value: Any) -> int:
+def _count(value: Any) -> int:
     """A number of tokens, also as tables with gaps write it, 12.0."""
-    if float(value) % 1:
+    if float(value) % 1 or float(value) < 0:
         raise ValueError(f"{value} tokens")
     return int(float(value))
 
@@ -212,8 +207,7 @@ TALK = ("conversations", "conversation")
 def read_load_prompts(path: str | Path) -> Sequence[tuple[str, str | None]]:
     """(prompt, reply or None) of a file: ShareGPT's `conversations` as a list or in JSON lines, of each the first
     question with the answer to it, or any file that `prompts_file` may be."""
-    path = Path(path)
-    entries = _json_values(path)
+    entries = [entry for _, entry in read_entries(path, "load_prompts")]
     if not any(isinstance(entry, dict) and any(name in entry for name in TALK) for entry in entries):
         return [(str(prompt), None) for prompt in read_prompts(path, "load_prompts")]
     try:
@@ -226,21 +220,6 @@ def read_load_prompts(path: str | Path) -> Sequence[tuple[str, str | None]]:
     if not pairs:
         raise FileError(f"load_prompts {path}: none of {len(entries)} conversations has a question and its answer")
     return pairs
-
-
-def _json_values(path: Path) -> list[Any]:
-    """The items of a JSON list or the values of JSON lines; nothing for any other file, which has its own reader."""
-    try:
-        require_regular(path)
-        text = path.read_text(encoding="utf-8-sig")
-        value = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(x) for x in text.split("\n") if x.strip()]
-        )
-    except (ValueError, OSError, RecursionError):
-        return []
-    return value if isinstance(value, list) else []
 
 
 def _first_pair(talk: list[dict[str, Any]]) -> tuple[str, str] | None:
@@ -262,8 +241,7 @@ def _from_prompts(
     path: str, count: int, output_len: int, max_total_len: int, encoder: Tokenizer | None, rng: np.random.Generator
 ) -> list[Request]:
     """A seeded choice without repetition; a reply in the file gives the output length."""
-    if encoder is None:
-        raise ValueError(f"load_prompts {path}: a tokenizer is needed; set tokenizer_path")
+    assert encoder is not None  # whoever names the file has loaded a tokenizer
     pairs = read_load_prompts(path)
     requests: list[Request] = []
     for place in rng.permutation(len(pairs)):
