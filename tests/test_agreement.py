@@ -11,7 +11,7 @@ import torch
 
 from ascend_kit.checkpoint.convert import convert
 from ascend_kit.checkpoint.huggingface import open_checkpoint
-from ascend_kit.checkpoint.parity import ParityError, ParityLimits
+from ascend_kit.checkpoint.parity import ParityError
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.measure.agreement import ParityCheck, Reference, WrongAnswerError, check_against, reference_answers
 from ascend_kit.params import Experiment, build_experiment
@@ -46,21 +46,17 @@ def test_equal_weights_pass_and_the_folder_is_published(experiment: Experiment):
     assert len(check.describe()["rows"]) == 3
 
 
-def test_missed_limit_keeps_the_destination_absent_and_the_figures_at_hand(experiment: Experiment):
-    check = ParityCheck(experiment.with_changes(quantize="w8a8"), limits=ParityLimits(max_kl=0.0), max_new_tokens=8)
-
-    with pytest.raises(ParityError, match="kl is"):
-        convert(experiment.with_changes(quantize="w8a8"), before_publish=check)
-
-    assert not experiment.converted_folder.exists()
-    assert any(row["figure"] == "kl" and not row["ok"] for row in check.describe()["figures"])
-
-
-def test_a_limit_given_as_a_parameter_decides(experiment: Experiment):
+def test_a_missed_limit_given_as_a_parameter_keeps_the_destination_absent_and_the_figures_at_hand(
+    experiment: Experiment,
+):
     strict = experiment.with_changes(quantize="w8a8", parity_max_kl=1e-12)
+    check = ParityCheck(strict, max_new_tokens=8)
 
     with pytest.raises(ParityError, match=r"kl is .* allowed is at most 1e-12"):
-        convert(strict, before_publish=ParityCheck(strict, max_new_tokens=8))
+        convert(strict, before_publish=check)
+
+    assert not strict.converted_folder.exists()
+    assert any(row["figure"] == "kl" and not row["ok"] for row in check.describe()["figures"])
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])

@@ -13,8 +13,8 @@ from capacity_server import CapacityServer
 from scripted_server import DONE, HEAD, ScriptedServer, event, failure, text_chunk, usage
 
 from ascend_kit.measure.endpoint import Client
+from ascend_kit.measure.over_time import observed, read_metrics
 from ascend_kit.measure.points import check_complete
-from ascend_kit.measure.server_facts import observed, read_metrics
 from ascend_kit.measure.server_process import ServerProcess
 from ascend_kit.measure.workload import make_requests
 from ascend_kit.params.engines import OpenAIEngine

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.checkpoint.convert import convert, open_source
-from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
+from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.checkpoint.parity import (
     GenerateFunction,
     ParityLimits,
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 SAMPLE_TEMPERATURE = 0.7
 REFEREE_PROMPTS = 2
+PARITY_PROMPTS, PARITY_PROMPT_TOKENS = 16, 128  # at most
+CHECK_TOKENS = 8
 CHECK_PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -69,12 +71,12 @@ class Reference:
     tolerance: float
 
 
-def reference_answers(experiment: Experiment, *, num_tokens: int = 8) -> Reference:
+def reference_answers(experiment: Experiment) -> Reference:
     """Answers of plain operators without graphs to a few short prompts; the model is loaded and freed."""
     cards, slots = experiment.tensor_parallel, len(CHECK_PROMPTS)
     plain = experiment.alone(cards=cards, graph_mode=False, operator_fusion=False, batch_size=slots)
     with AscendInferEngine.from_experiment(plain) as engine:
-        outputs = _greedy_answers(engine, num_tokens)
+        outputs = _greedy_answers(engine)
         schemes = open_checkpoint(engine.model_path).quantization.schemes.values()
     rounding = CLOSE_CALL[experiment.precision]
     if any(scheme.startswith("w8a8") for scheme in schemes):
@@ -91,14 +93,13 @@ def check_against(reference: Reference, engine: AscendInferEngine) -> pandas.Dat
     """
     import pandas
 
-    num_tokens = max(len(ids) for ids in reference.token_ids)
-    outputs = _greedy_answers(engine.load_model(), num_tokens)
+    outputs = _greedy_answers(engine.load_model())
     return pandas.DataFrame([_judged(place, reference, output) for place, output in enumerate(outputs)])
 
 
-def _greedy_answers(engine: AscendInferEngine, num_tokens: int) -> list[RequestOutput]:
+def _greedy_answers(engine: AscendInferEngine) -> list[RequestOutput]:
     # ignore_eos: a small model may end at once, and then there would be nothing to compare.
-    sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True, logprobs=2)
+    sampling = SamplingParams(max_new_tokens=CHECK_TOKENS, ignore_eos=True, logprobs=2)
     outputs = engine.generate(list(CHECK_PROMPTS), sampling)
     for prompt, output in zip(CHECK_PROMPTS, outputs, strict=True):
         if output.finish_reason == "error":
@@ -146,18 +147,8 @@ class ParityCheck:
     call raised.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        *,
-        limits: ParityLimits | None = None,
-        num_prompts: int = 16,
-        max_prompt_tokens: int = 128,
-        max_new_tokens: int = 32,
-    ) -> None:
-        self.experiment, self.limits = experiment, limits
-        self.num_prompts, self.max_prompt_tokens = num_prompts, max_prompt_tokens
-        self.max_new_tokens = max_new_tokens
+    def __init__(self, experiment: Experiment, *, max_new_tokens: int = 32) -> None:
+        self.experiment, self.max_new_tokens = experiment, max_new_tokens
         self.report: ParityReport | None = None
 
     def __call__(self, folder: Path) -> ParityReport:
@@ -166,20 +157,21 @@ class ParityCheck:
         source = open_source(
             Path(experiment.input_model), experiment.framework, experiment.tokenizer_path, experiment.adapter_path
         )
-        texts = read_prompts(experiment.needed("prompts_file"))[: self.num_prompts]
-        prompts = tokenize_texts(texts, _tokenizer_folder(experiment, source), self.max_prompt_tokens)
+        tokenizer = Path(experiment.tokenizer_path) if experiment.tokenizer_path else source.config_folder
+        texts = read_prompts(experiment.needed("prompts_file"))[:PARITY_PROMPTS]
+        prompts = tokenize_texts(texts, tokenizer, PARITY_PROMPT_TOKENS)
         if not source.quantization.schemes:  # source and result share our reading of config.json; transformers does not
             check_reading(source, prompts[:REFEREE_PROMPTS])
-        limits = self.limits or limits_for(
-            experiment.precision, result.quantization.summary, **_replaced_limits(experiment)
-        )
+        # parity_max_kl stands for ParityLimits.max_kl, and so on.
+        given = experiment.model_dump(include={f"parity_{limit.name}" for limit in fields(ParityLimits)})
+        replaced = {name.removeprefix("parity_"): value for name, value in given.items() if value is not None}
+        limits = limits_for(experiment.precision, result.quantization.summary, **replaced)
         models = [files_model(source, "source"), files_model(result, "result")]
         if source.framework == "huggingface":
-            tokenizer = _tokenizer_folder(experiment, source)
             # The source in float32: its own precision is part of what conversion changes.
             engines = ((source, "fp32"), (result, experiment.precision))
             models = [
-                replace(model, generate=engine_generate(checkpoint.folder, tokenizer, precision, experiment))
+                replace(model, generate=_engine_generate(checkpoint.folder, tokenizer, precision, experiment))
                 for model, (checkpoint, precision) in zip(models, engines, strict=True)
             ]
         report = compare(models[0], models[1], prompts, limits=limits, max_new_tokens=self.max_new_tokens)
@@ -230,16 +222,13 @@ def convert_and_compare(
     return {**rows[0], "others": rows[1:]}
 
 
-def engine_generate(folder: Path, tokenizer: Path, precision: str, experiment: Experiment) -> GenerateFunction:
+def _engine_generate(folder: Path, tokenizer: Path, precision: str, experiment: Experiment) -> GenerateFunction:
     """A generate function that loads the engine for each call, so that only one model is in memory at a time."""
 
     def generate(prompts: Sequence[TokenIds], max_new_tokens: int, seed: int | None) -> list[list[int]]:
-        sampling = [
-            SamplingParams(max_new_tokens=max_new_tokens)
-            if seed is None
-            else SamplingParams(max_new_tokens=max_new_tokens, temperature=SAMPLE_TEMPERATURE, seed=seed + index)
-            for index in range(len(prompts))
-        ]
+        temperature = 0.0 if seed is None else SAMPLE_TEMPERATURE
+        seeds = [None if seed is None else seed + number for number in range(len(prompts))]
+        sampling = [SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=own) for own in seeds]
         longest = max(map(len, prompts)) + max_new_tokens + 1
         engine = AscendInferEngine(
             folder,
@@ -260,13 +249,3 @@ def engine_generate(folder: Path, tokenizer: Path, precision: str, experiment: E
         return [output.token_ids for output in outputs]
 
     return generate
-
-
-def _tokenizer_folder(experiment: Experiment, source: Checkpoint) -> Path:
-    return Path(experiment.tokenizer_path) if experiment.tokenizer_path else source.config_folder
-
-
-def _replaced_limits(experiment: Experiment) -> dict[str, float]:
-    """The limits that the parameters replace: parity_max_kl stands for ParityLimits.max_kl, and so on."""
-    given = experiment.model_dump(include={f"parity_{limit.name}" for limit in fields(ParityLimits)})
-    return {name.removeprefix("parity_"): value for name, value in given.items() if value is not None}

@@ -13,8 +13,7 @@ import aiohttp
 
 from ascend_kit.measure.http import first_error, get, one_try, open_session, run_in_loop, with_retries
 from ascend_kit.measure.metrics import COMPLETE, RequestRecord, percentile
-from ascend_kit.measure.over_time import Recorder, Sample
-from ascend_kit.measure.server_facts import observed, read_metrics
+from ascend_kit.measure.over_time import Recorder, Sample, observed, read_metrics
 from ascend_kit.measure.streams import Answer, EventParser, token_times
 from ascend_kit.measure.tap import read_stream
 from ascend_kit.measure.workload import Dispatcher, OnDone, Request
