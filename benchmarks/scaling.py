@@ -23,7 +23,7 @@ from typing import Any
 
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.engine import replicas
-from ascend_kit.engine.ray_cluster import import_ray
+from ascend_kit.engine.ray_cluster import RaySession
 from ascend_kit.engine.sequence import Sequence
 from ascend_kit.engine.worker import Facts, Report, Worker
 
@@ -92,7 +92,7 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
     prompts = [[draw.randrange(200) for _ in range(32)] for _ in range(options.requests)]
     with (
         AscendInferEngine(options.model, cards=1, ray_address="auto", **settings) as one,
-        AscendInferEngine(options.model, cards=2, ray_address="auto", **settings) as two,
+        AscendInferEngine(options.model, cards=2, **settings) as two,
     ):
         for engine in (one, two):
             pin(engine)
@@ -142,13 +142,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    ray = import_ray()
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this script
+    session = RaySession("cpu", 4)
+    session.ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this script
     try:
         result = {"load_average_before": os.getloadavg(), **scaling(options), **ray_cost(options)}
     finally:
-        ray.shutdown()
+        session.close()
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Cards of a Ray cluster through the engine's own interface: one card's answers, and faults in the middle."""
+"""Several cards through the engine's own interface: the same answers as one card, and faults in the middle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ascend_kit.engine import replica, replicas  # noqa: E402
 from ascend_kit.engine.config import EngineConfig  # noqa: E402
 from ascend_kit.engine.core import ReplicasLost  # noqa: E402
 from ascend_kit.engine.processes import LocalProcesses  # noqa: E402
-from ascend_kit.engine.ray_cluster import import_ray  # noqa: E402
+from ascend_kit.engine.ray_cluster import RaySession  # noqa: E402
 from ascend_kit.engine.worker import Worker  # noqa: E402
 from ascend_kit.model.config import ModelConfig  # noqa: E402
 
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.multiproc
 NEW = 12
 POISON = 255  # a token no other prompt has
 SETTINGS = dict(precision="fp32", device="cpu", max_seq_length=512, batch_size=4, block_size=16, kv_cache_gib=0.02)
-ON_RAY = dict(SETTINGS, ray_address="auto")
 
 
 class Poisonable(Worker):
@@ -44,26 +43,19 @@ class Poisonable(Worker):
 @pytest.fixture(scope="module")
 def local_ray():
     """One Ray for this file; engines find it running and leave it so."""
-    import_ray().init(
-        address="local",
-        num_cpus=6,  # two for the engine that most tests share, four for others
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 << 20,  # only requests and tokens travel; Ray's smallest is 75 MiB
-        _node_ip_address="127.0.0.1",
-    )
+    session = RaySession("cpu", 6)  # two for the engine that most tests share, four for others
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
-    yield
+    yield session
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    assert ray.is_initialized(), "an engine closed a connection that was not its own"
-    ray.shutdown()
+    session.close()
+    assert not session.ray.is_initialized()
 
 
 @pytest.fixture(scope="module")
 def two_cards(local_ray, tiny_qwen3_dir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replicas, "Worker", Poisonable)
-        with AscendInferEngine(tiny_qwen3_dir, cards=2, **ON_RAY) as engine:
+        with AscendInferEngine(tiny_qwen3_dir, cards=2, **SETTINGS) as engine:
             yield engine
 
 
@@ -226,9 +218,7 @@ def test_tensor_parallel_gives_the_tokens_and_scores_of_one_card(local_ray, tiny
     changes = dict(max_tokens_per_step=16)  # prompts in chunks, so that ranks see every kind of step
     pairs = [("a question:", " yes"), ("a question:", " no")]
 
-    with AscendInferEngine(
-        tiny_qwen2_dir, cards=2, ray_address="auto", tensor_parallel=2, **{**SETTINGS, **changes}
-    ) as engine:
+    with AscendInferEngine(tiny_qwen2_dir, cards=2, tensor_parallel=2, **{**SETTINGS, **changes}) as engine:
         outputs, scores, stats = engine.generate(prompts, sampling), engine.score(pairs), engine.stats()
 
     with AscendInferEngine(tiny_qwen2_dir, **{**SETTINGS, **changes}) as engine:
@@ -243,7 +233,7 @@ def test_tensor_parallel_gives_the_tokens_and_scores_of_one_card(local_ray, tiny
 def test_int8_under_tensor_parallel_shards_codes_and_scales(local_ray, tiny_int8_dir):
     prompts, sampling = prompts_of(8), SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 
-    with AscendInferEngine(tiny_int8_dir, cards=2, tensor_parallel=2, **ON_RAY) as engine:
+    with AscendInferEngine(tiny_int8_dir, cards=2, tensor_parallel=2, **SETTINGS) as engine:
         outputs, sharded = engine.generate(prompts, sampling), engine.stats()["weight_bytes"]
 
     with AscendInferEngine(tiny_int8_dir, **SETTINGS) as engine:
@@ -263,7 +253,7 @@ def test_two_replicas_of_two_cards_survive_the_death_of_a_rank(local_ray, tiny_q
     prompts, sampling = prompts_of(10), SamplingParams(max_new_tokens=100, ignore_eos=True)
     expected = tokens(one_card(tiny_qwen3_dir, prompts, sampling))
 
-    with AscendInferEngine(tiny_qwen3_dir, cards=4, tensor_parallel=2, **ON_RAY) as engine:
+    with AscendInferEngine(tiny_qwen3_dir, cards=4, tensor_parallel=2, **SETTINGS) as engine:
         quiet = tokens(engine.generate(prompts, sampling))
         pids = [engine.stats()["replicas"][0]["pids"][1]]
 
@@ -279,7 +269,7 @@ def test_two_replicas_of_two_cards_survive_the_death_of_a_rank(local_ray, tiny_q
 
 
 def test_an_error_while_loading_is_the_workers_own_and_leaves_nothing(local_ray, tiny_qwen3_dir):
-    settings = {**ON_RAY, "kv_cache_gib": 1e-9}
+    settings = {**SETTINGS, "kv_cache_gib": 1e-9}
     free = ray.available_resources().get("CPU", 0)
 
     with pytest.raises(ValueError, match="does not hold one block"):
@@ -293,7 +283,7 @@ def test_an_error_while_loading_is_the_workers_own_and_leaves_nothing(local_ray,
 
 def test_more_cards_than_there_are_is_refused_with_both_numbers(local_ray, tiny_qwen3_dir):
     with pytest.raises(ValueError, match=r"cards=16, but Ray knows 6 of resource CPU"):
-        AscendInferEngine(tiny_qwen3_dir, cards=16, **ON_RAY).load_model()
+        AscendInferEngine(tiny_qwen3_dir, cards=16, **SETTINGS).load_model()
 
 
 def test_pairs_that_fail_do_not_take_the_others_with_them(tiny_qwen3_dir, monkeypatch):
@@ -321,7 +311,7 @@ def test_a_missing_ray_names_the_extra(tiny_qwen3_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
 
     with pytest.raises(RuntimeError, match=r"pip install ascend-kit\[cluster\]"):
-        AscendInferEngine(tiny_qwen3_dir, cards=2, **ON_RAY).load_model()
+        AscendInferEngine(tiny_qwen3_dir, cards=2, **SETTINGS).load_model()
 
 
 def test_a_hanging_replica_is_noticed(tiny_qwen3_dir):

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ascend_kit import AscendInferEngine, SamplingParams
-from ascend_kit.engine import replicas
-from ascend_kit.engine.worker import Worker
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
+
+from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
+from ascend_kit.engine import replicas  # noqa: E402
+from ascend_kit.engine.worker import Worker  # noqa: E402
 
 pytestmark = [pytest.mark.npu, pytest.mark.multiproc]
 
@@ -44,6 +46,9 @@ def simulated_workers(monkeypatch):
     except RuntimeError:
         pytest.skip("needs the simulated NPU; on a real one the engine starts its own workers")
     monkeypatch.setattr(replicas, "Worker", Simulated)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,16 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
+
 from ascend_kit import AscendInferEngine, SamplingParams
-from ascend_kit.engine.worker import Worker
+from ascend_kit.engine import ray_watch
+from ascend_kit.engine.core import ReplicasLost
 
 pytestmark = pytest.mark.multiproc
 
 HERE = Path(__file__).parent
 LIMIT_S = 200
-STORE_BYTES = 80 << 20  # Ray's smallest is 75 MiB
 SETTINGS = dict(precision="fp32", device="cpu", max_seq_length=512, batch_size=2, block_size=16, kv_cache_gib=0.02)
 
 
@@ -124,7 +126,7 @@ def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir, tmp_path):
     finally:
         driver.kill()
 
-    assert len(family) >= 2 and addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert len(family) >= 4 and addresses and addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     wait_for(
         lambda: all((stat_of(pid) or (0, None))[1] != start for pid, start in family.items()),
         f"still there: {[pid for pid in family if stat_of(pid)]}",
@@ -133,20 +135,100 @@ def test_nothing_is_left_after_the_driver_was(number, tiny_qwen3_dir, tmp_path):
     wait_for(lambda: shared_memory_without_owner() <= shared, "shared memory is left", 30)
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
+    folders = [tmp_path, Path("/tmp")]  # Ray's own is in the shorter of the two: socket names have a longest length
+    wait_for(
+        lambda: not [name for root in folders for name in root.glob(f"ascend-ray-{driver.pid}-*")],
+        "Ray's folder is still there",
+        30,
+    )
     assert not list(tmp_path.glob("ascend-*"))
 
 
-def test_folders_of_killed_ranks_are_removed_by_the_next(tmp_path, monkeypatch):
+def ray_process(driver, name):
+    """The process of a driver's own Ray with this name."""
+    for pid in descendants(driver):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_text()
+            if name in words and "ray_watch" not in words:
+                return pid
+    raise AssertionError(f"no {name} below {driver}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gcs_server", "ray::DashboardAgent"])
+def test_a_lost_part_of_ray_restarts_it_once_and_every_request_is_answered_once(name, tiny_qwen3_dir):
+    prompts, sampling = [[1, 2, 3 + n] for n in range(20)], SamplingParams(max_new_tokens=100, ignore_eos=True)
+    with AscendInferEngine(tiny_qwen3_dir, cards=2, **SETTINGS) as engine:
+        family = descendants(os.getpid())
+        victims = [ray_process(os.getpid(), name)]
+
+        def kill(done, total):
+            if victims and done >= 2:
+                os.kill(victims.pop(), signal.SIGKILL)
+
+        outputs = engine.generate(prompts, sampling, on_progress=kill)
+        wait_for(lambda: [pid for pid in family if stat_of(pid)] == [], "the first Ray is still there", 30)
+        family = descendants(os.getpid())
+        victims = [ray_process(os.getpid(), name)]
+        with pytest.raises(ReplicasLost, match="ended again") as caught:
+            engine.generate(prompts, sampling, on_progress=kill)
+
+    wait_for(lambda: [pid for pid in family if stat_of(pid)] == [], "the second Ray is still there", 30)
+    assert 1 <= len(caught.value.outputs) < len(prompts)
+    with AscendInferEngine(tiny_qwen3_dir, **SETTINGS) as engine:
+        expected = engine.generate(prompts, sampling)
+    assert [(o.index, o.token_ids) for o in outputs] == [(o.index, o.token_ids) for o in expected]
+
+
+def test_the_watchdog_ends_agents_whose_ray_was_killed_under_a_living_driver(tmp_path):
+    """The agent's command line does not name the session, and its parent is gone: Ray's agents look like that."""
+    folder = tmp_path / f"ascend-ray-{uuid.uuid4().hex}"
+    folder.mkdir()
+    script = "import subprocess, time; print(subprocess.Popen(['sleep', '100']).pid, flush=True); time.sleep(100)"
+    core = subprocess.Popen([sys.executable, "-c", script, f"--log_dir={folder}"], stdout=subprocess.PIPE, text=True)
+    agent = int(core.stdout.readline())
+    command = [sys.executable, "-I", ray_watch.__file__, str(folder), str(os.getpid())]
+    watch = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    watch.stdin.write(json.dumps({core.pid: stat_of(core.pid)[1]}) + "\n")
+    watch.stdin.flush()
+    time.sleep(1.2)  # two of its looks
+    assert watch.poll() is None and stat_of(agent)
+
+    core.kill()
+
+    assert watch.wait(10) == 0
+    assert not folder.exists() and stat_of(agent) is None
+
+
+def test_folders_of_killed_drivers_are_removed_by_the_next(tmp_path, monkeypatch):
+    from ascend_kit.engine import ray_cluster
+
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folders = {pid: tmp_path / f"ascend-meeting-{pid}-b" for pid in (os.getpid(), gone.pid)}
-    for folder in folders.values():
-        (folder / "store").mkdir(parents=True)
+    folders = {
+        pid: [tmp_path / f"ascend-ray-{pid}-a", tmp_path / f"ascend-meeting-{pid}-b"] for pid in (os.getpid(), gone.pid)
+    }
+    for folder in folders[os.getpid()] + folders[gone.pid]:
+        (folder / "session").mkdir(parents=True)
 
-    Worker().meeting_point(is_one_host=True)
+    ray_cluster._remove_leftovers()
 
-    assert folders[os.getpid()].is_dir() and not folders[gone.pid].exists()
+    assert all(folder.is_dir() for folder in folders[os.getpid()])
+    assert not any(folder.exists() for folder in folders[gone.pid])
+
+
+def test_processes_of_a_start_that_failed_half_way_are_ended(tmp_path):
+    folder = tmp_path / f"ascend-ray-{uuid.uuid4().hex}"
+    theirs = subprocess.Popen(["sleep", "100"])
+    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", f"--log_dir={folder}/logs"])
+    wait_for(lambda: str(folder) in Path(f"/proc/{ours.pid}/cmdline").read_text(), "the process did not start")
+
+    ray_watch.end_processes(folder)
+
+    assert ours.wait(timeout=10) == -signal.SIGKILL and theirs.poll() is None
+    theirs.kill()
+    theirs.wait()
 
 
 @pytest.mark.parametrize("launcher,size,tensor_parallel", [("torchrun", 2, 1), ("mpirun", 2, 2)])
@@ -195,19 +277,19 @@ def test_ranks_of_a_launcher_answer_together(launcher, size, tensor_parallel, ti
 @pytest.mark.long
 def test_a_machine_lost_in_the_middle_does_not_lose_a_request(tiny_qwen3_dir, monkeypatch):
     """Two Ray nodes with a card each, and a head without any; one node dies while both replicas work."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
+    import ray
     from ray.cluster_utils import Cluster
 
     from ascend_kit.engine import replica
-    from ascend_kit.engine.ray_cluster import QUIET
+    from ascend_kit.engine.ray_cluster import OBJECT_STORE_BYTES, QUIET
 
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(replica, "START_S", 60.0)
-    common = dict(object_store_memory=STORE_BYTES, include_dashboard=False)
+    common = dict(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **common})
     try:
-        nodes = [machines.add_node(num_cpus=1, object_store_memory=STORE_BYTES) for _ in range(2)]
+        nodes = [machines.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES) for _ in range(2)]
         draw = random.Random(8)
         prompts = [[draw.randrange(255) for _ in range(12)] for _ in range(12)]
         sampling = SamplingParams(max_new_tokens=120, ignore_eos=True)

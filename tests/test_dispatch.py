@@ -140,13 +140,16 @@ def test_nothing_is_lost_or_twice_whatever_ends_when(seed):
     assert all(load.load == pytest.approx(0, abs=1e-9) and not load.jobs for load in dispatcher.replicas.values())
 
 
-def test_a_request_of_a_lost_replica_can_be_cancelled_while_it_waits():
+def test_losing_replicas_through_no_fault_of_a_request_never_fails_it():
     dispatcher = make(replicas=1)
     dispatcher.submit(0, [1, 2, 3])
 
-    assert dispatcher.assign() == [(0, 0)] and dispatcher.lose(0) == []
+    for _ in range(MAX_FAILURES + 1):
+        assert dispatcher.assign() == [(0, 0)]
+        assert dispatcher.lose(0, through_requests=False) == []
+        dispatcher.add_replica(0)
 
-    assert dispatcher.remove(0) is None and not dispatcher.again
+    assert dispatcher.remove(0) is None and not dispatcher.again, "it can be cancelled while it waits for a replica"
 
 
 def test_removing_a_waiting_request_leaves_the_others():

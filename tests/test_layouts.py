@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from ascend_kit import AscendInferEngine, RunFolder, run_sweep
@@ -32,6 +34,8 @@ def sweep(experiment, **options):
 @pytest.mark.long
 @pytest.mark.multiproc
 def test_layouts_are_measured_one_after_the_other_and_resume(tmp_path, tiny_qwen3_dir, monkeypatch):
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: pip install ascend-kit[cluster]")
     experiment = experiment_for(tmp_path, tiny_qwen3_dir, cards=2, sweep_cards=[1, 2], sweep_tensor_parallel=[1, 2])
     seen = []
 

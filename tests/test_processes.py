@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.engine import elsewhere, opened_model, replicas
 from ascend_kit.engine.core import ReplicasLost
 from ascend_kit.engine.elsewhere import describe_device, with_device
-from ascend_kit.engine.processes import LocalProcesses, WorkerDied, own_cards
+from ascend_kit.engine.processes import LocalProcesses, WorkerDied
 from ascend_kit.engine.worker import Worker
 from ascend_kit.params import build_experiment
 
@@ -44,13 +41,6 @@ class Loud(Worker):
     def clock_s(self):
         print("the card is on fire", flush=True)
         os._exit(3)
-
-
-class Sleeper(Worker):
-    """A worker that hears nothing while it waits."""
-
-    def clock_s(self):
-        time.sleep(100)
 
 
 @pytest.fixture
@@ -177,53 +167,6 @@ def test_a_worker_that_cannot_start_again_is_an_error_with_what_had_finished(loc
 def test_an_error_while_loading_is_the_workers_own(local, tiny_qwen3_dir):
     with pytest.raises(ValueError, match="does not hold one block"):
         AscendInferEngine(tiny_qwen3_dir, **{**SETTINGS, "kv_cache_gib": 1e-9}).load_model()
-
-
-def test_cards_are_numbered_from_the_first_asked_for_within_those_that_are_visible(monkeypatch):
-    assert own_cards("cpu", 4, 0) == []
-    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
-    assert own_cards("npu", 2, 3) == ["3", "4"]
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "2,5,7")
-    assert own_cards("npu", 2, 1) == ["5", "7"]
-    with pytest.raises(ValueError, match="cards=3 from device_id=1 on, but ASCEND_RT_VISIBLE_DEVICES=2,5,7 shows 3"):
-        own_cards("npu", 3, 1)
-
-
-def test_a_killed_worker_gives_its_card_to_the_next():
-    processes = LocalProcesses(Worker, ["3", "4"])
-    first, second = processes.create(2)
-    processes.kill([first])
-    (third,) = processes.create(1)
-
-    calls = [processes.call(worker, "address", "process") for worker in (third, second)]
-
-    assert [call.result(60).card for call in calls] == ["3", "4"]
-    processes.close()
-
-
-ABANDONED = """
-import os
-from ascend_kit.engine.processes import LocalProcesses
-from test_processes import Sleeper
-
-processes = LocalProcesses(Sleeper)
-(worker,) = processes.create(1)
-print(processes.call(worker, "address").result(60).pid, flush=True)
-processes.call(worker, "clock_s")
-os.kill(os.getpid(), 9)
-"""
-
-
-def test_a_worker_in_the_middle_of_a_call_ends_with_its_caller():
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    caller = subprocess.run(
-        [sys.executable, "-c", ABANDONED], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    end = time.monotonic() + 10
-
-    while Path(f"/proc/{int(caller.stdout)}").exists():
-        assert time.monotonic() < end, "it waits for its call to end"
-        time.sleep(0.1)
 
 
 def test_a_dead_worker_tells_what_it_wrote_last():

@@ -146,7 +146,7 @@ def _check_packages(section: Section, host: Host) -> None:
             "no vllm-ascend release uses torch 2.13: give it an environment of its own",
         )
     ray = host.import_version("ray")
-    section.add("ok" if ray else "n/a", "ray", ray or "not installed; needed for ray_address only")
+    section.add("ok" if ray else "n/a", "ray", ray or "not installed; needed for cards > 1 only")
 
 
 def _check_disk(section: Section, host: Host) -> None:

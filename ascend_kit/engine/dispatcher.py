@@ -82,11 +82,14 @@ class Dispatcher:
             (self.again if job in self.again else self.waiting).remove(job)
         return replica
 
-    def lose(self, replica: int) -> list[int]:
-        """A replica is lost: queue its requests again; those that have failed too often are forgotten and returned."""
+    def lose(self, replica: int, *, through_requests: bool = True) -> list[int]:
+        """A replica is lost, perhaps through one of its requests: queue them again.
+
+        Those that have failed too often are forgotten and returned.
+        """
         failed = []
         for job in reversed(self.replicas.pop(replica).jobs.values()):
-            job.replica, job.weight, job.failures = None, 0.0, job.failures + 1
+            job.replica, job.weight, job.failures = None, 0.0, job.failures + through_requests
             if job.failures >= MAX_FAILURES:
                 failed.append(self.jobs.pop(job.request_id).request_id)
             else:

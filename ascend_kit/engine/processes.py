@@ -1,7 +1,7 @@
 """Workers in processes of this machine, called over pipes; without Ray.
 
 Started as programs and not forked: nothing that the caller has imported or holds is in them, neither a device nor the
-marks by which an interactive session is known. A worker whose caller is gone ends.
+marks by which an interactive session is known. A worker whose caller is gone finds its pipe closed and ends.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from ascend_kit.device.environment import TASK_QUEUE, VISIBLE, check_level, level_for_worker, level_set
+from ascend_kit.device.environment import TASK_QUEUE, check_level, level_for_worker, level_set
 
 LAST_LINES = 12  # of what a worker wrote before it died
 SERVE = "import sys; from ascend_kit.engine.processes import serve; serve(int(sys.argv[1]))"
@@ -33,18 +30,17 @@ class WorkerDied(RuntimeError):
 
 
 class LocalProcesses:
-    """Workers of one class, as many as are asked for; each is made with one of the `cards` while there are any."""
+    """Workers of one class, as many as are asked for."""
 
     resource = "process"
 
-    def __init__(self, worker: type, cards: Sequence[str] = ()) -> None:
-        self._worker, self._free = worker, list(cards)
-        self._running: dict[WorkerProcess, str | None] = {}
+    def __init__(self, worker: type) -> None:
+        self._worker = worker
+        self._running: list[WorkerProcess] = []
 
     def create(self, count: int) -> list[Any]:
-        cards = [self._free.pop(0) if self._free else None for _ in range(count)]
-        started = [WorkerProcess(partial(self._worker, card)) for card in cards]
-        self._running.update(zip(started, cards, strict=True))
+        started = [WorkerProcess(self._worker) for _ in range(count)]
+        self._running += started
         return started
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Future[Any]:
@@ -59,31 +55,19 @@ class LocalProcesses:
     def kill(self, workers: list[Any]) -> None:
         for worker in workers:
             worker.end()
-            card = self._running.pop(worker)
-            self._free += [] if card is None else [card]
+            self._running.remove(worker)
 
     def total_cards(self) -> int:
         return sys.maxsize
 
+    def is_lost(self) -> bool:
+        return False  # nothing lies between this process and its workers
+
+    def restart(self) -> None:
+        """There is nothing to start."""
+
     def close(self) -> None:
         self.kill(list(self._running))
-
-
-def own_cards(kind: str, count: int, first: int) -> list[str]:
-    """The cards of this machine from number `first` on, as their driver names them; none for a CPU.
-
-    ValueError when the user has made fewer visible.
-    """
-    variable = VISIBLE.get(kind)
-    if variable is None:
-        return []
-    given = [card for card in os.environ.get(variable, "").split(",") if card]
-    chosen = (given or [str(number) for number in range(first + count)])[first : first + count]
-    if len(chosen) < count:
-        raise ValueError(
-            f"cards={count} from device_id={first} on, but {variable}={','.join(given)} shows {len(given)}"
-        )
-    return chosen
 
 
 class WorkerProcess:
@@ -92,7 +76,7 @@ class WorkerProcess:
     `on_progress`, if set, is called in that thread with what the worker gives to `report`.
     """
 
-    def __init__(self, worker: Callable[[], Any], on_progress: Callable[..., Any] | None = None) -> None:
+    def __init__(self, worker: type, on_progress: Callable[..., Any] | None = None) -> None:
         ours, theirs = Pipe()
         self._pipe, self.on_progress = ours, on_progress
         self._calls: list[Future[Any]] = []
@@ -160,7 +144,6 @@ class WorkerProcess:
 def serve(descriptor: int) -> None:
     """What a worker process does: take calls from the pipe one after the other until it is closed."""
     global _pipe
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     wanted = level_set()
     pipe = _pipe = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
@@ -173,13 +156,6 @@ def serve(descriptor: int) -> None:
             except Exception as error:
                 answer = ("error", _portable(error))
             pipe.send(answer)
-
-
-def _end_with(caller: int) -> None:
-    """End this process, whatever it waits for, when its caller is gone."""
-    while os.getppid() == caller:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 _pipe: Connection | None = None  # in a worker's process, that to its caller

@@ -18,7 +18,6 @@ from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.config import EngineConfig
 from ascend_kit.engine.core import ReplicasLost, StopCheck, why_refused
 from ascend_kit.engine.dispatcher import MAX_FAILURES, Dispatcher
-from ascend_kit.engine.processes import LocalProcesses, own_cards
 from ascend_kit.engine.profile import Phase
 from ascend_kit.engine.replica import ABANDONED, FAILED, HANG_S, READY, STARTING, Processes, Replica
 from ascend_kit.engine.sequence import Progress, Sequence
@@ -29,6 +28,7 @@ WAIT_S = 0.1  # a step returns after this time even if nothing happened
 RESET_S = 30.0  # a replica that is asked for a new memory mark has a few steps to end first
 CALLS_AHEAD = 2  # calls sent before an answer, so that a replica never waits for its driver
 MAX_STARTS = 2  # of one replica that may fail
+MAX_RESTARTS = 1  # of what carries all replicas
 MAX_LOST_IN_A_ROW = 10  # replicas lost without a single request finished in between
 COUNTED = (
     "steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens",
@@ -91,6 +91,7 @@ class ReplicatedCore:
         self._rounds: deque[list[_Round]] = deque()
         self._ended: list[Sequence] = []
         self._lost_in_a_row, self._last_error = 0, "none started"
+        self._restarts_left = MAX_RESTARTS
         self.replicas = [Replica(n, self.settings, config, self.processes) for n in range(settings.replicas)]
         try:
             self._start()
@@ -218,6 +219,8 @@ class ReplicatedCore:
 
     def _look_after_replicas(self) -> None:
         """Let started replicas join, start failed ones again or give them up, and end hanging ones."""
+        if self.processes.is_lost():
+            self._restart_processes()
         for one in self.replicas:
             one.poll()
             if one.state == READY and one.number not in self.dispatcher.replicas:
@@ -234,13 +237,35 @@ class ReplicatedCore:
                 f"{len(self.sequences)} requests are unfinished. The last error: {self._last_error}"
             )
 
+    def _restart_processes(self) -> None:
+        """What carries all replicas has ended, through no request's fault: start it and them again, but once."""
+        self._rounds.clear()  # what was told and not taken over is computed again
+        for one in self.replicas:
+            if one.number in self.dispatcher.replicas:
+                self.dispatcher.lose(one.number, through_requests=False)
+            one.kill()
+            one.restarts += 1
+        self._restarts_left -= 1
+        try:
+            if self._restarts_left < 0:
+                raise RuntimeError("the processes of Ray have ended again")
+            self.processes.restart()
+        except Exception as error:
+            self._last_error = f"{type(error).__name__}: {error}"
+            for one in self.replicas:
+                one.state = ABANDONED
+            return
+        for one in self.replicas:
+            one.start(self.replicas)
+
     def _start_again(self, one: Replica, may: bool) -> None:
         """Start a replica anew if it may and the machines that are alive have cards for it; else give it up."""
         living = sum(other.state in (READY, STARTING) for other in self.replicas if other is not one)
-        if may and self.processes.total_cards() >= (living + 1) * self.settings.tensor_parallel:
+        processes, needed = self.processes, (living + 1) * self.settings.tensor_parallel
+        if may and not processes.is_lost() and processes.total_cards() >= needed:
             one.start(self.replicas)
-        else:
-            one.state = ABANDONED
+        else:  # where all processes are lost, the next step starts all of them
+            one.state = FAILED if processes.is_lost() else ABANDONED
 
     def _lose(self, one: Replica, error: BaseException) -> None:
         """A replica is lost: its requests wait again, those that failed twice end, and it starts anew."""
@@ -328,10 +353,11 @@ class ReplicatedCore:
 
 
 def _processes(settings: EngineConfig) -> Processes:
-    """Those of a Ray cluster where one is named, else of this machine."""
-    if settings.ray_address is not None:
+    """Ray for several cards; for one a process of this machine, beside the one that asks."""
+    if settings.cards > 1 or settings.ray_address is not None:
         from ascend_kit.engine.ray_cluster import RaySession
 
-        return RaySession(Worker, settings.device, settings.cards, settings.ray_address)
-    several = settings.cards > 1  # one card is opened by its number
-    return LocalProcesses(Worker, own_cards(settings.device, settings.cards, settings.device_id) if several else ())
+        return RaySession(settings.device, settings.cards, settings.ray_address, settings.device_id, worker=Worker)
+    from ascend_kit.engine.processes import LocalProcesses
+
+    return LocalProcesses(Worker)

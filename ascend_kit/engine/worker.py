@@ -38,7 +38,7 @@ class WorkerAddress(NamedTuple):
     host: str  # the same for all processes of one running machine
     address: str
     pid: int
-    card: str | None  # the accelerator that is its own, as numbered on its machine
+    card: str | None  # the accelerator Ray gave it, as numbered on its machine
 
 
 class Role(NamedTuple):
@@ -75,10 +75,9 @@ class Report(NamedTuple):
 
 
 class Worker:
-    """One rank of one replica. `card` is the accelerator it was given, where nobody else knows."""
+    """One rank of one replica."""
 
-    def __init__(self, card: str | None = None) -> None:
-        self._card = card
+    def __init__(self) -> None:
         self.core: EngineCore | None = None
         self._stop: StopRules
         self._sent: dict[int, int] = {}  # output tokens already reported, by request
@@ -89,12 +88,11 @@ class Worker:
     # --- start ------------------------------------------------------------------------------------------------
 
     def address(self, resource: str | None = None) -> WorkerAddress:
-        """Where this process is, and the accelerator that was given to it, or that Ray assigned of kind `resource`."""
-        return WorkerAddress(host_name(), own_address(), os.getpid(), self._card or _assigned(resource))
+        """Where this process is, and which accelerator of kind `resource` Ray assigned to it."""
+        return WorkerAddress(host_name(), own_address(), os.getpid(), _assigned(resource))
 
     def meeting_point(self, is_one_host: bool) -> str:
         """Open the place where the ranks of this replica find each other; called on rank 0."""
-        _remove_leftovers()
         if is_one_host:  # a file: no port, and nothing that another user could connect to
             self._meeting_folder = tempfile.mkdtemp(prefix=f"{MEETING_FOLDER}{os.getpid()}-")
             return f"file:{self._meeting_folder}/store"
@@ -244,14 +242,6 @@ def own_address() -> str:
     """The address Ray uses for this machine, or loopback outside Ray."""
     ray = sys.modules.get("ray")
     return ray.util.get_node_ip_address() if ray is not None and ray.is_initialized() else "127.0.0.1"
-
-
-def _remove_leftovers() -> None:
-    """Delete the meeting places of processes that were killed while they met: nobody else can have."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{MEETING_FOLDER}*-*"):
-        pid = folder.name.removeprefix(MEETING_FOLDER).split("-")[0]
-        if Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _num_cores() -> int:

@@ -228,7 +228,7 @@ def watched_cards(backend: Backend, experiment: Experiment) -> list[int]:
     replicas = backend.stats().get("replicas", [])
     if not are_here(replicas):
         return []
-    if backend.cards > 1 and replicas:  # given out by the tool's numbers
+    if backend.cards > 1 and replicas:  # Ray has given them out by the tool's numbers
         return sorted({int(name.split()[-1]) for row in replicas for name in row["card_names"]})
     return physical_cards(kind, range(first, first + backend.cards), os.environ)
 
