@@ -35,8 +35,8 @@ def test_browser_progress_moves_a_bar_and_turns_red_on_failure():
         progress(1, 4, "<b>text</b>")
         raise RuntimeError("stop")
 
-    assert progress._bar._bar.value == 0.25 and progress._bar._bar.bar_style == "danger"
-    assert "<b>text</b>" in progress._bar._text.value
+    assert progress._bar.bar.value == 0.25 and progress._bar.bar.bar_style == "danger"
+    assert "<b>text</b>" in progress._bar.text.value
 
 
 class TwoReplicas:
@@ -72,11 +72,13 @@ def test_browser_progress_has_a_bar_per_replica(monkeypatch):
 
     for done in range(3):
         progress(done, 10, "point")
-    (first, text), (second, other) = progress._replicas._bars
+    first, second = progress._replicas.bars
 
-    assert first.value == 1.0 and first.bar_style == "" and second.bar_style == "danger"
-    assert text.value.startswith("10.0.0.1 npu 0: 3 in flight, 15 done, ") and text.value.endswith("1.0 GiB at most")
-    assert other.value.startswith("10.0.0.1 npu 1: starting, 1 restarts, ")
+    assert first.bar.value == 1.0 and first.bar.bar_style == "" and second.bar.bar_style == "danger"
+    assert first.text.value.startswith("10.0.0.1 npu 0: 3 in flight, 15 done, ") and first.text.value.endswith(
+        "1.0 GiB at most"
+    )
+    assert second.text.value.startswith("10.0.0.1 npu 1: starting, 1 restarts, ")
 
 
 def test_one_card_and_a_closed_engine_show_no_replicas(capsys):

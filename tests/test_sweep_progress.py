@@ -28,14 +28,14 @@ class Shown:
 
 
 def test_in_the_browser_a_table_and_a_chart_grow_between_points_and_stay_without_a_kernel(tmp_path, monkeypatch):
-    from ascend_kit.show import live
+    from ascend_kit.show import progress as live
 
     shown = []
-    monkeypatch.setattr(live, "DRAW_EVERY_S", 0.0)
+    monkeypatch.setattr(live, "FIGURE_EVERY_S", 0.0)
     monkeypatch.setattr("IPython.display.display", lambda part, **_: shown.append(Shown(part)) or shown[-1])
     experiment, engine = experiment_for(tmp_path), StandInEngine(step_s=0.001)
     with opened(experiment) as folder, live.LiveSweep(experiment, folder, browser=True) as progress:
-        progress._bar = SimpleNamespace(update=lambda *_: None, finish=lambda **_: None)
+        progress._bar = SimpleNamespace(bar=SimpleNamespace(), text=SimpleNamespace(), finish=lambda *_: None)
         progress(0.5, 4, "inside the first point")
         assert shown == []  # nothing is drawn while a point is measured
         sweep.run_sweep(engine, experiment, folder, ceilings=CEILINGS, on_progress=progress)
@@ -48,7 +48,7 @@ def test_in_the_browser_a_table_and_a_chart_grow_between_points_and_stay_without
 
 def test_how_long_a_sweep_takes_is_told_before_it_starts(capsys):
     from ascend_kit.measure.pace import EnginePlan
-    from ascend_kit.show.live import LiveSweep
+    from ascend_kit.show.progress import LiveSweep
 
     for plans in ([EnginePlan("a", 12, 30.0), EnginePlan("b", 6, 90.0), EnginePlan("c", 6, None)],
                   [EnginePlan("a", 18, None)]):  # fmt: skip
@@ -104,13 +104,12 @@ def test_the_time_left_is_reckoned_from_what_was_measured():
 
 def test_the_bar_counts_down_from_the_time_that_is_left(tmp_path, monkeypatch, capsys):
     from ascend_kit.measure.pace import EnginePlan
-    from ascend_kit.show import live, progress
+    from ascend_kit.show import progress
 
     now = SimpleNamespace(monotonic=lambda: now.time_s, time_s=0.0)
-    monkeypatch.setattr(live, "time", now)
     monkeypatch.setattr(progress, "time", now)
     experiment, lines = experiment_for(tmp_path), []
-    with opened(experiment) as folder, live.LiveSweep(
+    with opened(experiment) as folder, progress.LiveSweep(
         experiment, folder, plans=[EnginePlan("a", 4, 1.0)], browser=False
     ) as told:  # fmt: skip
         capsys.readouterr()

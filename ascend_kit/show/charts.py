@@ -18,6 +18,7 @@ from ascend_kit.show import drawing, tables
 from ascend_kit.show.drawing import DASHES, FONT, GREY, PALETTE, RED
 
 if TYPE_CHECKING:
+    from IPython.display import Image
     from matplotlib.figure import Figure
 
     from ascend_kit.results import RunFolder
@@ -31,7 +32,9 @@ LONGEST = 9  # operators drawn by name
 KIND_COLOURS = dict(zip(("product", "attention", "copy", "communication", "other"), PALETTE, strict=False))
 
 
-def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str, *, of_this_run: bool = True) -> Any:
+def keep(
+    folder: RunFolder, name: str, figure: Figure | None, caption: str, *, of_this_run: bool = True
+) -> Image | None:
     """Save figures/<name>.png and .svg and return the picture for display; None, and no file, without a figure.
 
     The report's caption tells this run's conditions too, but for a figure of several runs, or of another.
@@ -53,6 +56,17 @@ def keep(folder: RunFolder, name: str, figure: Figure | None, caption: str, *, o
     alt = ": ".join(filter(None, (caption, str(figure.get_label()))))
     about = {"figure": name, "caption": caption, "of_this_run": of_this_run}
     return Image(data=data, format="png", width=round(pixels * PAGE_SCALE), alt=alt, metadata=about)
+
+
+def picture(figure: Figure | None) -> Image | None:
+    """The figure as it is drawn for a screen alone, and kept nowhere."""
+    from IPython.display import Image
+
+    if figure is None:
+        return None
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110, bbox_inches="tight")
+    return Image(data=png.getvalue(), format="png")
 
 
 # --- accuracy -----------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ to a reader without a kernel.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +15,7 @@ from ascend_kit.files import Table
 from ascend_kit.messages import phrase, translate
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, explore, history, sweep_charts, tables
+from ascend_kit.show.panel import show_widget
 from ascend_kit.show.progress import in_browser
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class Explorer:
         widths = f"24px repeat({len(shown.columns)}, auto)"
         grid = w.GridBox([*head, *cells], layout={"grid_template_columns": widths, "grid_gap": "0 14px"})
         title = w.HTML(translate("explore.choose"))
-        _display_widget(w.VBox([title, grid]), tables.readable(self.listed, keys=1))
+        show_widget(w.VBox([title, grid]), tables.readable(self.listed, keys=1))
 
     def _tick(self, name: str, is_on: bool) -> None:
         wanted = {*self.chosen, name} if is_on else {*self.chosen} - {name}
@@ -92,20 +91,15 @@ class Explorer:
             return
         table = explore.points(self.runs)
         for name, (x, y) in VIEWS.items():
-            display(
-                *filter(
-                    None, [self._keep(name, explore.chart(table, x, y) if len(table) else None, f"{y} against {x}")]
-                )
-            )
+            figure = explore.chart(table, x, y) if len(table) else None
+            display(*filter(None, [self._keep(name, figure, f"{y} against {x}")]))
 
     def _chart(self, axis_x: str, axis_y: str) -> list[Any]:
         table = explore.points(self.runs)
-        spec, figure = explore.vega(table, axis_x, axis_y), explore.chart(table, axis_x, axis_y)
-        return [
-            None
-            if spec is None
-            else _Bundle({explore.VEGA_LITE: spec, **({"image/png": _png(figure)} if figure else {})})
-        ]
+        spec, picture = explore.vega(table, axis_x, axis_y), charts.picture(explore.chart(table, axis_x, axis_y))
+        if spec is None:
+            return [None]
+        return [_Bundle({explore.VEGA_LITE: spec} | ({"image/png": picture._repr_png_()} if picture else {}))]
 
     def point(self) -> None:
         """One point: its row, the spread of TTFT and ITL, when each request waited and ran, what was held meanwhile."""
@@ -172,18 +166,16 @@ class Explorer:
 
         table = history.history(self.every.values())
         figure = self._keep("history", history.history_chart(table), "Output tokens per second over versions")
-        shown = (
-            [tables.readable(table, keys=2), figure]
-            if len(table)
-            else [tables.note(translate("explore.no_runs_again"))]
-        )
+        shown = [tables.readable(table, keys=2), figure]
+        if table.empty:
+            shown = [tables.note(translate("explore.no_runs_again"))]
         display(*filter(None, shown))
         return table
 
     def _keep(self, name: str, figure: Figure | None, caption: str) -> Any:
         if self.folder is not None and not self._browser:
             return charts.keep(self.folder, f"explore_{name}", figure, caption, of_this_run=False)
-        return None if figure is None else _Bundle({"image/png": _png(figure)})
+        return charts.picture(figure)
 
     def _show(self, name: str, controls: Controls, draw: Draw) -> None:
         self._views.append(_View(name, controls, draw, self._browser))
@@ -240,7 +232,7 @@ class _View:
             style = {"description": translate(f"explore.{name}"), "layout": {"width": "auto", "max_width": "560px"}}
             field = w.Text(**style) if found == "" else w.Dropdown(options=_titled(_options(found)), **style)
             self.fields[name] = field
-        _display_widget(w.HBox(list(self.fields.values()), layout={"flex_flow": "row wrap"}), None)
+        show_widget(w.HBox(list(self.fields.values()), layout={"flex_flow": "row wrap"}))
         for field in self.fields.values():
             field.observe(self.renew, "value")
 
@@ -265,17 +257,3 @@ def _options(found: Callable[[], list[str]] | list[str] | str) -> list[str]:
 
 def _titled(options: list[str]) -> list[tuple[str, str]]:
     return [(phrase(option), option) for option in options]
-
-
-def _display_widget(widget: Any, fallback: Any) -> None:
-    """Show a widget; a reader without a kernel gets the table in its place, or nothing."""
-    from IPython.display import display
-
-    other = {"text/html": fallback.data if fallback else "<span></span>", "text/plain": ""}
-    display({**widget._repr_mimebundle_(), **other}, raw=True)
-
-
-def _png(figure: Figure) -> str:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
-    return base64.b64encode(picture.getvalue()).decode()

@@ -23,6 +23,7 @@ from ascend_kit.show.tables import readable
 
 if TYPE_CHECKING:
     import pandas
+    from IPython.display import HTML
 
 # Title -> first parameter of the group; a group reaches to the next one's first.
 GROUPS = {
@@ -146,13 +147,10 @@ class ParameterPanel:
         from IPython.display import display
 
         table = readable(self.table())
-        if not self._browser:
+        if self._browser:
+            show_widget(self.widget(), table)
+        else:
             display(table)
-            return
-        # A reader without a kernel cannot draw the form and takes the table that stands beside it.
-        form = self.widget()._repr_mimebundle_()
-        fallback = {"text/html": table.data if table else "", "text/plain": self.table().to_string()}
-        display({**form, **fallback}, raw=True)
 
     def widget(self) -> Any:
         """The form as an ipywidgets box."""
@@ -209,6 +207,14 @@ class ParameterPanel:
         field = self.fields[name]
         if field.value in (self._names_shown[name], getattr(self._shown, name)):
             field.value = self._names_shown[name] = value
+
+
+def show_widget(widget: Any, table: HTML | None = None) -> None:
+    """Show a widget; a reader without a kernel cannot draw it and gets the table in its place, or nothing."""
+    from IPython.display import display
+
+    other = {"text/html": table.data if table else "<span></span>", "text/plain": ""}
+    display({**widget._repr_mimebundle_(), **other}, raw=True)
 
 
 def grouped() -> dict[str, list[str]]:
