@@ -1,14 +1,12 @@
-"""papermill's parts as our runs need them: a copy of the notebook that is whole at any moment and claims only what ran.
+"""papermill's engine for our runs: a copy of the notebook that is whole at any moment and claims only what has run.
 
-papermill's own way (2.7) writes in place, so that a kill leaves half a file, and marks every cell completed after a
-killed kernel; it also takes whatever kernel is called python3.
+papermill's own (2.7) writes in place, so that a kill leaves half a file, and marks every cell completed after a killed
+kernel; it also takes whatever kernel is called python3.
 """
 
 from __future__ import annotations
 
 import datetime
-import io
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +18,12 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import NotebookExecutionManager
-from papermill.execute import raise_for_execution_errors
-from papermill.iorw import load_notebook_node
+from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 from papermill.log import logger
-from papermill.parameterize import parameterize_notebook
 
 from ascend_kit.files import write_atomic
-from ascend_kit.run.copies import translate_cells
 
+NAME = "ascend_kit"
 KERNEL_START_S = 120
 
 
@@ -83,32 +78,41 @@ class ExecutedCopy(NotebookExecutionManager):
         self.save()
 
 
-def execute(
-    source: Path,
-    target: Path,
-    parameters: dict[str, Any],
-    before_cell: Callable[[], None],
-    manager: AsyncKernelManager,
-    lines: io.TextIOBase | None,
-    popen: dict[str, Any],
-) -> None:
-    """Run every cell of the notebook `source` with `parameters` injected; the kernel has ended afterwards.
+class StageEngine(Engine):
+    """Executes a notebook in a kernel of its own."""
 
-    The executed copy lies at `target`. `lines` takes what is printed; `popen` are arguments of the kernel's process.
-    Raises PapermillExecutionError for a cell that failed, nbclient's DeadKernelError for a kernel that ended.
-    """
-    logger.setLevel(logging.CRITICAL)  # what papermill and nbclient warn of is raised, or was found before
-    notebook = load_notebook_node(str(source))
-    notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
-    translate_cells(notebook.cells, parameters.get("language", "en"))
-    executed = ExecutedCopy(notebook, target, before_cell)
-    executed.notebook_start()
-    client = PapermillNotebookClient(
-        executed, km=manager, kernel_name="python3", log=logger, startup_timeout=KERNEL_START_S,
-        shell_timeout_interval=1, iopub_timeout=60, stdout_file=lines, stderr_file=lines,
-    )  # fmt: skip
-    try:
-        client.execute(cleanup_kc=True, **popen)
-    finally:
-        executed.notebook_complete()
-    raise_for_execution_errors(executed.nb, None)
+    @classmethod
+    def execute_notebook(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        nb: NotebookNode,
+        kernel_name: str,
+        *,
+        copy: Callable[[NotebookNode], ExecutedCopy],
+        manager: AsyncKernelManager,
+        popen: dict[str, Any],
+        stdout_file: Any = None,
+        stderr_file: Any = None,
+        **_: Any,
+    ) -> NotebookNode:
+        """Run every cell; `popen` goes to the kernel's process. The kernel has ended afterwards."""
+        executed = copy(nb)
+        executed.notebook_start()
+        client = PapermillNotebookClient(
+            executed,
+            km=manager,
+            kernel_name=kernel_name,
+            log=logger,
+            startup_timeout=KERNEL_START_S,
+            shell_timeout_interval=1,
+            iopub_timeout=60,
+            stdout_file=stdout_file,
+            stderr_file=stderr_file,
+        )
+        try:
+            client.execute(cleanup_kc=True, **popen)
+        finally:
+            executed.notebook_complete()
+        return executed.nb
+
+
+papermill_engines.register(NAME, StageEngine)

@@ -22,10 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.device.advice import explain
 from ascend_kit.files import write_atomic
+from ascend_kit.run.copies import translate_cells
 from ascend_kit.run.signals import SIGNALS, StopRequest
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+
+    from ascend_kit.run.engine import ExecutedCopy
 
 # A kernel must not reach for a network, must draw inline, and must not believe that it has a browser.
 KERNEL_ENVIRONMENT = {
@@ -119,17 +122,39 @@ class Execution:
             self.failure = error
 
     def _execute(self, log: Any) -> None:
+        import logging
+
+        import papermill
+
         from ascend_kit.run import engine
 
+        # What it warns of (an unknown parameter, no tag) was found before as an error; its errors are raised.
+        engine.logger.setLevel(logging.CRITICAL)
         environment = {**os.environ, **KERNEL_ENVIRONMENT, **self.popen.get("env", {})}
         for name in BROWSER_VARIABLES:
             environment.pop(name, None)
         lines = _Lines(self.echo) if self.echo else None
         self._manager = engine.kernel_manager(self.connection)
-        popen = {**self.popen, "env": environment, "cwd": os.getcwd(), "stdout": log, "stderr": log}
-        engine.execute(self.source, self.target, self.parameters, self._before_cell, self._manager, lines, popen)
+        papermill.execute_notebook(
+            str(self.source).replace("{", "{{").replace("}", "}}"),  # papermill takes braces for placeholders
+            None,
+            parameters=self.parameters,
+            engine_name=engine.NAME,
+            kernel_name="python3",
+            stdout_file=lines,
+            stderr_file=lines,
+            copy=self._copy,
+            manager=self._manager,
+            popen={**self.popen, "env": environment, "cwd": os.getcwd(), "stdout": log, "stderr": log},
+        )
         if lines:
             lines.end()
+
+    def _copy(self, notebook: NotebookNode) -> ExecutedCopy:
+        from ascend_kit.run.engine import ExecutedCopy
+
+        translate_cells(notebook.cells, self.parameters.get("language", "en"))
+        return ExecutedCopy(notebook, self.target, self._before_cell)
 
     def _before_cell(self) -> None:
         if self.stop.number is not None:
