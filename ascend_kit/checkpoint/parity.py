@@ -46,29 +46,6 @@ def kl_divergence(source: Tensor, other: Tensor) -> Tensor:
     return (source.exp() * (torch.expm1(gap) - gap)).sum(-1)
 
 
-def compare_positions(source: Tensor, other: Tensor, targets: TokenIds) -> dict[str, float | int]:
-    """Figures over some positions from logits [R, V] of both sides and the token ids that follow there.
-
-    ValueError for logits that are not finite: nothing can be said about them.
-    """
-    left, right = source.float(), other.float()
-    for name, logits in (("first", left), ("second", right)):
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError(f"the {name} model's logits hold NaN or infinite values; they cannot be compared")
-    wanted = torch.tensor(list(targets), device=left.device)[:, None]
-    lp, lq = left.log_softmax(-1), right.log_softmax(-1)
-    kl = kl_divergence(lp, lq)
-    return {
-        "tokens": len(targets),
-        "kl": kl.mean().item(),
-        "worst_kl": kl.max().item(),
-        "top1_agreement": (lp.argmax(-1) == lq.argmax(-1)).float().mean().item(),
-        "logit_error": ((left - right).abs().max() / left.std()).item(),
-        "source_nll": -lp.gather(1, wanted).sum().item(),
-        "result_nll": -lq.gather(1, wanted).sum().item(),
-    }
-
-
 def equal_tokens(left: TokenIds, right: TokenIds) -> int:
     """Tokens before the first difference; a text that stops earlier differs where the other goes on."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
@@ -149,16 +126,18 @@ class ParityReport:
     @property
     def failures(self) -> list[str]:
         """One sentence per missed limit."""
-        found = []
-        for figure, (bound, value) in self.limits.by_figure().items():
-            measured = self.summary.get(figure)
-            if measured is None or (figure == "greedy_share" and _parts_by_chance(self.rows, value)):
-                continue
-            if not (measured <= value if bound == "max" else measured >= value):
-                found.append(
-                    f"{figure} is {measured:.4g}, allowed is {'at most' if bound == 'max' else 'at least'} {value:.4g}"
-                )
-        return found
+        words = {"max": "at most", "min": "at least"}
+        return [
+            f"{figure} is {self.summary[figure]:.4g}, allowed is {words[bound]} {limit:.4g}"
+            for figure, (bound, limit) in self.limits.by_figure().items()
+            if not self._meets(figure, bound, limit)
+        ]
+
+    def _meets(self, figure: str, bound: str, limit: float) -> bool:
+        measured = self.summary.get(figure)
+        if measured is None or (figure == "greedy_share" and _parts_by_chance(self.rows, limit)):
+            return True
+        return measured <= limit if bound == "max" else measured >= limit
 
     @property
     def passed(self) -> bool:
@@ -213,29 +192,40 @@ def compare(
         # Sampled lengths scatter: several samples a prompt, or the ratio would turn red by chance.
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         sampled = [generate(repeated, max_new_tokens, sample_seed) for generate in writers]
-        for index, row in enumerate(rows):
-            row |= _compare_texts(texts[0][index], texts[1][index])
+        for index, (row, left, right) in enumerate(zip(rows, *texts, strict=True)):
+            row |= {"greedy_tokens": max(len(left), len(right)), "greedy_equal_tokens": equal_tokens(left, right)}
+            row |= {"greedy_source": list(left), "greedy_result": list(right)}
             first = index * num_samples
             for side, outputs in zip(("source", "result"), sampled, strict=True):
                 row[f"{side}_sampled_tokens"] = sum(map(len, outputs[first : first + num_samples]))
     return ParityReport(source.name, result.name, tuple(rows), _summary(rows, generated), limits or ParityLimits())
 
 
-def _compare_logits(prompt: TokenIds, left: Tensor, right: Tensor) -> dict[str, Any]:
-    if left.shape != right.shape or left.shape[0] != len(prompt):
+def _compare_logits(prompt: TokenIds, source: Tensor, other: Tensor) -> dict[str, Any]:
+    """Figures over a prompt's positions from logits [T, V] of both sides.
+
+    ValueError for logits that are not finite: nothing can be said about them.
+    """
+    if source.shape != other.shape or source.shape[0] != len(prompt):
         raise ValueError(
-            f"logits of {len(prompt)} tokens have shapes {tuple(left.shape)} and {tuple(right.shape)}; "
+            f"logits of {len(prompt)} tokens have shapes {tuple(source.shape)} and {tuple(other.shape)}; "
             "source and result must share a vocabulary"
         )
-    return compare_positions(left[:-1], right[:-1], prompt[1:])
-
-
-def _compare_texts(left: TokenIds, right: TokenIds) -> dict[str, Any]:
+    left, right = source[:-1].float(), other[:-1].float()
+    for name, logits in (("first", left), ("second", right)):
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(f"the {name} model's logits hold NaN or infinite values; they cannot be compared")
+    wanted = torch.tensor(list(prompt[1:]), device=left.device)[:, None]
+    lp, lq = left.log_softmax(-1), right.log_softmax(-1)
+    kl = kl_divergence(lp, lq)
     return {
-        "greedy_tokens": max(len(left), len(right)),
-        "greedy_equal_tokens": equal_tokens(left, right),
-        "greedy_source": list(left),
-        "greedy_result": list(right),
+        "tokens": len(wanted),
+        "kl": kl.mean().item(),
+        "worst_kl": kl.max().item(),
+        "top1_agreement": (lp.argmax(-1) == lq.argmax(-1)).float().mean().item(),
+        "logit_error": ((left - right).abs().max() / left.std()).item(),
+        "source_nll": -lp.gather(1, wanted).sum().item(),
+        "result_nll": -lq.gather(1, wanted).sum().item(),
     }
 
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ascend_kit.checkpoint.compressed_tensors import FORMATS
-from ascend_kit.checkpoint.huggingface import Checkpoint, load_tokenizer
+from ascend_kit.checkpoint.huggingface import Checkpoint, QuantizationInfo, load_tokenizer
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts, plain_linear
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange, TensorJob, cast_job, quantized_job
 from ascend_kit.model.config import DTYPES, ModelConfig
 from ascend_kit.model.quantize import best_group_size, group_size_for
-from ascend_kit.model.tensors import LAYER_PATTERN, UNITS, expected_shapes, linear_names, uniform_schemes
+from ascend_kit.model.tensors import LAYER_PATTERN, UNITS, expected_shapes, layer_prefix, linear_names, uniform_schemes
 from ascend_kit.params.fields import ConversionParameters
 from ascend_kit.prompts import read_prompts
 
@@ -69,17 +69,17 @@ def plan_recipe(
         return Recipe(dtype), None
     scheme = "w8a8" if quantize == "auto" else quantize
     schemes = uniform_schemes(model, scheme, wanted.quantize_keep)
-    texts = _texts(wanted, checkpoint)
+    texts = []
+    if wanted.calibration_file is not None:
+        prompts = read_prompts(wanted.calibration_file, "calibration_file")[:MAX_TEXTS]
+        texts = tokenize_texts(prompts, Path(wanted.tokenizer_path or checkpoint.config_folder))
     if texts and "lm_head" in schemes and quantize == "auto":
         raise ValueError("quantize=auto does not quantise lm_head; keep it in quantize_keep")
     if texts and checkpoint.quantization.schemes and (smooth is not None or quantize == "auto"):
         raise CheckpointError(f"{checkpoint.folder} is quantised; smooth and quantize=auto need the float model")
     statistics = InputStatistics()
     if texts and (smooth is not None or wanted.clip_search):
-        report = (
-            (lambda done, total: on_progress(done, total, "layers of the calibration run")) if on_progress else None
-        )
-        statistics = collect_statistics(LayerwiseModel(checkpoint, model, device=device), texts, report)
+        statistics = collect_statistics(LayerwiseModel(checkpoint, model, device=device), texts, on_progress)
     changes = {}
     if smooth is not None:
         changes, statistics = plan_smoothing(LayerwiseModel(checkpoint, model), statistics, schemes, smooth)
@@ -100,13 +100,6 @@ def plan_recipe(
         on_progress=on_progress,
     )
     return Recipe(dtype, choice.chosen.schemes, changes, quantizer), choice
-
-
-def _texts(wanted: ConversionParameters, checkpoint: Checkpoint) -> list[list[int]]:
-    if wanted.calibration_file is None:
-        return []
-    texts = read_prompts(wanted.calibration_file, "calibration_file")[:MAX_TEXTS]
-    return tokenize_texts(texts, Path(wanted.tokenizer_path or checkpoint.config_folder))
 
 
 def limit_tokens(texts: Sequence[Sequence[int]], max_tokens: int) -> list[Sequence[int]]:
@@ -203,19 +196,15 @@ def _integers(strategy: str, num_bits: int, group_size: int | None = None, *, dy
 
 def summarise(schemes: Mapping[str, str], model: ModelConfig) -> dict[str, Any]:
     """What the manifest says about quantisation."""
-    kinds = set(schemes.values())
     kept = [name for name in linear_names(model) if name not in schemes and LAYER_PATTERN.match(name)]
-    return {
-        "scheme": kinds.pop() if len(kinds) == 1 else ("mixed" if kinds else "none"),
-        "linears": dict(schemes),
-        "kept": kept,
-    }
+    return {"scheme": QuantizationInfo(schemes=schemes).summary, "linears": dict(schemes), "kept": kept}
 
 
 # --- calibration and smoothing ----------------------------------------------------------------------------------------
 
 MAX_TEXTS, MAX_TOKENS_PER_TEXT = 32, 256
-SMOOTHED_UNITS = ("qkv", "gate_up", "down_proj")  # o_proj's input is made by attention, which has nothing to fold into
+# What makes the inputs of a unit; o_proj's are made by attention, which has nothing to fold into.
+SMOOTHED_UNITS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm", "down_proj": "mlp.up_proj"}
 
 
 @dataclass
@@ -226,7 +215,6 @@ class InputStatistics:
 
     largest: dict[str, Tensor] = field(default_factory=dict)
     mean_square: dict[str, Tensor] = field(default_factory=dict)
-    num_tokens: int = 0
 
 
 def tokenize_texts(
@@ -242,17 +230,16 @@ def tokenize_texts(
 
 
 def collect_statistics(
-    model: LayerwiseModel, texts: Sequence[Sequence[int]], on_layer: Callable[[int, int], None] | None = None
+    model: LayerwiseModel, texts: Sequence[Sequence[int]], on_progress: Progress | None = None
 ) -> InputStatistics:
     """Run the float model once over `texts` and measure the inputs of every linear."""
     packed, found = PackedTexts(texts, model), InputStatistics()
-    found.num_tokens = len(packed.token_ids)
     hidden = model.embed(packed.token_ids)
     for number in range(model.config.num_layers):
         layer = model.build_layer(number, model.layer_weights(number), _observing(found))
         hidden = packed.forward(layer, hidden)
-        if on_layer:
-            on_layer(number + 1, model.config.num_layers)
+        if on_progress:
+            on_progress(number + 1, model.config.num_layers, "layers of the calibration run")
     return found
 
 
@@ -289,29 +276,19 @@ def plan_smoothing(
     The changed model computes the same function; weight-only units gain nothing and are left alone.
     """
     changes: dict[str, ScaleChange] = {}
-    after = InputStatistics(dict(statistics.largest), dict(statistics.mean_square), statistics.num_tokens)
+    after = InputStatistics(dict(statistics.largest), dict(statistics.mean_square))
     for number in range(model.config.num_layers):
-        prefix, pending = f"model.layers.{number}.", {}
-        for unit in SMOOTHED_UNITS:
+        prefix, pending = layer_prefix(number), {}  # tensor name -> [divide rows by, multiply columns by]
+        for unit, maker in SMOOTHED_UNITS.items():
             linears = [prefix + part for part in UNITS[unit]]
-            if all(schemes.get(linear) == "w8a8" for linear in linears):
-                factors = _unit_factors(model, statistics, linears, strength)
-                _note_unit(prefix, unit, linears, factors, pending)
-                for linear in linears:
-                    after.largest[linear] = statistics.largest[linear] / factors
-                    after.mean_square[linear] = statistics.mean_square[linear] / factors.square()
+            if any(schemes.get(linear) != "w8a8" for linear in linears):
+                continue
+            largest = [model.weight(f"{linear}.weight").abs().amax(0).cpu() for linear in linears]
+            factors = smoothing_factors(statistics.largest[linears[0]], torch.stack(largest).amax(0), strength)
+            for linear in linears:
+                pending.setdefault(f"{linear}.weight", [None, None])[1] = factors
+                after.largest[linear] = statistics.largest[linear] / factors
+                after.mean_square[linear] = statistics.mean_square[linear] / factors.square()
+            pending.setdefault(f"{prefix}{maker}.weight", [None, None])[0] = factors
         changes |= {name: ScaleChange(*scales) for name, scales in pending.items()}
     return changes, after
-
-
-def _unit_factors(model: LayerwiseModel, statistics: InputStatistics, linears: list[str], strength: float) -> Tensor:
-    columns = [model.weight(f"{linear}.weight").abs().amax(0).cpu() for linear in linears]
-    return smoothing_factors(statistics.largest[linears[0]], torch.stack(columns).amax(0), strength)
-
-
-def _note_unit(prefix: str, unit: str, linears: list[str], factors: Tensor, pending: dict[str, list]) -> None:
-    """Add a unit's factors to `pending`: tensor name -> [divide rows by, multiply columns by]."""
-    for linear in linears:
-        pending.setdefault(f"{linear}.weight", [None, None])[1] = factors
-    source = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm", "down_proj": "mlp.up_proj"}[unit]
-    pending.setdefault(f"{prefix}{source}.weight", [None, None])[0] = factors

@@ -7,6 +7,7 @@ together, so the weights are read once, whatever the number of variants.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,7 +80,8 @@ def compare_variants(
     model: LayerwiseModel,
     texts: Sequence[Sequence[int]],
     variants: Mapping[str, Mapping[str, str]],
-    on_layer: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
+    counted: str = "layers",
 ) -> dict[str, Divergence]:
     """Divergence of each variant (name -> schemes of its linears) from the float model."""
     packed = PackedTexts(texts, model)
@@ -95,59 +97,41 @@ def compare_variants(
                 layer = model.build_layer(number, weights, model.quantized_linear(here)) if here else plain
                 hidden[name] = packed.forward(layer, hidden.get(name, before))
         hidden[None] = packed.forward(plain, before)
-        if on_layer:
-            on_layer(number + 1, model.config.num_layers)
+        if on_progress:
+            on_progress(number + 1, model.config.num_layers, counted)
     return _divergences(model, packed, hidden, list(variants))
 
 
 def _divergences(
     model: LayerwiseModel, packed: PackedTexts, hidden: dict[str | None, Tensor], names: list[str]
 ) -> dict[str, Divergence]:
-    rows, tokens = packed.targets
-    rows_t, tokens_t = torch.tensor(rows, device=model.device), torch.tensor(tokens, device=model.device)
-    sums = {name: torch.zeros(4, dtype=torch.float64) for name in [None, *names]}
-    for first in range(0, len(rows), POSITIONS_AT_ONCE):
-        chosen, wanted = (rows_t[first : first + POSITIONS_AT_ONCE], tokens_t[first : first + POSITIONS_AT_ONCE])
+    rows, tokens = (torch.tensor(found, device=model.device) for found in packed.targets)
+    figures: dict[str | None, list[Tensor]] = {name: [] for name in (None, *names)}
+    for chosen, wanted in zip(rows.split(POSITIONS_AT_ONCE), tokens.split(POSITIONS_AT_ONCE), strict=True):
         source = model.logits(hidden[None][chosen]).log_softmax(-1)
-        for name in [None, *names]:
+        for name, found in figures.items():
             state = hidden.get(name, hidden[None])
             other = source if name is None else model.logits(state[chosen]).log_softmax(-1)
-            _add_positions(sums[name], source, other, wanted)
-    correct = float(sums[None][3]) / len(rows)
-    return {
-        name: Divergence(
-            kl=float(s[0]) / len(rows),
-            max_kl=float(s[1]),
-            top1_agreement=float(s[2]) / len(rows),
-            accuracy=float(s[3]) / len(rows),
-            source_accuracy=correct,
-        )
-        for name, s in sums.items()
-        if name is not None
-    }
+            best, kl = other.argmax(-1), kl_divergence(source, other)
+            found.append(torch.stack([kl, best == source.argmax(-1), best == wanted]).cpu().double())
+    # [kl, prefers what the source prefers, prefers the text's own token] of every position
+    whole = {name: torch.cat(found, dim=1) for name, found in figures.items()}
+    source_accuracy = whole.pop(None)[2].mean().item()
 
+    def divergence(kl: Tensor, agrees: Tensor, is_right: Tensor) -> Divergence:
+        agreement, accuracy = agrees.mean().item(), is_right.mean().item()
+        return Divergence(kl.mean().item(), kl.max().item(), agreement, accuracy, source_accuracy)
 
-def _add_positions(total: Tensor, source: Tensor, other: Tensor, wanted: Tensor) -> None:
-    kl = kl_divergence(source, other).double().cpu()
-    best = other.argmax(-1)
-    total[0] += kl.sum()
-    total[1] = torch.maximum(total[1], kl.max())
-    total[2] += (best == source.argmax(-1)).sum().item()
-    total[3] += (best == wanted).sum().item()
+    return {name: divergence(*found) for name, found in whole.items() if name is not None}
 
 
 def measure_sensitivity(
-    model: LayerwiseModel,
-    texts: Sequence[Sequence[int]],
-    *,
-    scheme: str = "w8a8",
-    on_layer: Callable[[int, int], None] | None = None,
+    model: LayerwiseModel, texts: Sequence[Sequence[int]], *, scheme: str = "w8a8", on_progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """One row per linear, `layer`, `linear`, `kl` and the rest, for quantising that linear and nothing
-    else.
-    """
+    """One row per linear, `layer`, `linear`, `kl` and the rest, for quantising that linear and nothing else."""
     linears = [name for name in linear_names(model.config) if name != "lm_head"]
-    found = compare_variants(model, texts, {name: {name: scheme} for name in linears}, on_layer)
+    alone = {name: {name: scheme} for name in linears}
+    found = compare_variants(model, texts, alone, on_progress, "layers, each linear alone")
     return [
         {
             "linear": name,
@@ -180,55 +164,44 @@ def choose_mix(
     protect growing shares of the most sensitive ones, in float or in w8a16, and every candidate is measured
     as a whole, for costs of single linears do not simply add up.
     """
-    if max_kl is None and max_accuracy_loss is None:
-        raise ValueError("quantize=auto needs a limit: max_kl (nats per token) or max_accuracy_loss (share)")
-
-    def report(stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: on_progress(done, total, stage) if on_progress else None
-
-    sensitivity = measure_sensitivity(model, texts, on_layer=report("layers, each linear alone"))
+    sensitivity = measure_sensitivity(model, texts, on_progress=on_progress)
     pain = {row["linear"]: row["kl"] for row in sensitivity}
     variants = _mixes(model.config, kept, pain)
     if with_4_bits:  # the same ranking: what 8 bits disturb most, 4 bits do
         variants |= _mixes(model.config, kept, pain, "w4a16")
-    found = compare_variants(model, texts, variants, report("layers, candidate mixes"))
+    found = compare_variants(model, texts, variants, on_progress, "layers, candidate mixes")
     candidates = []
     for name, schemes in variants.items():
         size = weight_bytes(model.config, schemes, float_bytes).per_step
         step = size / bandwidth_bytes_per_s if bandwidth_bytes_per_s else None
         candidates.append(Candidate(name, schemes, size, step, found[name]))
-    within = [c for c in candidates if _is_within(c.divergence, max_kl, max_accuracy_loss)]
+    largest_kl, largest_loss = (math.inf if limit is None else limit for limit in (max_kl, max_accuracy_loss))
+    within = [c for c in candidates if c.divergence.kl <= largest_kl and c.divergence.accuracy_loss <= largest_loss]
     chosen = min(within, key=lambda c: (c.weight_bytes, list(c.schemes.values()).count("w8a16")))
     return MixChoice(chosen, tuple(candidates), tuple(sensitivity))
-
-
-def _is_within(found: Divergence, max_kl: float | None, max_accuracy_loss: float | None) -> bool:
-    return (max_kl is None or found.kl <= max_kl) and (
-        max_accuracy_loss is None or found.accuracy_loss <= max_accuracy_loss
-    )
 
 
 def _mixes(
     config: ModelConfig, kept: set[str], kl_of_linear: Mapping[str, float], cheap: str = "w8a8"
 ) -> dict[str, dict[str, str]]:
     """Candidate name -> schemes. `float` is always among them, so a limit can always be met."""
-    units = [unit for unit in unit_names(config) if not set(unit_members(unit)) & kept]
-    members = {unit: unit_members(unit) for unit in units}
+    members = {unit: names for unit in unit_names(config) if not kept & set(names := unit_members(unit))}
 
     def pain(unit: str) -> float:
         return sum(kl_of_linear[m] for m in members[unit]) / sum(num_weights(config, m) for m in members[unit])
 
-    ordered = sorted(units, key=pain, reverse=True)
+    ordered = sorted(members, key=pain, reverse=True)
+
+    def of_units(units: list[str], scheme: str) -> dict[str, str]:
+        return {m: scheme for unit in units for m in members[unit]}
+
     mixes: dict[str, dict[str, str]] = {"float": {}}
     for share in SHARE_STEPS:
-        protected = ordered[: round(share * len(ordered))]
-        rest = {m: cheap for unit in ordered[len(protected) :] for m in members[unit]}
-        if not protected:
+        count = round(share * len(ordered))
+        rest = of_units(ordered[count:], cheap)
+        if not count:
             mixes.setdefault(cheap, rest)
             continue
-        mixes[f"{cheap}, {len(protected)} of {len(units)} units w8a16"] = rest | {
-            m: "w8a16" for unit in protected for m in members[unit]
-        }
-        mixes[f"{cheap}, {len(protected)} of {len(units)} units float"] = rest
-    mixes["w8a16"] = {m: "w8a16" for unit in ordered for m in members[unit]}
-    return mixes
+        mixes[f"{cheap}, {count} of {len(ordered)} units w8a16"] = rest | of_units(ordered[:count], "w8a16")
+        mixes[f"{cheap}, {count} of {len(ordered)} units float"] = rest
+    return mixes | {"w8a16": of_units(ordered, "w8a16")}
