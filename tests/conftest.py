@@ -11,9 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ascend_kit import AscendInferEngine
 
 # A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and interrupt.
 if threading.current_thread() is threading.main_thread():
@@ -85,6 +90,44 @@ def make_model(folder: Path, family: str, seed: int = 0, **changes: object) -> P
 @pytest.fixture(scope="session")
 def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
+    """What the tests of evaluations ask, on the CPU whatever `--device` says: test_evaluate_adapter.py has the rest."""
+    from evaluated import CHAT
+
+    from ascend_kit import AscendInferEngine
+
+    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=4096) as engine:
+        engine.tokenizer.chat_template = CHAT
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with five documents of each of the four sets."""
+    from evaluation_data import write_sets
+
+    return write_sets(tmp_path_factory.mktemp("sets"), documents=5)
+
+
+@pytest.fixture(scope="module")
+def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a local copy of GSM8K."""
+    from evaluated import write_gsm8k
+
+    return write_gsm8k(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def fresh_switches(device: str) -> Iterator[None]:
+    """The NPU's switches are read from the environment anew, in the test and after it."""
+    from ascend_kit.device.ops import npu
+
+    npu.switch.cache_clear()
+    yield
+    npu.switch.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ascend-kit[cluster]")
 
 from int8_halves import halve  # noqa: E402
+from small_engine import generate_while_a_rank_dies, prompts_of, tokens  # noqa: E402
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
 from ascend_kit.engine import replica, replicas  # noqa: E402
@@ -59,18 +59,9 @@ def two_cards(local_ray, tiny_qwen3_dir):
             yield engine
 
 
-def prompts_of(count, seed=3):
-    draw = random.Random(seed)
-    return [[draw.randrange(255) for _ in range(draw.choice([2, 17, 60]))] for _ in range(count)]
-
-
 def one_card(folder, prompts, sampling, **changes):
     with AscendInferEngine(folder, **{**SETTINGS, **changes}) as engine:
         return engine.generate(prompts, sampling)
-
-
-def tokens(outputs):
-    return [output.token_ids for output in outputs]
 
 
 def wait_until_whole(engine, limit_s=90):
@@ -254,15 +245,7 @@ def test_two_replicas_of_two_cards_survive_the_death_of_a_rank(local_ray, tiny_q
     expected = tokens(one_card(tiny_qwen3_dir, prompts, sampling))
 
     with AscendInferEngine(tiny_qwen3_dir, cards=4, tensor_parallel=2, **SETTINGS) as engine:
-        quiet = tokens(engine.generate(prompts, sampling))
-        pids = [engine.stats()["replicas"][0]["pids"][1]]
-
-        def kill_rank(done, total):
-            if pids:
-                os.kill(pids.pop(), signal.SIGKILL)
-
-        disturbed = tokens(engine.generate(prompts, sampling, on_progress=kill_rank))
-        rows = engine.stats()["replicas"]
+        quiet, disturbed, rows = generate_while_a_rank_dies(engine, prompts, sampling)
 
     assert quiet == disturbed == expected
     assert [row["restarts"] for row in rows] == [1, 0] and [row["cards"] for row in rows] == [2, 2]

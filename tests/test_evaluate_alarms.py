@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,19 +21,6 @@ from ascend_kit.results import RunFolder
 from ascend_kit.stages import RunRecord
 
 pytest.importorskip("lm_eval")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sets(tmp_path_factory.mktemp("sets"), documents=5)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
-    """On the CPU whatever `--device` says: what depends on the device is in test_evaluate_adapter.py."""
-    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=4096) as engine:
-        engine.tokenizer.chat_template = CHAT
-        yield engine
 
 
 def choices(accuracy: float, n: int = 200, prediction: int | None = None, tied=False, constant=False) -> list[dict]:

@@ -7,14 +7,13 @@ import multiprocessing
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas
 import pytest
-from evaluated import SUMS, run, stand_in, task_experiment, write_gsm8k
+from evaluated import SUMS, run, stand_in, task_experiment
 from evaluation_data import write_sets
 from running_server import Running
 
@@ -31,17 +30,6 @@ from ascend_kit.params.notebook import parameters_of
 from ascend_kit.run.checks import RunError, check_contents
 
 pytest.importorskip("lm_eval")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
-    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=2048) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gsm8k(tmp_path_factory.mktemp("data"))
 
 
 # --- thinking and samples ---------------------------------------------------------------------------------------------

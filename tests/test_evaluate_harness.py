@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ import pytest
 from evaluated import CHAT, MAX_LENGTH, counting, experiment_for, run
 from evaluation_data import write_sets
 
-from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation.datasets import SETS, find_tasks, go_offline, groups_of, write_task_folder
 from ascend_kit.evaluation.perplexity import ratio, token_perplexity
 from ascend_kit.evaluation.runs import load_evaluation
@@ -24,19 +22,6 @@ from ascend_kit.results import RunFolder
 
 pytest.importorskip("lm_eval")
 TOLERANCE = 1e-4  # float32 on both sides
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sets(tmp_path_factory.mktemp("sets"), documents=5)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
-    """On the CPU whatever `--device` says: what depends on the device is in test_evaluate_adapter.py."""
-    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=4096) as engine:
-        engine.tokenizer.chat_template = CHAT
-        yield engine
 
 
 @pytest.fixture(scope="module")

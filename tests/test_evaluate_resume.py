@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pandas
 import pytest
-from evaluated import CHAT, counting, experiment_for, run
+from evaluated import counting, experiment_for, run
 from evaluation_data import write_sets
 
-from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
 from ascend_kit.evaluation.runs import EvaluationError, load_documents
 from ascend_kit.results import RunFolder
 
 pytest.importorskip("lm_eval")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sets(tmp_path_factory.mktemp("sets"), documents=5)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
-    """On the CPU whatever `--device` says: what depends on the device is in test_evaluate_adapter.py."""
-    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=4096) as engine:
-        engine.tokenizer.chat_template = CHAT
-        yield engine
 
 
 def test_a_resumed_evaluation_asks_no_answered_document_again(engine, data, tmp_path) -> None:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,10 +13,9 @@ from typing import Any, cast
 import pandas
 import pyarrow.parquet
 import pytest
-from evaluated import run, stand_in, task_experiment, write_gsm8k
+from evaluated import run, stand_in, task_experiment
 from evaluation_data import write_table
 
-from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation import code_execution
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.rows import csv_columns
@@ -26,17 +24,6 @@ from ascend_kit.evaluation.tasks import check_data
 from ascend_kit.params import ParameterError
 
 pytest.importorskip("lm_eval")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_qwen3_dir: Path) -> Iterator[AscendInferEngine]:
-    with AscendInferEngine(tiny_qwen3_dir, precision="fp32", device="cpu", max_seq_length=2048) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gsm8k(tmp_path_factory.mktemp("data"))
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

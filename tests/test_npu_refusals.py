@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import BLOCK, attention_case
+from op_cases import BF16, BLOCK, attention_case
 
 from ascend_kit.device.ops import npu
 
-pytestmark = pytest.mark.npu
-
-# bf16 keeps 8 bits of mantissa; the kernels round once, the reference after every operator.
-BF16 = dict(rtol=2e-2, atol=2e-2)
-
-
-@pytest.fixture(autouse=True)
-def fresh_switches(device):
-    npu.switch.cache_clear()
-    yield
-    npu.switch.cache_clear()
+pytestmark = [pytest.mark.npu, pytest.mark.usefixtures("fresh_switches")]
 
 
 def attend_directly(device, **changes):

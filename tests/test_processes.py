@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import textwrap
 from pathlib import Path
 
 import pytest
+from small_engine import generate_while_a_rank_dies, prompts_of, tokens
 
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.checkpoint.tensor_file import CheckpointError
@@ -50,20 +50,11 @@ def local(monkeypatch):
     monkeypatch.setattr(opened_model, "needs_process", lambda kind: True)
 
 
-def prompts_of(count, seed=3):
-    draw = random.Random(seed)
-    return [[draw.randrange(255) for _ in range(draw.choice([2, 17, 60]))] for _ in range(count)]
-
-
 def one_card(folder, prompts, sampling):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opened_model, "needs_process", lambda kind: False)
         with AscendInferEngine(folder, **SETTINGS) as engine:
             return [output.token_ids for output in engine.generate(prompts, sampling)]
-
-
-def tokens(outputs):
-    return [output.token_ids for output in outputs]
 
 
 def test_one_worker_gives_the_same_answers_streams_live_and_survives_its_death(local, tiny_qwen3_dir):
@@ -121,15 +112,7 @@ def test_replicas_of_two_ranks_answer_as_one_card_and_survive_a_lost_rank(local,
     expected = one_card(tiny_qwen3_dir, prompts, sampling)
 
     with AscendInferEngine(tiny_qwen3_dir, cards=4, tensor_parallel=2, **SETTINGS) as engine:
-        quiet = tokens(engine.generate(prompts, sampling))
-        pids = [engine.stats()["replicas"][0]["pids"][1]]
-
-        def kill(done, total):
-            if pids:
-                os.kill(pids.pop(), signal.SIGKILL)
-
-        disturbed = tokens(engine.generate(prompts, sampling, on_progress=kill))
-        rows = engine.stats()["replicas"]
+        quiet, disturbed, rows = generate_while_a_rank_dies(engine, prompts, sampling)
 
     assert quiet == disturbed == expected
     assert [row["restarts"] for row in rows] == [1, 0] and [row["cards"] for row in rows] == [2, 2]
