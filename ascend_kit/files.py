@@ -1,19 +1,21 @@
-"""Files written whole or not at all, strict JSON, and the folder for what is made once per machine."""
+"""Files written whole or not at all, strict JSON, the folder for what is made once per machine, and content hashes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from pydantic import ValidationError
 
 GIB = 2**30
@@ -169,3 +171,70 @@ def _clean(value: Any) -> Any:
         return value
     tolist = getattr(value, "tolist", None)  # of arrays, and of numpy's scalars
     return _clean(tolist()) if callable(tolist) else str(value)
+
+
+def plain_json(value: Any) -> Any:
+    """What is read back of a value that is written as JSON."""
+    return json.loads(to_json(value))
+
+
+# --- content hashes ---------------------------------------------------------------------------------------------------
+# XXH3-128, remembered by stat in the user's cache, because a model folder may be read-only.
+
+
+def hash_value(value: Any) -> str:
+    """XXH3-128 of a value's JSON with sorted keys, 32 hexadecimal digits."""
+    text = json.dumps(plain_json(value), sort_keys=True, ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def hash_file(path: str | Path) -> str:
+    """XXH3-128 of a file's bytes, read in full."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """The content hash of a file: remembered where size, times and inode are as they were, else read."""
+    before = known_hash(path)
+    if before is not None:
+        return before
+    state = _state(path)
+    value = hash_file(path)
+    if _state(path) == state:  # a file that changed while it was read is not remembered
+        remember_hash(path, value)
+    return value
+
+
+def known_hash(path: str | Path) -> str | None:
+    """The remembered content hash of an unchanged file, without reading it; None when it is not known."""
+    try:
+        entry = json.loads(_entry(path).read_text(encoding="utf-8"))
+        return entry["hash"] if entry["stat"] == _state(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember_hash(path: str | Path, value: str) -> None:
+    """Remember a content hash that was computed while the file was read anyway. A cache that cannot be written is
+    no fault: the file is read again next time."""
+    try:
+        write_atomic(_entry(path), to_json({"path": str(Path(path).absolute()), "stat": _state(path), "hash": value}))
+    except OSError:
+        return
+
+
+def hash_files(paths: Iterable[str | Path], root: str | Path) -> str:
+    """One hash over the contents and the names, relative to `root`, of several files; their order is irrelevant."""
+    named = sorted((os.path.relpath(path, root), file_hash(path)) for path in paths)
+    return hash_value(named)
+
+
+def _state(path: str | Path) -> list[int]:
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _entry(path: str | Path) -> Path:
+    name = xxhash.xxh3_128_hexdigest(os.path.abspath(path).encode("utf-8", "surrogateescape"))
+    return cache_root() / "hashes" / name[:2] / f"{name}.json"

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.files import append_lines, one_line, strict_json, to_json, write_atomic
+from ascend_kit.files import append_lines, one_line, plain_json, strict_json, to_json, write_atomic
 from ascend_kit.identity import Identity, Use
 from ascend_kit.params import Experiment
 from ascend_kit.stages import DONE, RunFolderError, RunRecord, Stage, StageLock, admit, changing_stage
@@ -67,7 +67,7 @@ class RunFolder:
                 folder._is_idle = by_hand and entry.state in DONE and experiment.if_exists != "overwrite"
                 if by_hand and not folder._is_idle:
                     entry.start(experiment, by_hand=True)
-                entry.facts = json.loads(to_json(facts or {}))
+                entry.facts = plain_json(facts or {})
         except BaseException:
             folder._lock.close()
             raise
@@ -98,7 +98,7 @@ class RunFolder:
             except (ValueError, RecursionError):
                 continue
             if "\\ud" in line.lower():  # half a character, which no table takes: as `to_json` has it
-                row = json.loads(to_json(row))
+                row = plain_json(row)
             if isinstance(row, dict):
                 yield row
 

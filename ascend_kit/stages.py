@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import IO, Any, NotRequired
 from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from ascend_kit.files import one_line, strict_json, to_json, write_atomic
+from ascend_kit.files import one_line, plain_json, strict_json, to_json, write_atomic
 from ascend_kit.params import Experiment
 from ascend_kit.params.fields import BatchParameters, EvaluationParameters, SweepParameters
 from ascend_kit.params.notebook import parameters_of
@@ -191,7 +190,7 @@ def changing_stage(folder: Path, name: str, experiment: Experiment | None = None
 
 def parameter_values(experiment: Experiment) -> dict[str, Any]:
     """The resolved parameters as plain JSON values; the built-in example stays the word `demo`, wherever it lies."""
-    return json.loads(to_json(experiment.model_dump()))
+    return plain_json(experiment.model_dump())
 
 
 def changed_parameters(

@@ -17,7 +17,8 @@ import itertools
 import numpy
 from scipy.stats import binom
 
-from ascend_kit.evaluation.compare import PairedCounts, accuracy_interval, paired_counts
+from ascend_kit.evaluation.compare import PairedCounts, paired_counts
+from ascend_kit.evaluation.scores import accuracy_interval
 from ascend_kit.evaluation.sequential import SequentialTest
 
 PASSAGES, QUESTIONS = 45, 6

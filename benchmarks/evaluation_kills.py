@@ -22,7 +22,7 @@ from make_model import make_model
 
 from ascend_kit import AscendInferEngine
 from ascend_kit.evaluation.harness import evaluate
-from ascend_kit.evaluation.runs import load_scores
+from ascend_kit.evaluation.scores import load_scores
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder
 

@@ -24,8 +24,9 @@ from evaluation_speed import differences, run_lm_eval, write_rows
 from transformers import AutoTokenizer
 
 from ascend_kit import AscendInferEngine
-from ascend_kit.evaluation.datasets import find_tasks, go_offline, packaged_tasks
+from ascend_kit.evaluation.datasets import find_tasks
 from ascend_kit.evaluation.harness import evaluate
+from ascend_kit.evaluation.tasks import go_offline, packaged_tasks
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder
 

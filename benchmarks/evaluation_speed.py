@@ -35,8 +35,9 @@ from make_model import make_model
 from transformers import AutoTokenizer
 
 from ascend_kit import AscendInferEngine
-from ascend_kit.evaluation.datasets import LocalTask, find_tasks, go_offline, packaged_tasks, write_task_folder
+from ascend_kit.evaluation.datasets import find_tasks, write_task_folder
 from ascend_kit.evaluation.harness import evaluate
+from ascend_kit.evaluation.tasks import LocalTask, go_offline, packaged_tasks
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder
 

@@ -69,8 +69,7 @@ def main() -> None:
 
 
 def paired(folders: list[Path]) -> None:
-    from ascend_kit.evaluation.compare import compare_accuracy
-    from ascend_kit.evaluation.runs import Run
+    from ascend_kit.evaluation.compare import Run, compare_accuracy
 
     compare_accuracy(*(Run(RunFolder(folder)) for folder in folders))
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.evaluation.compare import compare_accuracy
-from ascend_kit.evaluation.runs import Run
+from ascend_kit.evaluation.compare import Run, compare_accuracy
 from ascend_kit.evaluation.tradeoff import Comparison
 from ascend_kit.identity import Identity
 from ascend_kit.params import build_experiment

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ascend_kit.evaluation.datasets import LocalTask, find_tasks
+from ascend_kit.evaluation.datasets import find_tasks
 from ascend_kit.evaluation.files import DataError
+from ascend_kit.evaluation.tasks import LocalTask
 
 WORDS = ["river", "stone", "lamp", "cloud", "seven", "green", "paper", "north", "wheel", "salt", "glass"]
 HANZI = "天地人水火木金土日月山石田禾"

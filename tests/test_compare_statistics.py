@@ -7,8 +7,9 @@ import random
 
 import pytest
 
-from ascend_kit.evaluation.compare import PairedCounts, accuracy_interval, holm, paired_counts, score_interval
+from ascend_kit.evaluation.compare import PairedCounts, holm, paired_counts, score_interval
 from ascend_kit.evaluation.perplexity import bootstrap_ratio_difference
+from ascend_kit.evaluation.scores import accuracy_interval
 
 
 def test_counts_of_a_small_example() -> None:

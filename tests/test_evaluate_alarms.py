@@ -13,9 +13,9 @@ from evaluation_data import write_sets
 from ascend_kit import AscendInferEngine
 from ascend_kit.engine.text import thinking_option
 from ascend_kit.evaluation import judge
+from ascend_kit.evaluation.datasets import check_data
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.judge import PUBLISHED, published, reasons
-from ascend_kit.evaluation.tasks import check_data
 from ascend_kit.params import build_experiment
 from ascend_kit.results import RunFolder
 from ascend_kit.stages import RunRecord

@@ -22,16 +22,9 @@ from evaluation_data import (
     write_table,
 )
 
-from ascend_kit.evaluation.datasets import (
-    SETS,
-    find_tasks,
-    go_offline,
-    groups_of,
-    packaged_groups,
-    packaged_tasks,
-    write_task_folder,
-)
+from ascend_kit.evaluation.datasets import SETS, find_tasks, groups_of, write_task_folder
 from ascend_kit.evaluation.files import DataError
+from ascend_kit.evaluation.tasks import go_offline, packaged_groups, packaged_tasks
 
 pytest.importorskip("lm_eval")
 ALL = list(SETS)

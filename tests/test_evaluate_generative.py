@@ -18,12 +18,11 @@ from evaluation_data import write_sets
 from running_server import Running
 
 from ascend_kit import AscendInferEngine
-from ascend_kit.evaluation.compare import pair_documents
+from ascend_kit.evaluation.compare import Run, pair_documents
+from ascend_kit.evaluation.datasets import allocate, detectable, draw
 from ascend_kit.evaluation.endpoint import EndpointEngine
 from ascend_kit.evaluation.files import DataError
-from ascend_kit.evaluation.runs import Run
 from ascend_kit.evaluation.scores import pass_at_k
-from ascend_kit.evaluation.tasks import allocate, detectable, draw
 from ascend_kit.measure.http import EndpointError
 from ascend_kit.params.engines import OpenAIEngine
 from ascend_kit.params.notebook import parameters_of

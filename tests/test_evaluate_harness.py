@@ -14,10 +14,10 @@ import pytest
 from evaluated import CHAT, MAX_LENGTH, counting, experiment_for, run
 from evaluation_data import write_sets
 
-from ascend_kit.evaluation.datasets import SETS, find_tasks, go_offline, groups_of, write_task_folder
+from ascend_kit.evaluation.datasets import SETS, drawn_documents, find_tasks, groups_of, write_task_folder
 from ascend_kit.evaluation.perplexity import ratio, token_perplexity
-from ascend_kit.evaluation.runs import load_evaluation
-from ascend_kit.evaluation.tasks import drawn_documents
+from ascend_kit.evaluation.scores import load_evaluation
+from ascend_kit.evaluation.tasks import go_offline
 from ascend_kit.results import RunFolder
 
 pytest.importorskip("lm_eval")

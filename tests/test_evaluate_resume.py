@@ -11,7 +11,7 @@ from evaluation_data import write_sets
 
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
-from ascend_kit.evaluation.runs import EvaluationError, load_documents
+from ascend_kit.evaluation.scores import EvaluationError, load_documents
 from ascend_kit.results import RunFolder
 
 pytest.importorskip("lm_eval")

@@ -17,10 +17,10 @@ from evaluated import run, stand_in, task_experiment
 from evaluation_data import write_table
 
 from ascend_kit.evaluation import code_execution
+from ascend_kit.evaluation.datasets import check_data
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.rows import csv_columns
 from ascend_kit.evaluation.scores import score_rows
-from ascend_kit.evaluation.tasks import check_data
 from ascend_kit.params import ParameterError
 
 pytest.importorskip("lm_eval")

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from ascend_kit import identity
-from ascend_kit.identity import MUST_AGREE, Identity, file_hash, hash_files, known_hash
+from ascend_kit import files
+from ascend_kit.files import file_hash, hash_files, known_hash
+from ascend_kit.identity import MUST_AGREE, Identity
 from ascend_kit.results import RunFolder
 
 WHOLE = Identity(
@@ -83,7 +84,7 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
     value = file_hash(path)
-    monkeypatch.setattr(identity, "hash_file", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(files, "hash_file", lambda *_: pytest.fail("read again"))
 
     assert file_hash(path) == value
 

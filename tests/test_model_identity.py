@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ascend_kit import convert
 from ascend_kit.checkpoint.manifest import check_converted, model_identity
 from ascend_kit.checkpoint.tensor_file import CheckpointError
-from ascend_kit.identity import known_hash
+from ascend_kit.files import known_hash
 from ascend_kit.params import Experiment
 
 

@@ -20,7 +20,7 @@ from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summa
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard, writing
-from ascend_kit.identity import file_hash, hash_file, remember_hash
+from ascend_kit.files import file_hash, hash_file, remember_hash
 
 MAX_WORKERS = 4
 MAX_SHARD_BYTES = 4 << 30

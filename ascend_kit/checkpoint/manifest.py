@@ -25,8 +25,8 @@ from ascend_kit.checkpoint.adapter import adapter_digest
 from ascend_kit.checkpoint.huggingface import TEMPLATE_FILES, TOKENIZER_FILES, companion_files
 from ascend_kit.checkpoint.source import config_folder, weight_files
 from ascend_kit.checkpoint.tensor_file import MAX_HEADER_BYTES, CheckpointError, read_json
-from ascend_kit.files import one_line, strict_json
-from ascend_kit.identity import Identity, file_hash, hash_file, hash_value
+from ascend_kit.files import file_hash, hash_file, hash_value, one_line, strict_json
+from ascend_kit.identity import Identity
 
 MANIFEST_NAME = "ascend_manifest.json"
 SCHEMA_VERSION = 1

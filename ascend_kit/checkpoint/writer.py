@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ascend_kit.checkpoint.tensor_file import CODE_OF_DTYPE, CheckpointError, as_bytes
 from ascend_kit.checkpoint.tensor_jobs import OutputTensor, TensorJob
-from ascend_kit.identity import hash_file
+from ascend_kit.files import hash_file
 
 PROGRESS_NAME = ".progress.json"
 WRITING_SUFFIX, NEW_SUFFIX = ".writing", ".new"

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ascend_kit.engine import text
 from ascend_kit.evaluation.interface import EvaluatedEngine
-from ascend_kit.identity import hash_value
+from ascend_kit.files import hash_value
 
 if TYPE_CHECKING:
     from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Score

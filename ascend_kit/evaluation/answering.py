@@ -19,10 +19,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from ascend_kit.evaluation.adapter import EngineLM, Facts
-from ascend_kit.evaluation.datasets import without_warnings
 from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.evaluation.rows import passage_of
 from ascend_kit.evaluation.sequential import EnoughEvidence
+from ascend_kit.evaluation.tasks import without_warnings
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

@@ -1,4 +1,4 @@
-"""Two runs on the same documents: what can be paired, how sure a difference is, and what it means.
+"""Runs, and two of them on the same documents: what can be paired, how sure a difference is, and what it means.
 
 Most of the noise cancels: only documents that one run answers right and the other wrong carry information. Questions on
 one passage are right or wrong together; then the passages, and not the questions, are the independent observations
@@ -10,12 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any, cast
 
-from ascend_kit.evaluation.runs import Run
+from ascend_kit.evaluation.scores import Passages, document_rows, load_scores
+from ascend_kit.identity import Identity
+from ascend_kit.measure.rows import RATE, asked_rows, load_of, load_text
+from ascend_kit.results import RunFolder, run_parameters
+from ascend_kit.stages import RunRecord
 
 Row = dict[str, Any]
+Point = tuple[Any, ...]  # a load: the values of LOAD
+LAYOUT = ("cards", "tensor_parallel")
+ENGINE_BACKEND = "ascend_kit"
 PAIR_ON = ("doc_id", "doc_hash", "prompt_hash")
 ALL_SETS = "all"
 DEFAULT_MARGIN = 0.01  # one point, in the order of MLPerf's 99 % of the reference accuracy
@@ -29,6 +37,92 @@ WORDS = {
     "task.metrics": "metrics",
 }
 POWER = 0.8
+
+
+class Run:
+    """One run folder, each of its files read once."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.name = f"{folder.path.parent.name}/{folder.path.name}"  # unique within an output folder
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """What its sweep or evaluation was made with."""
+        return run_parameters(self.folder)
+
+    @cached_property
+    def tasks(self) -> dict[str, list[dict[str, Any]]]:
+        """Task -> its answered documents; `acc` of a written answer is whether it was right."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in document_rows(self.folder):
+            if row.get("right") is not None:
+                row.setdefault("acc", row["right"])
+            found.setdefault(row["task"], []).append(row)
+        return found
+
+    @cached_property
+    def identities(self) -> dict[str, Identity]:
+        """Task -> what its documents belong to."""
+        known = self.folder.identities()
+        return {task: known[rows[0]["identity"]] for task, rows in self.tasks.items()}
+
+    def answers(self, value: str) -> dict[str, list[dict[str, Any]]]:
+        """Task -> its documents that have `value` (a metric, or logprob of running text), where there are any."""
+        having = {task: [row for row in rows if row.get(value) is not None] for task, rows in self.tasks.items()}
+        return {task: rows for task, rows in having.items() if rows}
+
+    def has(self, value: str) -> bool:
+        """Whether any document has `value`."""
+        return bool(self.answers(value))
+
+    @cached_property
+    def sweep(self) -> list[dict[str, Any]]:
+        """Measured points of its own layout of cards or, where the sweep left that out, of its fastest layout."""
+        rows = [
+            row
+            for row in asked_rows(self.folder)
+            if row.get("status") == "ok" and row.get("backend") == ENGINE_BACKEND and row.get(RATE) is not None
+        ]
+        if not rows or any(name not in row for row in rows for name in LAYOUT):
+            return rows
+        own = [self.parameters.get(name) for name in LAYOUT]
+        fastest = max(rows, key=lambda row: row[RATE])
+        layouts = (own, [fastest[name] for name in LAYOUT])
+        chosen = next(layout for layout in layouts if any([row[name] for name in LAYOUT] == layout for row in rows))
+        return [row for row in rows if [row[name] for name in LAYOUT] == chosen]
+
+    @cached_property
+    def points(self) -> set[Point]:
+        return {load_of(row) for row in self.sweep}
+
+    @cached_property
+    def alarms(self) -> list[str]:
+        """Why its results must not be trusted, as its stages recorded it."""
+        return [alarm["text"] for stage in RunRecord.read(self.folder.path).stages.values() for alarm in stage.alarms]
+
+    def lacks(self, point: Point | None = None) -> list[str]:
+        """What a comparison at `point` would need and does not find here."""
+        found = [] if self.has("acc") else ["no evaluation: run 05_evaluate"]
+        scores = load_scores(self.folder)
+        failed = sorted(set(scores[scores["status"] != "ok"]["task"]))
+        if failed:
+            found.append(f"failed tasks: {', '.join(failed)}")
+        if not self.sweep:
+            found.append("no sweep: run 04_throughput")
+        elif point is not None and point not in self.points:
+            found.append(
+                f"not measured at {load_text(point)} (only at {'; '.join(sorted(map(load_text, self.points)))})"
+            )
+        return found + [f"alarm: {text}" for text in self.alarms]
+
+    def plainness(self) -> tuple:
+        """What sorts the runs: complete and trusted ones first, then unquantised, from the source, few switches on."""
+        values = self.parameters
+        num_on = sum(bool(values.get(name)) for name in ("graph_mode", "operator_fusion", "memory_optimize"))
+        incomplete = not (self.has("acc") and self.sweep)
+        quantised, converted = values.get("quantize") != "none", values.get("use_model") != "source"
+        return bool(self.alarms), incomplete, quantised, converted, num_on
 
 
 @dataclass
@@ -164,50 +258,6 @@ def _accuracy_text(row: Row) -> str:
 
 
 @dataclass(frozen=True)
-class Passages:
-    """Sums of a value over the documents of each passage; a document without a passage is one of its own."""
-
-    sizes: tuple[int, ...]
-    sums: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float], keys: Sequence[Hashable | None]) -> Passages | None:
-        """None where no two documents share a key: then the documents are independent."""
-        totals: dict[Hashable, tuple[int, float]] = {}
-        for place, (value, key) in enumerate(zip(values, keys, strict=True)):
-            name = (place,) if key is None else key
-            size, total = totals.get(name, (0, 0.0))
-            totals[name] = (size + 1, total + value)
-        if len(totals) == len(values):
-            return None
-        return cls(tuple(size for size, _ in totals.values()), tuple(total for _, total in totals.values()))
-
-    def mean_and_stderr(self) -> tuple[float, float]:
-        """The mean over documents and its cluster-robust standard error, with the factor K / (K - 1) of its square."""
-        n, count = sum(self.sizes), len(self.sizes)
-        mean = sum(self.sums) / n
-        squares = sum((total - size * mean) ** 2 for size, total in zip(self.sizes, self.sums, strict=True))
-        return mean, math.sqrt(squares * count / max(1, count - 1)) / n
-
-    def sign_test(self) -> float:
-        """Two-sided exact probability of a sum so far from 0 if every passage's sign fell like a coin.
-
-        Equals McNemar's exact test where every passage is one document.
-        """
-        import numpy
-
-        sums = [abs(round(total)) for total in self.sums if total]
-        chances = numpy.ones(1)  # chances[i]: the sum is i - (len - 1) / 2
-        for size in sums:
-            longer = numpy.zeros(len(chances) + 2 * size)
-            longer[: len(chances)] += chances / 2
-            longer[2 * size :] += chances / 2
-            chances = longer
-        middle, far = sum(sums), abs(round(sum(self.sums)))
-        return min(1.0, 2 * float(chances[middle + far :].sum())) if far else 1.0
-
-
-@dataclass(frozen=True)
 class PairedCounts:
     """How two runs answered the same documents. Differences are candidate minus baseline, as fractions.
 
@@ -320,26 +370,6 @@ def paired_counts(
     both, lost, won, neither = (pairs.count(cell) for cell in ((1, 1), (1, 0), (0, 1), (0, 0)))
     differences = [theirs - ours for ours, theirs in pairs]
     return PairedCounts(both, lost, won, neither, passages=Passages.of(differences, passages))
-
-
-def accuracy_interval(
-    right: Sequence[float], passages: Sequence[Hashable | None], confidence: float = 0.95
-) -> tuple[float, float]:
-    """Confidence interval of an accuracy from 0 or 1 per document: Wilson's, cluster-robust where passages are shared.
-
-    The latter is Student's with a degree of freedom less than passages; one right and one wrong answer are added, which
-    keeps its coverage near the ends.
-    """
-    from scipy.stats import binomtest, t
-
-    clusters = Passages.of(right, passages)
-    if clusters is None:
-        found = binomtest(round(sum(right)), len(right)).proportion_ci(confidence, method="wilson")
-        return float(found.low), float(found.high)
-    wider = Passages((*clusters.sizes, 1, 1), (*clusters.sums, 1, 0))
-    mean, stderr = wider.mean_and_stderr()
-    half = float(t.ppf(0.5 + confidence / 2, max(1, len(clusters.sizes) - 1))) * stderr
-    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,4 +1,5 @@
-"""Local copies of MMLU, C-Eval, AGIEval and WikiText, described to lm-eval as its own tasks.
+"""What an evaluation asks: local copies of MMLU, C-Eval, AGIEval and WikiText, described to lm-eval as its own tasks,
+any other task, and the documents drawn from them.
 
 Nothing is downloaded and nothing is kept: each evaluation reads the files named here again, so an edited file
 can never be answered from an old copy. Every fault of the data is reported before the first request is
@@ -7,31 +8,30 @@ scored.
 
 from __future__ import annotations
 
-import io
-import logging
+import math
 import os
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.util import find_spec
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-import yaml
+from statistics import NormalDist
+from typing import Any
 
 from ascend_kit.evaluation import rows as shapes
 from ascend_kit.evaluation.files import DataError, SetFiles, set_files, set_folders, subject_key
+from ascend_kit.evaluation.other_tasks import other_tasks
 from ascend_kit.evaluation.rows import Reader, Row, Shape
-from ascend_kit.identity import hash_value
-
-if TYPE_CHECKING:
-    from lm_eval.api.task import ConfigurableTask
+from ascend_kit.evaluation.tasks import GroupSpec, LocalTask, go_offline, packaged_groups, packaged_tasks, write_yaml
+from ascend_kit.evaluation.texts import TEXT, text_task
+from ascend_kit.files import Table
+from ascend_kit.params import Experiment
+from ascend_kit.params.experiment import DEMO
 
 MULTIPLE_CHOICE_GROUP = "agieval_multiple_choice"
+DISAGREEMENT = 0.1  # share of documents that two precisions of one model answer differently, an upper guess
+POWER = 0.8
+Z = NormalDist().inv_cdf(0.975)
 FAULTS_SHOWN = 8
-SHUFFLE_SEED = 0  # lm-eval's default: some tasks shuffle their choices with the global generators
 
 
 @dataclass(frozen=True)
@@ -65,80 +65,32 @@ SETS = {spec.name: spec for spec in (
 )}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LocalTask:
-    """One lm-eval task whose data lies on this disk: the files, and their checked rows by split."""
+def check_data(experiment: Experiment) -> list[LocalTask]:
+    """The tasks of an experiment, every file and row of them checked, without a model: DataError with all faults.
 
-    task: str
-    set_name: str
-    packaged_yaml: Path
-    files: dict[str, tuple[Path, ...]] = field(hash=False)
-    rows: dict[str, list[Row]] = field(hash=False, repr=False)
-    eval_split: str
-    num_fewshot: int
-    output_type: str
-    metrics: tuple[str, ...]
-    version: float
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.rows[self.eval_split])
-
-    @property
-    def data_hash(self) -> str:
-        """The content of the rows, whatever files and layout they came in."""
-        return hash_value(self.rows)
-
-    def config(self, folder: Path) -> dict[str, Any]:
-        """What the task's YAML file in `folder` says; the rows are written beside it."""
-        config = {"include": str(self.packaged_yaml), "task": self.task, **self.data_settings(folder)}
-        # lm-eval opens the splits of shots even when it takes none, and lists all of WikiText's training text.
-        if not self.num_fewshot:
-            config["fewshot_split"] = None
-        if self.set_name == "wikitext":
-            config |= {"training_split": None, "validation_split": None}
-        return config
-
-    def data_settings(self, folder: Path) -> dict[str, Any]:
-        """Write the rows below `folder`; the settings that make lm-eval read them."""
-        import pyarrow
-        import pyarrow.parquet
-
-        paths = {}
-        for split, rows in self.rows.items():
-            path = folder / "data" / self.task / f"{split}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-            paths[split] = [str(path)]
-        return {
-            "dataset_path": "parquet",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")},
-        }
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """A group of the tasks that are present; `num_packaged` is how many lm-eval's own group has."""
-
-    group: str
-    set_name: str
-    tasks: tuple[str, ...]
-    metrics: tuple[str, ...]
-    num_packaged: int
-
-
-def go_offline(*, may_download: bool = False) -> None:
-    """Tell the datasets and hub libraries not to use the network, also where they were imported already."""
-    if not may_download:
-        os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
-    import huggingface_hub.constants
-    from datasets import config, disable_progress_bars
-
-    if not may_download:
-        config.HF_DATASETS_OFFLINE = config.HF_HUB_OFFLINE = True
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-    disable_progress_bars()  # one bar per split and subject would bury the evaluation's own
+    The demo's own data is right when it is built and not looked at. Its questions say nothing about another model: then
+    `dataset_path` must be given, unless everything asked for is a text or may be downloaded.
+    """
+    written = experiment.model_dump()  # the word demo as it was written, wherever the demo lies
+    sets = [name for name in experiment.eval_datasets if name in SETS]
+    others = [name for name in experiment.eval_datasets if name not in SETS]
+    if written["dataset_path"] in (None, DEMO) and written["input_model"] != DEMO and sets:
+        raise DataError(
+            f"dataset_path is not given, and the demo's questions say nothing about {experiment.input_model}: name a "
+            f"folder that holds {', '.join(wanted_folder(SETS[name]) for name in sets)}"
+        )
+    path = experiment.needed("dataset_path") if sets else experiment.dataset_path
+    tasks: list[LocalTask] = []
+    if path != DEMO:
+        tasks += find_tasks(path or ".", sets, num_fewshot=experiment.eval_fewshot)
+    if any(not name.startswith(TEXT) for name in others):
+        go_offline(may_download=experiment.allow_download)
+    for name in others:
+        try:
+            tasks += [text_task(name)] if name.startswith(TEXT) else other_tasks(name, experiment)
+        except DataError as error:
+            raise DataError(f"eval_datasets: {error}") from None
+    return tasks
 
 
 def find_tasks(dataset_path: str | Path, sets: Iterable[str], *, num_fewshot: int | None = None) -> list[LocalTask]:
@@ -218,98 +170,9 @@ def write_task_folder(tasks: Iterable[LocalTask], folder: str | Path) -> Path:
     return folder
 
 
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """lm-eval warns of its own YAML files, and of what is said here in other words."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def load_task(folder: str | Path, name: str) -> ConfigurableTask:
-    """lm-eval's task from the YAML files in `folder`: its documents are read once, from a fixed state of the global
-    generators, and stay as they are.
-    """
-    import numpy
-    from lm_eval.tasks import TaskManager
-
-    random.seed(SHUFFLE_SEED)
-    numpy.random.seed(SHUFFLE_SEED)
-    # RULER prints each length that it tries, and draws a bar over its documents.
-    with redirect_stdout(None), redirect_stderr(io.StringIO()), without_warnings():
-        manager = TaskManager(include_path=folder, include_defaults=False)
-        task = cast("ConfigurableTask", manager.load([name])["tasks"][name])
-        documents: list[Any] = list(task.eval_docs)
-    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: documents)
-    return task
-
-
-# --- the packaged lm-eval tasks ---------------------------------------------------------------------------------------
-
-
-class _TaskYaml(yaml.SafeLoader):
-    """Reads lm-eval's task files without running the functions they name."""
-
-
-_TaskYaml.add_constructor("!function", lambda loader, node: str(node.value))
-
-
-def packaged_folder(task_folder: str) -> Path:
-    """Where lm-eval keeps the YAML files of a set; found without importing lm-eval."""
-    spec = find_spec("lm_eval")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("lm-eval is not installed: pip install lm-eval")
-    return Path(spec.origin).parent / "tasks" / task_folder
-
-
-@lru_cache
-def packaged_tasks(task_folder: str) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Task name -> (YAML file, settings with `include` resolved) of one packaged folder."""
-    configs = [(path, packaged_config(path)) for path in sorted(packaged_folder(task_folder).glob("*.yaml"))]
-    return {config["task"]: (path, config) for path, config in configs if isinstance(config.get("task"), str)}
-
-
-@lru_cache
-def packaged_groups(task_folder: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Group name -> (leaf task names, metrics averaged) of one packaged folder."""
-    configs = [packaged_config(path) for path in sorted(packaged_folder(task_folder).glob("*.yaml"))]
-    groups = {config["group"]: config for config in configs if "group" in config}
-    tags: dict[str, list[str]] = {}
-    for task, (_, config) in packaged_tasks(task_folder).items():
-        tag = config.get("tag") or []
-        for name in [tag] if isinstance(tag, str) else tag:
-            tags.setdefault(name, []).append(task)
-
-    def leaves(name: str) -> list[str]:
-        if name in groups:
-            return [leaf for member in groups[name]["task"] for leaf in leaves(member)]
-        return tags.get(name, [name])
-
-    return {
-        name: (tuple(leaves(name)), tuple(item["metric"] for item in config["aggregate_metric_list"]))
-        for name, config in groups.items()
-    }
-
-
-def packaged_config(path: Path) -> dict[str, Any]:
-    """The settings of a packaged task or group file, with `include` resolved."""
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskYaml)
-    include = config.pop("include", None)
-    return {**packaged_config(path.parent / include), **config} if include else config
-
-
 def _subject(config: dict[str, Any]) -> str:
     """What a task's data is filed under: `anatomy`, `law`, `aqua-rat`, `wikitext-2-raw-v1`."""
     return subject_key(config.get("dataset_name") or config["dataset_path"].rpartition("/")[2])
-
-
-def write_yaml(path: Path, config: dict[str, Any]) -> None:
-    """Write a task's or group's settings."""
-    path.write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
 # --- the tasks on this disk -------------------------------------------------------------------------------------------
@@ -390,3 +253,81 @@ def _local_task(
 def wanted_folder(spec: SetSpec) -> str:
     """How a folder that holds the set is called."""
     return f"{spec.name}/ (a copy of {spec.hub_name})"
+
+
+# --- documents asked --------------------------------------------------------------------------------------------------
+
+
+def drawn_documents(tasks: Iterable[LocalTask], experiment: Experiment) -> dict[str, list[int]]:
+    """The documents that `eval_limit` leaves, spread over the subjects of each set; tasks asked whole are left out."""
+    sets: dict[str, dict[str, int]] = {}
+    for task in tasks:
+        sets.setdefault(task.set_name, {})[task.task] = task.num_documents
+    parts = [draw(sizes, experiment.eval_limit, experiment.seed) for sizes in sets.values()]
+    return {task: numbers for part in parts for task, numbers in part.items()}
+
+
+def expected_widths(experiment: Experiment) -> Table:
+    """What the documents asked can show, before asking: a row per set and one for all, in points.
+
+    `half_width_points` is half of a score's 95 % interval at its widest; `detectable_points` the difference between two
+    runs on the same documents that is seen with 80 % power where they disagree on a tenth of them.
+    """
+    import pandas
+
+    tasks = check_data(experiment)
+    drawn = drawn_documents(tasks, experiment)
+    counts: dict[str, list[int]] = {}
+    for task in tasks:
+        if task.output_type != "loglikelihood_rolling":
+            found = counts.setdefault(task.set_name, [0, 0])
+            found[0] += len(drawn.get(task.task) or range(task.num_documents))
+            found[1] += task.num_documents
+    if len(counts) > 1:
+        counts["all"] = [sum(pair[place] for pair in counts.values()) for place in (0, 1)]
+    rows = [
+        {
+            "set": name,
+            "documents": asked,
+            "of": whole,
+            "half_width_points": 100 * half_width(asked),
+            "detectable_points": 100 * detectable(asked),
+        }
+        for name, (asked, whole) in counts.items()
+    ]
+    return pandas.DataFrame(rows)
+
+
+def allocate(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """How many documents of each subject: in proportion to their sizes (largest remainders), at least one of each."""
+    total = sum(sizes.values())
+    if limit >= total:
+        return dict(sizes)
+    exact = {name: limit * size / total for name, size in sizes.items()}
+    found = {name: max(1, math.floor(value)) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: math.floor(exact[name]) - exact[name]):
+        if sum(found.values()) < limit and found[name] < sizes[name]:
+            found[name] += 1
+    return found
+
+
+def draw(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
+    """Numbers of the documents to ask, in the order of the data; subjects that are asked as a whole are left out."""
+    if limit is None:
+        return {}
+    counts = allocate(sizes, limit)
+    return {
+        name: sorted(random.Random(f"{seed} {name}").sample(range(size), counts[name]))
+        for name, size in sizes.items()
+        if counts[name] < size
+    }
+
+
+def half_width(n: int) -> float:
+    """Half of a 95 % interval of an accuracy of n documents at its widest, a fraction."""
+    return Z * math.sqrt(0.25 / n)
+
+
+def detectable(n: int, disagreement: float = DISAGREEMENT) -> float:
+    """The smallest difference of two runs on the same n documents that is seen with 80 % power, a fraction."""
+    return (Z + NormalDist().inv_cdf(POWER)) * math.sqrt(disagreement / n)

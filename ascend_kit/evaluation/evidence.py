@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from ascend_kit.evaluation.compare import pair_documents
+from ascend_kit.evaluation.compare import Run, pair_documents
 from ascend_kit.evaluation.judge import letter
-from ascend_kit.evaluation.runs import Run
 from ascend_kit.files import Table
 
 Row = dict[str, Any]

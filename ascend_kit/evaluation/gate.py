@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ascend_kit.evaluation.compare import ALL_SETS, CONFIDENCE, compare_accuracy
+from ascend_kit.evaluation.compare import ALL_SETS, CONFIDENCE, Run, compare_accuracy
 from ascend_kit.evaluation.perplexity import compare_perplexity
-from ascend_kit.evaluation.runs import RATE, Run
 from ascend_kit.evaluation.tradeoff import SHORTEST_ANSWERS, answer_length_ratio
 from ascend_kit.files import Table
 from ascend_kit.measure.metrics import ratio_interval
-from ascend_kit.measure.rows import DEFAULTS, LOAD, load_of, load_text
+from ascend_kit.measure.rows import DEFAULTS, LOAD, RATE, load_of, load_text
 
 Word = Literal["use it", "use it from a load on", "not", "undecided"]
 

@@ -20,14 +20,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.evaluation import judge, scores
-from ascend_kit.evaluation.datasets import LocalTask, go_offline, groups_of, load_task, write_task_folder
+from ascend_kit.evaluation.datasets import check_data, drawn_documents, groups_of, write_task_folder
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.evaluation.perplexity import PAPER_CONTEXT_LEN, token_perplexity
-from ascend_kit.evaluation.runs import EvaluationResult, document_rows, load_evaluation, load_scores
+from ascend_kit.evaluation.scores import EvaluationResult, document_rows, load_evaluation, load_scores
 from ascend_kit.evaluation.sequential import EnoughEvidence, Stop
-from ascend_kit.evaluation.tasks import check_data, drawn_documents
-from ascend_kit.identity import Identity, hash_value
+from ascend_kit.evaluation.tasks import LmEvalExport, LocalTask, go_offline, load_task
+from ascend_kit.files import hash_value
+from ascend_kit.identity import Identity
 from ascend_kit.messages import say
 from ascend_kit.params import Experiment
 from ascend_kit.results import RunFolder
@@ -108,7 +109,7 @@ class _Session:
         self.stop = (
             None if experiment.eval_stop_against is None else Stop(experiment, self.tasks, self.identities, self.drawn)
         )
-        self.export = scores.LmEvalExport(
+        self.export = LmEvalExport(
             folder, experiment.model_name, engine.tokenizer.chat_template if self.uses_chat else None
         )
         self.wall_s: defaultdict[str, float] = defaultdict(float)

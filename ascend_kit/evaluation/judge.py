@@ -14,8 +14,9 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluation.datasets import MULTIPLE_CHOICE_GROUP, LocalTask
+from ascend_kit.evaluation.datasets import MULTIPLE_CHOICE_GROUP
 from ascend_kit.evaluation.interface import EvaluatedEngine
+from ascend_kit.evaluation.tasks import LocalTask
 from ascend_kit.files import Table
 from ascend_kit.messages import Finding, say
 from ascend_kit.params import Experiment

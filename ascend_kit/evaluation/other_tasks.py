@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ascend_kit.evaluation import code_execution
-from ascend_kit.evaluation.datasets import SETS, LocalTask, load_task, packaged_config, packaged_folder, write_yaml
 from ascend_kit.evaluation.files import SPLITS, DataError, plain_name, set_files, set_folders, subject_key
 from ascend_kit.evaluation.rows import csv_columns
-from ascend_kit.files import cache_root, one_line, write_atomic
-from ascend_kit.identity import hash_value
+from ascend_kit.evaluation.tasks import LocalTask, load_task, packaged_config, packaged_folder, write_yaml
+from ascend_kit.files import cache_root, hash_value, one_line, write_atomic
 from ascend_kit.messages import did_you_mean
-from ascend_kit.params import Experiment
+from ascend_kit.params.experiment import EVAL_SETS, Experiment
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
@@ -112,7 +111,7 @@ def _near(name: str, index: dict[str, Entry]) -> str:
     inside = sorted(task for task, entry in index.items() if entry.yaml_path and root in entry.yaml_path.parents)
     if inside:
         return f"; its folder has {', '.join(inside[:SHOWN])}{', ...' if len(inside) > SHOWN else ''}"
-    return did_you_mean(name.lower(), {*SETS, *index, *folders} - {name})
+    return did_you_mean(name.lower(), {*EVAL_SETS, *index, *folders} - {name})
 
 
 @cache

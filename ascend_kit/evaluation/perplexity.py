@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ascend_kit.evaluation.compare import pair_documents
+from ascend_kit.evaluation.compare import Run, pair_documents
 from ascend_kit.evaluation.interface import EvaluatedEngine
-from ascend_kit.evaluation.runs import Run
+from ascend_kit.evaluation.scores import ratio
 
 PAPER_CONTEXT_LEN = 2048
 PAGE_SEPARATOR = "\n\n"
@@ -75,16 +75,6 @@ def token_perplexity(
     return TokenPerplexity(
         value, None if stderr is None else value * stderr, sum(tokens), context_len, context_len, len(windows)
     )
-
-
-def ratio(totals: Sequence[float], sizes: Sequence[float]) -> tuple[float, float | None]:
-    """sum(totals) / sum(sizes) and its standard error over samples (linearised); None for fewer than two."""
-    value = sum(totals) / sum(sizes)
-    count = len(totals)
-    if count < 2:
-        return value, None
-    spread = sum((total - value * size) ** 2 for total, size in zip(totals, sizes, strict=True))
-    return value, math.sqrt(count / (count - 1) * spread) / sum(sizes)
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.evaluation.files import DataError, subject_key
-from ascend_kit.files import HALF_CHARACTER, one_line, require_regular, strict_json
-from ascend_kit.identity import hash_value
+from ascend_kit.files import HALF_CHARACTER, hash_value, one_line, require_regular, strict_json
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFG"

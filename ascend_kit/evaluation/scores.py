@@ -1,25 +1,17 @@
-"""Scores: of each set while it is asked, of tasks and groups from lm-eval's results, and in lm-eval's own layout."""
+"""Scores: of each set while it is asked, of tasks and groups, with their errors, and what a run's evaluation holds."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ascend_kit.evaluation.compare import Passages, accuracy_interval
-from ascend_kit.evaluation.datasets import GroupSpec, LocalTask
-from ascend_kit.evaluation.perplexity import ratio
-from ascend_kit.files import Table, write_atomic
-from ascend_kit.identity import hash_value
+from ascend_kit.evaluation.tasks import GroupSpec, LocalTask
+from ascend_kit.files import Table, hash_value
+from ascend_kit.messages import Finding
 from ascend_kit.results import RunFolder
-from ascend_kit.stages import RunRecord
-
-if TYPE_CHECKING:
-    from lm_eval.loggers import EvaluationTracker
 
 UNITS = {
     "acc": "fraction",
@@ -30,8 +22,8 @@ UNITS = {
     "token_perplexity": "per token",
 }
 LOWER_IS_BETTER = frozenset(UNITS) - {"acc", "acc_norm"}
+COLUMNS = ["task", "kind", "metric", "status", "n"]  # of a table without a row
 LIVE_METRICS = ("acc", "exact_match,flexible-extract", "exact_match", "prompt_level_strict_acc", "pass@1")
-PARTS = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 class Live:
@@ -207,86 +199,188 @@ def drawn_key(drawn: list[int] | None) -> str | None:
     return None if drawn is None else hash_value(drawn)[:12]
 
 
-# --- lm-eval's files --------------------------------------------------------------------------------------------------
+# --- read back --------------------------------------------------------------------------------------------------------
 
 
-class LmEvalExport:
-    """lm-eval's files of one run folder."""
+class EvaluationError(RuntimeError):
+    """At least one task failed; the rows say which and why, and the finished ones are kept."""
 
-    def __init__(self, folder: RunFolder, model_name: str, chat_template: str | None) -> None:
-        self.root, self.model_name, self.chat_template = folder.path / "lm_eval", model_name, chat_template
-        record = RunRecord.read(folder.path)
-        self.date = str(record.created or "").replace(":", "-").partition("+")[0]
 
-    def keep(self, found: dict[str, Any]) -> None:
-        """What `evaluate` returned: its samples, and for each task its part of the results."""
-        tracker = self._tracker()
-        for task, samples in found["samples"].items():
-            file = self.root / str(tracker.general_config_tracker.model_name_sanitized)
-            file = file / f"samples_{task}_{self.date}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.unlink(missing_ok=True)
-            tracker.save_results_samples(task_name=task, samples=samples)
-            part = {name: found[name].get(task) for name in PARTS}
-            hashes = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in samples)
-            _write(self._part(task), {**part, "task_hash": _hash(hashes)})
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What a run's evaluation holds, read back from its folder.
 
-    def write(
-        self, tasks: Iterable[str], groups: Iterable[dict[str, Any]], members: dict[str, list[str]]
-    ) -> Path | None:
-        """The results of the tasks that were scored, and of the groups (rows as in `evaluation.json`)."""
-        parts = {task: json.loads(self._part(task).read_text()) for task in tasks if self._part(task).exists()}
-        if not parts:
+    `tasks` and `groups`: one row per task or group and metric, with value, unit, stderr and n (documents).
+    `published`: figures of the same model under the same conditions; empty where none is known.
+    """
+
+    tasks: Table
+    groups: Table
+    documents: Table
+    cards: Table
+    flags: list[Finding]
+    published: Table
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Failed task -> error."""
+        if self.tasks.empty:
+            return {}
+        rows = self.tasks[self.tasks["status"] != "ok"]
+        return dict(zip(rows["task"], rows["error"], strict=True))
+
+    @property
+    def ok(self) -> bool:
+        return not self.tasks.empty and not self.failed
+
+    @property
+    def error(self) -> EvaluationError | None:
+        """What ends the stage as failed: an error naming the failed tasks, None where every task was scored."""
+        if not self.failed:
             return None
-        merged: dict[str, Any] = {name: {task: part[name] for task, part in parts.items()} for name in PARTS}
-        found: dict[str, dict[str, Any]] = {}
-        for row in groups:
-            if row["status"] == "ok":
-                entry = found.setdefault(row["task"], {"alias": row["task"]})
-                name, _, filter_name = row["metric"].partition(",")
-                entry[f"{name},{filter_name or 'none'}"] = row["value"]
-                entry[f"{name}_stderr,{filter_name or 'none'}"] = "N/A" if row["stderr"] is None else row["stderr"]
-        merged["results"] |= found
-        merged |= {
-            "groups": found,
-            "group_subtasks": {name: members[name] for name in found},
-            "config": {"model": "ascend_kit", "model_args": f"pretrained={self.model_name}"},
-            "date": self.date,
-            "task_hashes": {task: part["task_hash"] for task, part in parts.items()},
-        }
-        for name in found:
-            merged["versions"][name] = None
-            merged["n-shot"][name] = 0
-            first = members[name][0]
-            merged["higher_is_better"][name] = merged["higher_is_better"].get(first)
-        tracker = self._tracker()
-        merged |= asdict(tracker.general_config_tracker)
-        path = self.root / str(tracker.general_config_tracker.model_name_sanitized) / f"results_{self.date}.json"
-        _write(path, merged)
-        return path
+        text = "; ".join(f"{task}: {error}" for task, error in list(self.failed.items())[:3])
+        return EvaluationError(f"{len(self.failed)} of {self.tasks['task'].nunique()} tasks failed ({text})")
 
-    def _tracker(self) -> EvaluationTracker:
-        from lm_eval.loggers import EvaluationTracker
-
-        tracker = EvaluationTracker(output_path=str(self.root))
-        tracker.general_config_tracker.log_experiment_args(
-            "ascend_kit", f"pretrained={self.model_name}", None, self.chat_template, self.chat_template is not None
-        )
-        tracker.date_id = self.date
-        return tracker
-
-    def _part(self, task: str) -> Path:
-        return self.root / "parts" / f"{task}.json"
+    def raise_if_failed(self) -> None:
+        """EvaluationError naming the failed tasks: what ends a notebook or a command with a failure."""
+        if self.error is not None:
+            raise self.error
 
 
-def _hash(text: str) -> str:
-    from lm_eval.utils import hash_string
+def load_evaluation(folder: RunFolder) -> EvaluationResult:
+    """The evaluation of a run folder, from its files alone: no engine, no lm-eval. Empty where there is none."""
+    import pandas
 
-    return hash_string(text)
+    summary = folder.read_json("evaluation") or {}
+    return EvaluationResult(
+        tasks=load_scores(folder),
+        groups=_table(summary.get("groups", [])),
+        documents=load_documents(folder),
+        cards=pandas.DataFrame(list(_asked_rows(folder, "evaluation_cards"))),
+        flags=[Finding.from_row(row) for row in summary.get("flags", [])],
+        published=pandas.DataFrame(summary.get("published", [])),
+    )
 
 
-def _write(path: Path, value: Any) -> None:
-    from lm_eval.utils import handle_non_serializable
+def load_scores(folder: RunFolder) -> Table:
+    """The last outcome of every task that was asked for: a row per metric, or one row of a failure."""
+    latest: dict[str, dict[str | None, dict[str, Any]]] = {}
+    for row in _asked_rows(folder, "scores"):
+        rows = latest.setdefault(row["task"], {})
+        if row["status"] != "ok" or None in rows or row["metric"] in rows:  # the task was scored again
+            rows.clear()
+        rows[row["metric"]] = row
+    return _table([row for rows in latest.values() for row in rows.values()])
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(value, indent=2, default=handle_non_serializable, ensure_ascii=False))
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    import pandas
+
+    return pandas.DataFrame(rows, columns=None if rows else COLUMNS)
+
+
+def load_documents(folder: RunFolder) -> Table:
+    """The documents behind `load_scores`, each once: the last answer to each of a task's scored documents."""
+    import pandas
+
+    return pandas.DataFrame(document_rows(folder))
+
+
+def document_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of `load_documents`, without pandas; while an evaluation runs, those answered so far."""
+    summary = folder.read_json("evaluation") or {}
+    drawn = {task: set(numbers) for task, numbers in summary.get("drawn", {}).items()}
+    scores = load_scores(folder)
+    failed = set(scores[scores["status"] != "ok"]["task"]) if len(scores) else set()
+    rows = list(_asked_rows(folder, "documents"))
+    order = {task: place for place, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
+    rows.sort(key=lambda row: (order[row["task"]], row["doc_id"]))  # they stand there as they were answered
+    latest = {(row["task"], row["doc_id"]): row for row in rows}
+    return [
+        row
+        for (task, document), row in latest.items()
+        if task not in failed and (task not in drawn or document in drawn[task])
+    ]
+
+
+def _asked_rows(folder: RunFolder, name: str) -> Iterator[dict[str, Any]]:
+    """The rows that belong to what the run's evaluation was last asked for; all others take part in nothing."""
+    asked = (folder.read_json("evaluation") or {}).get("identities", {})
+    return (row for row in folder.rows(name) if row.get("identity", "") == asked.get(row["task"]))
+
+
+# --- how sure a mean is -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Sums of a value over the documents of each passage; a document without a passage is one of its own."""
+
+    sizes: tuple[int, ...]
+    sums: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float], keys: Sequence[Hashable | None]) -> Passages | None:
+        """None where no two documents share a key: then the documents are independent."""
+        totals: dict[Hashable, tuple[int, float]] = {}
+        for place, (value, key) in enumerate(zip(values, keys, strict=True)):
+            name = (place,) if key is None else key
+            size, total = totals.get(name, (0, 0.0))
+            totals[name] = (size + 1, total + value)
+        if len(totals) == len(values):
+            return None
+        return cls(tuple(size for size, _ in totals.values()), tuple(total for _, total in totals.values()))
+
+    def mean_and_stderr(self) -> tuple[float, float]:
+        """The mean over documents and its cluster-robust standard error, with the factor K / (K - 1) of its square."""
+        n, count = sum(self.sizes), len(self.sizes)
+        mean = sum(self.sums) / n
+        squares = sum((total - size * mean) ** 2 for size, total in zip(self.sizes, self.sums, strict=True))
+        return mean, math.sqrt(squares * count / max(1, count - 1)) / n
+
+    def sign_test(self) -> float:
+        """Two-sided exact probability of a sum so far from 0 if every passage's sign fell like a coin.
+
+        Equals McNemar's exact test where every passage is one document.
+        """
+        import numpy
+
+        sums = [abs(round(total)) for total in self.sums if total]
+        chances = numpy.ones(1)  # chances[i]: the sum is i - (len - 1) / 2
+        for size in sums:
+            longer = numpy.zeros(len(chances) + 2 * size)
+            longer[: len(chances)] += chances / 2
+            longer[2 * size :] += chances / 2
+            chances = longer
+        middle, far = sum(sums), abs(round(sum(self.sums)))
+        return min(1.0, 2 * float(chances[middle + far :].sum())) if far else 1.0
+
+
+def accuracy_interval(
+    right: Sequence[float], passages: Sequence[Hashable | None], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Confidence interval of an accuracy from 0 or 1 per document: Wilson's, cluster-robust where passages are shared.
+
+    The latter is Student's with a degree of freedom less than passages; one right and one wrong answer are added, which
+    keeps its coverage near the ends.
+    """
+    from scipy.stats import binomtest, t
+
+    clusters = Passages.of(right, passages)
+    if clusters is None:
+        found = binomtest(round(sum(right)), len(right)).proportion_ci(confidence, method="wilson")
+        return float(found.low), float(found.high)
+    wider = Passages((*clusters.sizes, 1, 1), (*clusters.sums, 1, 0))
+    mean, stderr = wider.mean_and_stderr()
+    half = float(t.ppf(0.5 + confidence / 2, max(1, len(clusters.sizes) - 1))) * stderr
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def ratio(totals: Sequence[float], sizes: Sequence[float]) -> tuple[float, float | None]:
+    """sum(totals) / sum(sizes) and its standard error over samples (linearised); None for fewer than two."""
+    value = sum(totals) / sum(sizes)
+    count = len(totals)
+    if count < 2:
+        return value, None
+    spread = sum((total - value * size) ** 2 for total, size in zip(totals, sizes, strict=True))
+    return value, math.sqrt(count / (count - 1) * spread) / sum(sizes)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ascend_kit.evaluation.datasets import LocalTask
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.runs import find_run
+from ascend_kit.evaluation.tasks import LocalTask
 from ascend_kit.identity import Identity
 from ascend_kit.params import Experiment
 

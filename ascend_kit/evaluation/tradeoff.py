@@ -15,20 +15,23 @@ from ascend_kit.evaluation.compare import (
     ALL_SETS,
     CONFIDENCE,
     DEFAULT_MARGIN,
+    LAYOUT,
     PAIR_ON,
     Pairs,
+    Point,
     Row,
-    accuracy_interval,
+    Run,
     compare_accuracy,
     pair_documents,
     passage_of,
 )
 from ascend_kit.evaluation.perplexity import compare_perplexity
-from ascend_kit.evaluation.runs import LAYOUT, RATE, Point, Run, pick_baseline, pick_point
+from ascend_kit.evaluation.runs import pick_baseline, pick_point
+from ascend_kit.evaluation.scores import accuracy_interval
 from ascend_kit.files import Table
 from ascend_kit.measure.answers import asked_answers
 from ascend_kit.measure.disturbed import disturbance
-from ascend_kit.measure.rows import DEFAULTS, LOAD, load_of
+from ascend_kit.measure.rows import DEFAULTS, LOAD, RATE, load_of
 from ascend_kit.messages import Finding, say
 from ascend_kit.params.experiment import ENGINE_SWITCHES
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import RequestOutput, SamplingParams, Timeline
 from ascend_kit.engine.text import render_chat
-from ascend_kit.files import to_json, write_atomic
-from ascend_kit.identity import hash_value
+from ascend_kit.files import hash_value, to_json, write_atomic
 from ascend_kit.measure.answers import TABLE, answers_file, load_answers
 from ascend_kit.measure.metrics import RequestRecord, e2e_s, in_ms, record_from_output, tpot_s, ttft_s
 from ascend_kit.params import Experiment

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.identity import file_hash
+from ascend_kit.files import file_hash
 from ascend_kit.measure.loads import TIMED
 from ascend_kit.measure.points import PointForecast
 from ascend_kit.measure.rows import Point

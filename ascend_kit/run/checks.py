@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ascend_kit.files import GIB
-from ascend_kit.identity import Identity, hash_files
+from ascend_kit.files import GIB, hash_files
+from ascend_kit.identity import Identity
 from ascend_kit.messages import did_you_mean
 from ascend_kit.params import Experiment, ParameterError
 from ascend_kit.params.experiment import DEMO
@@ -148,7 +148,7 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
                 with noted():
                     read(getattr(experiment, key))
     if "dataset_path" in names:
-        from ascend_kit.evaluation.tasks import check_data
+        from ascend_kit.evaluation.datasets import check_data
 
         with noted():
             check_data(experiment)

@@ -10,9 +10,8 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluation.runs import RATE
 from ascend_kit.files import Table, write_atomic
-from ascend_kit.measure.rows import load_profile
+from ascend_kit.measure.rows import RATE, load_profile
 from ascend_kit.messages import phrase
 from ascend_kit.show import drawing, tables
 from ascend_kit.show.drawing import DASHES, FONT, GREY, PALETTE, RED

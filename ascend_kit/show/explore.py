@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluation.compare import pair_documents
-from ascend_kit.evaluation.runs import RATE, Run, load_scores
+from ascend_kit.evaluation.compare import Run, pair_documents
+from ascend_kit.evaluation.scores import load_scores
 from ascend_kit.files import GIB, Table
 from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
-from ascend_kit.measure.rows import Point, key_of, load_rows
+from ascend_kit.measure.rows import RATE, Point, key_of, load_rows
 from ascend_kit.measure.verdict import fastest, measured_points
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params.experiment import ENGINE_SWITCHES

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ascend_kit.evaluation.runs import RATE, Run
+from ascend_kit.evaluation.compare import Run
 from ascend_kit.files import Table
+from ascend_kit.measure.rows import RATE
 from ascend_kit.messages import phrase, translate
 from ascend_kit.results import RunFolder
 from ascend_kit.show import charts, explore, history, sweep_charts, tables

@@ -17,7 +17,7 @@ from ascend_kit.results import RunFolder
 from ascend_kit.show.drawing import LOADS, config_labels, known, with_labels
 
 if TYPE_CHECKING:
-    from ascend_kit.evaluation.runs import EvaluationResult
+    from ascend_kit.evaluation.scores import EvaluationResult
     from ascend_kit.evaluation.tradeoff import Verdict
 
 HIT_RATE_WORTH_A_WORD = 0.02

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluation.runs import RATE, Run
-from ascend_kit.files import Table
-from ascend_kit.identity import MUST_AGREE, Identity, hash_value
-from ascend_kit.measure.rows import Point, key_of
+from ascend_kit.evaluation.compare import Run
+from ascend_kit.files import Table, hash_value
+from ascend_kit.identity import MUST_AGREE, Identity
+from ascend_kit.measure.rows import RATE, Point, key_of
 from ascend_kit.show import drawing
 from ascend_kit.show.drawing import FONT, RED
 from ascend_kit.show.tables import cell_text

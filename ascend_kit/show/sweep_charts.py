@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.evaluation.runs import RATE
 from ascend_kit.files import GIB, Table
 from ascend_kit.measure import verdict
+from ascend_kit.measure.rows import RATE
 from ascend_kit.show import drawing
 from ascend_kit.show.drawing import (
     BASELINES,
