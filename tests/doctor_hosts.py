@@ -42,7 +42,7 @@ class FakeHost(Host):
         self.machine, self.system = known.pop("machine", "aarch64"), "Linux 5.10"
         assert not known, f"unknown state {known}"
 
-    def run(self, command, timeout_s=20.0, on_line=None, env=None) -> CommandResult:
+    def run(self, command, timeout_s=20.0, on_line=None) -> CommandResult:
         words = " ".join(command)
         names = [name for name in self.commands if words == name or words.startswith(name + " ")]
         if not names:

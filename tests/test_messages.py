@@ -98,7 +98,8 @@ def doctor_texts():
                 "add",
             )
             found = node.args[1:] if is_check else []
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("remedy", "evidence", "reason"):
+            words = ("remedy", "evidence", "reason", "tip")
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in words:
                 found = [node.value]
             for text in (
                 text for one in found for text in ([one.body, one.orelse] if isinstance(one, ast.IfExp) else [one])

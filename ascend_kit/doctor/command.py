@@ -75,27 +75,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ascend_kit doctor",
         description="is this machine ready, what is wrong with it, and what to do about it",
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda[:N], npu[:N]; npu makes a missing card a failure"
-    )
-    parser.add_argument(
-        "--self-test", action="store_true", help="compare every operator with its reference on the device"
-    )
-    parser.add_argument(
-        "--first-run", action="store_true", help="all of it, and a random model for a minute; one report"
-    )
-    parser.add_argument("--output", type=Path, default=Path("first_run.json"), help="where --first-run reports to")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long --first-run measures its model")
-    parser.add_argument("--small", action="store_true", help="--first-run with a model of toy size")
-    parser.add_argument(
-        "--explain", metavar="FILE", help="explain the errors in a log file, or in the standard input (-)"
-    )
-    parser.add_argument(
-        "--peers", nargs="*", default=(), metavar="ADDRESS", help="card addresses on other machines to ping"
-    )
-    parser.add_argument("--no-device", action="store_true", help="only read: start nothing on the device")
-    parser.add_argument("--no-graphs", action="store_true", help="judge for runs with graph_mode: false")
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    option = parser.add_argument
+    option("--device", default="auto", help="auto, cpu, cuda[:N], npu[:N]; npu makes a missing card a failure")
+    option("--self-test", action="store_true", help="compare every operator with its reference on the device")
+    option("--first-run", action="store_true", help="all of it, and a random model for a minute; one report")
+    option("--output", type=Path, default=Path("first_run.json"), help="where --first-run reports to")
+    option("--seconds", type=float, default=60.0, help="how long --first-run measures its model")
+    option("--small", action="store_true", help="--first-run with a model of toy size")
+    option("--explain", metavar="FILE", help="explain the errors in a log file, or in the standard input (-)")
+    option("--peers", nargs="*", default=(), metavar="ADDRESS", help="card addresses on other machines to ping")
+    option("--no-device", action="store_true", help="only read: start nothing on the device")
+    option("--no-graphs", action="store_true", help="judge for runs with graph_mode: false")
+    option("--json", action="store_true", help="machine-readable output")
     return parser
 
 
@@ -103,10 +94,8 @@ def _explain(source: str, as_json: bool) -> int:
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(errors="replace")
     except OSError as error:
-        print(
-            f"cannot read {source}: {error.strerror}; give a log file, or - and the text on the standard input",
-            file=sys.stderr,
-        )
+        remedy = "give a log file, or - and the text on the standard input"
+        print(f"cannot read {source}: {error.strerror}; {remedy}", file=sys.stderr)
         return 1
     found = explain(text)
     print(json.dumps([asdict(item) for item in found], indent=1) if as_json else render_explanations(found))

@@ -113,7 +113,6 @@ def _render_section(name: str, items: list[Finding], width: int) -> list[str]:
 
 
 def _hanging(head: str, text: str, width: int) -> list[str]:
-    indent = " " * min(len(head), 36)
-    return textwrap.wrap(
-        head + text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
-    ) or [head.rstrip()]
+    wrapper = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False)
+    wrapper.subsequent_indent = " " * min(len(head), 36)
+    return wrapper.wrap(head + text)

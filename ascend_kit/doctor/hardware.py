@@ -14,14 +14,10 @@ DRIVER_INFO = "/usr/local/Ascend/driver/version.info"
 CANN_ROOTS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
 CONTROL_FILES = ("/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc")
 CONTAINER_REMEDY = (
-    "start the container with --device /dev/davinci0 (and each further card), --device "
-    "/dev/davinci_manager, --device "
+    "start the container with --device /dev/davinci0 (and each further card), --device /dev/davinci_manager, --device "
     "/dev/devmm_svm, --device /dev/hisi_hdc, and mount /usr/local/Ascend/driver/lib64, "
-    "/usr/local/Ascend/driver/version.info, "
-    "/usr/local/dcmi, /usr/local/bin/npu-smi and /etc/ascend_install.info"
+    "/usr/local/Ascend/driver/version.info, /usr/local/dcmi, /usr/local/bin/npu-smi and /etc/ascend_install.info"
 )
-
-CONTAINER_DRIVER_REMEDY = "mount the driver and npu-smi into the container, see Device files below"
 
 
 @dataclass
@@ -30,7 +26,6 @@ class Installation:
 
     smi: SmiInfo | None = None
     driver: str | None = None
-    cann_root: str | None = None
     cann: str | None = None
 
     @property
@@ -70,21 +65,18 @@ def is_container(host: Host) -> bool:
 def check_driver(host: Host, found: Installation) -> Section:
     """npu-smi, driver version and card health; fills `smi` and `driver`."""
     section = Section("Driver")
-    container = is_container(host)
+    inside = "mount the driver and npu-smi into the container, see Device files below" if is_container(host) else ""
     result = host.run(["npu-smi", "info"], timeout_s=60)
     if result.is_ok:
         _read_smi(section, result.stdout, found)
     else:
         remedy = "install the driver (HDK) and put npu-smi on PATH; it needs the group HwHiAiUser"
-        section.fail("npu-smi", result.last_line(), CONTAINER_DRIVER_REMEDY if container else remedy)
+        section.fail("npu-smi", result.last_line(), inside or remedy)
     match = re.search(r"(?im)^version\s*=\s*(\S+)", host.read(DRIVER_INFO) or "")
     found.driver = match.group(1) if match else (found.smi.version if found.smi else None)
     if found.driver is None:
-        section.fail(
-            "driver version",
-            f"{DRIVER_INFO} cannot be read",
-            CONTAINER_DRIVER_REMEDY if container else "install the driver that the CANN release notes name",
-        )
+        remedy = "install the driver that the CANN release notes name"
+        section.fail("driver version", f"{DRIVER_INFO} cannot be read", inside or remedy)
     else:
         is_old = numbers(found.driver) < numbers(stack()["graph_driver"])
         remedy = "25.5.1 or newer for graph_mode: older drivers run out of streams with many captured graphs (207008)"
@@ -101,11 +93,8 @@ def _read_smi(section: Section, text: str, found: Installation) -> None:
     chips = found.smi.chips
     names = ", ".join(sorted({chip.name for chip in chips}))
     if not chips:
-        section.fail(
-            "npu-smi",
-            f"version {found.smi.version}, no card listed",
-            "check the cards with `npu-smi info -l` and dmesg",
-        )
+        remedy = "check the cards with `npu-smi info -l` and dmesg"
+        section.fail("npu-smi", f"version {found.smi.version}, no card listed", remedy)
         return
     section.ok("npu-smi", f"version {found.smi.version}, {len(chips)} x {names}")
     sick = [f"NPU {chip.npu} chip {chip.chip}: {chip.health}" for chip in chips if not chip.is_healthy]
@@ -123,30 +112,20 @@ def check_device_files(host: Host) -> Section:
     missing = [path for path in CONTROL_FILES if not host.exists(path)]
     if not cards or missing:
         lost = ([] if cards else ["/dev/davinci0 ..."]) + missing
-        section.fail(
-            "present",
-            f"missing: {', '.join(lost)}",
-            CONTAINER_REMEDY if is_container(host) else "load the driver (reboot after installing it), see dmesg",
-        )
+        remedy = CONTAINER_REMEDY if is_container(host) else "load the driver (reboot after installing it), see dmesg"
+        section.fail("present", f"missing: {', '.join(lost)}", remedy)
     else:
-        section.ok(
-            "present", f"{len(cards)} cards and {', '.join(path.removeprefix('/dev/') for path in CONTROL_FILES)}"
-        )
+        evidence = f"{len(cards)} cards and {', '.join(path.removeprefix('/dev/') for path in CONTROL_FILES)}"
+        section.ok("present", evidence)
     closed = [path for path in [*cards, *CONTROL_FILES] if host.exists(path) and not host.can_read_write(path)]
     if closed:
-        section.fail(
-            "permission",
-            f"cannot open {', '.join(closed)} (groups: {', '.join(host.groups()) or 'none'})",
-            "usermod -aG HwHiAiUser <user>, then log in again",
-        )
+        evidence = f"cannot open {', '.join(closed)} (groups: {', '.join(host.groups()) or 'none'})"
+        section.fail("permission", evidence, "usermod -aG HwHiAiUser <user>, then log in again")
     elif cards:
         section.ok("permission", "readable and writable")
     if len(cards) > 10 and host.import_version("ray"):
-        section.warn(
-            "ray",
-            f"{len(cards)} device files",
-            f"Ray may count only single-digit cards: give ray start --resources '{{\"NPU\": {len(cards)}}}'",
-        )
+        remedy = f"Ray may count only single-digit cards: give ray start --resources '{{\"NPU\": {len(cards)}}}'"
+        section.warn("ray", f"{len(cards)} device files", remedy)
     return section
 
 
@@ -159,31 +138,23 @@ def find_cann(host: Host) -> str | None:
 
 
 def check_cann(host: Host, found: Installation) -> Section:
-    """CANN root, set_env.sh sourced or not, version, operator package; fills `cann_root` and `cann`."""
+    """CANN root, set_env.sh sourced or not, version, operator package; fills `cann`."""
     section = Section("CANN")
-    root = found.cann_root = find_cann(host)
+    root, home = find_cann(host), host.env.get("ASCEND_HOME_PATH")
     if root is None:
-        section.fail(
-            "toolkit",
-            f"not found (ASCEND_HOME_PATH={host.env.get('ASCEND_HOME_PATH', 'not set')}, {', '.join(CANN_ROOTS)})",
-            "install the CANN toolkit and the 910b operator package, or use a CANN image",
-        )
+        evidence = f"not found (ASCEND_HOME_PATH={home or 'not set'}, {', '.join(CANN_ROOTS)})"
+        remedy = "install the CANN toolkit and the 910b operator package, or use a CANN image"
+        section.fail("toolkit", evidence, remedy)
         return section
     section.ok("toolkit", root)
-    if host.env.get("ASCEND_HOME_PATH") is None:
-        section.fail(
-            "set_env.sh",
-            "ASCEND_HOME_PATH is not set in this process",
-            f"source {_set_env(host, root)} before starting Python, also in the notebook kernel and in services",
-        )
-    elif not host.exists(host.env["ASCEND_HOME_PATH"]):
-        section.fail(
-            "set_env.sh",
-            f"ASCEND_HOME_PATH={host.env['ASCEND_HOME_PATH']} does not exist",
-            "an old CANN was removed: open a new shell and source set_env.sh of the one installed",
-        )
+    if home is None:
+        remedy = f"source {_set_env(host, root)} before starting Python, also in the notebook kernel and in services"
+        section.fail("set_env.sh", "ASCEND_HOME_PATH is not set in this process", remedy)
+    elif not host.exists(home):
+        remedy = "an old CANN was removed: open a new shell and source set_env.sh of the one installed"
+        section.fail("set_env.sh", f"ASCEND_HOME_PATH={home} does not exist", remedy)
     else:
-        section.ok("set_env.sh", f"ASCEND_HOME_PATH={host.env['ASCEND_HOME_PATH']}")
+        section.ok("set_env.sh", f"ASCEND_HOME_PATH={home}")
     found.cann = _cann_version(host, root)
     unknown = "" if found.cann else "the import section below asks torch_npu for it"
     section.judge("version", found.cann or f"no version file below {root}", warn=unknown)
@@ -198,12 +169,9 @@ def _set_env(host: Host, root: str) -> str:
 
 def _cann_version(host: Host, root: str) -> str | None:
     """Version of the toolkit; the file lies in a folder named after the processor, or in the root."""
-    for pattern in ("*/ascend_toolkit_install.info", "ascend_toolkit_install.info", "version.cfg", "version.info"):
-        for path in host.glob(f"{root}/{pattern}"):
-            version = _version_in(host.read(path) or "")
-            if version:
-                return version
-    return None
+    names = ("*/ascend_toolkit_install.info", "ascend_toolkit_install.info", "version.cfg", "version.info")
+    versions = (_version_in(host.read(path) or "") for name in names for path in host.glob(f"{root}/{name}"))
+    return next(filter(None, versions), None)
 
 
 def _version_in(text: str) -> str | None:
@@ -219,21 +187,18 @@ def _check_operator_package(section: Section, host: Host, root: str, found: Inst
     info = next(iter(host.glob(f"{root}/*/ascend_ops_install.info")), None)
     version = _version_in(host.read(info) or "") if info else None
     if version and found.cann and version != found.cann:
-        section.fail(
-            "operator package",
-            f"version {version}, toolkit {found.cann}",
-            "install both at one version: a mixed installation fails at the first call (500001)",
-        )
+        remedy = "install both at one version: a mixed installation fails at the first call (500001)"
+        section.fail("operator package", f"version {version}, toolkit {found.cann}", remedy)
     elif host.glob(f"{base}/{wanted}*") or host.glob(f"{base}/config/{wanted}*"):
         section.ok("operator package", wanted + (f", version {version}" if version else ""))
     else:
         have = sorted({path.rsplit("/", 1)[-1] for path in host.glob(f"{base}/ascend*")})
-        section.warn(
-            "operator package",
-            f"no {wanted} kernels below {root}/opp (found: {', '.join(have) or 'none'})",
+        remedy = (
             "install the 910b (A3: 910_93) operator package of the toolkit's version; "
-            "without it the first call fails with 500001",
+            "without it the first call fails with 500001"
         )
+        evidence = f"no {wanted} kernels below {root}/opp (found: {', '.join(have) or 'none'})"
+        section.warn("operator package", evidence, remedy)
 
 
 def check_nnal(host: Host) -> Section:
@@ -257,17 +222,13 @@ def check_occupancy(section: Section, host: Host, smi: SmiInfo) -> None:
     remedy = "end your own with kill <pid>; a pid not visible here belongs to another container or is already gone"
     section.judge("other processes", listed or "none listed by npu-smi", warn=remedy if listed else "")
     busy = {process.npu for process in smi.processes}
-    held = [
-        f"NPU {chip.npu} chip {chip.chip}: {chip.hbm_used_mb} of {chip.hbm_total_mb} MB"
-        for chip in smi.chips
-        if (chip.hbm_used_mb or 0) > IDLE_HBM_MB and chip.npu not in busy
-    ]
+    full = [chip for chip in smi.chips if (chip.hbm_used_mb or 0) > IDLE_HBM_MB and chip.npu not in busy]
+    held = [f"NPU {chip.npu} chip {chip.chip}: {chip.hbm_used_mb} of {chip.hbm_total_mb} MB" for chip in full]
     if held:
-        section.warn(
-            "memory without a process",
-            "; ".join(held),
-            "leftovers of a killed job, or a process in another container: npu-smi info -t proc-mem -i N on the host",
+        remedy = (
+            "leftovers of a killed job, or a process in another container: npu-smi info -t proc-mem -i N on the host"
         )
+        section.warn("memory without a process", "; ".join(held), remedy)
 
 
 def _describe(host: Host, process: SmiProcess) -> str:

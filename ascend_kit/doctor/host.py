@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,30 +60,29 @@ class Host:
         self.system: str = f"{platform.system()} {platform.release()}"
 
     def run(
-        self,
-        command: Sequence[str],
-        timeout_s: float = 20.0,
-        on_line: Callable[[str], None] | None = None,
-        env: Mapping[str, str] | None = None,
+        self, command: Sequence[str], timeout_s: float = 20.0, on_line: Callable[[str], None] | None = None
     ) -> CommandResult:
-        """Run without a shell; `on_line` receives stdout lines as they come, `env` adds to the environment.
+        """Run without a shell; `on_line` receives stdout lines as they come.
 
         A command still running after `timeout_s` seconds is killed and what it printed is kept.
         """
-        try:
-            process = subprocess.Popen(
-                list(command),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-                env={**self.env, **(env or {})},
-            )
-        except OSError as error:
-            return CommandResult(None, problem=f"{command[0]}: {error.strerror or error}")
-        return _collect(process, timeout_s, on_line)
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:
+            try:
+                process = subprocess.Popen(
+                    list(command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                    env=self.env,
+                )
+            except OSError as error:
+                return CommandResult(None, problem=f"{command[0]}: {error.strerror or error}")
+            code, stdout, problem = _collect(process, timeout_s, on_line)
+            errors.seek(0)
+            return CommandResult(code, stdout, errors.read(), problem)
 
     def which(self, program: str) -> str | None:
         return shutil.which(program)
@@ -167,23 +167,20 @@ class Host:
         return socket.gethostname()
 
 
-def _collect(process: subprocess.Popen, timeout_s: float, on_line: Callable[[str], None] | None) -> CommandResult:
-    """Drain both pipes on threads: neither fills up, and a silent child can be stopped in time."""
+def _collect(
+    process: subprocess.Popen[str], timeout_s: float, on_line: Callable[[str], None] | None
+) -> tuple[int | None, str, str]:
+    """Exit code, output and problem; the pipe is drained on a thread, so that a silent child can be stopped in time."""
     out: list[str] = []
-    err: list[str] = []
 
-    def drain_stdout() -> None:
+    def drain() -> None:
         for line in process.stdout or ():
             out.append(line)
             if on_line:
                 on_line(line.rstrip("\n"))
 
-    readers = [
-        threading.Thread(target=drain_stdout, daemon=True),
-        threading.Thread(target=lambda: err.extend(process.stderr or ()), daemon=True),
-    ]
-    for reader in readers:
-        reader.start()
+    reader = threading.Thread(target=drain, daemon=True)
+    reader.start()
     problem = ""
     try:
         process.wait(timeout_s)
@@ -193,12 +190,11 @@ def _collect(process: subprocess.Popen, timeout_s: float, on_line: Callable[[str
     except BaseException:  # Ctrl-C: its process group is its own, so the terminal does not end it
         _kill_group(process)
         raise
-    for reader in readers:
-        reader.join(2.0)
+    reader.join(2.0)
     code = None if problem else process.returncode
     if code is not None and code < 0:
         problem = f"ended by signal {-code}"
-    return CommandResult(code, "".join(out), "".join(err), problem)
+    return code, "".join(out), problem
 
 
 def _kill_group(process: subprocess.Popen) -> None:

@@ -33,11 +33,8 @@ def _check_cpus(section: Section, host: Host) -> None:
     usable, quota = host.cpu_count(), _cpu_quota(host)
     shown = f"{usable} usable" + (f", {match.group(1).strip()}" if match else "")
     if quota is not None and quota < usable:
-        section.warn(
-            "cpus",
-            f"{shown}, but the container may use {quota:g}",
-            f"OMP_NUM_THREADS={max(1, int(quota))}: more threads than that only wait for each other",
-        )
+        remedy = f"OMP_NUM_THREADS={max(1, int(quota))}: more threads than that only wait for each other"
+        section.warn("cpus", f"{shown}, but the container may use {quota:g}", remedy)
     else:
         section.ok("cpus", shown)
     threads = host.env.get("OMP_NUM_THREADS", "")
@@ -77,9 +74,8 @@ def check_tuning(host: Host, is_ascend: bool) -> Section:
     if is_ascend:
         preload = host.env.get("LD_PRELOAD", "")
         found = next((name for name in ("jemalloc", "tcmalloc") if name in preload), None)
-        section.ok(
-            "host allocator", found or "glibc", "" if found else "LD_PRELOAD of jemalloc or tcmalloc shortens host time"
-        )
+        tip = "" if found else "LD_PRELOAD of jemalloc or tcmalloc shortens host time"
+        section.ok("host allocator", found or "glibc", tip)
     return section
 
 
@@ -107,17 +103,11 @@ def _check_compiler(section: Section, host: Host) -> None:
     names = [host.env["CXX"]] if host.env.get("CXX") else ["g++", "clang++", "c++"]
     compiler = next((path for path in map(host.which, names) if path), None)
     if compiler is None:
-        section.warn(
-            "c++ compiler",
-            f"none of {', '.join(names)}",
-            "graph_mode on a CPU compiles the decode step: install g++ (apt install g++), or set graph_mode: false",
-        )
+        remedy = "graph_mode on a CPU compiles the decode step: install g++ (apt install g++), or set graph_mode: false"
+        section.warn("c++ compiler", f"none of {', '.join(names)}", remedy)
     elif not host.exists(f"{host.python_include()}/Python.h"):
-        section.warn(
-            "c++ compiler",
-            f"{compiler}, but no Python.h in {host.python_include()}",
-            "graph_mode on a CPU needs the headers of Python: install python3-dev, or set graph_mode: false",
-        )
+        remedy = "graph_mode on a CPU needs the headers of Python: install python3-dev, or set graph_mode: false"
+        section.warn("c++ compiler", f"{compiler}, but no Python.h in {host.python_include()}", remedy)
     else:
         section.ok("c++ compiler", compiler)
 
@@ -140,11 +130,8 @@ def _check_packages(section: Section, host: Host) -> None:
     else:
         section.ok("packages", f"{len(requirements)} requirements met")
     if host.import_version("vllm-ascend") and (host.import_version("torch") or "").startswith("2.13"):
-        section.warn(
-            "vllm-ascend",
-            f"vllm-ascend {host.import_version('vllm-ascend')} beside torch 2.13",
-            "no vllm-ascend release uses torch 2.13: give it an environment of its own",
-        )
+        remedy = "no vllm-ascend release uses torch 2.13: give it an environment of its own"
+        section.warn("vllm-ascend", f"vllm-ascend {host.import_version('vllm-ascend')} beside torch 2.13", remedy)
     ray = host.import_version("ray")
     section.add("ok" if ray else "n/a", "ray", ray or "not installed; needed for cards > 1 only")
 
@@ -158,8 +145,7 @@ def _check_disk(section: Section, host: Host) -> None:
         free = host.free_disk_bytes(folder if host.exists(folder) else host.home())
         shown = f"{folder}: {'unknown' if free is None else f'{free / GIB:.0f} GiB'} free"
         if not host.can_create_in(folder):
-            section.fail(
-                check, f"{folder} cannot be written", "work in a folder of your own, or set XDG_CACHE_HOME and HF_HOME"
-            )
+            remedy = "work in a folder of your own, or set XDG_CACHE_HOME and HF_HOME"
+            section.fail(check, f"{folder} cannot be written", remedy)
         else:
             section.judge(check, shown, warn=purpose if free is not None and free < needed * GIB else "")

@@ -66,26 +66,21 @@ def _check_addresses(section: Section, host: Host, interfaces: dict[str, list[st
     wanted = host.env.get("HCCL_IF_IP")
     listed = ", ".join(f"{name} {'/'.join(addresses)}" for name, addresses in interfaces.items() if name != "lo")
     if wanted is None:
-        section.warn(
-            "HCCL_IF_IP",
-            f"not set; this machine has {listed or 'no address'}",
-            "export HCCL_IF_IP=<address the other machines reach> before `ray start`",
-        )
+        remedy = "export HCCL_IF_IP=<address the other machines reach> before `ray start`"
+        section.warn("HCCL_IF_IP", f"not set; this machine has {listed or 'no address'}", remedy)
     elif own and wanted not in own:
-        section.fail(
-            "HCCL_IF_IP", f"{wanted} is not an address of this machine ({listed})", "each machine sets its own address"
-        )
+        remedy = "each machine sets its own address"
+        section.fail("HCCL_IF_IP", f"{wanted} is not an address of this machine ({listed})", remedy)
     else:
         section.ok("HCCL_IF_IP", wanted)
     name = host.hostname()
     address = host.resolve(name)
     if address is None or address.startswith("127."):
-        section.warn(
-            "host name",
-            f"{name} resolves to {address or 'nothing'}",
+        remedy = (
             "gloo offers this address to its peers: give the name its real address in /etc/hosts, or set "
-            "GLOO_SOCKET_IFNAME",
+            "GLOO_SOCKET_IFNAME"
         )
+        section.warn("host name", f"{name} resolves to {address or 'nothing'}", remedy)
     else:
         section.ok("host name", f"{name} resolves to {address}")
 
@@ -96,9 +91,8 @@ def _check_interfaces(section: Section, host: Host, interfaces: dict[str, list[s
     for variable in INTERFACE_VARIABLES:
         value = host.env.get(variable)
         if value is None:
-            section.warn(
-                variable, "not set", f"export {variable}={guess} before `ray start`: workers inherit its environment"
-            )
+            remedy = f"export {variable}={guess} before `ray start`: workers inherit its environment"
+            section.warn(variable, "not set", remedy)
             continue
         names = [name.strip().lstrip("=") for name in value.split(",") if not name.startswith("^")]
         missing = [name for name in names if not any(have.startswith(name) for have in interfaces)]
@@ -112,11 +106,8 @@ def _check_timeouts(section: Section, host: Host) -> None:
     if "HCCL_CONNECT_TIMEOUT" in host.env:
         section.ok("connect timeout", f"{host.env['HCCL_CONNECT_TIMEOUT']} s, must be equal on all machines")
     else:
-        section.warn(
-            "connect timeout",
-            f"default {CONNECT_TIMEOUT_DEFAULT_S} s",
-            "export HCCL_CONNECT_TIMEOUT=1200 on all machines: loading weights may take longer than the default",
-        )
+        remedy = "export HCCL_CONNECT_TIMEOUT=1200 on all machines: loading weights may take longer than the default"
+        section.warn("connect timeout", f"default {CONNECT_TIMEOUT_DEFAULT_S} s", remedy)
 
 
 def _check_ports(section: Section, host: Host) -> None:
@@ -130,20 +121,16 @@ def _check_ports(section: Section, host: Host) -> None:
     reserved = (host.read("/proc/sys/net/ipv4/ip_local_reserved_ports") or "").strip()
     ports = f"{base}-{base + NUM_BASE_PORTS - 1}"
     if len(window) == 2 and window[0] <= base + NUM_BASE_PORTS - 1 and base <= window[1] and not reserved:
-        section.warn(
-            "base port",
-            f"{ports} lies in the range of outgoing connections ({window[0]}-{window[1]})",
-            f"sysctl -w net.ipv4.ip_local_reserved_ports={ports}",
-        )
+        evidence = f"{ports} lies in the range of outgoing connections ({window[0]}-{window[1]})"
+        section.warn("base port", evidence, f"sysctl -w net.ipv4.ip_local_reserved_ports={ports}")
     else:
         section.ok("base port", ports)
 
 
 def _check_cards(section: Section, host: Host, npu_ids: Sequence[int], peers: Sequence[str], is_a3: bool) -> None:
     if not host.exists("/etc/hccn.conf"):
-        section.fail(
-            "/etc/hccn.conf", "missing", "configure the card ports with hccn_tool; in a container mount /etc/hccn.conf"
-        )
+        remedy = "configure the card ports with hccn_tool; in a container mount /etc/hccn.conf"
+        section.fail("/etc/hccn.conf", "missing", remedy)
     else:
         section.ok("/etc/hccn.conf", "present")
     tool = host.which("hccn_tool") or "/usr/local/Ascend/driver/tools/hccn_tool"
@@ -157,13 +144,8 @@ def _check_cards(section: Section, host: Host, npu_ids: Sequence[int], peers: Se
     ping = "-hccs_ping" if is_a3 else "-ping"
     for peer in peers:
         outputs = {npu: host.run([tool, "-i", str(npu), ping, "-g", "address", peer]).text for npu in npu_ids}
-        _report_cards(
-            section,
-            f"ping {peer}",
-            outputs,
-            r"[1-9]\d* received|recv seq|ping success",
-            "check addresses, netmasks and the switch; both ends must be in one network or have a gateway",
-        )
+        mend = "check addresses, netmasks and the switch; both ends must be in one network or have a gateway"
+        _report_cards(section, f"ping {peer}", outputs, r"[1-9]\d* received|recv seq|ping success", mend)
 
 
 def _report_cards(section: Section, check: str, outputs: dict[int, str], healthy: str, remedy: str) -> None:
@@ -179,19 +161,14 @@ def _report_cards(section: Section, check: str, outputs: dict[int, str], healthy
 def _check_tls(section: Section, host: Host, tool: str, npu_ids: Sequence[int]) -> None:
     states = {}
     for npu in npu_ids:
-        match = re.search(
-            r"tls (?:switch|status)\s*\[?:?\s*(\w+)", host.run([tool, "-i", str(npu), "-tls", "-g"]).text, re.I
-        )
-        states[npu] = match.group(1) if match else "unknown"
+        text = host.run([tool, "-i", str(npu), "-tls", "-g"]).text
+        match = re.search(r"tls (?:switch|status)\s*\[?:?\s*(\w+)", text, re.IGNORECASE)
+        states[npu] = match[1] if match else "unknown"
     if len(set(states.values())) > 1:
-        section.fail(
-            "tls",
-            ", ".join(f"{npu}: {state}" for npu, state in states.items()),
-            "hccn_tool -i N -tls -s enable 0 (or 1) on every card of every machine",
-        )
+        remedy = "hccn_tool -i N -tls -s enable 0 (or 1) on every card of every machine"
+        section.fail("tls", ", ".join(f"{npu}: {state}" for npu, state in states.items()), remedy)
     elif "unknown" in states.values():
-        section.warn(
-            "tls", "setting could not be read", "compare `hccn_tool -i N -tls -g` on all machines: must be equal"
-        )
+        remedy = "compare `hccn_tool -i N -tls -g` on all machines: must be equal"
+        section.warn("tls", "setting could not be read", remedy)
     else:
         section.ok("tls", f"{states[npu_ids[0]]} on every card here; must be equal on all machines")

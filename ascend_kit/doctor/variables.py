@@ -71,19 +71,13 @@ def check_variables(host: Host, num_cards: int, graph_mode: bool = True) -> Sect
 def _allocator(section: Section, env: Mapping[str, str]) -> None:
     npu, common = env.get("PYTORCH_NPU_ALLOC_CONF"), env.get("PYTORCH_ALLOC_CONF")
     if npu and common:
-        section.fail(
-            "allocator",
-            f"PYTORCH_NPU_ALLOC_CONF={npu} and PYTORCH_ALLOC_CONF={common}",
-            "both set is an error in torch_npu: unset PYTORCH_ALLOC_CONF",
-        )
+        remedy = "both set is an error in torch_npu: unset PYTORCH_ALLOC_CONF"
+        section.fail("allocator", f"PYTORCH_NPU_ALLOC_CONF={npu} and PYTORCH_ALLOC_CONF={common}", remedy)
     elif "expandable_segments:True" in (npu or common or ""):
         section.ok("allocator", "expandable_segments:True")
     else:
-        section.ok(
-            "allocator",
-            f"PYTORCH_NPU_ALLOC_CONF={npu}" if npu else "PYTORCH_NPU_ALLOC_CONF not set",
-            "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True fragments less",
-        )
+        tip = "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True fragments less"
+        section.ok("allocator", f"PYTORCH_NPU_ALLOC_CONF={npu}" if npu else "PYTORCH_NPU_ALLOC_CONF not set", tip)
 
 
 def _visible(section: Section, env: Mapping[str, str], num_cards: int) -> None:
@@ -91,18 +85,14 @@ def _visible(section: Section, env: Mapping[str, str], num_cards: int) -> None:
     if value is None:
         other = env.get("ASCEND_VISIBLE_DEVICES")
         evidence = "ASCEND_RT_VISIBLE_DEVICES not set: every card"
-        section.ok(
-            check, evidence if other is None else f"{evidence} (CANN does not read ASCEND_VISIBLE_DEVICES={other})"
-        )
+        evidence = evidence if other is None else f"{evidence} (CANN does not read ASCEND_VISIBLE_DEVICES={other})"
+        section.ok(check, evidence)
         return
     taken, asked = visible_devices(value), len([token for token in value.split(",") if token.strip()])
     shown = f"ASCEND_RT_VISIBLE_DEVICES={value!r}"
     if len(taken) < asked or not taken:
-        section.fail(
-            check,
-            f"{shown}: only {taken or 'no card'} taken",
-            "write a comma list of bare numbers without blanks; the list ends silently at the first bad token",
-        )
+        remedy = "write a comma list of bare numbers without blanks; the list ends silently at the first bad token"
+        section.fail(check, f"{shown}: only {taken or 'no card'} taken", remedy)
     elif len(set(taken)) < len(taken):
         section.fail(check, f"{shown}: a card is named twice", "name every card once")
     elif num_cards and max(taken) >= num_cards:
@@ -113,11 +103,8 @@ def _visible(section: Section, env: Mapping[str, str], num_cards: int) -> None:
 
 def _launching(section: Section, env: Mapping[str, str], graph_mode: bool) -> None:
     if env.get("ASCEND_LAUNCH_BLOCKING") == "1":
-        section.fail(
-            "launch blocking",
-            "ASCEND_LAUNCH_BLOCKING=1",
-            "a debugging switch: unset it; it forbids graph_mode and cancels TASK_QUEUE_ENABLE",
-        )
+        remedy = "a debugging switch: unset it; it forbids graph_mode and cancels TASK_QUEUE_ENABLE"
+        section.fail("launch blocking", "ASCEND_LAUNCH_BLOCKING=1", remedy)
     queue = env.get("TASK_QUEUE_ENABLE", "1")
     shown = f"TASK_QUEUE_ENABLE={queue}" + ("" if "TASK_QUEUE_ENABLE" in env else " (default)")
     if queue == "0":
@@ -131,9 +118,8 @@ def _launching(section: Section, env: Mapping[str, str], graph_mode: bool) -> No
     if "CPU_AFFINITY_CONF" in env:
         section.ok("cpu affinity", f"CPU_AFFINITY_CONF={env['CPU_AFFINITY_CONF']}")
     else:
-        section.ok(
-            "cpu affinity", "CPU_AFFINITY_CONF not set", "CPU_AFFINITY_CONF=1 keeps launch threads near their card"
-        )
+        tip = "CPU_AFFINITY_CONF=1 keeps launch threads near their card"
+        section.ok("cpu affinity", "CPU_AFFINITY_CONF not set", tip)
     odd = [f"{name}={env[name]}" for name in _LEAVE_ALONE if name in env]
     if odd:
         section.warn("newer switches", ", ".join(odd), "leave these unset until the plain setting has been measured")
@@ -142,39 +128,26 @@ def _launching(section: Section, env: Mapping[str, str], graph_mode: bool) -> No
 def _collectives(section: Section, env: Mapping[str, str], num_cards: int) -> None:
     mode = env.get("HCCL_OP_EXPANSION_MODE")
     if mode and mode.upper() == "AIV" and not uses_aiv(env):
-        section.warn(
-            "collective mode",
-            "HCCL_OP_EXPANSION_MODE=AIV with HCCL_DETERMINISTIC=true",
-            "AIV is ignored while deterministic mode is on: unset one of them",
-        )
+        remedy = "AIV is ignored while deterministic mode is on: unset one of them"
+        section.warn("collective mode", "HCCL_OP_EXPANSION_MODE=AIV with HCCL_DETERMINISTIC=true", remedy)
     elif uses_aiv(env):
-        section.ok(
-            "collective mode",
-            "HCCL_OP_EXPANSION_MODE=AIV",
-            "if capture or replay hangs with tensor_parallel > 1, unset it first",
-        )
+        tip = "if capture or replay hangs with tensor_parallel > 1, unset it first"
+        section.ok("collective mode", "HCCL_OP_EXPANSION_MODE=AIV", tip)
     elif num_cards > 1:
-        section.ok(
-            "collective mode",
-            f"HCCL_OP_EXPANSION_MODE={mode or 'not set'}",
-            "AIV makes the small all-reduces of tensor parallel faster within one machine (inference only)",
-        )
+        tip = "AIV makes the small all-reduces of tensor parallel faster within one machine (inference only)"
+        section.ok("collective mode", f"HCCL_OP_EXPANSION_MODE={mode or 'not set'}", tip)
     size = env.get("HCCL_BUFFSIZE", str(BUFFSIZE_DEFAULT_MB))
     if not size.isdigit() or int(size) == 0:
         section.fail("collective buffer", f"HCCL_BUFFSIZE={size!r}", "a whole number of MB, 200 by default")
     elif int(size) > 1000:
-        section.warn(
-            "collective buffer",
-            f"HCCL_BUFFSIZE={size}: {2 * int(size)} MB per communication domain",
-            "200 is enough for tensor parallel; the memory is missing from the KV cache",
-        )
+        remedy = "200 is enough for tensor parallel; the memory is missing from the KV cache"
+        section.warn("collective buffer", f"HCCL_BUFFSIZE={size}: {2 * int(size)} MB per communication domain", remedy)
     else:
         section.ok("collective buffer", f"HCCL_BUFFSIZE={size} MB, twice that per communication domain")
     table = env.get("RANK_TABLE_FILE")
     if table:
-        section.warn(
-            "rank table", f"RANK_TABLE_FILE={table}", "unset it: negotiation works without, and a stale table misleads"
-        )
+        remedy = "unset it: negotiation works without, and a stale table misleads"
+        section.warn("rank table", f"RANK_TABLE_FILE={table}", remedy)
 
 
 def _timeouts(section: Section, env: Mapping[str, str]) -> None:
@@ -190,11 +163,8 @@ def _timeouts(section: Section, env: Mapping[str, str]) -> None:
     if asked is not None and not asked.isdigit():
         section.fail("collective timeout", f"HCCL_EXEC_TIMEOUT={asked!r}", "a whole number of seconds")
     elif asked is not None and uses_aiv(env) and int(asked) != real:
-        section.warn(
-            "collective timeout",
-            f"HCCL_EXEC_TIMEOUT={asked} becomes {real} s in AIV mode",
-            f"AIV mode ends at {AIV_EXEC_TIMEOUT_MAX_S} s and 0 does not mean never there: write {real}",
-        )
+        remedy = f"AIV mode ends at {AIV_EXEC_TIMEOUT_MAX_S} s and 0 does not mean never there: write {real}"
+        section.warn("collective timeout", f"HCCL_EXEC_TIMEOUT={asked} becomes {real} s in AIV mode", remedy)
     else:
         shown = "never ends" if real is None else f"{real} s"
         section.ok("collective timeout", f"HCCL_EXEC_TIMEOUT={asked or 'not set'}: {shown}")
@@ -205,11 +175,8 @@ def _threads(section: Section, env: Mapping[str, str], num_cards: int) -> None:
     if value is not None and not value.isdigit():
         section.fail("host threads", f"OMP_NUM_THREADS={value!r}", "a whole number")
     elif num_cards > 1 and (value is None or int(value) > 10):
-        section.warn(
-            "host threads",
-            f"OMP_NUM_THREADS={value or 'not set'} with {num_cards} cards",
-            "1 to 10 when several ranks share the host, or their threads fight for the CPUs",
-        )
+        remedy = "1 to 10 when several ranks share the host, or their threads fight for the CPUs"
+        section.warn("host threads", f"OMP_NUM_THREADS={value or 'not set'} with {num_cards} cards", remedy)
     else:
         section.ok("host threads", f"OMP_NUM_THREADS={value or 'not set'}")
 
@@ -227,23 +194,18 @@ def _logging_and_caches(section: Section, host: Host) -> None:
     section.judge("logging", shown, warn="unset before measuring: logs and profilers cost much of a step" * bool(noisy))
     folder = env.get("ACL_OP_COMPILER_CACHE_DIR")
     if folder and not host.can_create_in(folder):
-        section.fail(
-            "operator cache", f"ACL_OP_COMPILER_CACHE_DIR={folder} cannot be written", "choose a writable folder"
-        )
+        remedy = "choose a writable folder"
+        section.fail("operator cache", f"ACL_OP_COMPILER_CACHE_DIR={folder} cannot be written", remedy)
     elif folder or "ACL_OP_COMPILER_CACHE_MODE" in env:
-        section.ok(
-            "operator cache", f"mode {env.get('ACL_OP_COMPILER_CACHE_MODE', 'default')}, folder {folder or 'default'}"
-        )
+        evidence = f"mode {env.get('ACL_OP_COMPILER_CACHE_MODE', 'default')}, folder {folder or 'default'}"
+        section.ok("operator cache", evidence)
 
 
 def _numerics(section: Section, env: Mapping[str, str]) -> None:
     if env.get("INF_NAN_MODE_ENABLE") == "0":
         forced = env.get("INF_NAN_MODE_FORCE_DISABLE") == "1"
-        section.warn(
-            "overflow mode",
-            "INF_NAN_MODE_ENABLE=0" + ("" if forced else ", without effect on A2"),
-            "unset it: 1 is the default of Atlas A2, and 0 turns overflow into the largest number in silence",
-        )
+        remedy = "unset it: 1 is the default of Atlas A2, and 0 turns overflow into the largest number in silence"
+        section.warn("overflow mode", "INF_NAN_MODE_ENABLE=0" + ("" if forced else ", without effect on A2"), remedy)
     found = [f"{name}={env[name]}" for name, value in _DETERMINISTIC.items() if env.get(name, "").lower() == value]
     if found:
         section.ok("deterministic", ", ".join(found), "repeatable and slower: unset for throughput")

@@ -68,12 +68,10 @@ def check_versions(host: Host, cann: str | None, driver: str | None) -> Section:
     return section
 
 
-def check_torch_build(section: Section, torch: str) -> bool:
-    """Whether torch is free of CUDA; a finding when it is not."""
-    if "+cu" not in torch:
-        return True
-    section.warn("torch build", torch, f"a CUDA build: pip install torch=={torch.split('+')[0]}+cpu {CPU_INDEX}")
-    return False
+def check_torch_build(section: Section, torch: str) -> None:
+    """A finding when torch is built for CUDA."""
+    if "+cu" in torch:
+        section.warn("torch build", torch, f"a CUDA build: pip install torch=={torch.split('+')[0]}+cpu {CPU_INDEX}")
 
 
 def _check_python(section: Section, python: str, torch_npu: str) -> None:
@@ -143,9 +141,8 @@ def _check_numpy(section: Section, host: Host, cann: str) -> None:
     version = host.import_version("numpy")
     old_python = numbers(host.python_version)[:2] < (3, 13)
     if version and numbers(cann) < (9,) and old_python and numbers(version) >= (2,):
-        section.fail(
-            "numpy", f"numpy {version} with CANN {cann}", 'CANN below 9 needs numpy below 2: pip install "numpy<2"'
-        )
+        remedy = 'CANN below 9 needs numpy below 2: pip install "numpy<2"'
+        section.fail("numpy", f"numpy {version} with CANN {cann}", remedy)
 
 
 def check_cann_packages(section: Section, host: Host) -> None:
@@ -155,9 +152,8 @@ def check_cann_packages(section: Section, host: Host) -> None:
     failed = [line for line in result.stdout.splitlines() if line.partition(":")[0] in wanted]
     if failed:
         names = " ".join(f"'{wanted[line.partition(':')[0]]}'" for line in failed)
-        section.fail(
-            "packages of CANN", "; ".join(failed), f"pip install {names}: the first device call fails with 500001"
-        )
+        remedy = f"pip install {names}: the first device call fails with 500001"
+        section.fail("packages of CANN", "; ".join(failed), remedy)
     elif not result.is_ok:
         section.warn("packages of CANN", result.last_line()[:200], "the imports could not be tried")
     else:
