@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-__all__ = ["RunFolder", "RunFolderError", "list_runs", "run_parameters"]
+__all__ = ["RunFolder", "RunFolderError", "list_runs", "run_parameters", "run_records"]
 
 
 class RunFolder:
@@ -282,6 +282,15 @@ def list_runs(output_root: str | Path, experiment: str) -> list[RunFolder]:
     """Every run folder of an experiment that has a record, by name."""
     folder = Path(output_root) / experiment
     return [RunFolder(path.parent) for path in sorted(folder.glob("*/run.json"))]
+
+
+def run_records(root: str | Path) -> list[tuple[RunFolder, RunRecord]]:
+    """Every run below `root` whose record can be read, the one that changed last first."""
+    found = []
+    for path in Path(root).glob("*/*/run.json"):
+        with contextlib.suppress(RunFolderError):
+            found.append((RunFolder(path.parent), RunRecord.read(path.parent)))
+    return sorted(found, key=lambda entry: (entry[1].updated or "", str(entry[0].path)), reverse=True)
 
 
 def run_parameters(folder: RunFolder, stage: str | None = None) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from ascend_kit.measure.rows import RATE, Point, key_of, load_rows
 from ascend_kit.measure.verdict import fastest, measured_points
 from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params.experiment import ENGINE_SWITCHES
-from ascend_kit.results import RunFolder
+from ascend_kit.results import run_records
 from ascend_kit.show import drawing
 from ascend_kit.show.drawing import FONT, GREY, LENGTHS, PALETTE
 from ascend_kit.show.tables import cell_text
-from ascend_kit.stages import RunFolderError, RunRecord
+from ascend_kit.stages import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,17 +48,8 @@ VEGA_LITE = "application/vnd.vegalite.v5+json"  # JupyterLab draws it by itself,
 
 def find_runs(root: str | Path) -> dict[str, Run]:
     """experiment/run -> every run below `root` whose record can be read, the newest first; none that only explored."""
-    found = []
-    for path in Path(root).glob("*/*/run.json"):
-        try:
-            record = RunRecord.read(path.parent)
-        except RunFolderError:
-            continue
-        if record.stages.keys() <= {EXPLORING}:
-            continue
-        run = Run(RunFolder(path.parent))
-        found.append((record.updated or "", run.name, run))
-    return {name: run for _, name, run in sorted(found, key=lambda entry: entry[:2], reverse=True)}
+    found = [Run(folder) for folder, record in run_records(root) if not record.stages.keys() <= {EXPLORING}]
+    return {run.name: run for run in found}
 
 
 def run_list(runs: Iterable[Run]) -> Table:
@@ -125,15 +116,11 @@ def chart(table: Table, x: str, y: str) -> Figure | None:
     found = means(table, AXES[x], AXES[y]) if len(table) else table
     if len(found) < 2:
         return None
+    found = found.assign(backend=found["label"])
     if drawing.is_many(found) and AXES[x] == "concurrency":
-        return drawing.heat_map(
-            found.assign(backend=found["label"]),
-            "y",
-            f"{y} against {x}",
-            y,
-            good="high" if y in MORE_IS_BETTER else "low",
-        )
-    figure, panels = drawing.make_panels(found.assign(backend=found["label"]))
+        good = "high" if y in MORE_IS_BETTER else "low"
+        return drawing.heat_map(found, "y", f"{y} against {x}", y, good=good)
+    figure, panels = drawing.make_panels(found)
     looks = drawing.config_looks(found["label"])
     for axes, part in panels:
         for label, line in part.groupby("label", sort=True):
@@ -164,13 +151,9 @@ def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
     is_load = AXES[x] == "concurrency"
     scale = {"type": "log", "base": 2, "nice": False} if is_load else {"zero": False}
     wide = max(found["y"]) > 25 * max(min(found["y"]), 1e-9) > 0
-    across = {"field": "x", "type": "quantitative", "title": phrase(x), "scale": scale}
-    up = {
-        "field": "y",
-        "type": "quantitative",
-        "title": phrase(y),
-        "scale": {"type": "log"} if wide else {"zero": True},
-    }
+    number = {"type": "quantitative"}
+    across = {"field": "x", **number, "title": phrase(x), "scale": scale}
+    up = {"field": "y", **number, "title": phrase(y), "scale": {"type": "log"} if wide else {"zero": True}}
     legend = {"orient": "bottom", "columns": 1, "labelLimit": 400}
     colour = {"field": "label", "type": "nominal", "title": None, "scale": {"range": list(PALETTE)}, "legend": legend}
     told = {"label": "run", "x": x, "y": y, "low": "least", "high": "most", "ceiling": "ceiling",
@@ -178,7 +161,7 @@ def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
     tooltip = [{"field": name, "title": phrase(title), "format": ",.4~r"} for name, title in told.items()]
     tooltip[0].pop("format")
     shape, shared = {"field": "label", "type": "nominal", "legend": None}, {"x": across, "color": colour}
-    reach = {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
+    reach = {"y": {"field": "low", **number}, "y2": {"field": "high"}}
     layers: list[dict[str, Any]] = [
         {
             "mark": {"type": "line", "point": {"size": 60}},
@@ -188,8 +171,8 @@ def vega(table: Table, x: str, y: str) -> dict[str, Any] | None:
         {"mark": "rule", "encoding": {**shared, **reach}},
     ]
     if is_load and found["ceiling"].notna().any():
-        ceiling = {"field": "ceiling", "type": "quantitative"}
-        layers.append({"mark": {"type": "line", "strokeDash": [5, 4]}, "encoding": {**shared, "y": ceiling}})
+        dashed = {"type": "line", "strokeDash": [5, 4]}
+        layers.append({"mark": dashed, "encoding": {**shared, "y": {"field": "ceiling", **number}}})
     one = {"width": 460, "height": 300, "layer": layers}
     head = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "data": {"values": values}}
     if len({row["lengths"] for row in values}) == 1:
@@ -248,11 +231,7 @@ def documents(run: Run, task: str, other: Run | None = None, search: str = "") -
     else:
         pairs = [pair for pair in pair_documents(run, other, "acc").rows if pair[0]["task"] == task]
         rows = [
-            {
-                **_document(ours),
-                "given by the other": _given(theirs),
-                "right": (run if ours["acc"] == 1 else other).name,
-            }
+            _document(ours) | {"given by the other": _given(theirs), "right": (run if ours["acc"] == 1 else other).name}
             for ours, theirs in pairs
             if ours["acc"] != theirs["acc"]
         ]
@@ -270,10 +249,8 @@ def _choices(row: dict[str, Any]) -> str:
     texts = row.get("choices") or [""] * len(logprobs)
     parts = []
     for letter, text, logprob in zip(map(chr, range(65, 65 + len(texts))), texts, logprobs, strict=False):
-        named = (
-            text if text.startswith((f"({letter})", f"{letter}.")) else f"{letter} {text}"
-        )  # AGIEval's name themselves
-        parts.append(f"{named} ({logprob:.2f})")
+        is_named = text.startswith((f"({letter})", f"{letter}."))  # AGIEval's name themselves
+        parts.append(f"{text if is_named else f'{letter} {text}'} ({logprob:.2f})")
     return " ".join(" ".join(parts).split())
 
 

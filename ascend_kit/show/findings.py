@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import Table, to_json
+from ascend_kit.measure.rows import LOAD, failed_points, load_profile
+from ascend_kit.measure.verdict import fastest, measured_points
 from ascend_kit.messages import Finding, Level, say, translate
 from ascend_kit.results import RunFolder
 from ascend_kit.show.drawing import LOADS, config_labels, known, with_labels
@@ -68,13 +70,13 @@ def conversion_findings(manifest: dict[str, Any], conversion: dict[str, Any]) ->
 def sweep_findings(rows: Table) -> list[Finding]:
     """Best point of each engine and layout, distance from the ceiling, gain over the baseline, and what failed."""
     from ascend_kit.measure.disturbed import disturbance
-    from ascend_kit.measure.rows import failed_points
 
     if rows.empty:
         return [say("sweep.nothing", "caution")]
     done = rows[rows["status"] == "ok"]
     done = done.assign(engine=config_labels(done))
-    found = [_best_point(name, group) for name, group in done.groupby("engine", sort=False)]
+    best = (_best_point(name, group) for name, group in done.groupby("engine", sort=False))
+    found = [finding for finding in best if finding]
     found += _gain(done)
     found += disturbance((row["engine"], row) for row in done.to_dict("records"))
     if "prefix_hit_rate" in done and (done["prefix_hit_rate"].fillna(0) > HIT_RATE_WORTH_A_WORD).any():
@@ -87,23 +89,22 @@ def sweep_findings(rows: Table) -> list[Finding]:
     ]
 
 
-def _best_point(name: str, group: Table) -> Finding:
+def _best_point(name: str, group: Table) -> Finding | None:
     """The best point by the mean of its repeats, as 06 counts it: a single lucky repeat is no headline."""
-    points = [part for _, part in with_labels(group).groupby(_SAME_LOAD, sort=False)]
-    best = max(points, key=lambda part: part["output_tokens_per_s"].mean())
-    values: dict[str, Any] = {column: float(best[column].mean()) for column in _PER_POINT if best[column].notna().any()}
-    first = best.iloc[0]
-    values |= {"engine": name, "count": len(best), **{column: int(first[column]) for column in POINT}}
-    if first["_timed"]:  # as fast as requests come: a share of the ceiling says nothing
-        return say("sweep.best_timed", **values, load=str(first["load"]), rate=float(first["rate"]))
-    ceiling = best["ceiling_tokens_per_s"].mean() if "ceiling_tokens_per_s" in best else None
-    if ceiling and ceiling == ceiling:
+    best = fastest(measured_points(group.astype(object).where(group.notna(), None).to_dict("records")))
+    if best is None:
+        return None
+    values = {column: float(best[column]) for column in _PER_POINT if best.get(column) is not None}
+    values |= {"engine": name, "count": best["num_repeats"], **{column: int(best[column]) for column in POINT}}
+    if best.get("rate") is not None:  # as fast as requests come: a share of the ceiling says nothing
+        return say("sweep.best_timed", **values, load=str(best["load"]), rate=float(best["rate"]))
+    if ceiling := best.get("ceiling_tokens_per_s"):
         share = values["output_tokens_per_s"] / ceiling
         return say("sweep.best_of_ceiling", **values, share=share, ceiling=float(ceiling))
     return say("sweep.best", **values)
 
 
-_PER_POINT = ["output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms"]
+_PER_POINT = ("output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
 _SAME_LOAD = [*POINT, "_load", "_kind"]
 
 
@@ -123,14 +124,10 @@ def _gain(done: Table) -> list[Finding]:
 
 def profile_findings(folder: RunFolder) -> list[Finding]:
     """What bounds prefill and decode, with the evidence; nothing where nothing was profiled."""
-    from ascend_kit.measure.rows import load_profile
-
     steps, _ = load_profile(folder)
     found = []
     for row in steps.to_dict("records"):
-        values: dict[str, Any] = {
-            name: value for name, value in row.items() if isinstance(value, (str, int, float)) and known(value)
-        }
+        values: dict[str, Any] = {k: v for k, v in row.items() if isinstance(v, (str, int, float)) and known(v)}
         for floor in ("memory_floor_ms", "arithmetic_floor_ms"):
             values[floor.replace("floor_ms", "share")] = values.get(floor, 0.0) / values["counted_step_ms"]
         found.append(say(f"profile.{row['bound']}", **values))
@@ -144,12 +141,8 @@ def batch_findings(answers: Table) -> list[Finding]:
     found = [say("batch.answered", done=len(done), total=len(answers), tokens=tokens)]
     if len(done):
         ends = ", ".join(f"{count} {reason}" for reason, count in done["finish_reason"].value_counts().items())
-        times = {
-            "ttft_ms": done["ttft_ms"].median(),
-            "e2e_ms": done["e2e_ms"].median(),
-            "slowest_ms": done["e2e_ms"].max(),
-        }
-        found += [say("batch.ends", ends=ends), say("batch.times", **{k: float(v) for k, v in times.items()})]
+        medians = {name: float(done[name].median()) for name in ("ttft_ms", "e2e_ms")}
+        found += [say("batch.ends", ends=ends), say("batch.times", slowest_ms=float(done["e2e_ms"].max()), **medians)]
     return found + [
         say("batch.failed", "failed", index=int(index), error=str(error))
         for index, error in zip(failed["index"], failed["error"], strict=True)
@@ -195,8 +188,6 @@ def _verdict(decision: Verdict, text: str, values: dict[str, Any]) -> Finding:
     rows = decision.table[decision.table["run"] == decision.best].to_dict("records") if len(decision.table) else []
     if not rows:
         return say("compare.verdict", text=text, **values)
-    from ascend_kit.measure.rows import LOAD
-
     best = rows[0]
     load = {} if decision.point is None else dict(zip(LOAD, decision.point, strict=True))
     values |= {"rate": best["output_tokens_per_s"], "load": load, **{name: load[name] for name in POINT if load}}

@@ -25,9 +25,7 @@ LAST_SAYS_IT = "sweep.disturbed"  # 04 says it of its own points, 06 of all that
 
 def about(run: RunRecord, parameters: dict[str, Any]) -> dict[str, str]:
     """Model, precision, switches that are on, engine, device and CANN, as far as the run knows them."""
-    device: dict[str, Any] = {}
-    for stage in run.stages.values():
-        device |= stage.facts.get("device") or {}
+    device = device_facts(run)
     versions = device.get("versions") or {}
     cards = parameters.get("cards", 1)
     precision = [parameters.get("precision"), parameters.get("quantize")]
@@ -41,6 +39,14 @@ def about(run: RunRecord, parameters: dict[str, Any]) -> dict[str, str]:
         "CANN": versions.get("cann") or versions.get("CANN"),
     }
     return {translate(f"about.{name}"): str(text) for name, text in values.items() if text}
+
+
+def device_facts(run: RunRecord) -> dict[str, Any]:
+    """What the stages said of their device, the last one's where they differ, as in a run that was moved."""
+    told: dict[str, Any] = {}
+    for stage in run.stages.values():
+        told |= stage.facts.get("device") or {}
+    return told
 
 
 def serious(findings: list[Finding]) -> list[Finding]:

@@ -146,29 +146,23 @@ def inline_svg(text: str, prefix: str, alt: str) -> str:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError:
         return ""
+    for element in root.iter():
+        if (own := element.get("id", "")).startswith(TIP):
+            points = element.findall(f".//{SVG}use") or element.iter(f"{SVG}path")
+            for point, told in zip(points, own.removeprefix(TIP).split(TIP_SEPARATOR), strict=False):
+                point.set(TIP, told)
     shown = f'<svg role="img" aria-label="{markup(alt)}" '
     return _svg_element(root, prefix).replace("<svg ", shown, 1)
 
 
-def _svg_element(element: ElementTree.Element, prefix: str, title: str = "") -> str:
+def _svg_element(element: ElementTree.Element, prefix: str) -> str:
     name = element.tag.rpartition("}")[2]
     if name not in SVG_TAGS:
         return ""
-    own = element.get("id", "")
-    tips = own.removeprefix(TIP).split(TIP_SEPARATOR) if own.startswith(TIP) else []
-    points = [child for child in element.iter() if child.tag.endswith("}use")] or list(element.iter(SVG + "path"))
-    titles = dict(zip(map(id, points), tips, strict=False)) if tips else {}
-    inner = f"<title>{markup(title)}</title>" if title else ""
+    inner = f"<title>{markup(element.attrib[TIP])}</title>" if TIP in element.attrib else ""
     inner += escape(visible(element.text or "")) if name in ("text", "tspan") else ""
-    inner += "".join(_svg_child(child, prefix, titles) for child in element)
+    inner += "".join(_svg_element(child, prefix) for child in element)
     return f"<{name}{''.join(_svg_attributes(element, prefix, name))}>{inner}</{name}>"
-
-
-def _svg_child(child: ElementTree.Element, prefix: str, titles: dict[int, str]) -> str:
-    if child.tag.endswith("}g") and titles and not child.get("id", "").startswith(TIP):
-        inner = "".join(_svg_child(one, prefix, titles) for one in child)
-        return f"<g{''.join(_svg_attributes(child, prefix, 'g'))}>{inner}</g>"
-    return _svg_element(child, prefix, titles.get(id(child), ""))
 
 
 def _svg_attributes(element: ElementTree.Element, prefix: str, name: str) -> Iterator[str]:

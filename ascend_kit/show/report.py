@@ -21,10 +21,10 @@ from urllib.parse import quote
 import yaml
 from markupsafe import Markup
 
-from ascend_kit.files import Table, to_json, write_atomic
+from ascend_kit.files import GIB, Table, to_json, write_atomic
 from ascend_kit.messages import LANGUAGES, Finding, in_language, language_in_use, phrase, translate, use_language
 from ascend_kit.params.notebook import tagged
-from ascend_kit.results import RunFolder, RunFolderError, run_parameters
+from ascend_kit.results import RunFolder, run_parameters, run_records
 from ascend_kit.show import headline, render, tables
 from ascend_kit.stages import RunRecord, Stage
 
@@ -111,6 +111,7 @@ def write_report(run_folder: str | Path) -> Path:
         _write_csv(saved, name)
     drawn = (figures.drawing(name, figures.alts.get(name, name), "top") for name in ("comparison", "tradeoff"))
     chart = next(filter(None, drawn), "")
+    facts, written = tables.facts(_facts(run)), yaml.safe_dump(parameters, sort_keys=False, allow_unicode=True)
     report = {
         **first,
         "state": run.state if run.stages else "unknown",
@@ -118,10 +119,8 @@ def write_report(run_folder: str | Path) -> Path:
         "sections": sections,
         "chart": Markup(f"<figure>{chart}</figure>" if chart else ""),
         "files": sorted(str(path.relative_to(folder)) for pattern in LINKED for path in folder.glob(pattern)),
-        "facts": Markup(_shown(tables.facts(_facts(run)))),
-        "parameters": tables.visible(yaml.safe_dump(parameters, sort_keys=False, allow_unicode=True))
-        if parameters
-        else "",
+        "facts": Markup(facts.data if facts else ""),
+        "parameters": tables.visible(written) if parameters else "",
     }
     title = f"{folder.parent.name} / {folder.name}"
     _write_page(folder / "report.html", title=title, report=report, has_index=True)
@@ -132,22 +131,18 @@ def write_report(run_folder: str | Path) -> Path:
 def write_index(root: Path) -> Path:
     """Write index.html in the language in use: every run below `root`, newest first, with its first screen."""
     runs = []
-    for path in root.glob("*/*/run.json"):
-        try:
-            run = RunRecord.read(path.parent)
-        except RunFolderError:
-            continue
-        first = _read_json(path.parent / "report.json").get(language_in_use(), {})
+    for folder, run in run_records(root):
+        path = folder.path
+        first = _read_json(path / "report.json").get(language_in_use(), {})
         numbers = {entry["key"]: entry["listed"] for entry in first.get("numbers", [])}
-        name = f"{path.parent.parent.name}/{path.parent.name}"
-        link = quote(f"{name}/report.html") if (path.parent / "report.html").is_file() else ""
+        name = f"{path.parent.name}/{path.name}"
+        link = quote(f"{name}/report.html") if (path / "report.html").is_file() else ""
         updated = (run.updated or "")[:16].replace("T", " ")
         runs.append({
             "name": name, "state": run.state, "updated": updated, "verdict": first.get("verdict", ""),
             "link": link, "about": ", ".join(first.get("about", {}).values()),
             "numbers": [numbers.get(name, "") for name in headline.NUMBERS],
         })  # fmt: skip
-    runs.sort(key=lambda run: run["updated"], reverse=True)
     columns = [*(translate(f"index.{name}") for name in ("run", "state", "changed")),
                *(translate(f"number.{name}") for name in headline.NUMBERS),
                *(translate(f"index.{name}") for name in ("about", "verdict"))]  # fmt: skip
@@ -181,34 +176,24 @@ def _findings(folder: Path, name: str) -> list[Finding]:
     return [Finding.from_row(row) for row in _read_json(folder / f"{name}.json").get("findings") or []]
 
 
-def _shown(table: Any) -> str:
-    return "" if table is None else table.data
-
-
 def _facts(run: RunRecord) -> dict[str, Any]:
-    """When and from which commit, and what the stages said of their device; stages agree unless the run was moved."""
+    """When and from which commit, and what the stages said of their device."""
     if not run.created:
         return {}
     commit = str(run.source.get("commit") or translate("state.unknown"))[:12]
-    commit = translate("facts.changed", commit=commit) if run.source.get("dirty") else commit
-    rows = {"created": run.created, "commit": commit, "seed": run.seed}
-    for stage in run.stages.values():
-        device = stage.facts.get("device") or {}
-        if device.get("name"):
-            rows["device"] = f"{device['kind']}: {device['name']}"
-        if device.get("total_memory_bytes"):
-            rows["memory"] = f"{device['total_memory_bytes'] / 2**30:.1f}"
-        peak = device.get("peak") or {}
-        if peak.get("source"):
-            rows["peaks"] = f"{peak['name']} ({peak['source']})"
-    versions = {name: text for stage in run.stages.values() for name, text in _versions(stage).items()}
+    device = headline.device_facts(run)
+    peak, size = device.get("peak") or {}, device.get("total_memory_bytes")
+    rows = {
+        "created": run.created,
+        "commit": translate("facts.changed", commit=commit) if run.source.get("dirty") else commit,
+        "seed": run.seed,
+        "device": f"{device['kind']}: {device['name']}" if device.get("name") else None,
+        "memory": f"{size / GIB:.1f}" if size else None,
+        "peaks": f"{peak['name']} ({peak['source']})" if peak.get("source") else None,
+    }
     named = {translate(f"facts.{key}"): value for key, value in rows.items()}
-    named |= {translate("facts.version", name=name): text for name, text in versions.items()}
-    return {key: value for key, value in named.items() if value is not None}
-
-
-def _versions(stage: Stage) -> dict[str, str]:
-    return (stage.facts.get("device") or {}).get("versions") or {}
+    versions = device.get("versions") or {}
+    return named | {translate("facts.version", name=name): text for name, text in versions.items()}
 
 
 # --- one notebook -----------------------------------------------------------------------------------------
@@ -218,11 +203,8 @@ def _section(figures: Figures, name: str, stage: Stage) -> Section:
     error = stage.error or "; ".join(phrase(alarm["text"]) for alarm in stage.alarms)
     duration = "" if stage.duration_s is None else f"{stage.duration_s:.1f}"
     section = Section(name, stage.state, error, duration, title=name)
-    cells = [
-        cell
-        for cell in _read_json(figures.folder / f"{name}.ipynb").get("cells", [])
-        if not tagged(cell, *SKIPPED_TAGS)
-    ]
+    notebook = _read_json(figures.folder / f"{name}.ipynb")
+    cells = [cell for cell in notebook.get("cells", []) if not tagged(cell, *SKIPPED_TAGS)]
     section.body = "".join(_cells(cells, section, figures))
     return section
 
