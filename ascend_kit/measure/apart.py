@@ -29,6 +29,7 @@ class BackendElsewhere:
     num_devices: int
     replicas: int
     launches_per_layer: int | None
+    identity: Identity
 
     def __init__(self, make: Callable[..., Backend], *arguments: Any) -> None:
         self._make, self._there = (make, *arguments), None
@@ -41,7 +42,6 @@ class BackendElsewhere:
                 setattr(self, name, there.get(name))
             facts = [there.get(f"device.{name}") for name in ("name", "kind", "peak", "total_memory_bytes")]
             self.device = DistantMachine(*facts, call=there.call)
-            self.identity: Identity = there.get("identity")
         return self._there
 
     def open(self) -> None:

@@ -46,8 +46,7 @@ class ContinuousBackend(TransformersBackend):
     def __init__(
         self, model_path: str | Path, *, device: Device, max_tokens_per_step: int | None = None, **settings: Any
     ) -> None:
-        """`settings` as of `generate`. ValueError where it does not run."""
-        require_continuous(device.kind)
+        """`settings` as of `generate`; `require_continuous` says whether it runs there."""
         super().__init__(model_path, device=device, **settings)
         self.max_tokens_per_step = max_tokens_per_step
 
@@ -74,18 +73,21 @@ class ContinuousBackend(TransformersBackend):
     def serve(self, requests: Sequence[Request], concurrency: int) -> Iterator[tuple[Request, float, GenerationOutput]]:
         """Each request with its arrival time and what came of it, in the order they ended."""
         self.open()
-        manager, in_flight = self._manager(requests, concurrency), dict[str, tuple[Request, float]]()
+        manager, in_flight = self._manager(requests, concurrency), dict[str | None, tuple[Request, float]]()
         manager.warmup()  # makes the cache and captures graphs, where there are any; nothing the second time
         manager.start()
         try:
             dispatcher = Dispatcher(requests, concurrency, time.perf_counter())
             while dispatcher.left:
                 for request, arrival_s in dispatcher.due(time.perf_counter()):
-                    in_flight[_add(manager, request)] = request, arrival_s
+                    ids, count = list(request.prompt_token_ids), request.num_output_tokens
+                    name = manager.add_request(ids, max_new_tokens=count, record_timestamps=True)
+                    in_flight[name] = request, arrival_s
                 wait_s = dispatcher.wait_s(time.perf_counter())
                 result = manager.get_result(timeout=1.0 if wait_s is None else min(wait_s, 1.0))
                 if result is None and not manager.is_running():
-                    raise RuntimeError(f"transformers' generation thread ended: {_cause(manager)}")
+                    cause = manager.background_thread_status.fatal_error or "it gave no reason"
+                    raise RuntimeError(f"transformers' generation thread ended: {cause}")
                 if result is not None and result.is_finished():
                     request, arrival_s = in_flight.pop(result.request_id)
                     dispatcher.ended(request.index, time.perf_counter())
@@ -115,22 +117,6 @@ class ContinuousBackend(TransformersBackend):
             self._made_for = concurrency, blocks
         generation = GenerationConfig(do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=self._pad_id)
         return self._model.init_continuous_batching(generation, config)
-
-
-def _add(manager: ContinuousBatchingManager, request: Request) -> str:
-    name = manager.add_request(
-        list(request.prompt_token_ids),
-        max_new_tokens=request.num_output_tokens,
-        record_timestamps=True,
-        eos_token_id=NO_TOKEN,
-    )
-    if name is None:
-        raise RuntimeError(f"transformers' manager takes no request: {_cause(manager)}")
-    return name
-
-
-def _cause(manager: ContinuousBatchingManager) -> Any:
-    return manager.background_thread_status.fatal_error or "it gave no reason"
 
 
 def _record(request: Request, arrival_s: float, result: GenerationOutput) -> RequestRecord:

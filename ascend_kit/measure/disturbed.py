@@ -22,10 +22,11 @@ def is_disturbed(row: dict[str, Any]) -> bool:
     return other > SHARE * cores and (row.get("device_kind") == "cpu" or own + other > (1 - SHARE) * cores)
 
 
-def _load(row: dict[str, Any]) -> float:
-    """Requests per second where they come by the clock, else requests in flight."""
+def _place(row: dict[str, Any]) -> str:
+    """Requests per second where they come by the clock, else requests in flight; prompt and output length."""
     rate = row.get("rate")
-    return row["concurrency"] if rate is None or rate != rate else rate
+    load = row["concurrency"] if rate is None or rate != rate else rate
+    return f"{load:g}/{row['prompt_len']:g}/{row['output_len']:g}"
 
 
 def disturbance(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Finding]:
@@ -34,9 +35,7 @@ def disturbance(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Finding]:
     if not found:
         return []
     found.sort(key=lambda named: -named[1]["other_cpu_cores"])
-    points = list(dict.fromkeys(
-        (name, f"{_load(row):g}/{row['prompt_len']:g}/{row['output_len']:g}") for name, row in found
-    ))  # fmt: skip
+    points = list(dict.fromkeys((name, _place(row)) for name, row in found))
     places: dict[str, list[str]] = {}
     for name, place in points[:MOST_NAMES]:
         places.setdefault(name, []).append(place)

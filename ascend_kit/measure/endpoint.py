@@ -135,7 +135,7 @@ class Client:
             error=error,
             finished_s=answer.chunks[-1].time_s if answer.chunks else time.perf_counter(),
             num_asked_tokens=request.num_output_tokens,
-            num_cached_tokens=answer.num_cached_tokens,
+            num_cached_tokens=answer.number("cached_tokens", "prompt_tokens_details"),
             sent_s=sent_s,
             chunks=tuple(answer.chunks),
             num_retries=num_retries,

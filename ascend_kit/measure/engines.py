@@ -19,7 +19,7 @@ from ascend_kit.device.device import Device, resolve_device, select_device
 from ascend_kit.device.meters import physical_cards
 from ascend_kit.device.peaks import HardwarePeak
 from ascend_kit.engine.engine import AscendInferEngine
-from ascend_kit.engine.sequence import RequestOutput, SamplingParams
+from ascend_kit.engine.sequence import SamplingParams
 from ascend_kit.engine.worker import own_address
 from ascend_kit.identity import Identity
 from ascend_kit.measure.metrics import RequestRecord, record_from_output
@@ -158,13 +158,17 @@ class EngineBackend:
         try:
             while dispatcher.left:
                 for request, arrival_s in dispatcher.due(time.perf_counter()):
-                    in_flight[self._add(request, arrival_s)] = request
+                    sampling = SamplingParams(max_new_tokens=request.num_output_tokens, ignore_eos=True)
+                    ids = list(request.prompt_token_ids)
+                    in_flight[self.engine.add_request(ids, sampling, arrival_s=arrival_s)] = request
                 if not in_flight:
                     time.sleep(dispatcher.wait_s(time.perf_counter()) or 0)
                     continue
-                for output in self.engine.step():
-                    records.append(_renumber(output, in_flight.pop(output.index)))
-                    dispatcher.ended(records[-1].index, time.perf_counter())
+                for output in self.engine.step():  # which numbers requests over its life
+                    request = in_flight.pop(output.index)
+                    record = record_from_output(output, num_asked_tokens=request.num_output_tokens)
+                    records.append(replace(record, index=request.index))
+                    dispatcher.ended(request.index, time.perf_counter())
                 if recorder.is_due:
                     recorder.add(self._look(len(in_flight)))
                 if on_done:
@@ -210,10 +214,6 @@ class EngineBackend:
             sample["kv_use"] = 1 - stats["kv_blocks_free"] / stats["kv_blocks_total"]
         return sample
 
-    def _add(self, request: Request, arrival_s: float) -> int:
-        sampling = SamplingParams(max_new_tokens=request.num_output_tokens, ignore_eos=True)
-        return self.engine.add_request(list(request.prompt_token_ids), sampling, arrival_s=arrival_s)
-
 
 def as_backend(engine: AscendInferEngine | Backend, experiment: Experiment) -> Backend:
     """A `Backend` as it is; our engine, loaded or not, wrapped in one."""
@@ -247,8 +247,3 @@ def reckon_weight_bytes(config: ModelConfig, precision: str, scheme: str) -> int
     """Bytes of the stored weights by arithmetic on the model's shape; a mix counts as w8a8."""
     schemes = uniform_schemes(config, "w8a8" if scheme == "mixed" else scheme, ["lm_head"])
     return weight_bytes(config, schemes, DTYPES[precision].itemsize).stored
-
-
-def _renumber(output: RequestOutput, request: Request) -> RequestRecord:
-    """The engine numbers requests over its life; a record carries the number within its workload."""
-    return replace(record_from_output(output, num_asked_tokens=request.num_output_tokens), index=request.index)

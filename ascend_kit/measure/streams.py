@@ -123,16 +123,10 @@ class Answer:
             return None
         return count
 
-    def number(self, name: str) -> int:
-        """A count of the server's usage; 0 where it has none."""
-        value = self.usage.get(name)
-        return value if isinstance(value, int) else 0
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens that the server says it had."""
-        details = self.usage.get("prompt_tokens_details")
-        value = details.get("cached_tokens") if isinstance(details, dict) else None
+    def number(self, name: str, part: str = "") -> int:
+        """A count of the server's usage, or of a part of that; 0 where it has none."""
+        counts = self.usage.get(part) if part else self.usage
+        value = counts.get(name) if isinstance(counts, dict) else None
         return value if isinstance(value, int) else 0
 
     @property
