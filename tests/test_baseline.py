@@ -10,8 +10,8 @@ from stand_in_engine import CEILINGS, experiment_for, opened
 
 from ascend_kit.device.device import select_device
 from ascend_kit.measure import engines, sweep
-from ascend_kit.measure.apart import BackendElsewhere
 from ascend_kit.measure.baseline import TransformersBackend
+from ascend_kit.measure.engines import BackendElsewhere
 from ascend_kit.measure.points import check_complete
 from ascend_kit.measure.workload import make_requests
 
@@ -68,7 +68,7 @@ def test_continuous_batching_gives_the_greedy_tokens_of_generate_with_a_time_eac
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ascend_kit.measure.continuous import ContinuousBackend
+    from ascend_kit.measure.baseline import ContinuousBackend
 
     backend = ContinuousBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=512)
     shapes = [(12, 3), (300, 6), (40, 1), (7, 9)]  # the second needs two pages of the cache
@@ -102,7 +102,7 @@ def test_continuous_batching_gives_the_greedy_tokens_of_generate_with_a_time_eac
 
 
 def test_a_failure_of_continuous_batching_is_told_and_the_next_run_is_whole(tiny_qwen3_dir, monkeypatch):
-    from ascend_kit.measure.continuous import ContinuousBackend
+    from ascend_kit.measure.baseline import ContinuousBackend
 
     backend = ContinuousBackend(tiny_qwen3_dir, device=select_device("cpu"), precision="fp32", max_seq_length=256)
     requests = make_requests(3, 12, 4, vocab_size=256)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -14,8 +15,7 @@ import aiohttp
 from ascend_kit.measure.http import first_error, get, one_try, open_session, run_in_loop, with_retries
 from ascend_kit.measure.metrics import COMPLETE, RequestRecord, percentile
 from ascend_kit.measure.over_time import Recorder, Sample, observed, read_metrics
-from ascend_kit.measure.streams import Answer, EventParser, token_times
-from ascend_kit.measure.tap import read_stream
+from ascend_kit.measure.streams import Answer, EventParser, read_stream, token_times
 from ascend_kit.measure.workload import Dispatcher, OnDone, Request
 from ascend_kit.params.engines import OpenAIEngine
 
@@ -125,16 +125,11 @@ class Client:
         error, end = answer.error, answer.finish_reason
         if error is None and not times:
             error = "no token came"
-        return RequestRecord(
-            index=request.index,
+        return replace(
+            request.record(arrival_s, times, error),
             num_prompt_tokens=answer.number("prompt_tokens") or len(request.prompt_token_ids),
-            num_output_tokens=len(times),
-            arrival_s=arrival_s,
-            token_times_s=tuple(times),
             finish_reason="error" if error else "stop" if end in OTHER_ENDS else end or "length",
-            error=error,
             finished_s=answer.chunks[-1].time_s if answer.chunks else time.perf_counter(),
-            num_asked_tokens=request.num_output_tokens,
             num_cached_tokens=answer.number("cached_tokens", "prompt_tokens_details"),
             sent_s=sent_s,
             chunks=tuple(answer.chunks),

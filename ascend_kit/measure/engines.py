@@ -18,6 +18,7 @@ from ascend_kit.checkpoint.huggingface import open_checkpoint
 from ascend_kit.device.device import Device, resolve_device, select_device
 from ascend_kit.device.meters import physical_cards
 from ascend_kit.device.peaks import HardwarePeak
+from ascend_kit.engine.elsewhere import Elsewhere
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.sequence import SamplingParams
 from ascend_kit.engine.worker import own_address
@@ -213,6 +214,63 @@ class EngineBackend:
         if stats.get("kv_blocks_total"):
             sample["kv_use"] = 1 - stats["kv_blocks_free"] / stats["kv_blocks_total"]
         return sample
+
+
+class BackendElsewhere:
+    """The `Backend` that `make(*arguments)` gives, in a process of its own; `close` ends it, `open` starts another.
+
+    Times of the two processes are on one clock: Linux counts CLOCK_MONOTONIC for the whole machine.
+    """
+
+    name: str
+    config: ModelConfig
+    max_seq_length: int
+    is_exact: bool
+    slots: int | None
+    cards: int
+    num_devices: int
+    replicas: int
+    launches_per_layer: int | None
+    identity: Identity
+
+    def __init__(self, make: Callable[..., Backend], *arguments: Any) -> None:
+        self._make, self._there = (make, *arguments), None
+        self._start()
+
+    def _start(self) -> Elsewhere:
+        if self._there is None:
+            there = self._there = Elsewhere(*self._make)
+            for name in BackendElsewhere.__annotations__:
+                setattr(self, name, there.get(name))
+            facts = [there.get(f"device.{name}") for name in ("name", "kind", "peak", "total_memory_bytes")]
+            self.device = DistantMachine(*facts, call=there.call)
+        return self._there
+
+    def open(self) -> None:
+        self._start().call("open")
+
+    def close(self) -> None:
+        if self._there is not None:
+            self._there.end()
+            self._there = None
+
+    def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
+        return self._start().call("run", requests, concurrency, on_progress=on_done)
+
+    def observed(self) -> Observed:
+        return self._start().call("observed")
+
+    def stats(self) -> dict[str, Any]:
+        return self._start().call("stats")
+
+    def pids(self) -> Sequence[int] | None:
+        return ()
+
+    def variant(self) -> dict[str, Any]:
+        return self._start().call("variant")
+
+    def weight_bytes(self) -> int:
+        return self._start().call("weight_bytes")
 
 
 def as_backend(engine: AscendInferEngine | Backend, experiment: Experiment) -> Backend:

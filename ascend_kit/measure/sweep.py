@@ -19,11 +19,16 @@ from ascend_kit.engine.elsewhere import apart
 from ascend_kit.engine.engine import AscendInferEngine
 from ascend_kit.engine.processes import needs_process
 from ascend_kit.identity import Identity
-from ascend_kit.measure.apart import BackendElsewhere
-from ascend_kit.measure.baseline import TransformersBackend, source_of
+from ascend_kit.measure.baseline import ContinuousBackend, TransformersBackend, require_continuous, source_of
 from ascend_kit.measure.ceilings import measure_ceilings
-from ascend_kit.measure.continuous import ContinuousBackend, require_continuous
-from ascend_kit.measure.engines import Backend, EngineBackend, Machine, as_backend, reckon_weight_bytes
+from ascend_kit.measure.engines import (
+    Backend,
+    BackendElsewhere,
+    EngineBackend,
+    Machine,
+    as_backend,
+    reckon_weight_bytes,
+)
 from ascend_kit.measure.forecast import Card
 from ascend_kit.measure.grid import shuffled, sweep_points, why_impossible
 from ascend_kit.measure.metrics import mean_interval

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ascend_kit.measure.metrics import RequestRecord
+
 OnDone = Callable[[int], None]  # is told how many requests of a workload have ended
 _SIGMA = 0.8  # log-normal: the longest of 1,000 draws is about 10 times the mean, as chat logs show
 
@@ -31,6 +33,20 @@ class Request:
     send_at_s: float | None = None
     after: int | None = None
     text: str | None = None
+
+    def record(self, arrival_s: float, token_times_s: Sequence[float], error: str | None = None) -> RequestRecord:
+        """What became of it, as far as every engine can tell."""
+        return RequestRecord(
+            index=self.index,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_output_tokens=len(token_times_s),
+            arrival_s=arrival_s,
+            token_times_s=tuple(token_times_s),
+            finish_reason="error" if error else "length",
+            error=error,
+            finished_s=token_times_s[-1] if token_times_s else None,
+            num_asked_tokens=self.num_output_tokens,
+        )
 
 
 class Dispatcher:
