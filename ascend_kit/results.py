@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
-import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -183,11 +183,9 @@ class RunFolder:
 
     def save_figure(self, name: str, figure: Figure) -> Path:
         """Save figures/<name>.png at 150 dots per inch; returns its path."""
-        path = self.path / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{name}.{os.getpid()}.png")
-        figure.savefig(temporary, dpi=150, bbox_inches="tight")
-        os.replace(temporary, path)
+        path, image = self.path / "figures" / f"{name}.png", io.BytesIO()
+        figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
+        write_atomic(path, image.getvalue())
         return path
 
     # --- the stage ----------------------------------------------------------------------------------------------

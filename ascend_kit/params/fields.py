@@ -6,7 +6,7 @@ Experiment checks what must hold between several of them.
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal, TypedDict, TypeVar, Unpack
+from typing import Annotated, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -27,12 +27,22 @@ FRAMEWORKS = {
     **dict.fromkeys(("megatron", "mindspeed"), "megatron"),
     **dict.fromkeys(("mindspore", "mindformers"), "mindspore"),
 }
-# What must lie at a path before work starts.
-FOLDER_READ, FILE_READ, FOLDER_WRITTEN, FILE_WRITTEN = "folder read", "file read", "folder written", "file written"
+
+
+class PathKind(NamedTuple):
+    """What must lie at a path before work starts."""
+
+    is_folder: bool
+    is_read: bool
+
 
 AnyPath = Annotated[str | None, AfterValidator(rules.path_text)]
-FolderRead = Annotated[AnyPath, FOLDER_READ]
-FileRead = Annotated[AnyPath, FILE_READ]
+FolderRead = Annotated[AnyPath, PathKind(is_folder=True, is_read=True)]
+FileRead = Annotated[AnyPath, PathKind(is_folder=False, is_read=True)]
+FolderWritten = Annotated[AnyPath, PathKind(is_folder=True, is_read=False)]
+FileWritten = Annotated[AnyPath, PathKind(is_folder=False, is_read=False)]
+DeviceName = Annotated[str, AfterValidator(rules.device_name)]
+RayAddress = Annotated[str | None, AfterValidator(rules.ray_address)]
 FolderName = Annotated[str, AfterValidator(rules.folder_name)]
 Precision = Annotated[str, AfterValidator(partial(rules.one_of, allowed=PRECISIONS))]
 Framework = Annotated[str, AfterValidator(partial(rules.one_of, allowed=FRAMEWORKS))]
@@ -76,7 +86,7 @@ class RunParameters(Parameters):
         "1234567", "demo", "name of the experiment: results go to <output_root>/<experiment>/"
     )
     run: FolderName = param("1234567", "default", "name of this variant: one folder below the experiment")
-    output_root: Annotated[str, AfterValidator(rules.path_text), FOLDER_WRITTEN] = param(
+    output_root: Annotated[str, AfterValidator(rules.path_text), PathKind(is_folder=True, is_read=False)] = param(
         "1234567", "outputs", "folder that holds all experiments"
     )
     if_exists: Literal["resume", "refuse", "overwrite"] = param(
@@ -93,12 +103,10 @@ class RunParameters(Parameters):
 class ConversionParameters(Parameters):
     """What decides which weights a conversion writes."""
 
-    input_model: Annotated[str, AfterValidator(rules.path_text), FOLDER_READ] = param(
+    input_model: Annotated[str, AfterValidator(rules.path_text), PathKind(is_folder=True, is_read=True)] = param(
         "12345", "demo", "checkpoint folder, or `demo` for the built-in model"
     )
-    output_model: Annotated[AnyPath, FOLDER_WRITTEN] = param(
-        "2345", None, "folder of the converted model; default below output_root"
-    )
+    output_model: FolderWritten = param("2345", None, "folder of the converted model; default below output_root")
     framework: Framework = param(
         "2", "auto", "format of input_model: auto, pytorch (Hugging Face), megatron, mindspore"
     )
@@ -160,15 +168,11 @@ class EngineParameters(Parameters):
     if_model_exists: Literal["reuse", "refuse", "overwrite"] = param(
         "2", "reuse", "an earlier output_model: reuse it if it was made alike, refuse, or overwrite it"
     )
-    device: Annotated[str, AfterValidator(rules.device_name)] = param(
-        "12345", "auto", "auto, cpu, cuda, cuda:N, npu, npu:N (ascend = npu)"
-    )
+    device: DeviceName = param("12345", "auto", "auto, cpu, cuda, cuda:N, npu, npu:N (ascend = npu)")
     device_id: int = param("12345", 0, "card of a device given without a number", ge=0, lt=1024)
     cards: int = param("1345", 1, "cards used in all", ge=1, le=1024)
     tensor_parallel: int = param("345", 1, "cards one copy of the model is split over", ge=1, le=64)
-    ray_address: Annotated[str | None, AfterValidator(rules.ray_address)] = param(
-        "345", None, "None = this machine; auto or host:port joins a Ray cluster"
-    )
+    ray_address: RayAddress = param("345", None, "None = this machine; auto or host:port joins a Ray cluster")
     max_seq_length: int = param("12345", 8192, "longest prompt + answer, tokens", ge=2, le=1 << 20)
     batch_size: int = param("2345", 16, "requests computed together (slots)", ge=1, le=4096)
     block_size: int | None = param("345", None, "tokens per KV block; None = 128 on npu, 32 else", ge=1, le=1024)
@@ -212,9 +216,7 @@ class BatchParameters(Parameters):
         "3", "given", "values above as given, or where not set those of the model (generation_config.json)"
     )
     concurrency: int = param("3", 32, "requests kept in flight", ge=1, le=1 << 20)
-    output_path: Annotated[AnyPath, FILE_WRITTEN] = param(
-        "3", None, "answers as JSON; default generations.json in the run folder"
-    )
+    output_path: FileWritten = param("3", None, "answers as JSON; default generations.json in the run folder")
     chat_template: bool = param("3", False, "wrap each prompt in the tokenizer's chat template")
     thinking: bool | None = param("35", None, "the template's enable_thinking; None = off where it has one")
 

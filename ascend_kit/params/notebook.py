@@ -187,18 +187,17 @@ def write_cells(folder: Path, *, check: bool = False) -> list[str]:
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
         raise ParameterError(f"no notebooks NN_name.ipynb in {folder}")
-    return [text for path in paths for text in _write_cell(path, check)]
-
-
-def _write_cell(path: Path, check: bool) -> list[str]:
-    document = json.loads(path.read_text(encoding="utf-8"))
-    cell = next(cell for cell in document["cells"] if tagged(cell, "parameters"))
-    before, wanted = "".join(cell["source"]), cell_source(path.stem)
-    if before == wanted:
-        return []
-    if not check:
-        cell["source"] = wanted.splitlines(keepends=True)
-        write_atomic(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    old, new = literal_assignments(before), literal_assignments(wanted)
-    changed = [name for name in {**old, **new} if old.get(name, ...) != new.get(name, ...)]
-    return [f"{path.name}: {', '.join(changed) or 'wording'}"]
+    differing = []
+    for path in paths:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        cell = next(cell for cell in document["cells"] if tagged(cell, "parameters"))
+        before, wanted = "".join(cell["source"]), cell_source(path.stem)
+        if before == wanted:
+            continue
+        if not check:
+            cell["source"] = wanted.splitlines(keepends=True)
+            write_atomic(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        old, new = literal_assignments(before), literal_assignments(wanted)
+        changed = [name for name in {**old, **new} if old.get(name, ...) != new.get(name, ...)]
+        differing.append(f"{path.name}: {', '.join(changed) or 'wording'}")
+    return differing

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 
 from ascend_kit.messages import did_you_mean
 from ascend_kit.params.experiment import DEMO, NEEDED, Experiment
-from ascend_kit.params.fields import FILE_READ, FILE_WRITTEN, FOLDER_READ, FOLDER_WRITTEN
+from ascend_kit.params.fields import PathKind
 from ascend_kit.params.values import ParameterError
 
 
@@ -20,8 +19,8 @@ def check_paths(experiment: Experiment, used: Collection[str]) -> None:
         faults.append(f"dataset_path: demo is not for {experiment.input_model}: {NEEDED['dataset_path']}")
     for key, field in Experiment.model_fields.items():
         value = getattr(experiment, key)
-        fault = next((FAULTS[mark] for mark in field.metadata if isinstance(mark, str)), None)
-        if fault and key in used and value not in (None, DEMO) and (text := fault(Path(value))):
+        kind = next((mark for mark in field.metadata if isinstance(mark, PathKind)), None)
+        if kind and key in used and value not in (None, DEMO) and (text := _fault(Path(value), kind)):
             faults.append(f"{key}: {text}{_gone_source(experiment) if key == 'input_model' else ''}")
     if faults:
         raise ParameterError(
@@ -37,32 +36,22 @@ def _gone_source(experiment: Experiment) -> str:
     return f"; to run {converted} without its source set input_model to it and use_model: source"
 
 
-def _fault_of_input(path: Path, *, folder: bool) -> str | None:
-    if not path.exists():
+def _fault(path: Path, kind: PathKind) -> str | None:
+    """What keeps a path from being read or written, None where nothing does."""
+    is_folder, is_read = kind.is_folder, kind.is_read
+    if is_read and not path.exists():
         return f"nothing at {path}{_nearest(path)}"
-    if path.is_dir() != folder:
-        return f"{path} is a {'file' if folder else 'folder'}, it must be a {'folder' if folder else 'file'}"
-    return None if os.access(path, os.R_OK | (os.X_OK if folder else 0)) else f"{path} may not be read"
-
-
-def _fault_of_output(path: Path, *, folder: bool) -> str | None:
-    if path.exists() and path.is_dir() != folder:
-        return f"{path} is a {'file' if folder else 'folder'}, it must be a {'folder' if folder else 'file'}"
-    if path.exists() and not folder and not path.is_file():
+    if path.exists() and path.is_dir() != is_folder:
+        return f"{path} is a {'file' if is_folder else 'folder'}, it must be a {'folder' if is_folder else 'file'}"
+    if is_read:
+        return None if os.access(path, os.R_OK | (os.X_OK if is_folder else 0)) else f"{path} may not be read"
+    if path.exists() and not is_folder and not path.is_file():
         return f"{path} is a pipe or a device, it must be a file"
-    above = path.absolute() if folder else path.absolute().parent
+    above = path.absolute() if is_folder else path.absolute().parent
     existing = next(parent for parent in (above, *above.parents) if parent.exists())
     if not existing.is_dir():
         return f"{existing} is a file, so nothing can be written below it"
     return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} may not be written to"
-
-
-FAULTS = {
-    FOLDER_READ: partial(_fault_of_input, folder=True),
-    FILE_READ: partial(_fault_of_input, folder=False),
-    FOLDER_WRITTEN: partial(_fault_of_output, folder=True),
-    FILE_WRITTEN: partial(_fault_of_output, folder=False),
-}
 
 
 def _nearest(path: Path) -> str:

@@ -29,11 +29,6 @@ class YamlFault(yaml.MarkedYAMLError):
         super().__init__(problem=problem, problem_mark=node.start_mark)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; a duplicate key, a list or broken YAML is a ParameterError."""
-    return read_with_places(path)[0]
-
-
 def read_with_places(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The mapping in a YAML file, and `file, line N` of each of its keys."""
     path = Path(path).expanduser()
@@ -41,12 +36,10 @@ def read_with_places(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = _value(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ParameterError(f"{path}{where}: not valid YAML for parameters: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ParameterError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ParameterError(f"{path}{where}: not valid YAML for parameters: {_problem(error)}") from None
     if value is None:
         return {}, {}
     if not isinstance(value, dict) or not isinstance(node, yaml.MappingNode):
@@ -113,8 +106,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         try:
             result[key.strip()] = _value(yaml.compose(value, Loader=yaml.SafeLoader))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
-            raise ParameterError(f"--set {key}: {_one_line(problem)}") from None
+            raise ParameterError(f"--set {key}: {_problem(error)}") from None
     return result
 
 
@@ -186,7 +178,9 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
         raise YamlFault(f"{shown(text)} cannot be read as {kind}", node) from None
 
 
-def _one_line(error: object) -> str:
+def _problem(error: Exception) -> str:
+    """What is wrong, in one line."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    found = getattr(error, "problem", None) or error
+    return " ".join(str(found).split())[:300] or type(error).__name__

@@ -10,7 +10,7 @@ import pytest
 
 from ascend_kit.params import Experiment, experiment_from_notebook, load_experiment
 from ascend_kit.params.notebook import write_cells
-from ascend_kit.params.yaml_file import read_yaml
+from ascend_kit.params.yaml_file import read_with_places
 from ascend_kit.run.checks import find_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +137,7 @@ def test_plain_papermill_and_the_run_command_see_the_same_parameters(notebook, p
     """papermill lays a file's values over the notebook's defaults; a key in the defaults alone must agree."""
     expected = load_experiment(path)
 
-    found = experiment_from_notebook({**notebook.defaults, **read_yaml(path)})
+    found = experiment_from_notebook({**notebook.defaults, **read_with_places(path)[0]})
 
     for key in notebook.defaults:
         assert getattr(found, key) == getattr(expected, key), key
@@ -148,7 +148,7 @@ def test_parameter_file_names_its_experiment_and_round_trips(path, tmp_path):
     experiment = load_experiment(path)
     (tmp_path / "again.yaml").write_text(experiment.to_yaml(), encoding="utf-8")
 
-    assert "experiment" in read_yaml(path)
+    assert "experiment" in read_with_places(path)[0]
     assert load_experiment(tmp_path / "again.yaml") == experiment
 
 
@@ -159,7 +159,7 @@ def test_switches_of_the_article_reach_the_engine(tmp_path, value, indent):
     path.write_text(ARTICLE.replace("True", str(value)).replace("  ", indent), encoding="utf-8")
 
     direct = load_experiment(path)
-    by_notebook = experiment_from_notebook({**NOTEBOOKS[3].defaults, **read_yaml(path)})
+    by_notebook = experiment_from_notebook({**NOTEBOOKS[3].defaults, **read_with_places(path)[0]})
 
     for experiment in (direct, by_notebook):
         assert experiment.model_name == "qwen3-8b" and experiment.max_seq_length == 8192
