@@ -28,7 +28,8 @@ from ascend_kit.params.notebook import parameters_of, write_cells
 from ascend_kit.params.paths import check_paths
 from ascend_kit.params.yaml_file import naming_lines, parse_overrides
 from ascend_kit.run.checks import RunError
-from ascend_kit.run.experiment import check_experiment, make_working_copies, run_experiment, write_run_report
+from ascend_kit.run.copies import make_working_copies
+from ascend_kit.run.experiment import check_experiment, run_experiment, write_run_report
 from ascend_kit.run.pack import pack
 from ascend_kit.stages import RunFolderError
 

@@ -37,7 +37,8 @@ def measure_ceilings(
     operator that has next to nothing to compute.
     """
     device.make_current()
-    size = buffer_bytes or _large_buffer_bytes(device)
+    large = 2**29 if device.kind == "cpu" else 2**30  # well above any cache, yet a small part of what is free
+    size = buffer_bytes or min(large, device.free_memory_bytes() // 4)
     read = read_bandwidth(device, size)
     result: dict[str, Any] = {
         "device": device.name,
@@ -143,9 +144,3 @@ def _timed(device: Device, call: Callable[[], Any], calls: int) -> float:
         call()
     device.synchronize()
     return (time.perf_counter() - start) / calls
-
-
-def _large_buffer_bytes(device: Device) -> int:
-    """Well above any cache, yet a small part of what is free: 1 GiB on an accelerator, 512 MiB on a CPU."""
-    wanted = 2**29 if device.kind == "cpu" else 2**30
-    return min(wanted, device.free_memory_bytes() // 4)

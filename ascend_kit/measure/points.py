@@ -145,10 +145,6 @@ class PointRunner:
         rows = [{**self._facts(p), "status": "pruned", "error": text} for p, text in reasons.items() if p not in known]
         self._append("rows", rows)
 
-    def known_before(self) -> PointForecast:
-        """Floors and predictions before the model is loaded, from the size its weights must have."""
-        return PointForecast(self.backend, None, self.ceilings)
-
     def measure(self, point: Point, on_share: Callable[[float], None] | None = None) -> str:
         """Run one point and append its rows; a few words on how it went. Any failure is a row, and the engine is given
         up: the next point opens a new one."""
@@ -247,16 +243,13 @@ class PointRunner:
         config, experiment = self.backend.config, self.experiment
         # The point is part of the seed: no prompt returns within a sweep, so no cache can serve it.
         seed = (point.seed, point.concurrency, point.prompt_len, point.output_len, round((point.rate or 0) * 1e6), salt)
+        given = {"vocab_size": config.vocab_size, "seed": seed, "avoid_ids": config.eos_token_ids}
         if salt == _WARM_UP_SEED:
-            return make_requests(
-                count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed,
-                avoid_ids=config.eos_token_ids,
-            )  # fmt: skip
+            return make_requests(count, point.prompt_len, output_len, **given)
         if experiment.load_prompts and self._encoder is None:
             self._encoder = load_tokenizer(experiment.tokenizer_path or experiment.input_model)
         return build(
-            point, count, point.prompt_len, output_len, vocab_size=config.vocab_size, seed=seed,
-            avoid_ids=config.eos_token_ids, encoder=self._encoder,
+            point, count, point.prompt_len, output_len, **given, encoder=self._encoder,
             trace_file=experiment.trace_file, prompts_file=experiment.load_prompts,
             max_total_len=min(self.backend.max_seq_length, experiment.max_seq_length),
         )  # fmt: skip

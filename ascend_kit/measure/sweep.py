@@ -130,8 +130,7 @@ def _transformers(experiment: Experiment, spec: EngineSpec) -> TransformersBacke
         "max_seq_length": experiment.max_seq_length, "name": spec.name,
     }  # fmt: skip
     if spec.batching == "continuous":
-        settings["max_tokens_per_step"] = experiment.max_tokens_per_step
-        return ContinuousBackend(source_of(experiment), **settings)
+        return ContinuousBackend(source_of(experiment), max_tokens_per_step=experiment.max_tokens_per_step, **settings)
     return TransformersBackend(source_of(experiment), padding=spec.padding, **settings)
 
 
@@ -166,7 +165,10 @@ def run_sweep(
         if not any(possible for possible, _ in asked):
             raise SweepError(f"{name}: no point can be measured; the first: {next(iter(asked[0][1].values()))}")
         note = _Note(folder, name, is_first)
-        searches = [_search_length(possible, experiment) for possible, _ in asked]
+        is_searched = experiment.search != "none"
+        searches = [  # how many points each search is taken to be as long as
+            is_searched * USUAL_PROBES * len(searched_loads(possible, experiment.search)) for possible, _ in asked
+        ]
         total, before = sum(len(possible) for possible, _ in asked) + sum(searches), 0
         for runner, (possible, reasons) in zip(runners, asked, strict=True):
             runner.write_pruned(reasons)
@@ -218,15 +220,11 @@ def _variants(engine: AscendInferEngine | Backend, experiment: Experiment) -> li
     return found
 
 
-def _search_length(points: Sequence[Point], experiment: Experiment) -> int:
-    """How many points the search is taken to be as long as; 0: nothing is searched."""
-    return USUAL_PROBES * len(searched_loads(points, experiment.search)) if experiment.search != "none" else 0
-
-
 def _without_impossible(runner: PointRunner, points: Sequence[Point]) -> tuple[list[Point], dict[Point, str]]:
     """The points that can be measured, and the others with the reason."""
     longest = min(runner.backend.max_seq_length, runner.experiment.max_seq_length)
-    reasons = {point: why_impossible(point, longest, runner.known_before()) for point in points}
+    known = PointForecast(runner.backend, None, runner.ceilings)
+    reasons = {point: why_impossible(point, longest, known) for point in points}
     return [p for p, reason in reasons.items() if reason is None], {p: text for p, text in reasons.items() if text}
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -122,52 +122,42 @@ def check_contents(experiment: Experiment, names: Collection[str], *, converts: 
     """
     faults: list[str] = []
 
-    @contextlib.contextmanager
-    def noted() -> Iterator[None]:
+    def check(function: Callable[..., object], *given: object) -> None:
         try:
-            yield
+            function(*given)
         except (ValueError, OSError) as error:
             faults.append(str(error))
 
     given = {name for name in names if getattr(experiment, name, None) not in (None, DEMO)}
-    with noted():
-        _check_written(experiment.run_folder, MIN_FREE_BYTES)
+    check(_check_written, experiment.run_folder, MIN_FREE_BYTES)
     if "log_to" in names:
         from ascend_kit.measure.tracking import require_tracker
 
-        with noted():
-            require_tracker(experiment)
+        check(require_tracker, experiment)
     for key in sorted(given & {"prompts_file", "calibration_file"}):
-        with noted():
-            read_prompts(getattr(experiment, key), key)
+        check(read_prompts, getattr(experiment, key), key)
     if given & {"trace_file", "load_prompts"}:
         from ascend_kit.measure.loads import read_load_prompts, read_trace
 
         for key, read in (("trace_file", read_trace), ("load_prompts", read_load_prompts)):
             if key in given:
-                with noted():
-                    read(getattr(experiment, key))
+                check(read, getattr(experiment, key))
     if "dataset_path" in names:
         from ascend_kit.evaluation.datasets import check_data
 
-        with noted():
-            check_data(experiment)
+        check(check_data, experiment)
         if experiment.eval_stop_against is not None:
             from ascend_kit.evaluation.runs import find_run
 
-            with noted():
-                find_run(experiment.eval_stop_against, experiment, "eval_stop_against")
+            check(find_run, experiment.eval_stop_against, experiment, "eval_stop_against")
     if "input_model" in given and Path(experiment.input_model).is_dir():
         from ascend_kit.checkpoint.convert import check_model
 
-        with noted():
-            check_model(experiment)
+        check(check_model, experiment)
     if "quantize_keep" in given and "input_model" not in given:
-        with noted():
-            _check_kept_of_demo(experiment.quantize_keep)
+        check(_check_kept_of_demo, experiment.quantize_keep)
     if converts:
-        with noted():
-            _check_written(experiment.converted_folder, _converted_bytes(experiment))
+        check(lambda: _check_written(experiment.converted_folder, _converted_bytes(experiment)))
     if faults:
         raise RunError("; ".join(faults))
 

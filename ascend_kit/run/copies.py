@@ -13,9 +13,9 @@ from typing import Any
 
 from ascend_kit.files import write_atomic
 from ascend_kit.messages import phrase, translate
-from ascend_kit.params import Experiment
+from ascend_kit.params import Experiment, load_experiment
 from ascend_kit.params.notebook import INJECTED_MARK, tagged
-from ascend_kit.run.checks import Notebook
+from ascend_kit.run.checks import find_notebooks
 from ascend_kit.stages import DONE, RunRecord, Stage, changing
 
 FOLDER = "work"
@@ -25,16 +25,17 @@ CHOICES = re.compile(r": [a-z0-9_]+(, [a-z0-9_]+)+$")  # that may stand after it
 
 
 def make_working_copies(
-    experiment: Experiment, notebooks: list[Notebook], parameter_file: str | Path, overrides: dict[str, Any]
+    path: str | Path, overrides: dict[str, Any] | None = None, notebooks: str | Path | None = None
 ) -> Path:
-    """Copy the notebooks to <run>/work/ with their parameters set to those of the file; the folder.
+    """Copy the notebooks to <run>/work/ with their parameters set to those of the file `path`; the folder.
 
     A copy that is there already is left as it is.
     """
+    experiment, overrides = load_experiment(path, overrides), overrides or {}
     folder = experiment.run_folder / FOLDER
     names = {"experiment": experiment.experiment, "run": experiment.run}
-    names["params_file"] = str(Path(parameter_file).absolute())
-    for notebook in notebooks:
+    names["params_file"] = str(Path(path).absolute())
+    for notebook in find_notebooks(notebooks):
         target = folder / notebook.path.name
         if not target.exists():
             content = json.loads(notebook.path.read_text(encoding="utf-8"))

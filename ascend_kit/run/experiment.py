@@ -175,29 +175,23 @@ def _undo_exchange(experiment: Experiment, chosen: list[Notebook]) -> str | None
 # --- the run itself ---------------------------------------------------------------------------------------
 
 
+@dataclass
 class _Run:
     """The execution of one run folder; keeps run.json in step with what happens."""
 
-    def __init__(
-        self,
-        folder: Path,
-        experiment: Experiment,
-        source: str,
-        locks: dict[str, StageLock],
-        mode: str,
-        stop: StopRequest,
-        echo: Callable[[str], None],
-    ):
-        self.folder, self.experiment, self.source, self.locks = folder, experiment, source, locks
-        self.mode, self.stop, self.echo = mode, stop, echo
+    folder: Path
+    experiment: Experiment
+    source: str
+    locks: dict[str, StageLock]
+    mode: str
+    stop: StopRequest
+    echo: Callable[[str], None]
 
     def execute(self, notebooks: list[Notebook]) -> RunReport:
         self.echo(
             f"run {self.experiment.experiment}/{self.experiment.run}: {len(notebooks)} notebooks -> {self.folder}"
         )
-        done = (
-            set() if self.mode == "overwrite" else {notebook.name for notebook in notebooks if self._is_done(notebook)}
-        )
+        done = {one.name for one in notebooks if self.mode != "overwrite" and self._is_done(one)}
         with changing(self.folder, self.experiment) as record:
             record.parameter_file = self.source
             for notebook in notebooks:
@@ -330,14 +324,6 @@ def write_run_report(folder: Path) -> Path:
 
     copies.collect_executed(folder)
     return write_report(folder)
-
-
-def make_working_copies(
-    path: str | Path, overrides: dict[str, Any] | None = None, notebooks: str | Path | None = None
-) -> Path:
-    """Working copies of the notebooks for the experiment in `path`; the folder that holds them."""
-    experiment = load_experiment(path, overrides)
-    return copies.make_working_copies(experiment, find_notebooks(notebooks), path, overrides or {})
 
 
 def check_experiment(
