@@ -24,7 +24,7 @@ from make_model import DEFAULT_ROOT, SHAPES, Shape, make_model  # noqa: E402
 
 from ascend_kit import AscendInferEngine, SamplingParams  # noqa: E402
 from ascend_kit.demo.assets import ensure_model  # noqa: E402
-from ascend_kit.demo.pages import page_text, topics  # noqa: E402
+from ascend_kit.demo.datasets import page_text, topics  # noqa: E402
 from ascend_kit.device.ops import AttentionMeta, reference  # noqa: E402
 from ascend_kit.engine.scheduler import Chunk, StepPlan  # noqa: E402
 from ascend_kit.engine.sequence import Sequence  # noqa: E402

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ascend_kit import AscendInferEngine, SamplingParams
 from ascend_kit.demo.assets import ensure_model
-from ascend_kit.demo.pages import page_text, topics
+from ascend_kit.demo.datasets import page_text, topics
 from ascend_kit.measure.points import tokens_per_step
 from ascend_kit.prompts import read_prompts
 

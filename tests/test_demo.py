@@ -14,8 +14,7 @@ import yaml
 
 from ascend_kit.demo import cached_model, ensure_data, ensure_model
 from ascend_kit.demo.corpus import Corpus, demo_prompts, exam_description, exam_prompt, exam_question, is_held_out
-from ascend_kit.demo.datasets import SCORED_SPLIT, WIKITEXT_CONFIG, load_questions
-from ascend_kit.demo.pages import page_text, to_wikitext, topics
+from ascend_kit.demo.datasets import SCORED_SPLIT, WIKITEXT_CONFIG, load_questions, page_text, to_wikitext, topics
 
 REPOSITORY = Path(__file__).parents[1]
 TASKS = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"

@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,16 +23,13 @@ if TYPE_CHECKING:
 STAND_IN = "demo-in-place-of-"  # before the model_name of a file that names no checkpoint
 DEMO_WORD = "demo"
 COMPLETE_FILE = "complete.json"
-MODEL_LIBRARIES = ("torch", "transformers", "tokenizers")
-DATA_LIBRARIES = ("pyarrow",)
-# Sources that do not change what is built.
-NOT_IN_MODEL = ("__init__.py", "assets.py")
-NOT_IN_DATA = ("__init__.py", "assets.py", "train.py")
+LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
+NOT_BUILT_FROM = ("__init__.py", "assets.py")  # sources that do not change what is built
 
 
 def ensure_data(cache_dir: str | Path | None = None) -> Path:
     """The folder of the sample data sets (`mmlu`, `ceval`, `agieval`, `wikitext`) and `prompts.jsonl`."""
-    folder = cache_root(cache_dir) / f"demo-data-{_source_hash(DATA_LIBRARIES, NOT_IN_DATA)}"
+    folder = cache_root(cache_dir) / f"demo-data-{_source_hash()}"
     return _build_once(folder, _build_data)
 
 
@@ -81,7 +77,7 @@ def _model_folder(cache_dir: str | Path | None, steps: int | None) -> tuple[Path
     steps = STEPS if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps={steps}: training takes at least 1 step, {STEPS} by default")
-    return cache_root(cache_dir) / f"demo-model-{steps}-{_source_hash(MODEL_LIBRARIES, NOT_IN_MODEL)}", steps
+    return cache_root(cache_dir) / f"demo-model-{steps}-{_source_hash()}", steps
 
 
 def _build_data(target: Path) -> None:
@@ -109,38 +105,18 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     # The system drops the lock when its process dies, so a killed build blocks nobody.
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not _is_complete(folder):
-            _remove_leftovers(folder)
-            with _temporary_beside(folder) as target:
+            prefix = f".building-{folder.name}-"
+            for path in [*folder.parent.glob(prefix + "*"), folder]:  # what killed builds left, and a damaged result
+                shutil.rmtree(path, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
+                target = Path(temporary)
+                target.chmod(0o755)  # it is made private; a shared cache must stay readable
                 build(target)
-                _write_complete(target)
+                files = [path for path in sorted(target.rglob("*")) if path.is_file()]
+                sizes = {path.relative_to(target).as_posix(): path.stat().st_size for path in files}
+                (target / COMPLETE_FILE).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
                 os.replace(target, folder)
     return folder
-
-
-@contextmanager
-def _temporary_beside(folder: Path):
-    target = Path(tempfile.mkdtemp(prefix=_building_prefix(folder), dir=folder.parent))
-    target.chmod(0o755)  # mkdtemp makes it private; a shared cache must stay readable
-    try:
-        yield target
-    finally:
-        shutil.rmtree(target, ignore_errors=True)
-
-
-def _building_prefix(folder: Path) -> str:
-    return f".building-{folder.name}-"
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed builds left, and a damaged result; called under the lock."""
-    for path in [*folder.parent.glob(_building_prefix(folder) + "*"), folder]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_complete(folder: Path) -> None:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    (folder / COMPLETE_FILE).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -152,14 +128,13 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _source_hash(libraries: tuple[str, ...], left_out: tuple[str, ...]) -> str:
-    """Twelve hex digits over this package's sources and data, but for those left out, and the libraries' versions."""
+def _source_hash() -> str:
+    """Twelve hex digits over the sources and data of what is built and the libraries' versions."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for path in sorted([*here.glob("*.py"), *here.glob("data/*")]):
-        if path.name in left_out:
-            continue
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    for name in libraries:
+        if path.name not in NOT_BUILT_FROM:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name in LIBRARIES:
         digest.update(f"{name}={version(name)}".encode())
     return digest.hexdigest()[:12]

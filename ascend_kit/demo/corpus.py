@@ -10,8 +10,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from ascend_kit.demo.datasets import Question, agieval_query, load_questions
-from ascend_kit.demo.pages import page_text, summary, to_wikitext, topics
+from ascend_kit.demo.datasets import Question, agieval_query, load_questions, page_text, summary, to_wikitext, topics
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
