@@ -62,7 +62,7 @@ def shuffled(points: Sequence[Point], seed: int) -> list[Point]:
     return [point for group in groups.values() for point in group]
 
 
-def why_impossible(point: Point, max_seq_length: int, known: PointForecast | None) -> str | None:
+def why_impossible(point: Point, max_seq_length: int, known: PointForecast) -> str | None:
     """Why a point cannot be measured whatever the engine does, or None."""
     if point.data is None and point.longest_len > max_seq_length:
         turns = f"{point.turns} x " if point.turns > 1 else ""
@@ -70,7 +70,7 @@ def why_impossible(point: Point, max_seq_length: int, known: PointForecast | Non
             f"{turns}{point.prompt_len} + {point.output_len} tokens are above max_seq_length {max_seq_length}; lower "
             "prompt_len or output_len in sweep, or raise max_seq_length"
         )
-    group = known.measured if known else None
+    group = known.measured
     if group is None:
         return None
     if group.kv_bytes_free() <= 0:

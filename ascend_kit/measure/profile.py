@@ -61,20 +61,15 @@ def profile_engine(engine: AscendInferEngine, experiment: Experiment, folder: Ru
         except ProfileError as error:  # what is measured without a profiler can still be measured
             folder.fail(str(error))
             return
+        device = backend.device
+        facts = {"prompt_len": prompt_len, "model": experiment.model_name, "device": device.name}
         for phase in phases:
-            _write(folder, phase, engine, known_limits, {"prompt_len": prompt_len, "model": experiment.model_name})
-
-
-def _write(
-    folder: RunFolder, phase: Phase, engine: AscendInferEngine, limits: Deployment | None, facts: dict[str, Any]
-) -> None:
-    device = engine.device
-    assert device is not None, "it is loaded"
-    key = {"profile_id": uuid.uuid4().hex[:12], "phase": phase.name}
-    step = {**key, **facts, "device": device.name, "device_kind": device.kind, **step_row(phase, device.kind, limits)}
-    rows = [{**key, **row} for row in operator_rows(phase, step["counted_step_ms"])]
-    folder.append_all("profile", rows, engine.identity)
-    folder.append("profile_steps", step, engine.identity)  # last: it stands for the phase being done
+            key = {"profile_id": uuid.uuid4().hex[:12], "phase": phase.name}
+            step = step_row(phase, device.kind, known_limits)
+            rows = [{**key, **row} for row in operator_rows(phase, step["counted_step_ms"])]
+            folder.append_all("profile", rows, identity)
+            # Last: it stands for the phase being done.
+            folder.append("profile_steps", {**key, **facts, "device_kind": device.kind, **step}, identity)
 
 
 def step_row(phase: Phase, device_kind: str, limits: Deployment | None) -> dict[str, Any]:

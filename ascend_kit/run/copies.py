@@ -93,13 +93,13 @@ def without_widgets(cells: list[dict[str, Any]]) -> None:
 
 def collect_executed(folder: Path) -> None:
     """Copy the notebooks of stages that were run by hand beside their results, and note errors that stopped them."""
-    record = RunRecord.read(folder)
-    found = {name: path for name, stage in record.stages.items() if (path := _executed_by_hand(folder, stage))}
+    stages = RunRecord.read(folder).stages
+    found = {name: notebook for name, stage in stages.items() if (notebook := _executed_by_hand(folder, stage))}
     if not found:
         return
     with changing(folder) as record:
-        for name, path in found.items():
-            notebook, stage = json.loads(path.read_text(encoding="utf-8")), record.stages[name]
+        for name, notebook in found.items():
+            stage = record.stages[name]
             translate_cells(notebook["cells"], stage.parameters.get("language", "en"))
             without_widgets(notebook["cells"])
             notebook.get("metadata", {}).pop("widgets", None)
@@ -109,19 +109,16 @@ def collect_executed(folder: Path) -> None:
                 stage.end("failed", error, stage.duration_s)
 
 
-def _executed_by_hand(folder: Path, stage: Stage) -> Path | None:
+def _executed_by_hand(folder: Path, stage: Stage) -> dict[str, Any] | None:
     """The notebook in which a stage was run by hand, if it can still be read and was executed."""
     if not stage.by_hand:
         return None
-    candidates = [Path(stage.notebook)] if stage.notebook else [folder / FOLDER / f"{stage.name}.ipynb"]
-    for path in candidates:
-        try:
-            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if any(cell.get("execution_count") for cell in cells):
-            return path
-    return None
+    path = Path(stage.notebook) if stage.notebook else folder / FOLDER / f"{stage.name}.ipynb"
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        return notebook if any(cell.get("execution_count") for cell in notebook["cells"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _first_error(notebook: dict[str, Any]) -> str | None:

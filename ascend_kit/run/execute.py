@@ -65,40 +65,34 @@ class Stopped(Exception):
     """The run is to stop before the next cell."""
 
 
+@dataclass
 class Execution:
-    """One notebook and its kernel, which is this interpreter started in the current folder."""
+    """One notebook and its kernel, which is this interpreter started in the current folder.
 
-    def __init__(
-        self,
-        source: Path,
-        target: Path,
-        parameters: dict[str, Any],
-        *,
-        marker: Path | None = None,
-        popen: dict[str, Any] | None = None,
-        stop: StopRequest | None = None,
-        echo: Callable[[str], None] | None = None,
-    ):
-        """The executed copy lies at `target` from the first moment on. `marker` is the file that the notebook writes
-        last: without a fresh one the outcome is failed. `popen` is added to the arguments of the kernel's process;
-        `echo` gets its printed lines.
-        """
-        self.source, self.target, self.parameters, self.marker = source, target, parameters, marker
-        self.popen, self.stop, self.echo = popen or {}, stop or StopRequest(), echo
-        self.log, self.connection = working_files(target.parent, target.stem)
-        self.failure: Exception | None = None
-        self._manager: Any = None
-        self._process: subprocess.Popen | None = None
-        self._code: int | None = None  # of the kernel, None while it lives
-        self._stopping_s: float | None = None
+    The executed copy lies at `target` from the first moment on. `marker` is the file that the notebook writes last:
+    without a fresh one the outcome is failed. `popen` is added to the arguments of the kernel's process; `echo` gets
+    its printed lines.
+    """
+
+    source: Path
+    target: Path
+    parameters: dict[str, Any]
+    marker: Path
+    popen: dict[str, Any]
+    stop: StopRequest
+    echo: Callable[[str], None]
+    failure: Exception | None = None
+    _manager: Any = None
+    _process: subprocess.Popen | None = None
+    _code: int | None = None  # of the kernel, None while it lives
+    _stopping_s: float | None = None
 
     def run(self) -> Outcome:
         """Run the notebook and say truthfully how it ended. Neither its kernel nor its children are left."""
         started = time.monotonic()
         self.target.parent.mkdir(parents=True, exist_ok=True)
         for old in (self.marker, self.target):
-            if old is not None:
-                old.unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
         worker = threading.Thread(target=self._work, name=f"papermill {self.target.stem}", daemon=True)
         with self.stop.ending(self.kill):
             worker.start()
@@ -110,18 +104,19 @@ class Execution:
             self._code = self._process.poll() if self._process is not None else None
             self.kill()
         outcome = self._judge(time.monotonic() - started)
-        for leftover in (self.log, self.connection):
+        for leftover in working_files(self.target.parent, self.target.stem):
             leftover.unlink(missing_ok=True)
         return outcome
 
     def _work(self) -> None:
+        log_file, connection = working_files(self.target.parent, self.target.stem)
         try:
-            with open(self.log, "wb") as log:
-                self._execute(log)
+            with open(log_file, "wb") as log:
+                self._execute(log, connection)
         except Exception as error:
             self.failure = error
 
-    def _execute(self, log: Any) -> None:
+    def _execute(self, log: Any, connection: Path) -> None:
         import logging
 
         import papermill
@@ -133,8 +128,7 @@ class Execution:
         environment = {**os.environ, **KERNEL_ENVIRONMENT, **self.popen.get("env", {})}
         for name in BROWSER_VARIABLES:
             environment.pop(name, None)
-        lines = _Lines(self.echo) if self.echo else None
-        self._manager = engine.kernel_manager(self.connection)
+        lines, self._manager = _Lines(self.echo), engine.kernel_manager(connection)
         papermill.execute_notebook(
             str(self.source).replace("{", "{{").replace("}", "}}"),  # papermill takes braces for placeholders
             None,
@@ -147,8 +141,7 @@ class Execution:
             manager=self._manager,
             popen={**self.popen, "env": environment, "cwd": os.getcwd(), "stdout": log, "stderr": log},
         )
-        if lines:
-            lines.end()
+        lines.end()
 
     def _copy(self, notebook: NotebookNode) -> ExecutedCopy:
         from ascend_kit.run.engine import ExecutedCopy
@@ -196,7 +189,7 @@ class Execution:
         if state == "ok" and pending is not None:
             state, name, last = "failed", "Unfinished", pending
             text = "the notebook ended before this cell without an error (sys.exit or an ended kernel)"
-        elif state == "ok" and self.marker is not None and not self.marker.exists():
+        elif state == "ok" and not self.marker.exists():
             state, name = "failed", "NoResult"
             text = f"every cell ran, but the result file {self.marker.name} was not written"
         if state == "ok":
@@ -224,7 +217,13 @@ class Execution:
         if isinstance(error, DeadKernelError) or (code and began):
             by = -code if code is not None and -code in SIGNALS else None
             state = "failed" if by is None else "interrupted"
-            return state, "DeadKernelError", _kernel_death(code or 0), by, _last_words(self.log)
+            return (
+                state,
+                "DeadKernelError",
+                _kernel_death(code or 0),
+                by,
+                _last_words(working_files(self.target.parent, self.target.stem)[0]),
+            )
         what = "" if began else "the notebook could not be started: "
         return "failed", type(error).__name__, f"{what}{type(error).__name__}: {_one_line(error)}", None, None
 
