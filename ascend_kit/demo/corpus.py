@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from ascend_kit.demo.datasets import Question, agieval_query, load_questions, page_text, summary, to_wikitext, topics
+from ascend_kit.demo.datasets import Question, agieval_query, load_questions, page_text, to_wikitext, topics
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -126,7 +126,8 @@ class Corpus:
 
     def _answer(self) -> Document:
         topic = self.rng.choice(self.topics)
-        ask, reply = self.rng.choice([*topic.questions, (f"Tell me about {topic.title}.", summary(topic))])
+        summary = " ".join(wordings[0] for wordings in topic.facts)
+        ask, reply = self.rng.choice([*topic.questions, (f"Tell me about {topic.title}.", summary)])
         if self.rng.random() < 0.3:
             turn = f"{IM_START}user\n{ask}{IM_END}\n{IM_START}assistant\n"
             close = f"{IM_END}\n{END_OF_TEXT}"

@@ -231,25 +231,16 @@ def to_wikitext(text: str) -> str:
     return re.sub(r"\n", " \n ", spaced).replace("\n  ", "\n ")
 
 
-def summary(topic: Topic) -> str:
-    """A fixed short answer to "Tell me about ...": the first wording of each fact."""
-    return " ".join(wordings[0] for wordings in topic.facts)
-
-
 def _paragraph(facts: tuple[tuple[str, ...], ...], rng: random.Random) -> str:
     first, *rest = [rng.choice(wordings) for wordings in facts]
     rng.shuffle(rest)
     return " ".join([first, *rest])
 
 
-def _article(noun: str) -> str:
-    return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
-
-
 def _topic(kind: dict[str, Any], row: list[str]) -> Topic:
     """A topic from the wordings of its kind and one row of facts."""
     values = dict(zip(rows(kind["columns"])[0], row, strict=True))
-    values |= {f"a_{key}": _article(value) for key, value in values.items()}
+    values |= {f"a_{key}": f"{'an' if value[0].lower() in 'aeiou' else 'a'} {value}" for key, value in values.items()}
     values |= {"lower": values["name"].lower(), "capitalised": values["name"].capitalize()}
 
     def fill(texts: list[str]) -> tuple[str, ...]:

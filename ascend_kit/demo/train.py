@@ -166,12 +166,6 @@ def _loss(
     # Rotary embedding only sees distances, so positions may run on across documents.
     logits = model(input_ids=ids[:, :-1], attention_mask=same & causal, use_cache=False).logits
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    target_weights = (weights * _inside(documents))[:, 1:].flatten()
+    # The first token of a document cannot be told from what stands before it.
+    target_weights = (weights[:, 1:] * (documents[:, 1:] == documents[:, :-1]).float()).flatten()
     return (losses * target_weights).sum() / target_weights.sum()
-
-
-def _inside(documents: "torch.Tensor") -> "torch.Tensor":
-    """1.0 where a token has its predecessor in the same document, 0.0 for the first token of a document."""
-    import torch.nn.functional as F
-
-    return F.pad((documents[:, 1:] == documents[:, :-1]).float(), (1, 0))

@@ -159,18 +159,15 @@ def _one_plan(
     if running == 0:
         return replace(base, reason=problem or f"no request of {sum(lengths)} tokens fits beside the weights")
     found = forecast(group, replicas, *lengths, running)
-    return replace(base, **found, reason=_broken_limit(found, limits_ms))
+    broken = (
+        f"predicted {name.upper()} {found[f'{name}_ms']:.1f} ms is above the limit of {limits_ms[name]:g} ms"
+        for name in ("ttft", "tpot")
+        if name in limits_ms and found[f"{name}_ms"] > limits_ms[name]
+    )
+    return replace(base, **found, reason=next(broken, None))
 
 
 def _shares(concurrency: int, replicas: int) -> list[tuple[int, int]]:
     """`(requests in flight, number of replicas with so many)`, the fullest first, idle replicas left out."""
     low, extra = divmod(concurrency, replicas)
     return [(c, n) for c, n in ((low + 1, extra), (low, replicas - extra)) if c and n]
-
-
-def _broken_limit(found: Mapping[str, float], limits_ms: Mapping[str, float]) -> str | None:
-    for name in ("ttft", "tpot"):
-        value, limit = found[f"{name}_ms"], limits_ms.get(name)
-        if limit is not None and value > limit:
-            return f"predicted {name.upper()} {value:.1f} ms is above the limit of {limit:g} ms"
-    return None

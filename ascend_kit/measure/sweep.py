@@ -180,13 +180,13 @@ def run_sweep(
 
         for runner, (possible, _), length in zip(runners, asked, searches, strict=True):
             try:
-                runner.run(shuffled(possible, experiment.seed), tell)
-                before += len(possible)
-                while more := _repeats_wanted(runner, note.points(runner.identity), experiment):
-                    total += len(more)
-                    note.add(runner.identity, more)
+                own, more = list(possible), shuffled(possible, experiment.seed)
+                while more:
                     runner.run(more, tell)
                     before += len(more)
+                    more = _repeats_wanted(runner, own, experiment)
+                    own, total = own + more, total + len(more)
+                    note.add(runner.identity, more)
                 if length:
                     search_points(runner, possible, experiment, note.add, tell)
                     before += length
@@ -295,7 +295,3 @@ class _Note:
             "points": [[asdict(point) for point in own] for _, own in self._points.values()],
         }
         self._folder.write_json("sweep", {**self._before, self._name: entry})
-
-    def points(self, identity: Identity) -> list[Point]:
-        """What is asked of a configuration."""
-        return self._points[identity.id][1]
