@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,22 +72,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Numbers by which something is multiplied, under whatever name: they change nothing at 1, and everything at 0.
 FACTOR_PATTERN = re.compile(r".*(multiplier|scal(e|ing)|factor)")
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
+# What rope scaling has: the first words must be there.
+_ROPE_WORDS = {
+    "default": "",
+    "linear": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "yarn": "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
+    "truncate",
 }
-ROPE_REQUIRED = {"linear": ("factor",), "llama3": ROPE_KEYS["llama3"][:3], "yarn": ("factor",)}
+ROPE_KEYS = {kind: words.split() for kind, words in _ROPE_WORDS.items()}
+ROPE_REQUIRED = {"linear": 1, "llama3": 3, "yarn": 1}  # of them, the first ones
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,7 @@ class ModelConfig:
             hidden_size=hidden,
             num_heads=heads,
             num_kv_heads=keys.count("num_key_value_heads", heads, heads),
-            head_dim=keys.count("head_dim", 1 << 16, _head_dim(hidden, heads, family, where)),
+            head_dim=keys.count("head_dim", 1 << 16, None if family == "qwen3" or hidden % heads else hidden // heads),
             intermediate_size=keys.count("intermediate_size", 1 << 26),
             vocab_size=keys.count("vocab_size", 1 << 26),
             rms_norm_eps=keys.number("rms_norm_eps", 1e-6, below=1.0),
@@ -187,42 +181,35 @@ class _Keys:
     def wrong(self, name: str, value: Any, allowed: str) -> FileError:
         return FileError(f"{self.where}: {name}={value!r}; allowed is {allowed}")
 
-    def count(self, name: str, largest: int, default: int | None = None) -> int:
-        """A whole number from 1 to `largest`."""
+    def read(self, name: str, fits: Callable[[Any], bool], allowed: str, default: Any = None) -> Any:
+        """The value, or the default where it is null or left out."""
         value = self.raw.get(name)
         value = default if value is None else value
-        if type(value) is not int or not 1 <= value <= largest:
-            raise self.wrong(name, value, f"a whole number from 1 to {largest}")
+        if not fits(value):
+            raise self.wrong(name, value, allowed)
         return value
+
+    def count(self, name: str, largest: int, default: int | None = None) -> int:
+        """A whole number from 1 to `largest`."""
+        fits = lambda value: type(value) is int and 1 <= value <= largest  # noqa: E731
+        return self.read(name, fits, f"a whole number from 1 to {largest}", default)
 
     def number(self, name: str, default: float | None, *, below: float = math.inf) -> float:
         """A positive finite number."""
-        value: Any = self.raw.get(name)
-        value = default if value is None else value
-        if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value < below:
-            limit = "" if math.isinf(below) else f" below {below:g}"
-            raise self.wrong(name, value, f"a positive number{limit}")
-        return float(value)
+        fits = lambda value: type(value) in (int, float) and math.isfinite(value) and 0 < value < below  # noqa: E731
+        limit = "" if math.isinf(below) else f" below {below:g}"
+        return float(self.read(name, fits, f"a positive number{limit}", default))
 
     def flag(self, name: str) -> bool:
         """true, or false where it is null or left out."""
-        value = self.raw.get(name)
-        if value is not None and type(value) is not bool:
-            raise self.wrong(name, value, "true or false")
-        return bool(value)
+        return self.read(name, lambda value: type(value) is bool, "true or false", False)
 
     def float_name(self, name: str) -> str | None:
         """A float type by torch's name; transformers reads the same key with the tokenizer and knows no other form."""
-        value = self.raw.get(name)
-        if value is not None and value not in FLOAT_NAMES:
-            raise self.wrong(name, value, ", ".join(FLOAT_NAMES))
-        return value
+        return self.read(name, lambda value: value in (None, *FLOAT_NAMES), ", ".join(FLOAT_NAMES))
 
     def mapping(self, name: str) -> dict[str, Any] | None:
-        value = self.raw.get(name)
-        if value is not None and not isinstance(value, dict):
-            raise self.wrong(name, value, "an object")
-        return value or None
+        return self.read(name, lambda value: value is None or isinstance(value, dict), "an object") or None
 
     def ids(self, name: str) -> tuple[int, ...]:
         """Token ids: null, one or a list; -1 stands for none."""
@@ -268,13 +255,6 @@ def _is_harmless(key: str, value: Any) -> bool:
     if not known and type(value) in (int, float) and FACTOR_PATTERN.fullmatch(key):
         return value == 1
     return known or value is None or (isinstance(value, (bool, int, float, str, list, dict)) and not value)
-
-
-def _head_dim(hidden: int, heads: int, family: str, where: str) -> int | None:
-    """What a head_dim of null means; None where a family does not allow it."""
-    if family == "qwen3" or hidden % heads:
-        return None
-    return hidden // heads
 
 
 def _sliding_window(keys: _Keys, family: str, layers: int, positions: int) -> int | None:
@@ -329,7 +309,7 @@ def _rope(keys: _Keys, positions: int) -> tuple[float, dict[str, Any] | None, in
     if kind == "default":
         return theta, None, positions
     inner = _Keys(scaling, f"{keys.where}, rope scaling {kind}")
-    for name in dict.fromkeys((*ROPE_REQUIRED[kind], *scaling)):
+    for name in dict.fromkeys((*ROPE_KEYS[kind][: ROPE_REQUIRED[kind]], *scaling)):
         if name != "truncate":
             scaling[name] = inner.number(name, None)
     if scaling["factor"] < 1:
