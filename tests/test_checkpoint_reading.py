@@ -47,7 +47,7 @@ def assert_reads_everything(folder: Path, tensors: dict[str, torch.Tensor] = TEN
     checkpoint = open_checkpoint(folder)
     assert set(checkpoint.tensor_names()) == set(tensors)
     for name, tensor in tensors.items():
-        assert checkpoint.shape(name) == tuple(tensor.shape) and checkpoint.dtype(name) == tensor.dtype
+        assert checkpoint.shape(name) == tuple(tensor.shape) and checkpoint.source(name).dtype == tensor.dtype
         assert torch.equal(checkpoint.read(name), tensor)
         for dim, size in enumerate(tensor.shape):
             part = checkpoint.read_slice(name, dim, 1, size)

@@ -12,7 +12,6 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +36,6 @@ _HARMLESS_WORDS = (
 )
 MERGE_WITH_PEFT = "merge it with peft (merge_and_unload) and use that folder"
 KNOWN_KEYS = frozenset((*_READ_WORDS.split(), *_HARMLESS_WORDS.split()))
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One module's share of an adapter: `down` [r, in], `up` [out, r], magnitudes [out] of DoRA."""
-
-    down: Tensor
-    up: Tensor
-    scaling: float
-    magnitude: Tensor | None = None
-
-
-def _adapted(inner: TensorSource, change: LowRank) -> ByRows:
-    """A weight with a low-rank change added, in float32."""
-
-    def rows(start: int, stop: int) -> Tensor:
-        found = inner.read_slice(0, start, stop).float() + change.scaling * (change.up[start:stop] @ change.down)
-        if change.magnitude is None:
-            return found
-        return found * (change.magnitude[start:stop] / found.norm(dim=1)).unsqueeze(1)
-
-    return ByRows(rows, torch.float32, inner.shape, inner.origin)
-
-
-def _with_added(inner: TensorSource, added: Tensor) -> ByRows:
-    """A bias with another one added to it, in float32."""
-    rows = lambda start, stop: inner.read_slice(0, start, stop).float() + added[start:stop]  # noqa: E731
-    return ByRows(rows, torch.float32, inner.shape, inner.origin)
 
 
 def adapter_digest(folder: Path) -> str:
@@ -174,12 +145,22 @@ def _apply(
     magnitude = parts.get("lora_magnitude_vector")
     if bool(config.get("use_dora")) != (magnitude is not None):
         raise CheckpointError(f"{_weights(folder)}: use_dora={config.get('use_dora')}, but {module} says otherwise")
-    change = LowRank(down, up, scaling, None if magnitude is None else magnitude.reshape(-1))
-    sources[weight] = _adapted(checkpoint.source(weight), change)
-    if "lora_B.bias" in parts:
+    inner = checkpoint.source(weight)
+
+    def rows(start: int, stop: int) -> Tensor:
+        found = inner.read_slice(0, start, stop).float() + scaling * (up[start:stop] @ down)
+        if magnitude is None:
+            return found
+        return found * (magnitude.reshape(-1)[start:stop] / found.norm(dim=1)).unsqueeze(1)
+
+    sources[weight] = ByRows(rows, torch.float32, inner.shape, inner.origin)
+    added = parts.get("lora_B.bias")
+    if added is not None:
         bias = f"{module}.bias"
-        _check_place(folder, checkpoint, bias, tuple(parts["lora_B.bias"].shape))
-        sources[bias] = _with_added(checkpoint.source(bias), scaling * parts["lora_B.bias"])
+        _check_place(folder, checkpoint, bias, tuple(added.shape))
+        old = checkpoint.source(bias)
+        with_added = lambda start, stop: old.read_slice(0, start, stop).float() + scaling * added[start:stop]  # noqa: E731
+        sources[bias] = ByRows(with_added, torch.float32, old.shape, old.origin)
 
 
 def _of_pattern(folder: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:

@@ -17,10 +17,10 @@ from typing import Any
 from ascend_kit.checkpoint.huggingface import Checkpoint, check_contents
 from ascend_kit.checkpoint.manifest import MANIFEST_NAME, describe_file, new_manifest, source_name
 from ascend_kit.checkpoint.recipe import Recipe, plan_jobs, result_config, summarise
-from ascend_kit.checkpoint.sensitivity import MixChoice, Progress
+from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.checkpoint.tensor_file import CheckpointError
 from ascend_kit.checkpoint.writer import PartialFolder, Shard, plan_shards, write_shard, writing
-from ascend_kit.files import file_hash, hash_file, remember_hash
+from ascend_kit.files import file_hash, hash_file, remember_hash, to_json, write_atomic
 
 MAX_WORKERS = 4
 MAX_SHARD_BYTES = 4 << 30
@@ -75,7 +75,6 @@ class Conversion:
     settings: dict[str, Any]
     destination: Path
     companions: list[Path]  # config.json first, see `companion_files`
-    mix: MixChoice | None = None
     left_out: Sequence[str] = ()  # what the source holds and the result does not, in words
     adapter: Path | None = None  # the folder of the adapter that `checkpoint` has merged
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -183,7 +182,8 @@ class Conversion:
         def described(path: Path, full_hash: str) -> dict[str, Any]:
             return {**describe_file(path, full_hash), "name": source_name(self.checkpoint.folder, path)}
 
-        names = sorted(path.name for path in partial.path.iterdir() if not path.name.startswith("."))
+        finished = {name: entry["hash"] for name, entry in partial.finished.items()}
+        written = sorted(path for path in partial.path.iterdir() if not path.name.startswith("."))
         manifest = new_manifest(
             source={
                 "folder": str(self.checkpoint.folder),
@@ -194,27 +194,12 @@ class Conversion:
                 **({"adapter": str(self.adapter)} if self.adapter else {}),
             },
             settings=self.settings,
-            quantization=summarise(self.recipe.schemes, self.checkpoint.model) | self._describe_mix(),
+            quantization=summarise(self.recipe, self.checkpoint.model),
             num_tensors=sum(len(shard.outputs) for shard in self.shards),
-            files=[
-                describe_file(partial.path / name, self._hash(partial, name)) for name in names if name != MANIFEST_NAME
-            ],
+            files=[describe_file(path, finished.get(path.name) or hash_file(path)) for path in written],
         )
         _write_json(partial.path / MANIFEST_NAME, manifest)
         return manifest
-
-    def _describe_mix(self) -> dict[str, Any]:
-        if self.mix is None:
-            return {}
-        return {
-            "chosen": self.mix.chosen.name,
-            "candidates": [candidate.row() for candidate in self.mix.candidates],
-            "sensitivity": list(self.mix.sensitivity),
-        }
-
-    def _hash(self, partial: PartialFolder, name: str) -> str:
-        entry = partial.finished.get(name)
-        return entry["hash"] if entry else hash_file(partial.path / name)
 
 
 def _checked_hash(path: Path) -> str:
@@ -224,8 +209,4 @@ def _checked_hash(path: Path) -> str:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomic(path, to_json(value, indent=2) + "\n")

@@ -90,13 +90,13 @@ def convert(
     manifest = _existing_result(destination, checkpoint, settings, if_exists, companions)
     if manifest is not None:
         return ConversionResult(destination, True, manifest)
-    recipe, mix = plan_recipe(
+    recipe = plan_recipe(
         checkpoint, wanted, device=card.torch_device, bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         on_progress=on_progress,
     )  # fmt: skip
     adapter = Path(wanted.adapter_path).resolve() if wanted.adapter_path else None
     return Conversion(
-        checkpoint, recipe, settings, destination, companions, mix, left_out, adapter, max_shard_bytes, on_progress
+        checkpoint, recipe, settings, destination, companions, left_out, adapter, max_shard_bytes, on_progress
     ).run(before_publish)
 
 
@@ -165,7 +165,7 @@ def _opened(wanted: ConversionParameters, *, data: bool = True) -> tuple[Checkpo
 
 def _settings(wanted: ConversionParameters, checkpoint: Checkpoint) -> dict[str, Any]:
     """What the manifest keeps, and what must be the same for a result to be reused; files by their contents."""
-    texts, adapter = wanted.calibration_file, wanted.adapter_path
+    texts, adapter = Path(wanted.calibration_file or ""), wanted.adapter_path
     return {
         "framework": checkpoint.framework,
         **{
@@ -174,13 +174,9 @@ def _settings(wanted: ConversionParameters, checkpoint: Checkpoint) -> dict[str,
             if name not in (*PATHS, "framework")
         },
         "quantize_keep": sorted(wanted.quantize_keep),
-        "calibration_sha256": _digest(Path(texts)) if texts else None,
+        "calibration_sha256": hashlib.sha256(texts.read_bytes()).hexdigest() if texts.is_file() else None,
         **({"adapter_sha256": adapter_digest(Path(adapter))} if adapter else {}),
     }
-
-
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _check_destination(source: Path, destination: Path) -> None:

@@ -109,9 +109,6 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.source(name).shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self.source(name).dtype
-
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor on the CPU, contiguous, as stored."""
         return self.source(name).read()

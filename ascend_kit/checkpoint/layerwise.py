@@ -134,10 +134,6 @@ class LayerwiseModel:
         position = {token: row for row, token in enumerate(distinct)}
         return rows[[position[token] for token in token_ids]].to(self.device)
 
-    def normalise(self, hidden: Tensor) -> Tensor:
-        """The last norm, [T, D] -> [T, D]."""
-        return reference.rms_norm(hidden, self.weight(FINAL_NORM), self.config.rms_norm_eps)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] after the last layer -> float32 [T, V]."""
         if self._head is None:
@@ -147,7 +143,7 @@ class LayerwiseModel:
             # used.
             self._head = self.weight(f"{name}.weight") if int8 else self.checkpoint.read(f"{name}.weight")
             self._head = self._head.to(self.device)
-        normed = self.normalise(hidden)
+        normed = reference.rms_norm(hidden, self.weight(FINAL_NORM), self.config.rms_norm_eps)
         return torch.cat([normed @ rows.float().t() for rows in self._head.split(HEAD_ROWS)], dim=-1)
 
 

@@ -124,16 +124,15 @@ class MindSporeFile:
         self._proto = Messages(self.file, "checkpoint")
         self.tensors: dict[str, TensorSource] = {}
         self.others: list[str] = []  # text and map entries, which hold no weights
-        self._runs: dict[str, list[RawTensor]] = {}
-        self._forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._found: dict[str, tuple[torch.dtype, tuple[int, ...], list[RawTensor]]] = {}
         for number, start, stop in self._proto.messages(0, self.file.size - checksum_bytes(self.file)):
             if number != 1:
                 raise self._proto.damaged(f"field {number} at byte {start} is none of a checkpoint's")
             self._value(start, stop)
-        if not self._forms:
+        if not self._found:
             raise self._proto.damaged("it holds no tensor")
-        for name, (dtype, shape) in self._forms.items():
-            self.tensors[name] = self._tensor(name, dtype, shape, self._runs[name])
+        for name, (dtype, shape, runs) in self._found.items():
+            self.tensors[name] = self._tensor(name, dtype, shape, runs)
 
     def _value(self, start: int, stop: int) -> None:
         parts = {number: (first, last) for number, first, last in self._proto.messages(start, stop)}
@@ -164,15 +163,15 @@ class MindSporeFile:
         if kind not in DTYPES:
             self.others.append(name)
             return
-        if len(self._forms) >= MAX_TENSORS:
+        if len(self._found) >= MAX_TENSORS:
             raise self._proto.damaged(f"more than {MAX_TENSORS} tensors")
         dtype = DTYPES[kind]
         # Older writers give a single number no dimension, or one of zero.
         shape = () if dims in ([], [0]) and stop - start == dtype.itemsize else tuple(dims)
-        if self._forms.setdefault(name, (dtype, shape)) != (dtype, shape):
+        *form, runs = self._found.setdefault(name, (dtype, shape, []))
+        if form != [dtype, shape]:
             raise self._proto.damaged(f"{name} comes twice, in unlike forms")
-        run = RawTensor(self.file, name, torch.uint8, (stop - start,), start)
-        self._runs.setdefault(name, []).append(run)
+        runs.append(RawTensor(self.file, name, torch.uint8, (stop - start,), start))
 
     def _tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], runs: list[RawTensor]) -> TensorSource:
         size, wanted = sum(run.nbytes for run in runs), math.prod(shape) * dtype.itemsize

@@ -42,6 +42,7 @@ class Recipe:
     schemes: Mapping[str, str] = field(default_factory=dict)  # linear -> w8a8 | w8a16 | w4a16; absent = float
     changes: Mapping[str, ScaleChange] = field(default_factory=dict)  # tensor name -> smoothing
     quantizer: Quantizer = field(default_factory=Quantizer)
+    mix: MixChoice | None = None  # how `schemes` were chosen, where they were
 
     def digest(self) -> str:
         """sha256 over every number that shapes the result: a resumed run must be the same conversion."""
@@ -62,11 +63,11 @@ def plan_recipe(
     device: torch.device | str = "cpu",
     bandwidth_bytes_per_s: float | None = None,
     on_progress: Progress | None = None,
-) -> tuple[Recipe, MixChoice | None]:
+) -> Recipe:
     """Decide schemes, smoothing and clipping. Runs the source on calibration texts where the parameters ask for it."""
     model, dtype, quantize, smooth = checkpoint.model, DTYPES[wanted.precision], wanted.quantize, wanted.smooth
     if quantize == "none":
-        return Recipe(dtype), None
+        return Recipe(dtype)
     scheme = "w8a8" if quantize == "auto" else quantize
     schemes = uniform_schemes(model, scheme, wanted.quantize_keep)
     texts = []
@@ -87,7 +88,7 @@ def plan_recipe(
     group_size = group_size_for(widths) if scheme == "w4a16" else best_group_size(widths)
     quantizer = Quantizer(wanted.clip_search, dtype, statistics.mean_square, group_size or 0)
     if quantize != "auto":
-        return Recipe(dtype, schemes, changes, quantizer), None
+        return Recipe(dtype, schemes, changes, quantizer)
     choice = choose_mix(
         LayerwiseModel(checkpoint, model, device=device, changes=changes, quantizer=quantizer),
         limit_tokens(texts, MIX_TOKENS),
@@ -99,7 +100,7 @@ def plan_recipe(
         bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         on_progress=on_progress,
     )
-    return Recipe(dtype, choice.chosen.schemes, changes, quantizer), choice
+    return Recipe(dtype, choice.chosen.schemes, changes, quantizer, choice)
 
 
 def limit_tokens(texts: Sequence[Sequence[int]], max_tokens: int) -> list[Sequence[int]]:
@@ -194,10 +195,15 @@ def _integers(strategy: str, num_bits: int, group_size: int | None = None, *, dy
     }
 
 
-def summarise(schemes: Mapping[str, str], model: ModelConfig) -> dict[str, Any]:
+def summarise(recipe: Recipe, model: ModelConfig) -> dict[str, Any]:
     """What the manifest says about quantisation."""
+    schemes, mix = recipe.schemes, recipe.mix
     kept = [name for name in linear_names(model) if name not in schemes and LAYER_PATTERN.match(name)]
-    return {"scheme": QuantizationInfo(schemes=schemes).summary, "linears": dict(schemes), "kept": kept}
+    found = {"scheme": QuantizationInfo(schemes=schemes).summary, "linears": dict(schemes), "kept": kept}
+    if mix is None:
+        return found
+    rows = [candidate.row() for candidate in mix.candidates]
+    return {**found, "chosen": mix.chosen.name, "candidates": rows, "sensitivity": list(mix.sensitivity)}
 
 
 # --- calibration and smoothing ----------------------------------------------------------------------------------------

@@ -94,7 +94,10 @@ def megatron_grid(folder: Path) -> list[list[Path]]:
         if match and match.group(3) is not None and int(match.group(3)) > 0:
             raise CheckpointError(f"{path} belongs to an expert-parallel model; only dense models are read")
         if match:
-            ranks[int(match.group(2) or 0), int(match.group(1))] = _shard_file(path)
+            found = next((path / name for name in MEGATRON_FILES if (path / name).is_file()), None)
+            if found is None:
+                raise CheckpointError(f"{path} holds none of {', '.join(MEGATRON_FILES)}")
+            ranks[int(match.group(2) or 0), int(match.group(1))] = found
     if not ranks:
         raise CheckpointError(f"{iteration} has no mp_rank_* folders: not a Megatron checkpoint")
     stages, tensor_ranks = max(stage for stage, _ in ranks) + 1, max(rank for _, rank in ranks) + 1
@@ -106,13 +109,6 @@ def megatron_grid(folder: Path) -> list[list[Path]]:
                     f"{len(ranks)} of {stages * tensor_ranks}"
                 )
     return [[ranks[stage, rank] for rank in range(tensor_ranks)] for stage in range(stages)]
-
-
-def _shard_file(folder: Path) -> Path:
-    for name in MEGATRON_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(f"{folder} holds none of {', '.join(MEGATRON_FILES)}")
 
 
 def _distributed_file(folder: Path) -> Path | None:
@@ -193,14 +189,7 @@ def _one_set(folder: Path) -> list[Path]:
         named = read_json(folder / NAME_MAP, "it says which tensor is in which file")
         named = named.get("weight_map", named)
         names = sorted({str(name) for name in named.values() if not OTHER_FILE.fullmatch(str(name))})
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(
-                    f"{folder / NAME_MAP} names the file {name!r}; only plain file names are followed"
-                )
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name} is missing, though {NAME_MAP} names it")
-        return [folder / name for name in names]
+        return [_existing(folder, name, folder / NAME_MAP) for name in names]
     files = [path for path in _weights_in(folder) if not OTHER_FILE.fullmatch(path.name)]
     if len(files) > 1 and (folder / "meta.json").is_file():
         last = read_json(folder / "meta.json", "it names the last checkpoint").get("last_ckpt_file")
