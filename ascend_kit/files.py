@@ -23,15 +23,11 @@ MAX_ERROR_CHARACTERS = 2000
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # surrogates that stand alone: no file can hold them as they are
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 Progress = Callable[[int, int], None]  # done, total
-CAUSES = {
+CAUSES = {  # where the system's own words leave open what to do
     errno.ENOSPC: "no space is left on the device; free some and go on with --resume",
     errno.EDQUOT: "the quota is used up; free some space and go on with --resume",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no right to read or write it",
-    errno.EPERM: "no right to read or write it",
     errno.ENOTDIR: "a file stands where a folder is needed",
     errno.EEXIST: "a file stands where a folder is needed",
-    errno.ENAMETOOLONG: "the name is too long for the file system",
 }
 Table = Any  # a pandas.DataFrame: pandas' own annotations make every selected column a Series, a frame or unknown
 

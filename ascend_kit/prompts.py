@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_kit.files import FileError, require_regular, strict_json
+from ascend_kit.params.values import shown
 
 FIELDS = ("prompt", "text", "content", "messages")
 ROLES = ("system", "user", "assistant", "tool")  # a template leaves out or mislabels messages of any other
@@ -93,7 +94,7 @@ def _json_entries(text: str, lines: list[tuple[str, str]], where: str, *, is_jso
     if broken is not None:
         place, line, fault = broken
         why = "not JSON" if is_json else f"not JSON, but {objects[0]} is: text and JSON lines do not mix"
-        raise PromptsError(f"{where}, {place}: {why} ({fault}): {_short(line)}")
+        raise PromptsError(f"{where}, {place}: {why} ({fault}): {shown(line)}")
     return [(place, value) for place, _, value in values]
 
 
@@ -125,11 +126,11 @@ def _prompt(entry: Any, where: str) -> Prompt:
             if not isinstance(text, str):
                 raise PromptsError(
                     f"{where}, message {number}: expected a content, a text, and a role, one of {', '.join(ROLES)}; "
-                    f"found {_short(repr(item))}"
+                    f"found {shown(item)}"
                 )
             _refuse_unread(item, f"{where}, message {number}")
         return Prompt.of_messages([{"role": item["role"], "content": item["content"]} for item in value])
-    found = f"an object with the fields {sorted(entry)}" if isinstance(entry, dict) else _short(repr(entry))
+    found = f"an object with the fields {sorted(entry)}" if isinstance(entry, dict) else shown(entry)
     raise PromptsError(
         f"{where}: expected a text, or an object with one of the fields {', '.join(FIELDS)} (a text, or a list of "
         f'{{"role", "content"}}), found {found}'
@@ -140,7 +141,3 @@ def _refuse_unread(entry: dict[str, Any], where: str) -> None:
     named = [name for name in UNREAD if entry.get(name)]
     if named:
         raise PromptsError(f"{where}: {', '.join(named)} cannot be handed on to the model; leave them out")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

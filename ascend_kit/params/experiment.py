@@ -24,12 +24,7 @@ from ascend_kit.params.fields import StageParameters
 from ascend_kit.params.values import ParameterError
 
 # The article's three switches. TensorRT is NVIDIA's product; on Ascend the word means a captured decode graph.
-ARTICLE_SWITCHES = {
-    "tensorrt": "graph_mode",
-    "graph_mode": "graph_mode",
-    "operator_fusion": "operator_fusion",
-    "memory_optimize": "memory_optimize",
-}
+ARTICLE_SWITCHES = ("tensorrt", "graph_mode", "operator_fusion", "memory_optimize")
 EVAL_SETS = ("mmlu", "ceval", "agieval", "wikitext")
 # What makes two runs of one model different engines: rows are told apart, labelled and compared by these.
 ENGINE_SWITCHES = (
@@ -75,9 +70,8 @@ class Experiment(StageParameters):
         if not isinstance(data, dict):
             return data
         data = {key: rules.plain(value, kind_of(key)) for key, value in expand_aliases(data).items()}
-        for key in RETIRED:
-            if key in data:
-                raise ParameterError(f"{key}: {RETIRED[key]}")
+        if retired := next((key for key in RETIRED if key in data), None):
+            raise ParameterError(f"{retired}: {RETIRED[retired]}")
         data = sweep_rules.resolve(data)
         # Defaults that follow a short max_seq_length, so that lowering one number does not need three.
         longest = data.get("max_seq_length", 8192)
@@ -285,7 +279,7 @@ def expand_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in block.items():
         if key not in ARTICLE_SWITCHES:
             raise ParameterError("optimization: " + rules.unknown_key(str(key), ARTICLE_SWITCHES))
-        flat[ARTICLE_SWITCHES[key]] = value
+        flat["graph_mode" if key == "tensorrt" else key] = value
     return flat
 
 
