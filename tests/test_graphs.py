@@ -260,9 +260,6 @@ def test_sizes_are_few_ascending_and_end_with_the_largest_batch():
     assert decode_sizes(24) == [1, 2, 4, 8, 16, 24]
     assert len(decode_sizes(256)) == 12
     assert decode_sizes(1000)[-2:] == [768, 1000]
-    assert decode_sizes(8, sizes=[3]) == [3, 8]
-    with pytest.raises(ValueError, match=r"1\.\.8"):
-        decode_sizes(8, sizes=[9])
 
 
 def test_sizes_with_prompts_are_a_block_apart_and_end_with_the_largest_step():

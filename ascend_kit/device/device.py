@@ -147,7 +147,8 @@ class Device:
         if self.kind == "cuda":
             found["cuda"] = str(torch.version.cuda)
         if self.kind == "npu":
-            found |= {"driver": _driver_version(), "cann": cann_version()}
+            driver = _found_in("/usr/local/Ascend/driver/version.info", r"^version\s*=\s*(\S+)")
+            found |= {"driver": driver or "unknown", "cann": cann_version()}
         return found
 
     def task_queue_level(self) -> int | None:
@@ -159,9 +160,6 @@ class Device:
             return None
         ask = getattr(self.backend, "get_task_queue_enable", None)  # from 2.12.0.post3 on
         return int(ask()) if ask else int(level_set())
-
-    def _stack(self) -> dict[str, str]:
-        return {name: value for name, value in self.facts().items() if name != "name"}
 
     def assert_on_device(self, tensors: torch.nn.Module | Iterable[torch.Tensor]) -> None:
         """Raise DeviceError unless every tensor (or parameter and buffer of a module) lies on this device."""
@@ -175,6 +173,7 @@ class Device:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a manifest."""
+        stack = {name: value for name, value in self.facts().items() if name != "name"}
         return {
             "kind": self.kind,
             "index": self.index,
@@ -182,7 +181,7 @@ class Device:
             "total_memory_bytes": self.total_memory_bytes,
             "peak": None if self.peak is None else dict(vars(self.peak)),
             "task_queue_level": self.task_queue_level(),
-            "versions": {"python": platform.python_version(), **self.versions(), **self._stack()},
+            "versions": {"python": platform.python_version(), **self.versions(), **stack},
         }
 
 
@@ -302,32 +301,21 @@ def cann_version() -> str:
     return "unknown"
 
 
-def _driver_version() -> str:
-    info = Path("/usr/local/Ascend/driver/version.info")
-    match = re.search(r"(?im)^version\s*=\s*(\S+)", info.read_text()) if info.is_file() else None
-    return match.group(1) if match else "unknown"
+def _found_in(path: str, pattern: str) -> str | None:
+    """The first group of a pattern in a file; None where there is no such file or text."""
+    with contextlib.suppress(OSError):
+        if match := re.search(pattern, Path(path).read_text(errors="replace"), re.MULTILINE | re.IGNORECASE):
+            return match[1].strip()
+    return None
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
-
-
-def _proc_kib(path: str, key: str) -> int | None:
-    try:
-        match = re.search(rf"^{key}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(match.group(1)) * 1024 if match else None
+    return _found_in("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine()
 
 
 def _cgroup_bytes(name: str) -> int | None:
-    try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    text = _found_in(f"/sys/fs/cgroup/{name}", r"^(\d+)$")
+    return None if text is None else int(text)
 
 
 def _host_total_bytes() -> int:
@@ -336,15 +324,15 @@ def _host_total_bytes() -> int:
 
 
 def _host_available_bytes() -> int:
-    available = _proc_kib("/proc/meminfo", "MemAvailable") or _host_total_bytes()
+    kib = _found_in("/proc/meminfo", r"^MemAvailable:\s+(\d+) kB")
+    available = int(kib) * 1024 if kib else _host_total_bytes()
     limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
     return available if limit is None or used is None else max(0, min(available, limit - used))
 
 
 def _host_rss_bytes(key: str) -> int:
-    found = _proc_kib("/proc/self/status", key)
-    if found is not None:
-        return found
+    if kib := _found_in("/proc/self/status", rf"^{key}:\s+(\d+) kB"):
+        return int(kib) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -25,7 +25,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +59,10 @@ class GraphHang(GraphError):
     """The device did not finish in time."""
 
 
-def decode_sizes(max_batch: int, sizes: Sequence[int] | None = None) -> list[int]:
-    """Batch sizes to capture, ascending, ending with `max_batch`. ValueError on a size that cannot be."""
-    if max_batch < 1:
-        raise ValueError(f"max_batch is {max_batch}; a decode batch has at least one sequence")
-    if sizes is None:
-        largest = range(2 * SIZES[-1], max_batch, SIZES[-1])
-        return sorted({size for size in (*SIZES, *largest) if size < max_batch} | {max_batch})
-    wrong = [size for size in sizes if not 1 <= size <= max_batch]
-    if wrong:
-        raise ValueError(f"graph sizes {wrong} are outside 1..{max_batch}, the number of batch slots")
-    return sorted(set(sizes) | {max_batch})
+def decode_sizes(max_batch: int) -> list[int]:
+    """Batch sizes to capture, ascending, ending with `max_batch`."""
+    largest = range(2 * SIZES[-1], max_batch, SIZES[-1])
+    return sorted({size for size in (*SIZES, *largest) if size < max_batch} | {max_batch})
 
 
 def prompt_sizes(limit: int, block_size: int) -> list[int]:
@@ -129,11 +122,12 @@ def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None
             time.sleep(0.0005)
 
 
-class _Captured:
+class _Captured(NamedTuple):
     """One recorded size on NPU or CUDA; `result` is logits, or hidden states of a step with prompts."""
 
-    def __init__(self, inputs: StaticInputs, graph: Any, result: Tensor) -> None:
-        self.inputs, self.graph, self.result = inputs, graph, result
+    inputs: StaticInputs
+    graph: Any
+    result: Tensor
 
 
 @dataclass
@@ -167,7 +161,6 @@ class DecodeGraphs:
         max_batch: int,
         max_blocks: int,
         block_size: int,
-        sizes: Sequence[int] | None = None,
         mask: Tensor | None = None,
         host_lengths: bool = False,
         layers: Sequence[nn.Module] = (),
@@ -180,7 +173,7 @@ class DecodeGraphs:
         if device.kind == "npu":
             # A recorded size is written to once with dead rows alone, over the scratch block and the one behind it.
             max_batch = min(max_batch, 2 * block_size)
-        self.sizes = decode_sizes(max_batch, sizes)
+        self.sizes = decode_sizes(max_batch)
         if device.kind == "npu":
             # The cache write wants distinct slots, and dead rows have those of the one scratch block.
             self.sizes = sorted({*self.sizes, *range(block_size, max_batch, block_size)})
@@ -321,13 +314,10 @@ class DecodeGraphs:
         backend = self.device.backend
         if self._pool is None:
             self._pool = backend.graph_pool_handle()
-        if self.device.kind == "npu":
-            graph = backend.NPUGraph()
-            context = backend.graph(graph, pool=self._pool, stream=stream, auto_dispatch_capture=self.host_lengths)
-        else:
-            graph = backend.CUDAGraph()
-            context = backend.graph(graph, pool=self._pool, stream=stream)
-        with context:
+        is_npu = self.device.kind == "npu"
+        graph = backend.NPUGraph() if is_npu else backend.CUDAGraph()
+        updates = {"auto_dispatch_capture": self.host_lengths} if is_npu else {}
+        with backend.graph(graph, pool=self._pool, stream=stream, **updates):
             result = step_fn(inputs.token_ids, inputs.positions, meta)
         return _Captured(inputs, graph, result)
 
@@ -347,9 +337,7 @@ class DecodeGraphs:
         captured.graph.update(cpu_update_input=[dict(zip(names, lengths, strict=True))])
 
     def _run_both_shapes(self) -> None:
-        # A size of 1 stays its own case under dynamic shapes. 3 and 5 because equal sizes would share one
-        # symbol.
-        assert self._compiled is not None
+        # A size of 1 stays its own case under dynamic shapes. 3 and 5 because equal sizes would share one symbol.
         for batch in {1, min(3, self.sizes[-1])}:
             ids, positions, slots, lens = (torch.zeros(batch, dtype=torch.int32) for _ in range(4))
             table = torch.zeros(batch, min(5, self.max_blocks), dtype=torch.int32)

@@ -112,13 +112,12 @@ def _by_header(header: list[str], cells: list[str]) -> dict[str, str]:
 
 def _chip(upper: dict[str, str], lower: dict[str, str]) -> Chip:
     used, _, total = lower.get("HBM-Usage(MB)", lower.get("Memory-Usage(MB)", "")).partition("/")
-    phy_id = number(lower.get("Phy-ID", lower.get("Device", "")))
     return Chip(
-        npu=int(number(upper.get("NPU", "")) or 0),
-        chip=int(number(lower.get("Chip", "")) or 0),
+        npu=_whole(upper.get("NPU", "")) or 0,
+        chip=_whole(lower.get("Chip", "")) or 0,
         name=upper.get("Name", ""),
         health=upper.get("Health", "unknown"),
-        phy_id=None if phy_id is None else int(phy_id),
+        phy_id=_whole(lower.get("Phy-ID", lower.get("Device", ""))),
         power_w=number(upper.get("Power(W)", "")),
         temperature_c=number(upper.get("Temp(C)", "")),
         aicore_percent=number(lower.get("AICore(%)", "")),
@@ -132,12 +131,9 @@ def _process_row(header: list[str], cells: list[str]) -> list[SmiProcess]:
     pid = values.get("process id", "")
     if not pid.isdigit():  # "No running processes found in NPU 0"
         return []
-    where = [int(word) for word in cells[0].split() if word.isdigit()] + [0, 0]
-    return [
-        SmiProcess(
-            where[0], where[1], int(pid), values.get("process name", ""), _whole(values.get("process memory(mb)", ""))
-        )
-    ]
+    npu, chip, *_ = [*(int(word) for word in cells[0].split() if word.isdigit()), 0, 0]
+    memory_mb = _whole(values.get("process memory(mb)", ""))
+    return [SmiProcess(npu, chip, int(pid), values.get("process name", ""), memory_mb)]
 
 
 def number(text: str) -> float | None:

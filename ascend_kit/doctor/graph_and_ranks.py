@@ -70,7 +70,7 @@ def _capture(comparer: Comparer, inputs: AttentionInputs, prompt_sizes: Sequence
         return comparer.ops.paged_attention(q_TNH, held.k_cache, held.v_cache, meta, _SCALE).flatten(1)
 
     graphs = DecodeGraphs(
-        comparer.device, step, max_batch=4, max_blocks=4, block_size=held.meta.block_size, sizes=[4],
+        comparer.device, step, max_batch=4, max_blocks=4, block_size=held.meta.block_size,
         mask=held.meta.mask, host_lengths=getattr(comparer.ops, "HOST_LENGTHS", False), timeout_s=60.0,
         prompt_fn=step, prompt_sizes=prompt_sizes,
     )  # fmt: skip

@@ -93,14 +93,13 @@ def _with_plain(table: ModuleType, plain_ops: Sequence[str]) -> ModuleType:
     """A copy of a table with some operators replaced by the reference's, and fused ones by the two they consist of."""
     reference = import_module("ascend_kit.device.ops.reference")
     mixed = ModuleType(f"{table.__name__} without {', '.join(sorted(plain_ops))}", table.__doc__)
-    vars(mixed).update({name: getattr(table, name) for name in (*OPS, "MERGED_QKV", "HOST_LENGTHS")})
-    for name, parts in FUSED.items():
-        if hasattr(table, name) and not {name, *parts} & set(plain_ops):
-            setattr(mixed, name, getattr(table, name))
+    split = {name for name, parts in FUSED.items() if {name, *parts} & set(plain_ops)}
+    facts = ("MERGED_QKV", "HOST_LENGTHS", "RECORDS", "prompt_attention")
+    kept = [name for name in (*OPS, *FUSED, *facts) if hasattr(table, name) and name not in split]
+    vars(mixed).update({name: getattr(table, name) for name in kept})
     for name in {other for op in plain_ops if op not in FUSED for other in (op, *_TOGETHER.get(op, ()))}:
         setattr(mixed, name, getattr(reference, name))
-    if hasattr(table, "RECORDS"):
-        mixed.RECORDS = mixed.paged_attention is table.paged_attention  # type: ignore[attr-defined]
-    if hasattr(table, "prompt_attention") and mixed.paged_attention is table.paged_attention:  # type: ignore[attr-defined]
-        mixed.prompt_attention = table.prompt_attention  # type: ignore[attr-defined]
+    if "paged_attention" in plain_ops:
+        vars(mixed).pop("prompt_attention", None)
+        vars(mixed).update({"RECORDS": False} if hasattr(table, "RECORDS") else {})
     return mixed
