@@ -40,6 +40,19 @@ def test_nan_and_infinity_are_named_with_tensor_file_and_row(
     assert not (tmp_path / "result").exists()
 
 
+@pytest.mark.parametrize("quantize", ["none", "w8a8", "w8a16"])
+def test_a_scale_of_codes_that_are_taken_over_is_named_when_it_is_no_number(
+    tiny_qwen3_dir: Path, tmp_path: Path, quantize: str
+):
+    convert(tiny_qwen3_dir, tmp_path / "int8", quantize="w8a8")
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    change_weights(tmp_path / "int8", lambda weights: weights[name].__setitem__((17, 0), float("nan")))
+
+    with pytest.raises(CheckpointError, match=r"\.safetensors: .*layers\.1\.mlp\.up_proj\.weight_scale holds .*NaN"):
+        convert(tmp_path / "int8", tmp_path / "result", quantize=quantize)
+    assert not (tmp_path / "result").exists()
+
+
 def test_value_beyond_fp16_is_named_with_the_way_out(tiny_qwen3_dir: Path, tmp_path: Path):
     source = shutil.copytree(tiny_qwen3_dir, tmp_path / "source")
     change_weights(source, lambda weights: weights["model.norm.weight"].__setitem__(0, 1e5))
