@@ -11,7 +11,7 @@ from evaluation_data import write_sets
 
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.harness import evaluate
-from ascend_kit.evaluation.scores import EvaluationError, load_documents
+from ascend_kit.evaluation.scores import EvaluationError, load_evaluation
 from ascend_kit.results import RunFolder
 
 pytest.importorskip("lm_eval")
@@ -34,7 +34,7 @@ def test_a_resumed_evaluation_asks_no_answered_document_again(engine, data, tmp_
     first.score = interrupted
     with pytest.raises(KeyboardInterrupt):
         run(first, experiment)
-    answered = load_documents(RunFolder(experiment.run_folder))
+    answered = load_evaluation(RunFolder(experiment.run_folder)).documents
     second = counting(engine)
     scored: list[int] = []
     second.score = lambda pairs, **on: scored.append(len(pairs)) or engine.score(pairs, **on)

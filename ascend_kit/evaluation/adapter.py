@@ -290,7 +290,9 @@ class Job:
         """
         if self.is_thinking:
             whole = whole.rpartition(THINK_END)[2].lstrip() if THINK_END in whole or "<think>" not in whole else ""
-        return _cut(whole, self.until)
+        for stop in self.until:
+            whole = whole.split(stop)[0]
+        return whole
 
     def facts(self, output: RequestOutput) -> Facts:
         """How the answer came about."""
@@ -317,9 +319,3 @@ def _finite(score: Score) -> float:
             "try precision bf16 or fp32"
         )
     return float(score.logprob)
-
-
-def _cut(answer: str, until: list[str]) -> str:
-    for stop in until:
-        answer = answer.split(stop)[0]
-    return answer

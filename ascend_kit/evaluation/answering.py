@@ -21,6 +21,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 from ascend_kit.evaluation.adapter import EngineLM, Facts
 from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.evaluation.rows import passage_of
+from ascend_kit.evaluation.scores import is_number
 from ascend_kit.evaluation.sequential import EnoughEvidence
 from ascend_kit.evaluation.tasks import without_warnings
 
@@ -88,7 +89,10 @@ class DocumentLM(EngineLM):
             self.on_documents(finished)
 
     def _answer_all(self, requests: list[Instance], ask: Callable[..., list[Any]]) -> list[Any]:
-        documents = self._by_document(requests)
+        documents: dict[Key, Answered] = {}
+        for request in requests:
+            key = self.key(request)
+            documents.setdefault(key, Answered(key, [])).requests.append(request)
         missing = []
         for document in documents.values():
             known = self.known(document)
@@ -140,13 +144,6 @@ class DocumentLM(EngineLM):
                 self._answer([document for document in documents if document.key[0] == task], ask)
         self.on_step()
 
-    def _by_document(self, requests: Iterable[Instance]) -> dict[Key, Answered]:
-        found: dict[Key, Answered] = {}
-        for request in requests:
-            key = self.key(request)
-            found.setdefault(key, Answered(key, [])).requests.append(request)
-        return found
-
     def key(self, request: Instance) -> Key:
         """The task and the number in the data of a request's document."""
         assert request.task_name is not None and request.doc_id is not None
@@ -186,11 +183,13 @@ def document_row(task: ConfigurableTask, document: Answered) -> Row:
     doc, kind = document.requests[0].doc, document.requests[0].request_type
     answers = [document.answers[place] for place in range(len(document.requests))]
     row = {**hashes(document), **_evidence(document), "target": task.doc_to_target(doc)}
+    metrics, _ = _metrics(task, document, answers)
     if kind == "loglikelihood_rolling":
-        metrics = _metrics(task, document, answers)
         logprob, words = metrics["word_perplexity"]
         return {**row, "target": None, "logprob": logprob, "words": words, "bytes": metrics["byte_perplexity"][1]}
-    row |= {"question": _plain(task.doc_to_text(doc)), "passage": passage_of(doc)}
+    question = task.doc_to_text(doc)
+    question = question if isinstance(question, (str, int, list)) else str(question)
+    row |= {"question": question, "passage": passage_of(doc)}
     if kind == "loglikelihood":
         choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else answers[:1]
         row |= {
@@ -202,8 +201,7 @@ def document_row(task: ConfigurableTask, document: Answered) -> Row:
         row["prediction"] = max(range(len(choices)), key=row["choice_logprobs"].__getitem__)
     else:
         row |= {"answer": answers[0], "answers": answers if len(answers) > 1 else None}
-    metrics = _metrics(task, document, answers)
-    values = {name: value for name, value in metrics.items() if _is_number(value) or _is_parts(value)}
+    values = {name: value for name, value in metrics.items() if is_number(value) or _is_parts(value)}
     row |= values
     if kind == "generate_until":
         row |= _right(values)
@@ -246,9 +244,12 @@ def _evidence(document: Answered) -> Row:
     return {**row, "answered_at_s": time.time()}
 
 
-def _metrics(task: ConfigurableTask, document: Answered, answers: Iterable[Any]) -> Row:
-    """Metric -> value of one document, `metric,filter` where the task has named filters."""
+def _metrics(task: ConfigurableTask, document: Answered, answers: Iterable[Any]) -> tuple[Row, Row]:
+    """Metric -> value of one document, `metric,filter` where the task has named filters; and the filtered answer that
+    each value is of.
+    """
     found: Row = {}
+    judged: Row = {}
     copies: dict[int, Instance] = {}  # several samples of one request share it
     for request, answer in zip(document.requests, answers, strict=False):
         one = copies.setdefault(id(request), copy.copy(request))
@@ -258,48 +259,25 @@ def _metrics(task: ConfigurableTask, document: Answered, answers: Iterable[Any])
     instances = sorted(copies.values(), key=lambda one: one.idx)
     for ensemble in task._filters:
         ensemble.apply(instances)
-        values = task.process_results(instances[0].doc, [one.filtered_resps[ensemble.name] for one in instances])
-        found |= {metric_name(name, ensemble.name): value for name, value in values.items()}
-    return found
-
-
-def metric_name(metric: str, filter_name: str) -> str:
-    """How a metric is called here: `acc`, or `exact_match,strict-match` where a filter of that name came before."""
-    return metric if filter_name == NO_FILTER else f"{metric},{filter_name}"
+        filtered = [one.filtered_resps[ensemble.name] for one in instances]
+        for name, value in task.process_results(instances[0].doc, filtered).items():
+            key = name if ensemble.name == NO_FILTER else f"{name},{ensemble.name}"
+            found[key], judged[key] = value, filtered[0]
+    return found, judged
 
 
 def _samples(task: ConfigurableTask, document: Answered, answers: list[str]) -> Row:
     """Each sample by itself: metric -> values, and the value of the most frequent filtered answer (`maj@k`)."""
-    values: dict[str, list[float]] = {}
-    majority: Row = {}
     single = [_metrics(task, document, [answer]) for answer in answers]
-    for name in single[0]:
-        if _is_number(single[0][name]):
-            values[name] = [float(one[name]) for one in single]
-    votes = [_filtered(task, document, answer) for answer in answers]
-    for name in values:
-        given = [vote.get(name.rpartition(",")[2] if "," in name else NO_FILTER) for vote in votes]
-        winner, _ = Counter(map(str, given)).most_common(1)[0]
-        majority[name] = values[name][[str(item) for item in given].index(winner)]
+    names = [name for name, value in single[0][0].items() if is_number(value)]
+    values = {name: [float(found[name]) for found, _ in single] for name in names}
+    majority: Row = {}
+    for name in names:
+        votes = [str(judged[name]) for _, judged in single]
+        majority[name] = values[name][votes.index(Counter(votes).most_common(1)[0][0])]
     return {"sample_metrics": values, "majority_metrics": majority}
-
-
-def _filtered(task: ConfigurableTask, document: Answered, answer: str) -> Row:
-    one = copy.copy(document.requests[0])
-    one.resps, one.filtered_resps = [answer], {}
-    for ensemble in task._filters:
-        ensemble.apply([one])
-    return one.filtered_resps
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) or hasattr(value, "item")
 
 
 def _is_parts(value: Any) -> bool:
     """Whether a metric's value is right or wrong for each part of a document: IFEval's instructions."""
     return isinstance(value, list) and bool(value) and all(isinstance(part, bool) for part in value)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, list)) else str(value)

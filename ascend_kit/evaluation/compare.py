@@ -8,7 +8,7 @@ one passage are right or wrong together; then the passages, and not the question
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import NormalDist
@@ -204,6 +204,12 @@ def compare_accuracy(
             text = f"not paired: {'; '.join(dict.fromkeys(why))}"
             rows.append({**head, "set": name, "outcome": "not paired", "verdict": text})
     return rows
+
+
+def certain_losses(rows: Iterable[Row], margin: float) -> list[Row]:
+    """The sets among the rows of `compare_accuracy` that show a significant loss (Holm) beyond `margin`, a fraction."""
+    sets = [row for row in rows if row["set"] != ALL_SETS and row.get("p_holm", 1) < 1 - CONFIDENCE]
+    return [row for row in sets if row["difference_points"] < -100 * margin]
 
 
 def passage_of(row: Row) -> tuple[str, str] | None:

@@ -20,9 +20,9 @@ from typing import Any
 from ascend_kit.evaluation import rows as shapes
 from ascend_kit.evaluation.files import DataError, SetFiles, set_files, set_folders, subject_key
 from ascend_kit.evaluation.other_tasks import other_tasks
+from ascend_kit.evaluation.perplexity import TEXT, text_task
 from ascend_kit.evaluation.rows import Reader, Row, Shape
 from ascend_kit.evaluation.tasks import GroupSpec, LocalTask, go_offline, packaged_groups, packaged_tasks, write_yaml
-from ascend_kit.evaluation.texts import TEXT, text_task
 from ascend_kit.files import Table
 from ascend_kit.params import Experiment
 from ascend_kit.params.experiment import DEMO
@@ -128,8 +128,10 @@ def groups_of(tasks: Iterable[LocalTask]) -> list[GroupSpec]:
     present = {task.task for task in tasks}
     groups = []
     for name in dict.fromkeys(task.set_name for task in tasks):
-        if name not in SETS:
-            groups += plain_group(name, [task for task in tasks if task.set_name == name])
+        if name not in SETS:  # the mean over a group or tag of lm-eval's, of the metrics that all of its tasks have
+            own = [task for task in tasks if task.set_name == name]
+            common = tuple(metric for metric in own[0].metrics if all(metric in task.metrics for task in own))
+            groups += [GroupSpec(name, name, tuple(task.task for task in own), common, len(own))] if own[1:] else []
             continue
         for group, (members, metrics) in packaged_groups(SETS[name].task_folder).items():
             here = tuple(member for member in members if member in present)
@@ -141,14 +143,6 @@ def groups_of(tasks: Iterable[LocalTask]) -> list[GroupSpec]:
         total = sum(config["output_type"] == "multiple_choice" for _, config in packaged)
         groups.append(GroupSpec(MULTIPLE_CHOICE_GROUP, "agieval", choice, ("acc", "acc_norm"), total))
     return groups
-
-
-def plain_group(name: str, tasks: list[LocalTask]) -> list[GroupSpec]:
-    """The mean over the tasks of a group or tag of lm-eval's, of the metrics that all of them have."""
-    if len(tasks) < 2:
-        return []
-    metrics = tuple(metric for metric in tasks[0].metrics if all(metric in task.metrics for task in tasks))
-    return [GroupSpec(name, name, tuple(task.task for task in tasks), metrics, len(tasks))]
 
 
 def write_task_folder(tasks: Iterable[LocalTask], folder: str | Path) -> Path:
@@ -290,7 +284,7 @@ def expected_widths(experiment: Experiment) -> Table:
             "set": name,
             "documents": asked,
             "of": whole,
-            "half_width_points": 100 * half_width(asked),
+            "half_width_points": 100 * Z * math.sqrt(0.25 / asked),
             "detectable_points": 100 * detectable(asked),
         }
         for name, (asked, whole) in counts.items()
@@ -321,11 +315,6 @@ def draw(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, li
         for name, size in sizes.items()
         if counts[name] < size
     }
-
-
-def half_width(n: int) -> float:
-    """Half of a 95 % interval of an accuracy of n documents at its widest, a fraction."""
-    return Z * math.sqrt(0.25 / n)
 
 
 def detectable(n: int, disagreement: float = DISAGREEMENT) -> float:

@@ -174,19 +174,8 @@ class EndpointEngine:
         on_score: Callable[[int, Score], None] | None = None,
     ) -> list[Score]:
         """Log-probability of each continuation after its context; NaN and an error where the server refuses one."""
-        found: list[Any] = [None] * len(pairs)
-        done = itertools.count(1)
-
-        def keep(place: int, answer: http.Answer) -> None:
-            found[place] = score = self._score(*pairs[place], _checked(answer))
-            if on_score is not None:
-                on_score(place, score)
-            if on_progress is not None:
-                on_progress(next(done), len(pairs))
-
-        bodies = [_scoring([*pair[0], *pair[1]]) for pair in pairs]
-        http.ask(self.endpoint, COMPLETIONS, bodies, self.concurrency, keep)
-        return found
+        bodies = [_scoring([*context, *continuation]) for context, continuation in pairs]
+        return self._ask(bodies, lambda place, answer: self._score(*pairs[place], answer), on_progress, on_score)
 
     def generate(
         self,
@@ -197,18 +186,32 @@ class EndpointEngine:
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """The text after each prompt; one that the server refuses ends with an error, alone."""
-        found: list[Any] = [None] * len(prompts)
+        bodies = [self._writing(prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
+        return self._ask(
+            bodies,
+            lambda place, answer: self._output(place, prompts[place], params[place], answer),
+            on_progress,
+            None if on_output is None else lambda _, output: on_output(output),
+        )
+
+    def _ask(
+        self,
+        bodies: list[dict[str, Any]],
+        read: Callable[[int, http.Answer], Any],
+        on_progress: Callable[[int, int], None] | None,
+        on_result: Callable[[int, Any], None] | None,
+    ) -> list[Any]:
+        """What `read` makes of each answer, in the order of `bodies`; each is told as it comes."""
+        found: list[Any] = [None] * len(bodies)
         done = itertools.count(1)
 
         def keep(place: int, answer: http.Answer) -> None:
-            found[place] = output = self._output(prompts[place], params[place], _checked(answer))
-            output.index = place
-            if on_output is not None:
-                on_output(output)
+            found[place] = read(place, _checked(answer))
+            if on_result is not None:
+                on_result(place, found[place])
             if on_progress is not None:
-                on_progress(next(done), len(prompts))
+                on_progress(next(done), len(bodies))
 
-        bodies = [self._writing(prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
         http.ask(self.endpoint, COMPLETIONS, bodies, self.concurrency, keep)
         return found
 
@@ -232,20 +235,20 @@ class EndpointEngine:
             "return_token_ids": True,
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
             **({"seed": sampling.seed % (1 << 63)} if sampling.seed is not None and sampling.temperature else {}),
-            **{key: getattr(sampling, key) for key in ("top_k",) if getattr(sampling, key) is not None},
-            **{key: getattr(sampling, key) for key in ("min_p", "presence_penalty") if getattr(sampling, key)},
+            **{key: value for key in ("top_k", "min_p", "presence_penalty") if (value := getattr(sampling, key))},
         }
 
-    def _output(self, prompt: Ids, sampling: SamplingParams, answer: http.Answer) -> RequestOutput:
+    def _output(self, place: int, prompt: Ids, sampling: SamplingParams, answer: http.Answer) -> RequestOutput:
+        now = Timeline(arrival_s=time.perf_counter())
         if isinstance(answer, EndpointError):
-            return RequestOutput(0, prompt, [], "", "error", str(answer), None, Timeline(arrival_s=time.perf_counter()))
+            return RequestOutput(place, prompt, [], "", "error", str(answer), None, now)
         choice = answer["choices"][0]
         written, reason = choice.get("text") or "", choice.get("finish_reason") or "stop"
         stop = choice.get("stop_reason")
         if isinstance(stop, str) and stop in sampling.stop and stop not in written:
             written, choice["token_ids"] = written + stop, None  # vLLM leaves it out; here it says what ended the text
         ids = choice.get("token_ids") or self.tokenizer.encode(written, add_special_tokens=False)
-        return RequestOutput(0, prompt, ids, written, reason, None, None, Timeline(arrival_s=time.perf_counter()))
+        return RequestOutput(place, prompt, ids, written, reason, None, None, now)
 
 
 def _checked(answer: http.Answer) -> http.Answer:

@@ -100,14 +100,9 @@ def ends(documents: Table) -> Table:
     rows = []
     texts = [row for row in documents.to_dict("records") if isinstance(row.get("finish_reason"), str)]
     for name, part in _by_set(texts).items():
-        given = [answer for row in part for answer in _list(row.get("answers")) or [row["answer"]]]
-        lengths = [value for row in part for value in _list(row["num_output_tokens"]) or [row["num_output_tokens"]]]
-        thought = [
-            value
-            for row in part
-            for value in _list(row.get("num_thinking_tokens")) or [row.get("num_thinking_tokens")]
-            if value is not None and value == value
-        ]
+        several = [row["answers"] if isinstance(row.get("answers"), list) else [row["answer"]] for row in part]
+        given = [answer for answers in several for answer in answers]
+        lengths, thought = (_numbers(part, f"num_{what}_tokens") for what in ("output", "thinking"))
         rows.append(
             {
                 "set": name,
@@ -161,9 +156,7 @@ def _places(target: Any) -> list[int]:
     """The places of the right choices: a number, a list of numbers, or a letter."""
     if isinstance(target, str):
         return [ascii_uppercase.index(target)] if target in tuple(ascii_uppercase) else []
-    return [
-        int(place) for place in (target if isinstance(target, list) else [target]) if isinstance(place, (int, float))
-    ]
+    return [int(place) for place in _list(target) if isinstance(place, (int, float))]
 
 
 def _brier(row: Row) -> float:
@@ -189,5 +182,11 @@ def _by_set(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _list(value: Any) -> list[Any] | None:
-    return value if isinstance(value, list) else None
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _numbers(rows: Iterable[Row], name: str) -> list[float]:
+    """The values of all samples, where a document has one at all."""
+    values = [value for row in rows for value in _list(row.get(name))]
+    return [value for value in values if value is not None and value == value]

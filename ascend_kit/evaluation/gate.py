@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ascend_kit.evaluation.compare import ALL_SETS, CONFIDENCE, Run, compare_accuracy
+from ascend_kit.evaluation.compare import ALL_SETS, Run, certain_losses, compare_accuracy
 from ascend_kit.evaluation.perplexity import compare_perplexity
 from ascend_kit.evaluation.tradeoff import SHORTEST_ANSWERS, answer_length_ratio
 from ascend_kit.files import Table
@@ -117,11 +117,7 @@ def _decide(
         return "undecided", "no document can be paired with the baseline's"
     if total["outcome"] == "worse":
         return "not", total["verdict"]
-    lost = [
-        row
-        for row in sets
-        if row["set"] != ALL_SETS and row.get("p_holm", 1) < 1 - CONFIDENCE and row["difference_points"] < -100 * margin
-    ]
+    lost = certain_losses(sets, margin)
     if lost:
         return "not", f"{lost[0]['set']}: {lost[0]['verdict']}"
     if ratio is not None and ratio < SHORTEST_ANSWERS:

@@ -124,8 +124,7 @@ class _Session:
         for row in load_scores(self.folder).to_dict("records"):
             before[row["task"]].append(row)
         todo = [name for name in self.tasks if not scores.is_finished(before[name], self.drawn.get(name))]
-        for name in self.tasks.keys() - set(todo):
-            self.live.skip(name)
+        self.live.skipped = sum(self.live.sizes[name] for name in self.tasks.keys() - set(todo))
         self.on_progress(*self.live.progress())
         if todo:
             lm = DocumentLM(

@@ -182,13 +182,7 @@ def _other_task(group: str, name: str, path: Path | None, experiment: Experiment
         task=name,
         set_name=group,
         packaged_yaml=path,
-        files={},
-        rows={},
-        eval_split="",
-        num_fewshot=0,
         output_type=str(raw.get("output_type", "")),
-        metrics=(),
-        version=0.0,
         settings=settings or {},
         tables=tables,
     )

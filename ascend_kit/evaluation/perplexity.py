@@ -1,4 +1,4 @@
-"""Perplexity of a model on running text, and of two runs on the same pages.
+"""Perplexity of a model on running text, of two runs on the same pages, and a plain text as a task.
 
 Token perplexity is what quantisation papers report; lm-eval's word and byte perplexity come from its own task. They are
 different numbers: lm-eval scores each page by itself and divides by words or bytes, here the pages become one text, cut
@@ -8,14 +8,21 @@ into windows, and the sum is divided by tokens. Compare each with its own kind o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ascend_kit.evaluation.compare import Run, pair_documents
+from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.interface import EvaluatedEngine
 from ascend_kit.evaluation.scores import ratio
+from ascend_kit.evaluation.tasks import LocalTask
+from ascend_kit.files import require_regular
 
+TEXT = "text:"
+PAGE_CHARACTERS = 8000  # a text is cut between paragraphs into pages of about this length
 PAPER_CONTEXT_LEN = 2048
 PAGE_SEPARATOR = "\n\n"
 
@@ -130,3 +137,59 @@ def bootstrap_ratio_difference(
     values = [change[drawn].sum() / weights[drawn].sum() for drawn in draws]
     low, high = numpy.percentile(values, [tail, 100 - tail])
     return mean, float(low), float(high)
+
+
+# --- a text as a task -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextTask(LocalTask):
+    """A plain text, scored page by page as lm-eval scores WikiText."""
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """What the task's YAML file says."""
+        metrics = [{"metric": name, "aggregation": "weighted_perplexity"} for name in self.metrics[:2]]
+        return {
+            **self.data_settings(folder),
+            "task": self.task,
+            "output_type": "loglikelihood_rolling",
+            "test_split": "test",
+            "doc_to_text": "",
+            "doc_to_target": "{{page}}",
+            "metric_list": [*metrics, {"metric": self.metrics[2], "aggregation": "bits_per_byte"}],
+            "metadata": {"version": self.version},
+        }
+
+
+def text_task(name: str) -> TextTask:
+    """The task `text:<file>`; DataError where the file is no UTF-8 text."""
+    path = Path(name.removeprefix(TEXT)).expanduser()
+    try:
+        require_regular(path)
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})") from None
+    pages = list(_pages(text))
+    if not pages:
+        raise DataError(f"{name}: holds no text")
+    plain = "text_" + re.sub(r"\W+", "_", path.stem)
+    return TextTask(
+        task=plain,
+        set_name=plain,
+        packaged_yaml=path,
+        output_type="loglikelihood_rolling",
+        files={"test": (path,)},
+        rows={"test": [{"page": page} for page in pages]},
+        metrics=("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    )
+
+
+def _pages(text: str) -> Iterator[str]:
+    page = ""
+    for paragraph in text.split("\n\n"):
+        page = f"{page}\n\n{paragraph}" if page else paragraph
+        if len(page) >= PAGE_CHARACTERS:
+            yield page
+            page = ""
+    if page.strip():
+        yield page

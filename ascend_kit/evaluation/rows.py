@@ -128,9 +128,8 @@ def _kind(arrow_type: Any) -> str:
 
     if types.is_dictionary(arrow_type):
         return _kind(arrow_type.value_type)
-    if any(test(arrow_type) for test in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
-        return f"list of {_kind(arrow_type.value_type)}"
-    if any(test(arrow_type) for test in (types.is_list_view, types.is_large_list_view)):
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    if any(test(arrow_type) for test in lists):
         return f"list of {_kind(arrow_type.value_type)}"
     if any(test(arrow_type) for test in (types.is_string, types.is_large_string, types.is_string_view)):
         return "string"

@@ -32,14 +32,10 @@ class Live:
     def __init__(self, tasks: Iterable[LocalTask], drawn: dict[str, list[int]]) -> None:
         self.sets = {task.task: task.set_name for task in tasks}
         self.sizes = {task.task: len(drawn.get(task.task) or range(task.num_documents)) for task in tasks}
-        self.total, self._skipped = sum(self.sizes.values()), 0
+        self.skipped = 0  # documents of tasks that were finished before
         self._values: dict[str, list[float]] = {}
         self._seen: set[tuple[str, int]] = set()
         self._set = ""
-
-    def skip(self, task: str) -> None:
-        """A task was finished before."""
-        self._skipped += self.sizes[task]
 
     def add(self, key: tuple[str, int], row: dict[str, Any]) -> None:
         """A document was answered."""
@@ -58,7 +54,7 @@ class Live:
         if values and set(values) <= {0.0, 1.0}:
             low, high = accuracy_interval(values, [None] * len(values))
             text += f" {mean(values):.1%} ({low:.1%} to {high:.1%})"
-        return self._skipped + len(self._seen), self.total, text
+        return self.skipped + len(self._seen), sum(self.sizes.values()), text
 
 
 # --- rows of tasks and groups -----------------------------------------------------------------------------------------
@@ -66,7 +62,7 @@ class Live:
 
 def score_rows(task: LocalTask, results: dict[str, Any], documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per metric of lm-eval's results for a task, and of its samples where each question was answered often."""
-    names = [key for key, value in results.items() if "," in key and "_stderr," not in key and _is_number(value)]
+    names = [key for key, value in results.items() if "," in key and "_stderr," not in key and is_number(value)]
     rows = [_score_row(key, results, _of_length(key, documents)) for key in names]
     return [row for row in rows if row["n"]] + _sample_rows(documents)
 
@@ -128,7 +124,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a metric's value is one number, of Python or numpy."""
     return isinstance(value, (int, float)) or hasattr(value, "item")
 
 
@@ -255,7 +252,7 @@ def load_evaluation(folder: RunFolder) -> EvaluationResult:
     return EvaluationResult(
         tasks=load_scores(folder),
         groups=_table(summary.get("groups", [])),
-        documents=load_documents(folder),
+        documents=pandas.DataFrame(document_rows(folder)),
         cards=pandas.DataFrame(list(_asked_rows(folder, "evaluation_cards"))),
         flags=[Finding.from_row(row) for row in summary.get("flags", [])],
         published=pandas.DataFrame(summary.get("published", [])),
@@ -279,15 +276,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return pandas.DataFrame(rows, columns=None if rows else COLUMNS)
 
 
-def load_documents(folder: RunFolder) -> Table:
-    """The documents behind `load_scores`, each once: the last answer to each of a task's scored documents."""
-    import pandas
-
-    return pandas.DataFrame(document_rows(folder))
-
-
 def document_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows of `load_documents`, without pandas; while an evaluation runs, those answered so far."""
+    """The documents behind `load_scores`, each once: the last answer to each of a task's scored documents; while an
+    evaluation runs, those answered so far.
+    """
     summary = folder.read_json("evaluation") or {}
     drawn = {task: set(numbers) for task, numbers in summary.get("drawn", {}).items()}
     scores = load_scores(folder)

@@ -106,7 +106,7 @@ class Decision:
     """
 
     def __init__(self, baseline: Mapping[Key, Row], margin: float, seed: int) -> None:
-        self.test, self.order = SequentialTest(margin), seed
+        self.test = SequentialTest(margin)
         self._baseline = baseline
         passages: dict[tuple, list[Key]] = {}
         for key, row in baseline.items():

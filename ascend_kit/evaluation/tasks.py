@@ -36,13 +36,13 @@ class LocalTask:
     task: str
     set_name: str
     packaged_yaml: Path
-    files: dict[str, tuple[Path, ...]] = field(hash=False)
-    rows: dict[str, list[dict[str, Any]]] = field(hash=False, repr=False)
-    eval_split: str
-    num_fewshot: int
     output_type: str
-    metrics: tuple[str, ...]
-    version: float
+    files: dict[str, tuple[Path, ...]] = field(default_factory=dict, hash=False)
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict, hash=False, repr=False)
+    eval_split: str = "test"
+    num_fewshot: int = 0
+    metrics: tuple[str, ...] = ()
+    version: float = 1.0
 
     @property
     def num_documents(self) -> int:
@@ -207,6 +207,8 @@ class LmEvalExport:
 
     def keep(self, found: dict[str, Any]) -> None:
         """What `evaluate` returned: its samples, and for each task its part of the results."""
+        from lm_eval.utils import hash_string
+
         tracker = self._tracker()
         for task, samples in found["samples"].items():
             file = self.root / str(tracker.general_config_tracker.model_name_sanitized)
@@ -216,7 +218,7 @@ class LmEvalExport:
             tracker.save_results_samples(task_name=task, samples=samples)
             part = {name: found[name].get(task) for name in PARTS}
             hashes = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in samples)
-            _write(self._part(task), {**part, "task_hash": _hash(hashes)})
+            _write(self._part(task), {**part, "task_hash": hash_string(hashes)})
 
     def write(
         self, tasks: Iterable[str], groups: Iterable[dict[str, Any]], members: dict[str, list[str]]
@@ -264,12 +266,6 @@ class LmEvalExport:
 
     def _part(self, task: str) -> Path:
         return self.root / "parts" / f"{task}.json"
-
-
-def _hash(text: str) -> str:
-    from lm_eval.utils import hash_string
-
-    return hash_string(text)
 
 
 def _write(path: Path, value: Any) -> None:

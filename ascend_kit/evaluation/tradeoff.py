@@ -21,6 +21,7 @@ from ascend_kit.evaluation.compare import (
     Point,
     Row,
     Run,
+    certain_losses,
     compare_accuracy,
     pair_documents,
     passage_of,
@@ -91,8 +92,7 @@ class Comparison:
         """
         import pandas
 
-        empty = dict.fromkeys(("accuracy_percent", "accuracy_low_percent", "accuracy_high_percent", "n", RATE))
-        return pandas.DataFrame([{**empty, **row} for row in self._rows.values()])
+        return pandas.DataFrame(list(self._rows.values()))
 
     @cached_property
     def paired(self) -> Table:
@@ -164,7 +164,8 @@ class Comparison:
                 **{key: run.parameters.get(key) for key in ENGINE_SWITCHES},
                 **{name: run.sweep[0][name] for name in LAYOUT if run.sweep and name in run.sweep[0]},
             }
-        return {name: {RATE: None, "accuracy_percent": None, **row} for name, row in rows.items()}
+        empty = dict.fromkeys(("accuracy_percent", "accuracy_low_percent", "accuracy_high_percent", "n", RATE))
+        return {name: {**empty, **row} for name, row in rows.items()}
 
     def _accuracy(self, run: Run) -> Row:
         rows = [row for _, row in self._pairs[run.name].rows if _key(row) in self._shared]
@@ -206,11 +207,7 @@ class Comparison:
         if overall is None:
             text = "; ".join(row.get("verdict", row["outcome"]) for row in rows.values())
             return {**head, "outcome": "not paired", "qualifies": False, "verdict": text + alarms}
-        lost = [
-            row
-            for row in rows.values()
-            if row.get("p_holm", 1) < 1 - CONFIDENCE and row["difference_points"] < -100 * self.margin
-        ]
+        lost = certain_losses(rows.values(), self.margin)
         pairs = self._pairs[run.name]
         text = overall["verdict"] + "".join(f"; {row['set']}: {row['verdict']}" for row in lost)
         return {
