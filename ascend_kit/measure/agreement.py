@@ -166,17 +166,13 @@ class ParityCheck:
         given = experiment.model_dump(include={f"parity_{limit.name}" for limit in fields(ParityLimits)})
         replaced = {name.removeprefix("parity_"): value for name, value in given.items() if value is not None}
         limits = limits_for(experiment.precision, result.quantization.summary, **replaced)
-        models = [files_model(source, "source"), files_model(result, "result")]
+        ours, theirs = files_model(result, "result"), files_model(source, "source")
         if source.framework == "huggingface":
             # The source in float32: its own precision is part of what conversion changes.
-            engines = ((source, "fp32"), (result, experiment.precision))
-            models = [
-                replace(model, generate=_engine_generate(checkpoint.folder, tokenizer, precision, experiment))
-                for model, (checkpoint, precision) in zip(models, engines, strict=True)
-            ]
-        report = compare(models[0], models[1], prompts, limits=limits, max_new_tokens=self.max_new_tokens)
-        self.report = report
-        return report.check(_remedy(experiment))
+            theirs = replace(theirs, generate=_engine_generate(source.folder, tokenizer, "fp32", experiment))
+            ours = replace(ours, generate=_engine_generate(result.folder, tokenizer, experiment.precision, experiment))
+        self.report = compare(theirs, ours, prompts, limits=limits, max_new_tokens=self.max_new_tokens)
+        return self.report.check(_remedy(experiment))
 
     def describe(self) -> dict[str, Any]:
         """What to store of the last report: table of figures, rows per prompt, missed limits."""

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ascend_kit.checkpoint.manifest import model_identity
 from ascend_kit.device.device import Device
 from ascend_kit.identity import Identity
-from ascend_kit.measure.engines import SWITCHES
+from ascend_kit.measure.engines import SWITCHES, Uncounted
 from ascend_kit.measure.metrics import RequestRecord
-from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.workload import Dispatcher, OnDone, Request
 from ascend_kit.model.config import DTYPES, ModelConfig
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 NO_TOKEN = -1  # what the manager takes for "no end of text"
 
 
-class TransformersBackend:
+class TransformersBackend(Uncounted):
     """transformers' `generate`, used as well as it can be without a scheduler of its own.
 
     Static batches of up to `concurrency`, left-padded to the longest prompt of the batch (`padding="longest"`) or to
@@ -40,9 +39,6 @@ class TransformersBackend:
     that `generate` calls after every step with the new tokens on the host, so they are real.
     """
 
-    is_exact = True
-    slots: int | None = None
-    cards = num_devices = replicas = 1
     launches_per_layer: int | None = 55  # counted for eager Qwen3 in transformers 5
 
     def __init__(
@@ -53,11 +49,12 @@ class TransformersBackend:
         precision: str = "bf16",
         max_seq_length: int = 8192,
         padding: Literal["longest", "max"] = "longest",
+        max_tokens_per_step: int | None = None,  # of continuous batching
         name: str = "transformers",
     ):
         self.model_path, self.config = str(model_path), ModelConfig.from_folder(model_path)
         self.device, self.precision, self.max_seq_length = device, precision, max_seq_length
-        self.name, self.padding = name, padding
+        self.name, self.padding, self.max_tokens_per_step = name, padding, max_tokens_per_step
         self._pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else 0
         self._model: Any = None  # of a class that transformers chooses
 
@@ -105,15 +102,6 @@ class TransformersBackend:
             if on_done:
                 on_done(len(records))
         return records
-
-    def observed(self) -> Observed:
-        return Observed({})
-
-    def stats(self) -> dict[str, Any]:
-        return {}
-
-    def pids(self) -> Sequence[int] | None:
-        return ()
 
     def variant(self) -> dict[str, Any]:
         return {"precision": self.precision, "quantize": "none", **dict.fromkeys(SWITCHES, False)}
@@ -206,13 +194,6 @@ class ContinuousBackend(TransformersBackend):
     """
 
     _made_for = (0, 0)  # requests at a time, blocks of KV cache; of the manager that the model keeps
-
-    def __init__(
-        self, model_path: str | Path, *, device: Device, max_tokens_per_step: int | None = None, **settings: Any
-    ) -> None:
-        """`settings` as of `generate`; `require_continuous` says whether it runs there."""
-        super().__init__(model_path, device=device, **settings)
-        self.max_tokens_per_step = max_tokens_per_step
 
     @property
     def identity(self) -> Identity:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ascend_kit.files import to_json, write_atomic
 from ascend_kit.measure import metrics
-from ascend_kit.measure.metrics import RequestRecord
+from ascend_kit.measure.metrics import RequestRecord, in_ms
 from ascend_kit.results import RunFolder
 
 CHOICES = ("role", "text", "empty", "finish")  # chunks whose `choices` are not empty
@@ -70,8 +70,8 @@ def _numbers(tool: Tool, records: Sequence[RequestRecord]) -> dict[str, float | 
     else:
         tpot, itl = _mean(per_token), _mean(gaps)
     return {
-        "num_ok": len(ok), "ttft_ms": _ms(_mean(first)), "e2e_ms": _ms(_mean(last)), "tpot_ms": _ms(tpot),
-        "itl_ms": _ms(itl), "output_tokens_per_s": sum(counts) / seconds, "requests_per_s": len(ok) / seconds,
+        "num_ok": len(ok), "ttft_ms": in_ms(_mean(first)), "e2e_ms": in_ms(_mean(last)), "tpot_ms": in_ms(tpot),
+        "itl_ms": in_ms(itl), "output_tokens_per_s": sum(counts) / seconds, "requests_per_s": len(ok) / seconds,
     }  # fmt: skip
 
 
@@ -94,10 +94,6 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1e3
-
-
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
@@ -105,18 +101,12 @@ def vllm_bench(records: Sequence[RequestRecord], row: dict[str, Any]) -> dict[st
     """A point in the layout of `vllm bench serve --save-result --save-detailed`: our numbers under its names, times of
     requests in seconds, summaries in ms. TTFT starts at the planned arrival, as everywhere here."""
     done = [record for record in records if record.is_complete]
-    samples = {
-        "ttft": [metrics.ttft_s(r) or 0.0 for r in done],
-        "tpot": [value for r in done if (value := metrics.tpot_s(r)) is not None],
-        "itl": [gap for r in done for gap in metrics.itl_s(r)],
-        "e2el": [metrics.e2e_s(r) or 0.0 for r in done],
-    }
+    columns, samples = metrics.latency_columns(done), metrics.samples_s(done)
+    kinds = {"mean": "mean", "median": "p50", **{f"p{q}": f"p{q}" for q in metrics.PERCENTILES}}
     summary: dict[str, Any] = {}
-    for name, values in samples.items():
-        summary[f"mean_{name}_ms"] = _ms(_mean(values))
-        summary[f"median_{name}_ms"] = _ms(metrics.percentile(values, 50))
-        summary[f"std_{name}_ms"] = _ms(statistics.pstdev(values)) if values else None
-        summary |= {f"p{q}_{name}_ms": _ms(metrics.percentile(values, q)) for q in metrics.PERCENTILES}
+    for ours, theirs in (("ttft", "ttft"), ("tpot", "tpot"), ("itl", "itl"), ("e2e", "e2el")):
+        summary |= {f"{kind}_{theirs}_ms": columns[f"{ours}_{own}_ms"] for kind, own in kinds.items()}
+        summary[f"std_{theirs}_ms"] = in_ms(statistics.pstdev(samples[ours])) if samples[ours] else None
     start = min((r.arrival_s for r in records), default=0.0)
     return {
         "duration": row["wall_s"], "completed": row["num_completed"], "failed": len(records) - len(done),

@@ -121,6 +121,23 @@ class Backend(Protocol):
         ...
 
 
+class Uncounted:
+    """What a backend says whose engine takes any load, tells nothing while it serves and has no further processes."""
+
+    is_exact = True
+    slots: int | None = None
+    cards = num_devices = replicas = 1
+
+    def observed(self) -> Observed:
+        return Observed({})
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def pids(self) -> Sequence[int] | None:
+        return ()
+
+
 class EngineBackend:
     """Our engine, driven through add_request and step."""
 
@@ -216,20 +233,16 @@ class EngineBackend:
         return sample
 
 
-class BackendElsewhere:
-    """The `Backend` that `make(*arguments)` gives, in a process of its own; `close` ends it, `open` starts another.
+class BackendElsewhere(Uncounted):
+    """The uncounted `Backend` that `make(*arguments)` gives, in a process of its own.
 
-    Times of the two processes are on one clock: Linux counts CLOCK_MONOTONIC for the whole machine.
+    `close` ends it, `open` starts another. Times of the two processes are on one clock: Linux counts CLOCK_MONOTONIC
+    for the whole machine.
     """
 
     name: str
     config: ModelConfig
     max_seq_length: int
-    is_exact: bool
-    slots: int | None
-    cards: int
-    num_devices: int
-    replicas: int
     launches_per_layer: int | None
     identity: Identity
 
@@ -256,15 +269,6 @@ class BackendElsewhere:
 
     def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
         return self._start().call("run", requests, concurrency, on_progress=on_done)
-
-    def observed(self) -> Observed:
-        return self._start().call("observed")
-
-    def stats(self) -> dict[str, Any]:
-        return self._start().call("stats")
-
-    def pids(self) -> Sequence[int] | None:
-        return ()
 
     def variant(self) -> dict[str, Any]:
         return self._start().call("variant")

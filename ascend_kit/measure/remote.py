@@ -14,7 +14,7 @@ from ascend_kit.device.device import select_device
 from ascend_kit.device.peaks import find_peak
 from ascend_kit.identity import Identity
 from ascend_kit.measure.endpoint import Client
-from ascend_kit.measure.engines import SWITCHES, DistantMachine, Machine, reckon_weight_bytes
+from ascend_kit.measure.engines import SWITCHES, DistantMachine, Machine, Uncounted, reckon_weight_bytes
 from ascend_kit.measure.metrics import RequestRecord
 from ascend_kit.measure.over_time import Observed
 from ascend_kit.measure.server_process import ServerProcess
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 HERE = "this machine"
 
 
-class EndpointBackend:
+class EndpointBackend(Uncounted):
     """One entry of kind `openai`."""
 
     launches_per_layer: int | None = None
     is_exact = False  # not every server knows ignore_eos; the row has the ratio
-    replicas = 1
 
     def __init__(self, name: str, spec: OpenAIEngine, experiment: Experiment, log_folder: Path) -> None:
         self.name, self.spec, self._experiment = name, spec, experiment
@@ -84,10 +83,11 @@ class EndpointBackend:
         served = {str(entry.get("id")): entry for entry in models.get("data") or [] if isinstance(entry, dict)}
         if served and spec.model not in served:
             raise RuntimeError(f"{self.name}: model {spec.model!r} is not served; {spec.base_url} has {list(served)}")
-        longest = served.get(spec.model, {}).get("max_model_len")
         version = client.get("/version")
-        self._facts = {"server_max_model_len": longest, "server_version": (
-            version.get("version") if isinstance(version, dict) else None)}  # fmt: skip
+        self._facts = {
+            "server_max_model_len": served.get(spec.model, {}).get("max_model_len"),
+            "server_version": version.get("version") if isinstance(version, dict) else None,
+        }
         self._client = client
 
     def close(self) -> None:
@@ -105,9 +105,6 @@ class EndpointBackend:
         """The client's lag, and what the server says of itself."""
         client = self._client
         return Observed({**self._facts, **client.facts}, client.samples) if client else Observed(self._facts)
-
-    def stats(self) -> dict[str, Any]:
-        return {}
 
     def pids(self) -> Sequence[int] | None:
         return None if self._process is None else ()  # a server that others started may be here

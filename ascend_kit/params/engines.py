@@ -41,17 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variant_entries(variants: Sequence[str]) -> list[dict[str, Any]]:
     """Entries of `engines` for the named steps, in their order; each of ours carries the steps before it."""
-    unknown = next((name for name in variants if name not in VARIANTS), None)
-    if unknown is not None:
-        raise ParameterError(f"variants: {rules.unknown_key(unknown, VARIANTS)}; allowed: {', '.join(VARIANTS)}")
-    entries, settings = [], dict(PLAIN)
+    entries, settings = [], {"kind": "ascend_kit", **PLAIN}
     for name in variants:
+        if name not in VARIANTS:
+            raise ParameterError(f"variants: {rules.unknown_key(name, VARIANTS)}; allowed: {', '.join(VARIANTS)}")
         step = VARIANTS[name]
-        if "kind" in step:
-            entries.append({"name": name, **step})
-        else:
-            settings |= step
-            entries.append({"name": name, "kind": "ascend_kit", **settings})
+        if "kind" not in step:
+            step = settings = {**settings, **step}
+        entries.append({"name": name, **step})
     return entries
 
 
@@ -133,6 +130,9 @@ def _read(number: int, entry: Any) -> EngineSpec:
     name = str(rest.pop("name", kind))
     try:
         rules.folder_name(name)
+    except ValueError as error:
+        raise ParameterError(f"{where}: name: {error}, got {rules.shown(name)}") from None
+    try:
         if kind == "openai":
             return EngineSpec(name=name, kind=kind, openai=OpenAIEngine(**rest))
         own = {key: rest.pop(key) for key in TRANSFORMERS_SETTINGS if key in rest} if kind == "transformers" else {}
@@ -148,7 +148,3 @@ def _read(number: int, entry: Any) -> EngineSpec:
         key = ".".join(str(part) for part in item["loc"])
         text = rules.unknown_key(key, OpenAIEngine.model_fields) if item["type"] == "extra_forbidden" else item["msg"]
         raise ParameterError(f"{where}: {key}: {text}, got {rules.shown(item['input'])}") from None
-    except ValueError as error:
-        if isinstance(error, ParameterError):
-            raise
-        raise ParameterError(f"{where}: name: {error}, got {rules.shown(name)}") from None
