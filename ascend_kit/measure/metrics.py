@@ -77,14 +77,9 @@ class Limits:
         """A failed request never passes; a one-token request has no TPOT and no gap and passes those limits."""
         if not record.is_complete:
             return False
-        values = {
-            "ttft_ms": ttft_s(record), "tpot_ms": tpot_s(record), "itl_ms": max(itl_s(record), default=None),
-            "e2e_ms": e2e_s(record),
-        }  # fmt: skip
-        limits = asdict(self)
-        return all(
-            value is None or limits[name] is None or value * 1e3 <= limits[name] for name, value in values.items()
-        )
+        longest_s = {"ttft_ms": ttft_s(record), "tpot_ms": tpot_s(record), "itl_ms": max(itl_s(record), default=None),
+                     "e2e_ms": e2e_s(record)}  # fmt: skip
+        return all(limit is None or (longest_s[name] or 0.0) * 1e3 <= limit for name, limit in asdict(self).items())
 
 
 def record_from_output(output: Any, *, num_asked_tokens: int | None = None) -> RequestRecord:

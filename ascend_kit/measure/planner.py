@@ -104,11 +104,20 @@ def outlook(experiment: Experiment, memory_bytes: int, ceilings: dict[str, Any])
                      kv_cache_dtype=experiment.kv_cache_dtype, speculate=experiment.speculate,
                      graph_mode=experiment.graph_mode, graph_prompt_tokens=experiment.graph_prompt_tokens,
                      async_scheduling=experiment.async_scheduling is not False)  # fmt: skip
+    longest = experiment.max_seq_length
     heaviest = [max(experiment.sweep[name]) for name in ("prompt_len", "output_len", "concurrency")]
     plans = plan(one, *heaviest, limits_ms=experiment.limits, card_counts=sorted({1, experiment.cards}))
     least = min((item.decode_floor_ms for item in plans if item.decode_floor_ms is not None), default=None)
-    facts = _facts(one, experiment.max_seq_length)
-    facts[f"least time of a decode step at concurrency {heaviest[-1]}, ms"] = least
+    facts = {
+        "weights, GiB": one.weights.stored / GIB,
+        "read per decode step, GiB": one.weights.per_step / GIB,
+        "KV per token, KiB": one.kv_token_bytes / 2**10,
+        f"KV of a request of {longest} tokens, GiB": one.kv_token_bytes * longest / GIB,
+        "memory of the device, GiB": memory_bytes / GIB,
+        "requests of the longest length that fit": one.max_concurrency(longest),
+        "reading memory, GB/s": card.peak.bandwidth_bytes_per_s / 1e9,
+        f"least time of a decode step at concurrency {heaviest[-1]}, ms": least,
+    }
     return {"facts": facts, "plans": [asdict(item) for item in plans]}
 
 
@@ -127,18 +136,6 @@ def server_plans(prompt_len: int = 512, output_len: int = 256) -> pandas.DataFra
         for one in plan(Deployment(model, card), prompt_len, output_len, load, card_counts=SERVER_CARDS)
         if one.concurrency == load
     ])  # fmt: skip
-
-
-def _facts(one: Deployment, longest: int) -> dict[str, Any]:
-    return {
-        "weights, GiB": one.weights.stored / GIB,
-        "read per decode step, GiB": one.weights.per_step / GIB,
-        "KV per token, KiB": one.kv_token_bytes / 2**10,
-        f"KV of a request of {longest} tokens, GiB": one.kv_token_bytes * longest / GIB,
-        "memory of the device, GiB": one.card.peak.memory_bytes / GIB,
-        "requests of the longest length that fit": one.max_concurrency(longest),
-        "reading memory, GB/s": one.card.peak.bandwidth_bytes_per_s / 1e9,
-    }
 
 
 def _one_plan(

@@ -89,7 +89,8 @@ def measure_engines(
     if any(spec.batching == "continuous" for spec in specs):
         require_continuous(resolve_device(experiment.device, experiment.device_id)[0])
     for number, spec in enumerate(specs):
-        before, backend = ended, open_backend(spec, experiment, folder, engine)
+        plan = experiment.alone(**spec.settings, sweep=experiment.sweep) if spec.settings else experiment
+        before, backend = ended, open_backend(spec, plan, folder, engine)
 
         def tell(done: float, total: int, text: str, before: int = before, left: int = len(specs) - number) -> None:
             """One count over all engines; those to come are taken to have as many points as this one."""
@@ -99,22 +100,18 @@ def measure_engines(
                 on_progress(before + done, before + total * left, text)
 
         try:
-            run_sweep(
-                backend, experiment.alone(**spec.settings, sweep=experiment.sweep) if spec.settings else experiment,
-                folder, on_progress=tell, ceilings=ceilings, is_first=number == 0,
-            )  # fmt: skip
+            run_sweep(backend, plan, folder, on_progress=tell, ceilings=ceilings, is_first=number == 0)
         finally:
             backend.close()
     return load_rows(folder)
 
 
 def open_backend(
-    spec: EngineSpec, experiment: Experiment, folder: RunFolder, engine: AscendInferEngine | None = None
+    spec: EngineSpec, plan: Experiment, folder: RunFolder, engine: AscendInferEngine | None = None
 ) -> Backend:
-    """The engine of an entry, not opened yet. `engine` serves an entry of ours that changes nothing."""
+    """The engine of an entry, whose settings `plan` has, not opened yet. `engine` serves one of ours that has none."""
     if spec.openai is not None:
-        return EndpointBackend(spec.name, spec.openai, experiment, folder.path)
-    plan = experiment.alone(**spec.settings, sweep=experiment.sweep) if spec.settings else experiment
+        return EndpointBackend(spec.name, spec.openai, plan, folder.path)
     if spec.kind == "transformers":
         # Where our engine runs in a process of its own, so does this one: a ratio of the two is fair then.
         is_apart = needs_process(resolve_device(plan.device, plan.device_id)[0])
