@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ascend_kit.files import Progress, cache_root
+from ascend_kit.params.experiment import DEMO
 
 if TYPE_CHECKING:
     from ascend_kit.params import Experiment
 
 STAND_IN = "demo-in-place-of-"  # before the model_name of a file that names no checkpoint
-DEMO_WORD = "demo"
 COMPLETE_FILE = "complete.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
 NOT_BUILT_FROM = ("__init__.py", "assets.py")  # sources that do not change what is built
@@ -52,22 +52,18 @@ def resolve(
 ) -> "Experiment":
     """The experiment reading its `demo` parameters from real paths; only the parts it names are built."""
     paths: dict[str, str] = {}
+    for name in ("input_model", "tokenizer_path", "dataset_path", "prompts_file", "calibration_file"):
+        if getattr(experiment, name) == DEMO:
+            is_model = name in ("input_model", "tokenizer_path")
+            folder = ensure_model(cache_dir, on_progress) if is_model else ensure_data(cache_dir)
+            paths[name] = str(folder / "prompts.jsonl" if name.endswith("_file") else folder)
     changes: dict[str, str] = {}
-    if experiment.input_model == DEMO_WORD:
-        paths["input_model"] = str(ensure_model(cache_dir, on_progress))
-        if experiment.model_name != DEMO_WORD:
-            changes["model_name"] = f"{STAND_IN}{experiment.model_name}"
-            print(
-                f"input_model is not given: the built-in demo model stands in for {experiment.model_name}; every "
-                "number below describes the demo model"
-            )
-    if experiment.tokenizer_path == DEMO_WORD:
-        paths["tokenizer_path"] = str(ensure_model(cache_dir, on_progress))
-    if experiment.dataset_path == DEMO_WORD:
-        paths["dataset_path"] = str(ensure_data(cache_dir))
-    for name in ("prompts_file", "calibration_file"):
-        if getattr(experiment, name) == DEMO_WORD:
-            paths[name] = str(ensure_data(cache_dir) / "prompts.jsonl")
+    if "input_model" in paths and experiment.model_name != DEMO:
+        changes["model_name"] = f"{STAND_IN}{experiment.model_name}"
+        print(
+            f"input_model is not given: the built-in demo model stands in for {experiment.model_name}; every "
+            "number below describes the demo model"
+        )
     return experiment.standing_for(paths, **changes) if paths else experiment
 
 

@@ -233,7 +233,7 @@ def _model(experiment: Experiment, names: Collection[str]) -> Identity:
 def _path(experiment: Experiment, key: str) -> Path | None:
     """The path that a parameter names; of the built-in example only what was built before."""
     value = getattr(experiment, key)
-    if value != "demo":
+    if value != DEMO:
         return Path(value) if value is not None else None
     from ascend_kit.demo.assets import cached_model, ensure_data
 
