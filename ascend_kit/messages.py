@@ -179,10 +179,15 @@ def _translations(name: str) -> gettext.GNUTranslations:
 # --- errors in a notebook ---------------------------------------------------------------------------------------------
 
 
+def notebook_shell() -> Any:
+    """IPython's shell in a notebook's kernel or at its prompt; None elsewhere."""
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+
 def show_errors_in_one_line() -> None:
     """In a notebook, this package's own errors, which a user can mend, are one line without frames; others as ever."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
+    shell = notebook_shell()
     if shell is not None:
         shell.set_custom_exc((Exception,), _show_error)
 

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +20,7 @@ from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from ascend_kit.files import one_line, plain_json, strict_json, to_json, write_atomic
+from ascend_kit.messages import notebook_shell
 from ascend_kit.params import Experiment
 from ascend_kit.params.fields import BatchParameters, EvaluationParameters, SweepParameters
 from ascend_kit.params.notebook import parameters_of
@@ -305,8 +305,7 @@ def source_state() -> dict[str, Any]:
 
 def executed_notebook() -> str | None:
     """The file of the notebook that this kernel executes, as far as JupyterLab, VS Code or papermill tell."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
+    shell = notebook_shell()
     told = shell.user_ns if shell else {}
     path = os.environ.get("JPY_SESSION_NAME") or told.get("__vsc_ipynb_file__") or told.get("PAPERMILL_OUTPUT_PATH")
     if shell and not path:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from ascend_kit.device.environment import TASK_QUEUE, check_level, level_for_worker, level_set
+from ascend_kit.messages import notebook_shell
 
 LAST_LINES = 12  # of what a worker wrote before it died
 SERVE = "import sys; from ascend_kit.engine.processes import serve; serve(int(sys.argv[1]))"
@@ -178,9 +179,7 @@ def _portable(error: Exception) -> Exception:
 
 def is_interactive() -> bool:
     """Whether this process is a notebook's kernel or a prompt."""
-    shell = sys.modules.get("IPython")
-    is_shell = shell is not None and shell.get_ipython() is not None
-    return is_shell or hasattr(sys, "ps1") or bool(sys.flags.interactive)
+    return notebook_shell() is not None or hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def needs_process(kind: str) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.measure.rows import asked_rows, load_rows
-from ascend_kit.messages import phrase, translate
+from ascend_kit.messages import notebook_shell, phrase, translate
 
 if TYPE_CHECKING:
     from ascend_kit.measure.pace import EnginePlan
@@ -32,13 +32,7 @@ REPLICAS_IN_LINE = 8
 
 def in_browser() -> bool:
     """Whether this process is a kernel behind an open notebook and not a headless execution."""
-    if BROWSER_VARIABLE not in os.environ:
-        return False
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return hasattr(get_ipython(), "kernel")
+    return BROWSER_VARIABLE in os.environ and hasattr(notebook_shell(), "kernel")
 
 
 class Progress:
