@@ -11,10 +11,9 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import NormalDist
 from typing import Any, cast
 
-from ascend_kit.evaluation.scores import Passages, document_rows, load_scores
+from ascend_kit.evaluation.scores import CONFIDENCE, SEEN, Passages, Z, document_rows, load_scores
 from ascend_kit.identity import Identity
 from ascend_kit.measure.rows import RATE, asked_rows, load_of, load_text
 from ascend_kit.results import RunFolder, run_parameters
@@ -27,7 +26,6 @@ ENGINE_BACKEND = "ascend_kit"
 PAIR_ON = ("doc_id", "doc_hash", "prompt_hash")
 ALL_SETS = "all"
 DEFAULT_MARGIN = 0.01  # one point, in the order of MLPerf's 99 % of the reference accuracy
-CONFIDENCE = 0.95
 # Parts of an identity in the words of a benchmark.
 WORDS = {
     "task.num_fewshot": "shots",
@@ -36,7 +34,6 @@ WORDS = {
     "task.version": "task version",
     "task.metrics": "metrics",
 }
-POWER = 0.8
 
 
 class Run:
@@ -223,7 +220,7 @@ def _counts(pairs: list[tuple[Row, Row]], metric: str) -> PairedCounts:
 
 
 def _paired_row(counts: PairedCounts, p_holm: float, margin: float) -> Row:
-    low, high = counts.interval(CONFIDENCE)
+    low, high = counts.interval()
     row = {
         "n": counts.n,
         "num_passages": counts.n if counts.passages is None else len(counts.passages.sizes),
@@ -308,26 +305,23 @@ class PairedCounts:
             return self.passages.sign_test()
         return float(binomtest(self.only_candidate, self.discordant).pvalue) if self.discordant else 1.0
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Confidence interval of the difference: Tango's score interval (1998), which covers as often as it says from
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference: Tango's score interval (1998), which covers as often as it says from
         some five differing documents on, and more often below, where whole documents are too coarse for less.
 
         With passages it counts as many documents as would be as certain on their own: each by the design effect, the
         cluster-robust variance over that of independent documents, where that is above 1.
         """
         effect = self._design_effect()
-        return score_interval(
-            self.only_candidate / effect, self.only_baseline / effect, self.n / effect, _z(confidence)
-        )
+        return score_interval(self.only_candidate / effect, self.only_baseline / effect, self.n / effect, Z)
 
-    def min_detectable(self, confidence: float = 0.95, power: float = POWER) -> float:
-        """The smallest true difference that this many documents, disagreeing this often, reveal with `power`."""
-        return (_z(confidence) + NormalDist().inv_cdf(power)) * math.sqrt(self._disagreement() / self.n)
+    def min_detectable(self) -> float:
+        """The smallest true difference that this many documents, disagreeing this often, reveal with 80 % power."""
+        return SEEN * math.sqrt(self._disagreement() / self.n)
 
-    def documents_needed(self, margin: float, confidence: float = 0.95, power: float = POWER) -> int:
-        """Documents to show with `power` that an equally accurate run loses less than `margin`."""
-        spread = _z(confidence) + NormalDist().inv_cdf(power)
-        return math.ceil(self._disagreement() * (spread / margin) ** 2)
+    def documents_needed(self, margin: float) -> int:
+        """Documents to show with 80 % power that an equally accurate run loses less than `margin`."""
+        return math.ceil(self._disagreement() * (SEEN / margin) ** 2)
 
     def _disagreement(self) -> float:
         """The variance of one document's difference as it counts in the mean."""
@@ -386,7 +380,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = running
     return adjusted
-
-
-def _z(confidence: float) -> float:
-    return NormalDist().inv_cdf(0.5 + confidence / 2)

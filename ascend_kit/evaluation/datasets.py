@@ -14,7 +14,6 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 from ascend_kit.evaluation import rows as shapes
@@ -22,6 +21,7 @@ from ascend_kit.evaluation.files import DataError, SetFiles, set_files, set_fold
 from ascend_kit.evaluation.other_tasks import other_tasks
 from ascend_kit.evaluation.perplexity import TEXT, text_task
 from ascend_kit.evaluation.rows import Reader, Row, Shape
+from ascend_kit.evaluation.scores import SEEN, Z
 from ascend_kit.evaluation.tasks import GroupSpec, LocalTask, go_offline, packaged_groups, packaged_tasks, write_yaml
 from ascend_kit.files import Table
 from ascend_kit.params import Experiment
@@ -29,8 +29,6 @@ from ascend_kit.params.experiment import DEMO
 
 MULTIPLE_CHOICE_GROUP = "agieval_multiple_choice"
 DISAGREEMENT = 0.1  # share of documents that two precisions of one model answer differently, an upper guess
-POWER = 0.8
-Z = NormalDist().inv_cdf(0.975)
 FAULTS_SHOWN = 8
 
 
@@ -317,6 +315,6 @@ def draw(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, li
     }
 
 
-def detectable(n: int, disagreement: float = DISAGREEMENT) -> float:
+def detectable(n: int) -> float:
     """The smallest difference of two runs on the same n documents that is seen with 80 % power, a fraction."""
-    return (Z + NormalDist().inv_cdf(POWER)) * math.sqrt(disagreement / n)
+    return SEEN * math.sqrt(DISAGREEMENT / n)

@@ -17,7 +17,7 @@ from typing import Any
 from ascend_kit.evaluation.compare import Run, pair_documents
 from ascend_kit.evaluation.files import DataError
 from ascend_kit.evaluation.interface import EvaluatedEngine
-from ascend_kit.evaluation.scores import ratio
+from ascend_kit.evaluation.scores import CONFIDENCE, ratio
 from ascend_kit.evaluation.tasks import LocalTask
 from ascend_kit.files import require_regular
 
@@ -25,6 +25,7 @@ TEXT = "text:"
 PAGE_CHARACTERS = 8000  # a text is cut between paragraphs into pages of about this length
 PAPER_CONTEXT_LEN = 2048
 PAGE_SEPARATOR = "\n\n"
+BOOTSTRAPS = 4000
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,7 @@ def compare_perplexity(baseline: Run, candidate: Run) -> dict[str, Any] | None:
 
 
 def bootstrap_ratio_difference(
-    baseline: Sequence[float],
-    candidate: Sequence[float],
-    sizes: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    repeats: int = 4000,
-    seed: int = 0,
+    baseline: Sequence[float], candidate: Sequence[float], sizes: Sequence[float]
 ) -> tuple[float, float, float]:
     """(difference, low, high) of sum(totals) / sum(sizes), candidate minus baseline, documents drawn in pairs.
 
@@ -131,9 +126,9 @@ def bootstrap_ratio_difference(
     mean = float(change.sum() / weights.sum())
     if len(weights) < 2:  # one page says nothing of how others differ
         return mean, -math.inf, math.inf
-    random, tail = numpy.random.default_rng(seed), 50 * (1 - confidence)
-    # Drawn in turns: all at once would be a table of repeats x documents.
-    draws = (random.integers(0, len(weights), len(weights)) for _ in range(repeats))
+    random, tail = numpy.random.default_rng(0), 50 * (1 - CONFIDENCE)
+    # Drawn in turns: all at once would be a table of draws x documents.
+    draws = (random.integers(0, len(weights), len(weights)) for _ in range(BOOTSTRAPS))
     values = [change[drawn].sum() / weights[drawn].sum() for drawn in draws]
     low, high = numpy.percentile(values, [tail, 100 - tail])
     return mean, float(low), float(high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import NormalDist, mean
 from typing import Any
 
 from ascend_kit.evaluation.tasks import GroupSpec, LocalTask
@@ -24,6 +24,10 @@ UNITS = {
 LOWER_IS_BETTER = frozenset(UNITS) - {"acc", "acc_norm"}
 COLUMNS = ["task", "kind", "metric", "status", "n"]  # of a table without a row
 LIVE_METRICS = ("acc", "exact_match,flexible-extract", "exact_match", "prompt_level_strict_acc", "pass@1")
+
+CONFIDENCE, POWER = 0.95, 0.8
+Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)  # half of a 95 % interval, in standard errors
+SEEN = Z + NormalDist().inv_cdf(POWER)  # a difference that is seen with 80 % power, in standard errors
 
 
 class Live:
@@ -348,10 +352,8 @@ class Passages:
         return min(1.0, 2 * float(chances[middle + far :].sum())) if far else 1.0
 
 
-def accuracy_interval(
-    right: Sequence[float], passages: Sequence[Hashable | None], confidence: float = 0.95
-) -> tuple[float, float]:
-    """Confidence interval of an accuracy from 0 or 1 per document: Wilson's, cluster-robust where passages are shared.
+def accuracy_interval(right: Sequence[float], passages: Sequence[Hashable | None]) -> tuple[float, float]:
+    """95 % interval of an accuracy from 0 or 1 per document: Wilson's, cluster-robust where passages are shared.
 
     The latter is Student's with a degree of freedom less than passages; one right and one wrong answer are added, which
     keeps its coverage near the ends.
@@ -360,11 +362,11 @@ def accuracy_interval(
 
     clusters = Passages.of(right, passages)
     if clusters is None:
-        found = binomtest(round(sum(right)), len(right)).proportion_ci(confidence, method="wilson")
+        found = binomtest(round(sum(right)), len(right)).proportion_ci(CONFIDENCE, method="wilson")
         return float(found.low), float(found.high)
     wider = Passages((*clusters.sizes, 1, 1), (*clusters.sums, 1, 0))
     mean, stderr = wider.mean_and_stderr()
-    half = float(t.ppf(0.5 + confidence / 2, max(1, len(clusters.sizes) - 1))) * stderr
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, max(1, len(clusters.sizes) - 1))) * stderr
     return max(0.0, mean - half), min(1.0, mean + half)
 
 

@@ -220,13 +220,11 @@ class LmEvalExport:
             hashes = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in samples)
             _write(self._part(task), {**part, "task_hash": hash_string(hashes)})
 
-    def write(
-        self, tasks: Iterable[str], groups: Iterable[dict[str, Any]], members: dict[str, list[str]]
-    ) -> Path | None:
+    def write(self, tasks: Iterable[str], groups: Iterable[dict[str, Any]], members: dict[str, list[str]]) -> None:
         """The results of the tasks that were scored, and of the groups (rows as in `evaluation.json`)."""
         parts = {task: json.loads(self._part(task).read_text()) for task in tasks if self._part(task).exists()}
         if not parts:
-            return None
+            return
         merged: dict[str, Any] = {name: {task: part[name] for task, part in parts.items()} for name in PARTS}
         found: dict[str, dict[str, Any]] = {}
         for row in groups:
@@ -250,9 +248,8 @@ class LmEvalExport:
             merged["higher_is_better"][name] = merged["higher_is_better"].get(first)
         tracker = self._tracker()
         merged |= asdict(tracker.general_config_tracker)
-        path = self.root / str(tracker.general_config_tracker.model_name_sanitized) / f"results_{self.date}.json"
-        _write(path, merged)
-        return path
+        folder = self.root / str(tracker.general_config_tracker.model_name_sanitized)
+        _write(folder / f"results_{self.date}.json", merged)
 
     def _tracker(self) -> EvaluationTracker:
         from lm_eval.loggers import EvaluationTracker

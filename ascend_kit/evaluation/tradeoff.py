@@ -13,7 +13,6 @@ from functools import cached_property
 
 from ascend_kit.evaluation.compare import (
     ALL_SETS,
-    CONFIDENCE,
     DEFAULT_MARGIN,
     LAYOUT,
     PAIR_ON,
@@ -172,7 +171,7 @@ class Comparison:
         if not rows or len(rows) < len(self._shared):
             return {}
         right = [row["acc"] for row in rows]
-        low, high = accuracy_interval(right, [passage_of(row) for row in rows], CONFIDENCE)
+        low, high = accuracy_interval(right, [passage_of(row) for row in rows])
         return {
             "accuracy_percent": 100 * statistics.fmean(right),
             "accuracy_low_percent": 100 * low,
