@@ -18,8 +18,8 @@ from ascend_kit.run.checks import RunError, check_contents
 COMMON = {"vocab_size": 500, "seed": (1,), "max_total_len": 4096}
 
 
-def of_load(load="closed", **values):
-    return Point(4, 10, 4, 8, load=load, **values)
+def of_load(load="closed", prompt_len=10, output_len=4, count=8, **values):
+    return Point(4, prompt_len, output_len, count, load=load, **values)
 
 
 def times(count=4000, **load):
@@ -77,7 +77,7 @@ def test_mooncake_blocks_that_are_shared_are_shared_tokens(tmp_path):
     (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
     load, path = of_load("trace", rate=2.0), str(tmp_path / "trace.jsonl")
 
-    first, second = build(load, 9, 1, 1, trace_file=path, **COMMON)  # the third does not fit into 4,096 tokens
+    first, second = build(load, file=path, **COMMON)  # the third does not fit into 4,096 tokens
 
     assert (first.send_at_s, second.send_at_s) == (0.0, 0.25)  # twice as fast
     assert (len(first.prompt_token_ids), len(second.prompt_token_ids)) == (1000, 700)
@@ -109,7 +109,7 @@ def test_a_trace_is_read_whatever_its_order_its_marks_and_the_form_of_its_number
     assert read_trace(tmp_path / "b.jsonl") == [(0.0, 8, 0, ()), (4.0, 7, 1, ())]
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     assert read_trace(tmp_path / "list.json") == read_trace(tmp_path / "b.jsonl")
-    (only,) = build(of_load("trace", rate=1.0), 9, 1, 1, trace_file=str(tmp_path / "b.jsonl"), **COMMON)
+    (only,) = build(of_load("trace", rate=1.0), file=str(tmp_path / "b.jsonl"), **COMMON)
     assert len(only.prompt_token_ids) == 7  # nothing was written for the other
 
 
@@ -117,7 +117,7 @@ def test_a_prompt_with_fewer_blocks_than_its_length_needs_is_as_long_as_the_trac
     row = {"timestamp": 0, "input_length": 2000, "output_length": 3, "hash_ids": [5]}
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({**row, "timestamp": at}) for at in (0, 1)))
 
-    first, second = build(of_load("trace", rate=1.0), 9, 1, 1, trace_file=str(tmp_path / "t.jsonl"), **COMMON)
+    first, second = build(of_load("trace", rate=1.0), file=str(tmp_path / "t.jsonl"), **COMMON)
 
     assert len(first.prompt_token_ids) == len(second.prompt_token_ids) == 2000
     assert first.prompt_token_ids[:512] == second.prompt_token_ids[:512]
@@ -186,7 +186,7 @@ def test_trace_and_prompts_of_a_load_are_read_before_a_run_starts(tmp_path):
 
 
 def test_turns_carry_their_history_and_wait_for_each_other():
-    requests = build(of_load("poisson", rate=4.0, turns=3, think_s=0.5), 6, 10, 4, **COMMON)
+    requests = build(of_load("poisson", count=6, rate=4.0, turns=3, think_s=0.5), **COMMON)
 
     assert [len(r.prompt_token_ids) for r in requests] == [10, 24, 38] * 2
     assert [r.after for r in requests] == [None, 0, 1, None, 3, 4]
@@ -196,7 +196,7 @@ def test_turns_carry_their_history_and_wait_for_each_other():
 
 
 def test_a_share_of_each_prompt_is_common_and_the_rest_is_not():
-    requests = build(of_load(shared_prefix=0.5), 8, 40, 4, **COMMON)
+    requests = build(of_load(prompt_len=40, shared_prefix=0.5), **COMMON)
 
     assert len({r.prompt_token_ids[:20] for r in requests}) == 1
     assert len({r.prompt_token_ids[20:] for r in requests}) == 8
@@ -213,7 +213,7 @@ def test_prompts_of_a_user_keep_their_text_and_the_replies_their_length(tmp_path
             return [ord(letter) for letter in text]
 
     shared, plain = (
-        build(of_load(), 3, 1, 9, encoder=Letters(), prompts_file=str(tmp_path / name), **COMMON)
+        build(of_load(output_len=9, count=3), tokenizer=Letters(), file=str(tmp_path / name), **COMMON)
         for name in ("sharegpt.json", "lines.jsonl")
     )
 

@@ -60,61 +60,47 @@ def arrival_times(load: Point, count: int, rng: np.random.Generator) -> list[flo
 
 def build(
     load: Point,
-    count: int,
-    prompt_len: int,
-    output_len: int,
     *,
     vocab_size: int,
     seed: tuple[int, ...],
     avoid_ids: Sequence[int] = (),
     max_total_len: int,
-    encoder: Tokenizer | None = None,
-    trace_file: str | None = None,
-    prompts_file: str | None = None,
+    file: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> list[Request]:
-    """The requests of a point's load, at most `count`, of these lengths; of `trace_file` for a trace.
+    """The requests of a point's load; at most so many of `file`, a trace or a user's prompts, where it has one.
 
-    Those longer than `max_total_len` tokens are left out of a trace and of a user's prompts; ValueError when none is
-    left.
+    Those longer than `max_total_len` tokens are left out of a file; ValueError when none is left.
     """
     rng = np.random.default_rng(np.random.SeedSequence((*seed, 7)))
-    options = {"vocab_size": vocab_size, "seed": seed, "avoid_ids": avoid_ids}
+    drawn = {"vocab_size": vocab_size, "seed": seed, "avoid_ids": avoid_ids}
+    drawn["shared_prefix_len"] = int(load.shared_prefix * load.prompt_len)
     if load.load == "trace":
-        assert trace_file is not None
-        return _from_trace(trace_file, load.rate or 1.0, count, vocab_size, seed, max_total_len)
-    if prompts_file is not None:
-        requests = _from_prompts(prompts_file, count, output_len, max_total_len, encoder, rng)
+        assert file is not None
+        return _from_trace(file, load, vocab_size, seed, max_total_len)
+    if file is not None:
+        assert tokenizer is not None
+        requests = _from_prompts(file, load, max_total_len, tokenizer, rng)
     elif load.turns > 1:
-        requests = _conversations(load, count, prompt_len, output_len, options)
+        requests = _conversations(load, drawn)
     else:
-        requests = make_requests(
-            count, prompt_len, output_len, spread=load.length_spread, max_total_len=max_total_len,
-            shared_prefix_len=int(load.shared_prefix * prompt_len), **options,
-        )  # fmt: skip
+        lengths = (load.num_requests, load.prompt_len, load.output_len)
+        requests = make_requests(*lengths, spread=load.length_spread, max_total_len=max_total_len, **drawn)
     first = [request for request in requests if request.after is None]
     times = dict(zip((r.index for r in first), arrival_times(load, len(first), rng), strict=True))
     return [replace(r, send_at_s=times[r.index]) if r.after is None else r for r in requests]
 
 
-def _conversations(load: Point, count: int, prompt_len: int, output_len: int, options: dict) -> list[Request]:
+def _conversations(load: Point, drawn: dict) -> list[Request]:
     """Turn k carries the turns before it and the replies that were written for them, so that every engine gets the
     same prompts whatever it answers; it is sent when turn k - 1 has ended."""
-    talks = max(1, count // load.turns)
-    per_turn = prompt_len + output_len
-    whole = make_requests(
-        talks, load.turns * per_turn - output_len, output_len,
-        shared_prefix_len=int(load.shared_prefix * prompt_len), **options,
-    )  # fmt: skip
+    talks, per_turn = max(1, load.num_requests // load.turns), load.prompt_len + load.output_len
     requests = []
-    for talk in whole:
+    for talk in make_requests(talks, load.turns * per_turn - load.output_len, load.output_len, **drawn):
         for turn in range(load.turns):
-            index = talk.index * load.turns + turn
-            ids = talk.prompt_token_ids[: turn * per_turn + prompt_len]
-            requests.append(
-                Request(index, ids, output_len)
-                if turn == 0
-                else Request(index, ids, output_len, send_at_s=load.think_s, after=index - 1)
-            )
+            index, ids = len(requests), talk.prompt_token_ids[: turn * per_turn + load.prompt_len]
+            wait_s, after = (load.think_s, index - 1) if turn else (None, None)
+            requests.append(Request(index, ids, load.output_len, send_at_s=wait_s, after=after))
     return requests
 
 
@@ -172,23 +158,17 @@ def _count(value: Any) -> int:
     return int(float(value))
 
 
-def _from_trace(
-    path: str, speed: float, count: int, vocab_size: int, seed: tuple[int, ...], max_total_len: int
-) -> list[Request]:
-    kept = [e for e in read_trace(path) if e.output_len > 0 and 0 < e.prompt_len <= max_total_len - e.output_len][
-        :count
-    ]
+def _from_trace(path: str, load: Point, vocab_size: int, seed: tuple[int, ...], max_total_len: int) -> list[Request]:
+    kept = [e for e in read_trace(path) if e.output_len > 0 and 0 < e.prompt_len <= max_total_len - e.output_len]
     if not kept:
         raise ValueError(f"trace_file {path}: no request fits into max_seq_length {max_total_len}")
-    start_s = kept[0].at_s
-    requests = []
-    for index, entry in enumerate(kept):
+    start_s, requests = kept[0].at_s, []
+    for index, entry in enumerate(kept[: load.num_requests]):
         # Own ids below zero, where the trace has none or too few: nothing of them is shared.
         own = (-1 - index * 10**6 - n for n in range(len(entry.blocks), -(-entry.prompt_len // TRACE_BLOCK)))
-        ids = [token for block in (*entry.blocks, *own) for token in _block(block, vocab_size, seed)][
-            : entry.prompt_len
-        ]
-        requests.append(Request(index, tuple(ids), entry.output_len, send_at_s=(entry.at_s - start_s) / speed))
+        ids = [token for block in (*entry.blocks, *own) for token in _block(block, vocab_size, seed)]
+        at_s = (entry.at_s - start_s) / (load.rate or 1.0)
+        requests.append(Request(index, tuple(ids[: entry.prompt_len]), entry.output_len, send_at_s=at_s))
     return requests
 
 
@@ -238,18 +218,17 @@ def _first_pair(talk: list[dict[str, Any]]) -> tuple[str, str] | None:
 
 
 def _from_prompts(
-    path: str, count: int, output_len: int, max_total_len: int, encoder: Tokenizer | None, rng: np.random.Generator
+    path: str, load: Point, max_total_len: int, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> list[Request]:
     """A seeded choice without repetition; a reply in the file gives the output length."""
-    assert encoder is not None  # whoever names the file has loaded a tokenizer
     pairs = read_load_prompts(path)
     requests: list[Request] = []
     for place in rng.permutation(len(pairs)):
-        if len(requests) == count:
+        if len(requests) == load.num_requests:
             break
         prompt, reply = pairs[int(place)]
-        ids = encoder.encode(prompt)
-        length = output_len if reply is None else max(1, len(encoder.encode(reply)))
+        ids = tokenizer.encode(prompt)
+        length = load.output_len if reply is None else max(1, len(tokenizer.encode(reply)))
         if ids and len(ids) + length <= max_total_len:
             requests.append(Request(len(requests), tuple(ids), length, text=prompt))
     if not requests:

@@ -200,7 +200,7 @@ class PointRunner:
     def _measured(
         self, point: Point, known: PointForecast, ids: dict[str, str], on_share: Callable[[float], None] | None
     ) -> dict[str, Any]:
-        requests = self._requests(point, point.num_requests, point.output_len, point.repeat)
+        requests = self._requests(point, point.repeat)
         device = self.backend.device
         device.synchronize()
         before, meter = self.backend.stats(), CardMeter(self.backend)
@@ -234,25 +234,23 @@ class PointRunner:
         shape = (point.concurrency, point.prompt_len)
         if shape in self._warm:
             return
-        count = min(point.concurrency, point.num_requests)
-        requests = self._requests(point, count, min(_WARM_UP_TOKENS, point.output_len), _WARM_UP_SEED)
+        requests = self._requests(point, _WARM_UP_SEED)
         check_complete(requests, self.backend.run(requests, point.concurrency), is_exact=False)
         self._warm.add(shape)
 
-    def _requests(self, point: Point, count: int, output_len: int, salt: int) -> list[Request]:
+    def _requests(self, point: Point, salt: int) -> list[Request]:
         config, experiment = self.backend.config, self.experiment
         # The point is part of the seed: no prompt returns within a sweep, so no cache can serve it.
         seed = (point.seed, point.concurrency, point.prompt_len, point.output_len, round((point.rate or 0) * 1e6), salt)
         given = {"vocab_size": config.vocab_size, "seed": seed, "avoid_ids": config.eos_token_ids}
         if salt == _WARM_UP_SEED:
+            count, output_len = min(point.concurrency, point.num_requests), min(_WARM_UP_TOKENS, point.output_len)
             return make_requests(count, point.prompt_len, output_len, **given)
         if experiment.load_prompts and self._encoder is None:
             self._encoder = load_tokenizer(experiment.tokenizer_path or experiment.input_model)
-        return build(
-            point, count, point.prompt_len, output_len, **given, encoder=self._encoder,
-            trace_file=experiment.trace_file, prompts_file=experiment.load_prompts,
-            max_total_len=min(self.backend.max_seq_length, experiment.max_seq_length),
-        )  # fmt: skip
+        file = experiment.trace_file if point.load == "trace" else experiment.load_prompts
+        longest = min(self.backend.max_seq_length, experiment.max_seq_length)
+        return build(point, **given, max_total_len=longest, file=file, tokenizer=self._encoder)
 
 
 def tokens_per_step(before: dict[str, Any], after: dict[str, Any]) -> float | None:
