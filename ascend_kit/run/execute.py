@@ -194,7 +194,12 @@ class Execution:
             text = f"every cell ran, but the result file {self.marker.name} was not written"
         if state == "ok":
             return Outcome("ok", duration_s)
-        _note(notebook, last, name, text)
+        if last is None:
+            notebook.cells.append(nbformat.v4.new_markdown_cell(f"**{name}**: {text}"))
+        elif all(output.output_type != "error" for output in notebook.cells[last].outputs):
+            error = nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"])
+            notebook.cells[last].outputs.append(error)
+            notebook.cells[last].metadata.papermill["status"] = "failed"
         with contextlib.suppress(OSError):  # without space for the note, the copy as it was saved has to do
             write_atomic(self.target, nbformat.writes(notebook) + "\n")
         return Outcome(state, duration_s, text, last, traceback, by)
@@ -248,19 +253,6 @@ class _Lines(io.TextIOBase):
     def end(self) -> None:
         if self._rest:
             self.write("\n")
-
-
-def _note(notebook: NotebookNode, index: int | None, name: str, text: str) -> None:
-    """Put the reason into the notebook, as the error output of the cell where it stopped, unless that has one."""
-    import nbformat
-
-    if index is None:
-        notebook.cells.append(nbformat.v4.new_markdown_cell(f"**{name}**: {text}"))
-        return
-    cell = notebook.cells[index]
-    if not any(output.output_type == "error" for output in cell.outputs):
-        cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"]))
-        cell.metadata.papermill["status"] = "failed"
 
 
 def _kernel_death(code: int) -> str:
