@@ -48,7 +48,7 @@ class Echo(Worker):
             sequence.token_ids.append(1)
             sequence.timeline.token_times_s.append(time.perf_counter())
             sequence.finish_reason = "length"
-        return self._report([self._progress(sequence) for sequence in requests])
+        return Report([self._progress(sequence) for sequence in requests], self._stats())
 
 
 def pin(engine: AscendInferEngine) -> None:

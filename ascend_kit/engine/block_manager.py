@@ -26,11 +26,9 @@ class BlockManager:
         self.on_demand, self.max_seq_length = on_demand, max_seq_length
         self.free = list(range(num_blocks - 1, 0, -1))
         self.references = [0] * num_blocks
-        # A prefix key stands for one exact run of tokens from the start: (key of the run before, tokens) -> key.
-        self.key_of: dict[tuple[int, tuple[int, ...]], int] = {}
-        self.block_of: dict[int, int] = {}
-        self.content_of: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self.key_in_block: dict[int, int] = {}
+        # A prefix key stands for one exact run of tokens from the start; its content: key of the run before, tokens.
+        self.known: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # content -> its key, and the block with it
+        self.content_of: dict[int, tuple[int, tuple[int, ...]]] = {}  # block -> content
         self.idle: OrderedDict[int, None] = OrderedDict()  # reusable blocks nobody owns, oldest first
         self._keys = itertools.count(ROOT + 1)
 
@@ -60,16 +58,17 @@ class BlockManager:
             return 0
         key = sequence.prefix_keys[-1] if sequence.prefix_keys else ROOT
         for number in range(len(sequence.blocks), sequence.reusable_limit // self.block_size):
-            content = (key, self._tokens(sequence, number))
-            key = self.key_of.get(content)
-            if key is None:
+            found = self.known.get((key, self._tokens(sequence, number)))
+            if found is None:
                 break
-            self._acquire(self.block_of[key])
-            sequence.blocks.append(self.block_of[key])
+            key, block = found
+            self.idle.pop(block, None)
+            self.references[block] += 1
+            sequence.blocks.append(block)
             sequence.prefix_keys.append(key)
-        found = len(sequence.blocks) * self.block_size - sequence.num_computed
-        sequence.num_computed += found
-        return found
+        num_tokens = len(sequence.blocks) * self.block_size - sequence.num_computed
+        sequence.num_computed += num_tokens
+        return num_tokens
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for the first `num_tokens` tokens; False, with nothing changed, when blocks are missing."""
@@ -92,12 +91,10 @@ class BlockManager:
         for number in range(len(sequence.prefix_keys), num_tokens // self.block_size):
             parent = sequence.prefix_keys[-1] if sequence.prefix_keys else ROOT
             content = (parent, self._tokens(sequence, number))
-            key = self.key_of.get(content)
-            if key is None:
-                key = self.key_of[content] = next(self._keys)
+            if content not in self.known:
                 block = sequence.blocks[number]
-                self.block_of[key], self.content_of[key], self.key_in_block[block] = block, content, key
-            sequence.prefix_keys.append(key)
+                self.known[content], self.content_of[block] = (next(self._keys), block), content
+            sequence.prefix_keys.append(self.known[content][0])
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks of a sequence back."""
@@ -105,7 +102,7 @@ class BlockManager:
         for block in reversed(sequence.blocks):
             self.references[block] -= 1
             if self.references[block] == 0:
-                if block in self.key_in_block:
+                if block in self.content_of:
                     self.idle[block] = None
                 else:
                     self.free.append(block)
@@ -129,17 +126,9 @@ class BlockManager:
             block = self.free.pop()
         else:
             block, _ = self.idle.popitem(last=False)
-            self._forget(block)
+            del self.known[self.content_of.pop(block)]
         self.references[block] = 1
         return block
-
-    def _acquire(self, block: int) -> None:
-        self.idle.pop(block, None)
-        self.references[block] += 1
-
-    def _forget(self, block: int) -> None:
-        key = self.key_in_block.pop(block)
-        del self.key_of[self.content_of.pop(key)], self.block_of[key]
 
     def _tokens(self, sequence: Sequence, number: int) -> tuple[int, ...]:
         start = number * self.block_size

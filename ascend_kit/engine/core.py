@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +30,11 @@ from ascend_kit.model.config import DTYPES, ModelConfig
 # Share of the memory free beside `reserve_bytes` given to KV blocks when no size is asked for. Device memory is ours
 # alone but for fragments; host memory is shared with everything else on the machine.
 KV_SHARE = {"cpu": 0.4, "cuda": 0.95, "npu": 0.95}
+
+# By every core, since it was loaded; `decoded_tokens` came of so many `decodes` of a sequence.
+COUNTED = (
+    "steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens", "async_steps",
+)  # fmt: skip
 
 StopCheck = Callable[[Sequence, int], str | None]
 
@@ -58,15 +62,6 @@ class Core(Protocol):
     def stats(self) -> dict[str, Any]: ...
     def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]: ...
     def close(self) -> None: ...
-
-
-@dataclass
-class Flight:
-    """A step that the device has and whose tokens are not read yet. Seconds of time.perf_counter()."""
-
-    plan: StepPlan
-    step: Launched
-    started_s: float
 
 
 class EngineCore:
@@ -138,13 +133,11 @@ class EngineCore:
         if settings.graph_mode:
             self.runner.enable_graphs(settings.decode_rows, settings.max_seq_length, settings.graph_prompt_rows)
         self.sequences: dict[int, Sequence] = {}
-        names = ("steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens",
-                 "async_steps")  # fmt: skip
-        self.counts = dict.fromkeys(names, 0)  # decoded_tokens came of so many decodes of a sequence
+        self.counts = dict.fromkeys(COUNTED, 0)
         self._rounds: deque[tuple[float, list[tuple[Sequence, int]], list[Sequence]]] = deque()
         # The other ranks would need the token first, whichever way they were started.
         self.is_async = settings.why_synchronous(device.kind) is None and self.decoder.parallel.size == 1
-        self._flight: Flight | None = None
+        self._flight: Launched | None = None  # a step whose tokens are not read yet
         self._read_s = 0.0  # when tokens were last read
 
     def _pool_size(self, ranks_on_host: int) -> int:
@@ -226,26 +219,27 @@ class EngineCore:
                 return
             flight = self._launch(plan)
         plan = self.scheduler.follow(flight.plan) if self.is_async else None
-        following = None if plan is None else self._launch(plan, flight.step)
-        tokens = self.runner.read(flight.step)
+        following = None if plan is None else self._launch(plan, flight)
+        tokens = self.runner.read(flight)
         self._flight = following
         self.counts["async_steps"] += following is not None
         self._settle(flight, tokens)
 
-    def _launch(self, plan: StepPlan, before: Launched | None = None) -> Flight:
-        started_s = time.perf_counter()
+    def _launch(self, plan: StepPlan, before: Launched | None = None) -> Launched:
+        now = time.perf_counter()
         for chunk in plan.chunks:
             timeline = chunk.owner.timeline
-            timeline.scheduled_s = started_s if timeline.scheduled_s is None else timeline.scheduled_s
-        return Flight(plan, self.runner.launch(plan, self.config.eos_token_ids, before), started_s)
+            timeline.scheduled_s = now if timeline.scheduled_s is None else timeline.scheduled_s
+        return self.runner.launch(plan, self.config.eos_token_ids, before)
 
-    def _settle(self, flight: Flight, tokens: dict[int, list[int]]) -> None:
+    def _settle(self, flight: Launched, tokens: dict[int, list[int]]) -> None:
         """Take over what a step has computed for those that did not end while it was under way."""
         plan, now = flight.plan, time.perf_counter()
         self.counts["steps"] += 1
         took_s = now - max(flight.started_s, self._read_s)  # a step queued early starts when the one before it ends
         self._read_s = now
-        self.pace.observe(plan.num_decoding, plan.num_prompt_tokens, took_s, plan.num_guesses)
+        guesses = sum(len(chunk.guess) for chunk in plan.chunks)
+        self.pace.observe(plan.num_decoding, plan.num_prompt_tokens, took_s, guesses)
         chunks = [(place, chunk, chunk.owner) for place, chunk in enumerate(plan.chunks) if not chunk.owner.is_finished]
         for place, chunk, sequence in chunks:
             sequence.num_computed = chunk.start + max(chunk.count, len(tokens.get(sequence.id, ())))
@@ -264,8 +258,7 @@ class EngineCore:
 
     def finish(self, sequence: Sequence, reason: str, now: float | None = None) -> None:
         """End a sequence for good and take its blocks back."""
-        sequence.finish_reason = reason
-        sequence.timeline.finished_s = time.perf_counter() if now is None else now
+        sequence.end(reason, at_s=now)
         self.scheduler.remove(sequence)
         self.sequences.pop(sequence.id, None)
         self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
@@ -302,7 +295,7 @@ class EngineCore:
         flight, self._flight = self._flight, None
         if flight is not None:  # nothing may be freed under a step
             with contextlib.suppress(GraphError):  # one that hangs was reported when it was read
-                self.runner.read(flight.step)
+                self.runner.read(flight)
         if self.runner.graphs is not None:
             self.runner.graphs.close()
         if self.runner.channel is not None and self.decoder.parallel.rank == 0:

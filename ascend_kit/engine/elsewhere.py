@@ -31,13 +31,13 @@ class Elsewhere:
         """The attribute at `path`, such as `device.name`."""
         return self._wait("get", (path,))
 
-    def call(self, path: str, *arguments: Any, on_progress: OnProgress | None = None, **named: Any) -> Any:
-        """What the method at `path` returns. `on_progress` is called in this process; the method gets it last.
+    def call(self, path: str, *arguments: Any, **hears: OnProgress | None) -> Any:
+        """What the method at `path` returns. One argument by name may be a function; it is called in this process.
 
         Ctrl-C ends the process at once. Raises what the method raises, WorkerDied when the process ended.
         """
-        self._process.on_progress = on_progress
-        return self._wait("call", (path, arguments, named, on_progress is not None))
+        name, self._process.on_progress = next(iter(hears.items()), (None, None))
+        return self._wait("call", (path, arguments, name if self._process.on_progress else None))
 
     def end(self) -> None:
         self._process.end()
@@ -59,27 +59,19 @@ class _Keeper:
     def get(self, path: str) -> Any:
         return functools.reduce(getattr, path.split("."), self._kept)
 
-    def call(self, path: str, arguments: tuple[Any, ...], named: dict[str, Any], wants_progress: bool) -> Any:
-        return self.get(path)(*arguments, *([report] if wants_progress else []), **named)
+    def call(self, path: str, arguments: tuple[Any, ...], hears: str | None) -> Any:
+        return self.get(path)(*arguments, **({hears: report} if hears else {}))
 
 
 def apart(kind: str, function: Callable[..., Result], *arguments: Any, on_progress: OnProgress | None = None) -> Result:
     """`function(*arguments)` and, if given, `on_progress` by name; apart where `needs_process(kind)`."""
     if not needs_process(kind):
         return function(*arguments, **({"on_progress": on_progress} if on_progress else {}))
-    there = Elsewhere(_Call, function, arguments)
+    there = Elsewhere(functools.partial, function, *arguments)
     try:
-        return there.call("run", on_progress=on_progress)
+        return there.call("__call__", on_progress=on_progress)
     finally:
         there.end()
-
-
-class _Call:
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self._function, self._arguments = function, arguments
-
-    def run(self, on_progress: OnProgress | None = None) -> Any:
-        return self._function(*self._arguments, **({"on_progress": on_progress} if on_progress else {}))
 
 
 def with_device(

@@ -220,7 +220,9 @@ class AscendInferEngine(OpenedModel):
         failed = [output for output in outputs if output.finish_reason == "error"]
         if failed:
             raise ValueError(f"row {failed[0].index}: {failed[0].error}")
-        result = np.full((len(outputs), max(len(o.token_ids) for o in outputs)), self._pad_id(), dtype=np.int64)
+        ids = (self.tokenizer.pad_token_id, self.config.pad_token_id, *self.config.eos_token_ids)
+        pad_id = next((number for number in ids if number is not None), 0)
+        result = np.full((len(outputs), max(len(o.token_ids) for o in outputs)), pad_id, dtype=np.int64)
         for row, output in zip(result, outputs, strict=True):
             row[: len(output.token_ids)] = output.token_ids
         return result
@@ -281,8 +283,7 @@ class AscendInferEngine(OpenedModel):
             if refusal is None:
                 core.add(sequence)
             else:
-                sequence.fail(refusal)
-                sequence.timeline.finished_s = time.perf_counter()
+                sequence.end("error", refusal)
                 self._tell(sequence)
         return sequence
 
@@ -329,9 +330,3 @@ class AscendInferEngine(OpenedModel):
     def text_of(self, sequence: Sequence) -> str:
         """The text of a watched request so far; the whole once it has ended, after which nothing is kept of it."""
         return self._stop.final_text(sequence) if sequence.is_finished else self._stop.text_so_far(sequence)
-
-    def _pad_id(self) -> int:
-        for value in (self.tokenizer.pad_token_id, self.config.pad_token_id, *self.config.eos_token_ids):
-            if value is not None:
-                return value
-        return 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ascend_kit.checkpoint.check import KV_SCALES, check_tensors
 from ascend_kit.checkpoint.huggingface import Checkpoint, open_checkpoint
 from ascend_kit.checkpoint.quantized_tensors import kv_scales
+from ascend_kit.checkpoint.tensor_file import TensorSource
 from ascend_kit.device.device import Device
 from ascend_kit.device.parallel import TensorParallel
 from ascend_kit.model.config import ModelConfig
@@ -26,16 +27,7 @@ from ascend_kit.model.quantized_layers import (
     KVScales,
     frozen,
 )
-from ascend_kit.model.tensors import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    TensorSpec,
-    expected_shapes,
-    layer_tensors,
-    outer_tensors,
-    tensor_spec,
-)
+from ascend_kit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorSpec, expected_shapes, tensor_spec
 
 
 def load_decoder(
@@ -98,9 +90,6 @@ class _Loader:
         self.checkpoint, self.config, self.dtype = checkpoint, config, dtype
         self.target, self.ops, self.parallel = device.torch_device, ops, parallel
         self.names = expected_shapes(config).keys()
-        # What ranks share is decided before anything is read.
-        for spec in (*outer_tensors(config).values(), *layer_tensors(config).values()):
-            self._share(spec)
 
     def decoder(self, max_positions: int, with_kv_scales: bool, int8_head: bool) -> Decoder:
         config = self.config
@@ -137,10 +126,8 @@ class _Loader:
         if len(schemes) == 1 and (self.ops.MERGED_QKV or schemes != {"none"}):
             return [self._linear(names)]
         if schemes == {"none"}:
-            weights, biases = zip(
-                *((self._float(f"{name}.weight"), self._bias(name)) for name in names[1:]), strict=True
-            )
-            return [self._linear(names[:1]), StackedLinear(list(weights), list(biases))]
+            weights = [self._float(f"{name}.weight") for name in names[1:]]
+            return [self._linear(names[:1]), StackedLinear(weights, [self._bias(name) for name in names[1:]])]
         return [self._linear([name]) for name in names]
 
     def _head(self, embedding: Embedding, in_int8: bool) -> nn.Module:
@@ -196,7 +183,8 @@ class _Loader:
     def _int4(self, names: list[str]) -> nn.Module:
         """4-bit linears in one product where they share groups and order; in float where ranks would cut a group."""
         widths = {self.checkpoint.shape(f"{name}.weight_scale")[1] for name in names}
-        if len(names) > 1 and (len(widths) > 1 or not self._share_inputs(names, "weight_g_idx")):
+        have_zeros = {self._has_zeros(name) for name in names}
+        if len(widths) > 1 or len(have_zeros) > 1 or not self._share_inputs(names, "weight_g_idx"):
             return SideBySide([self._int4([name]) for name in names])
         biases = [bias for name in names if (bias := self._bias(name)) is not None]
         bias, order, span = torch.cat(biases) if biases else None, self._order(names[0]), slice(None)
@@ -210,9 +198,7 @@ class _Loader:
                 span = slice(first // size, last // size)
         codes = torch.cat([self._read(f"{name}.weight").to(self.target) for name in names])
         scale = torch.cat([self._of_rows(name, "weight_scale")[:, span] for name in names])
-        zeros = [self._of_rows(name, "weight_zero_point")[:, span] for name in names if self._has_zeros(name)]
-        if zeros and len(zeros) < len(names):
-            return SideBySide([self._int4([name]) for name in names])
+        zeros = [self._of_rows(name, "weight_zero_point")[:, span] for name in names if have_zeros == {True}]
         return Int4WeightLinear(codes, scale, torch.cat(zeros) if zeros else None, bias, self.ops, order)
 
     def _has_zeros(self, name: str) -> bool:
@@ -238,10 +224,8 @@ class _Loader:
         """This rank's part of a weight in the model's dtype, however it is stored."""
         if self.checkpoint.quantization.scheme(name) == "none":
             return self._float(f"{name}.weight")
-        source, spec = self.checkpoint.dequantized(name), self._spec(f"{name}.weight")
-        whole = self.parallel.size == 1 or spec.split is None
-        found = source.read() if whole else source.read_slice(spec.split or 0, *self._share(spec))
-        return found.to(self.target, self.dtype)
+        part = self._part(self.checkpoint.dequantized(name), self._spec(f"{name}.weight"))
+        return part.to(self.target, self.dtype)
 
     def _bias(self, name: str) -> Tensor | None:
         """A bias that belongs to a whole output is added once, on rank 0."""
@@ -254,19 +238,20 @@ class _Loader:
         return self._read(name).to(self.target, self.dtype)
 
     def _read(self, name: str) -> Tensor:
+        return self._part(self.checkpoint.source(name), self._spec(name))
+
+    def _part(self, source: TensorSource, spec: TensorSpec) -> Tensor:
         """Only this rank's part is read from disk."""
-        spec = self._spec(name)
         if self.parallel.size == 1 or spec.split is None:
-            return self.checkpoint.read(name)
-        return self.checkpoint.read_slice(name, spec.split, *self._share(spec))
+            return source.read()
+        return source.read_slice(spec.split, *self._share(spec))
 
     def _spec(self, name: str) -> TensorSpec:
         return tensor_spec(self.config, name)
 
     def _share(self, spec: TensorSpec) -> tuple[int, int]:
         """[start, stop) of this rank along the dimension that ranks share, in elements."""
-        if spec.split is None:
-            return 0, 0
+        assert spec.split is not None
         first, last = self.parallel.span(spec.pieces, spec.shared)
         size = spec.shape[spec.split] // spec.pieces
         return first * size, last * size

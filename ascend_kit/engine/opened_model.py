@@ -114,7 +114,6 @@ class OpenedModel:
         """Free weights and cache, and end the processes that hold them."""
         core, self.core = self.core, None
         if core is not None:
-            self._stop.clear()
             core.close()
 
     def __enter__(self) -> Self:

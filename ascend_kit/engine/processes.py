@@ -77,9 +77,9 @@ class WorkerProcess:
     `on_progress`, if set, is called in that thread with what the worker gives to `report`.
     """
 
-    def __init__(self, worker: type, on_progress: Callable[..., Any] | None = None) -> None:
-        ours, theirs = Pipe()
-        self._pipe, self.on_progress = ours, on_progress
+    def __init__(self, worker: type) -> None:
+        self._pipe, theirs = Pipe()
+        self.on_progress: Callable[..., Any] | None = None
         self._calls: list[Future[Any]] = []
         self._lock = threading.Lock()
         self._death: WorkerDied | None = None
@@ -99,7 +99,7 @@ class WorkerProcess:
             start_new_session=True,  # Ctrl-C is for the caller
         )
         theirs.close()
-        ours.send(worker)
+        self._pipe.send(worker)
         threading.Thread(target=self._read, name="ascend-kit-worker", daemon=True).start()
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Future[Any]:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import socket
 import tempfile
-import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -82,7 +81,7 @@ class RankCore:
         import torch.distributed as dist
 
         from ascend_kit.device.device import resolve_device, select_device
-        from ascend_kit.device.parallel import BACKENDS, NEVER, prefer_vector_cores
+        from ascend_kit.device.parallel import join_group, prefer_vector_cores
         from ascend_kit.engine.core import EngineCore
 
         self._dist, self.ranks, self.config = dist, ranks, config
@@ -94,9 +93,7 @@ class RankCore:
         prefer_vector_cores(kind, settings.tensor_parallel, on_host == ranks.size, os.environ)
         self._store = None if dist.is_initialized() else _store(ranks)
         if self._store is not None:
-            dist.init_process_group(
-                BACKENDS[kind], store=self._store, rank=ranks.rank, world_size=ranks.size, timeout=NEVER
-            )
+            join_group(kind, ranks.rank, ranks.size, self._store)
         parallel = self._parallel(settings.tensor_parallel)
         self.core = EngineCore(settings, config, self.device, parallel=parallel, ranks_on_host=on_host)
         self.is_leader = parallel is None or parallel.rank == 0
@@ -159,7 +156,7 @@ class RankCore:
             return
         if sequence.id in self.core.sequences:
             self.core.finish(sequence, reason)
-        sequence.finish_reason, sequence.timeline.finished_s = reason, time.perf_counter()
+        sequence.end(reason)
 
     def stats(self) -> dict[str, Any]:
         """This rank's numbers; see EngineCore.stats."""

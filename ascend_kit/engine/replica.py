@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from ascend_kit.engine.config import EngineConfig
+from ascend_kit.engine.core import COUNTED
 from ascend_kit.engine.sequence import Sequence
-from ascend_kit.engine.worker import Facts, Report, Role, WorkerAddress, host_name
+from ascend_kit.engine.worker import Facts, Role, WorkerAddress, host_name
 from ascend_kit.model.config import ModelConfig
 
 STARTING, READY, FAILED, ABANDONED = "starting", "ready", "failed", "abandoned"
@@ -49,7 +50,7 @@ class Replica:
         self.restarts = self.num_failures = self.num_finished = 0
         self.addresses: list[WorkerAddress] = []
         self.facts: list[Facts] = []
-        self.lost_counts: Counter[str] = Counter()  # of processes that are gone
+        self._lost_counts: Counter[str] = Counter()  # of processes that are gone
         self._reset()
 
     def _reset(self) -> None:
@@ -58,7 +59,7 @@ class Replica:
         self.other_ranks: list[Any] = []  # calls that end only by accident
         self.requests: list[Sequence] = []
         self.cancelled: list[int] = []
-        self.report: Report | None = None
+        self.stats: dict[str, Any] = {}  # as last told, empty before it is loaded
         self.clock_offset_s = 0.0
         self.heard_s = time.perf_counter()
 
@@ -81,9 +82,7 @@ class Replica:
 
     def kill(self) -> None:
         """End the processes at once."""
-        if self.report is not None:
-            self.lost_counts.update({name: n for name, n in self.report.counts.items() if name != "kv_blocks_free"})
-        workers = self.workers
+        self._lost_counts, workers = self.counts(), self.workers
         self._reset()
         self.processes.kill(workers)
 
@@ -109,12 +108,15 @@ class Replica:
     def is_hanging(self, limit_s: float) -> bool:
         return bool(self.calls) and time.perf_counter() - self.heard_s > limit_s
 
+    def counts(self) -> Counter[str]:
+        """What all its processes have counted, those that are gone among them."""
+        counts = Counter(self._lost_counts)
+        counts.update({name: self.stats.get(name, 0) for name in (*COUNTED, "preemptions", "busy_s")})
+        return counts
+
     def row(self) -> dict[str, Any]:
         """Load and memory as it last reported, plain values for a table."""
-        report, ranks = self.report, len(self.facts)
-        counts = Counter(self.lost_counts)
-        counts.update(report.counts if report else {})
-        loaded = sum(facts.memory_bytes for facts in self.facts)
+        ranks, counts = len(self.facts), self.counts()
         first = self.number * self.settings.tensor_parallel  # a CPU has no card names, so there ranks are counted
         names = [
             f"{one.address} {self.settings.device} {one.card or first + n}" for n, one in enumerate(self.addresses)
@@ -131,10 +133,10 @@ class Replica:
             "output_tokens": counts["output_tokens"],
             "steps": counts["steps"],
             "busy_s": float(counts["busy_s"]),
-            "kv_blocks_free": report.counts["kv_blocks_free"] if report else None,
+            "kv_blocks_free": self.stats.get("kv_blocks_free"),
             # Rank 0 reports as it goes; the other ranks hold the same share of the model.
-            "memory_bytes": report.memory_bytes * ranks if report else loaded,
-            "peak_memory_bytes": report.peak_memory_bytes * ranks if report else loaded,
+            "memory_bytes": self.stats.get("memory_bytes", 0) * ranks,
+            "peak_memory_bytes": self.stats.get("peak_memory_bytes", 0) * ranks,
         }
 
     def _call(self, method: str, *arguments: Any, rank: int = 0) -> Any:
@@ -156,6 +158,7 @@ class Replica:
         roles = [self._role(rank, hosts.count(own[rank]), store) for rank in ranks]
         loads = [self._call("load", self.settings, self.config, role, rank=role.rank) for role in roles]
         self.facts = yield from self._answers(loads, None)
+        self.stats = self.facts[0].stats
         if own[0] != host_name():
             self.clock_offset_s = yield from self._clock_offset()
         self.other_ranks = [self._call("serve_steps", rank=rank) for rank in ranks[1:]]

@@ -11,12 +11,12 @@ import time
 import warnings
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from ascend_kit.device.device import Device, resolve_device
 from ascend_kit.engine.block_manager import BlockManager
 from ascend_kit.engine.config import EngineConfig
-from ascend_kit.engine.core import ReplicasLost, StopCheck, why_refused
+from ascend_kit.engine.core import COUNTED, ReplicasLost, StopCheck, why_refused
 from ascend_kit.engine.dispatcher import MAX_FAILURES, Dispatcher
 from ascend_kit.engine.profile import Phase
 from ascend_kit.engine.replica import ABANDONED, FAILED, HANG_S, READY, STARTING, Processes, Replica
@@ -30,18 +30,8 @@ CALLS_AHEAD = 2  # calls sent before an answer, so that a replica never waits fo
 MAX_STARTS = 2  # of one replica that may fail
 MAX_RESTARTS = 1  # of what carries all replicas
 MAX_LOST_IN_A_ROW = 10  # replicas lost without a single request finished in between
-COUNTED = (
-    "steps", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "decodes", "decoded_tokens",
-    "preemptions",
-)  # fmt: skip
 
-
-class _Round(NamedTuple):
-    """One token, or the end, of one request."""
-
-    replica: Replica
-    number: int  # of the token within the progress
-    progress: Progress
+_News = tuple[Replica, int, Progress]  # one token, or the end, of one request; its number within the progress
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class ReplicatedCore:
         self.settings, self.config = replace(settings, device=kind, device_id=index), config
         self.processes = _processes(self.settings)
         self.sequences: dict[int, Sequence] = {}
-        self._rounds: deque[list[_Round]] = deque()
+        self._rounds: deque[list[_News]] = deque()
         self._ended: list[Sequence] = []
         self._lost_in_a_row, self._last_error = 0, "none started"
         self._restarts_left = MAX_RESTARTS
@@ -109,10 +99,10 @@ class ReplicatedCore:
                     raise one.error
             time.sleep(0.02)
         facts, settings = self.replicas[0].facts[0], self.settings
-        smallest = min(one.facts[0].num_blocks for one in self.replicas)
-        self.block_size = facts.block_size
+        smallest = min(one.stats["kv_blocks_total"] for one in self.replicas)
+        self.block_size = facts.stats["block_size"]
         self.blocks = BlockManager(
-            smallest, self.block_size, on_demand=settings.memory_optimize, max_seq_length=settings.max_seq_length
+            smallest + 1, self.block_size, on_demand=settings.memory_optimize, max_seq_length=settings.max_seq_length
         )
         self.device: Device = ReplicasDevice(**vars(facts.device), core=self)
         self.dispatcher = Dispatcher(
@@ -159,35 +149,31 @@ class ReplicatedCore:
         ended, self._ended = self._ended, []
         if not self._rounds:
             return ended
-        return ended + [s for s in (self._apply(one, should_stop) for one in self._rounds.popleft()) if s is not None]
+        touched = [self._apply(*news, should_stop) for news in self._rounds.popleft()]
+        return ended + [sequence for sequence in touched if sequence is not None]
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence; its replica forgets it with the next call."""
         if self.sequences.pop(sequence.id, None) is not None:
-            sequence.finish_reason, sequence.timeline.finished_s = reason, time.perf_counter()
+            sequence.end(reason)
             replica = self.dispatcher.remove(sequence.id)
             if replica is not None:
                 self.replicas[replica].cancelled.append(sequence.id)
 
     def stats(self) -> dict[str, Any]:
         """Counters summed over replicas, sizes of one copy of the model, and a row per replica under `replicas`."""
-        counts: Counter[str] = Counter()
-        for one in self.replicas:
-            counts.update(one.lost_counts)
-            counts.update(one.report.counts if one.report else {})
-        ranks = [facts.stats for facts in self.replicas[0].facts]
-        reports = [one.report for one in self.replicas if one.report]
-        free = [one.report.counts["kv_blocks_free"] if one.report else self.blocks.total for one in self.replicas]
+        counts = sum((one.counts() for one in self.replicas), Counter[str]())
+        ranks, told = [facts.stats for facts in self.replicas[0].facts], [one.stats for one in self.replicas]
         return {
-            **{name: counts[name] for name in COUNTED},
-            "running": sum(report.counts["running"] for report in reports),
+            **{name: counts[name] for name in (*COUNTED, "preemptions")},
+            "running": sum(stats.get("running", 0) for stats in told),
             "kv_blocks_total": self.blocks.total * len(self.replicas),
-            "kv_blocks_free": sum(free),
+            "kv_blocks_free": sum(stats.get("kv_blocks_free", self.blocks.total) for stats in told),
             "kv_block_bytes": sum(stats["kv_block_bytes"] for stats in ranks),
             "block_size": self.block_size,
             "weight_bytes": sum(stats["weight_bytes"] for stats in ranks),
             "reserve_bytes": ranks[0]["reserve_bytes"],
-            "graphs": next((one.report.graphs for one in self.replicas if one.report), ranks[0]["graphs"]),
+            "graphs": next((stats for stats in told if stats), ranks[0])["graphs"],
             "restarts": sum(one.restarts for one in self.replicas),
             "replicas": [{**one.row(), **self._load_of(one)} for one in self.replicas],
         }
@@ -203,7 +189,7 @@ class ReplicatedCore:
         for one, call in asked:
             if call in answered:
                 with contextlib.suppress(Exception):  # a lost replica is noticed by the next step
-                    one.report = self.processes.result(call)
+                    one.stats = self.processes.result(call)
 
     def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]:
         """Steps of the first replica under the profiler, while no request runs; rank 0 of several is shown."""
@@ -230,7 +216,7 @@ class ReplicatedCore:
             elif one.state == FAILED:
                 self._last_error = f"{type(one.error).__name__}: {one.error}"
                 one.num_failures += 1
-                self._start_again(one, one.num_failures < MAX_STARTS)
+                self._start_again(one)
         if self.sequences and all(one.state == ABANDONED for one in self.replicas):
             raise ReplicasLost(
                 f"all {len(self.replicas)} replicas are lost and none could be started again; "
@@ -258,10 +244,11 @@ class ReplicatedCore:
         for one in self.replicas:
             one.start(self.replicas)
 
-    def _start_again(self, one: Replica, may: bool) -> None:
-        """Start a replica anew if it may and the machines that are alive have cards for it; else give it up."""
+    def _start_again(self, one: Replica) -> None:
+        """Start a replica anew if it did not fail too often and machines that are alive have cards; else give it up."""
         living = sum(other.state in (READY, STARTING) for other in self.replicas if other is not one)
         processes, needed = self.processes, (living + 1) * self.settings.tensor_parallel
+        may = one.num_failures < MAX_STARTS
         if may and not processes.is_lost() and processes.total_cards() >= needed:
             one.start(self.replicas)
         else:  # where all processes are lost, the next step starts all of them
@@ -271,9 +258,15 @@ class ReplicatedCore:
         """A replica is lost: its requests wait again, those that failed twice end, and it starts anew."""
         self._last_error = f"{type(error).__name__}: {error}"
         for item in self._rounds:  # what it told and was not taken over is computed again
-            item[:] = [entry for entry in item if entry.replica is not one]
+            item[:] = [entry for entry in item if entry[0] is not one]
         for request_id in self.dispatcher.lose(one.number):
-            self._fail_request(self.sequences.pop(request_id))
+            sequence = self.sequences.pop(request_id)
+            sequence.end(
+                "error",
+                f"{MAX_FAILURES} replicas were lost while they ran the request; it is not tried again. "
+                f"The last error: {self._last_error}",
+            )
+            self._ended.append(sequence)
         one.kill()
         one.restarts += 1
         self._lost_in_a_row += 1
@@ -281,15 +274,7 @@ class ReplicatedCore:
             for other in self.replicas:
                 other.close()
         else:
-            self._start_again(one, True)
-
-    def _fail_request(self, sequence: Sequence) -> None:
-        sequence.fail(
-            f"{MAX_FAILURES} replicas were lost while they ran the request; it is not tried again. "
-            f"The last error: {self._last_error}"
-        )
-        sequence.timeline.finished_s = time.perf_counter()
-        self._ended.append(sequence)
+            self._start_again(one)
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -323,15 +308,14 @@ class ReplicatedCore:
             self._lose(one, error)
             return
         one.calls.popleft()
-        one.heard_s, one.report = time.perf_counter(), report
+        one.heard_s, one.stats = time.perf_counter(), report.stats
         longest = max((max(1, len(news.tokens)) for news in report.progress), default=0)
         for number in range(longest):  # rounds of one token a request
-            entries = [_Round(one, number, news) for news in report.progress if number < max(1, len(news.tokens))]
+            entries = [(one, number, news) for news in report.progress if number < max(1, len(news.tokens))]
             self._rounds.append(entries)
 
-    def _apply(self, item: _Round, should_stop: StopCheck) -> Sequence | None:
+    def _apply(self, one: Replica, number: int, news: Progress, should_stop: StopCheck) -> Sequence | None:
         """Bring our copy of a request up to date; None when it is no longer wanted."""
-        one, number, news = item
         sequence = self.sequences.get(news.request_id)
         if sequence is None:
             return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,8 @@ MAX_GATHERED_BYTES = 64 << 20
 class Launched:
     """A step that was given to the device: who gets a token in it, and the tokens, int64 [R], there and on the host."""
 
+    plan: StepPlan
+    started_s: float  # of time.perf_counter()
     sequences: list[Sequence | Ahead] = field(default_factory=list)
     tokens: Tensor | None = None
     host: Tensor | None = None  # page-locked; filled when `done` is over
@@ -94,13 +97,13 @@ class ModelRunner:
         most = MAX_GATHERED_BYTES // context_bytes if how == "plain" else tokens
         return min(tokens, most, blocks * self.block_size)
 
-    def execute(self, plan: StepPlan, eos_ids: tuple[int, ...]) -> dict[int, list[int]]:
-        """Run one step; the new tokens of each sequence that got some, by sequence id. Scores go to the sequences."""
-        return self.read(self.launch(plan, eos_ids))
-
     @torch.inference_mode()
     def launch(self, plan: StepPlan, eos_ids: tuple[int, ...], before: Launched | None = None) -> Launched:
-        """Queue one step; `before` is the unread step that a plan of `Scheduler.follow` takes its tokens from."""
+        """Queue one step; `before` is the unread step that a plan of `Scheduler.follow` takes its tokens from.
+
+        Scores go to the sequences.
+        """
+        started_s = time.perf_counter()
         if self._thread != threading.get_ident():  # a stream's thread
             self.device.make_current()
             self._thread = threading.get_ident()
@@ -119,19 +122,19 @@ class ModelRunner:
             self.channel.send(inputs.to_message())
         logits = self._forward(inputs, wanted, None if before is None else self._unread_tokens(chunks, before))
         if logits is None:
-            return Launched()
+            return Launched(plan, started_s)
         sequences = [chunk.sequence for chunk in sampled]
         tokens = sample(logits, sequences, eos_ids, self.ops)
         record_logprobs(logits, tokens, sequences)
         if self.device.kind == "cpu":
-            return Launched(sequences, tokens, tokens)
+            return Launched(plan, started_s, sequences, tokens, tokens)
         # Copied now: a copy that starts when the tokens are read would wait for every step queued meanwhile.
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         done = self.device.backend.Event()
         done.record()
         timeout_s = self.graphs.timeout_s if inputs.graph and self.graphs is not None else math.inf
-        return Launched(sequences, tokens, host, done, timeout_s)
+        return Launched(plan, started_s, sequences, tokens, host, done, timeout_s)
 
     def read(self, step: Launched) -> dict[int, list[int]]:
         """The tokens of a launched step, by sequence id: the step's one synchronisation with the device.

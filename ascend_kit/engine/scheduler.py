@@ -64,10 +64,6 @@ class StepPlan:
     num_decoding: int = 0  # the first so many chunks
 
     @property
-    def num_guesses(self) -> int:
-        return sum(len(chunk.guess) for chunk in self.chunks)
-
-    @property
     def num_prompt_tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks[self.num_decoding :])
 
@@ -137,7 +133,7 @@ class Scheduler:
                 guesses -= len(guess)
                 budget -= self._plan(plan, sequence, 1, guess)
         plan.num_decoding = len(plan.chunks)
-        if prompt_tokens is not None and any(chunk.sequence.is_watched for chunk in plan.chunks):
+        if prompt_tokens is not None and any(chunk.owner.is_watched for chunk in plan.chunks):
             budget = min(budget, prompt_tokens)
         for place, sequence in enumerate(prefilling):
             if sequence not in self.running or budget == 0:

@@ -255,14 +255,9 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
-    def first_scored_row(self) -> int:
-        """Index of the first input token whose logits are needed for scoring."""
-        return self.num_tokens - max(len(target.token_ids) for target in self.targets)
-
-    @property
     def reusable_limit(self) -> int:
         """How many leading tokens may come from the prefix cache: the rows still needed must be computed."""
-        return self.first_scored_row if self.is_scoring else self.num_tokens - 1
+        return self.num_tokens - max((len(target.token_ids) for target in self.targets), default=1)
 
     def progress_since(self, num_output_tokens: int) -> Progress:
         """What has come since the answer had so many tokens."""
@@ -281,17 +276,17 @@ class Sequence:
             self.target_scores if self.is_finished else [],
         )
 
-    def fail(self, error: str) -> None:
-        """End with an error; whoever owns it takes its blocks back."""
-        self.finish_reason, self.error = "error", error
+    def end(self, reason: str, error: str | None = None, at_s: float | None = None) -> None:
+        """End now, or at `at_s`; whoever owns it takes its blocks back."""
+        self.finish_reason, self.error = reason, error
+        self.timeline.finished_s = time.perf_counter() if at_s is None else at_s
 
     def take_end(self, news: Progress, clock_offset_s: float = 0.0) -> None:
         """Take over how a core elsewhere, whose clock is so much ahead, has ended this request."""
         self.take_start(news, clock_offset_s)
-        self.finish_reason, self.error = news.finish_reason, news.error
         self.target_scores = news.target_scores or self.target_scores
         times = self.timeline.token_times_s
-        self.timeline.finished_s = times[-1] if times else time.perf_counter()
+        self.end(news.finish_reason or "", news.error, times[-1] if times else None)
 
     def take_start(self, news: Progress, clock_offset_s: float = 0.0) -> None:
         """Take over when it started there, and what that cost."""

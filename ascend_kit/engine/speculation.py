@@ -72,10 +72,6 @@ class Ahead:
         return self.sequence.sampling
 
     @property
-    def is_watched(self) -> bool:
-        return self.sequence.is_watched
-
-    @property
     def blocks(self) -> list[int]:
         return self.sequence.blocks
 

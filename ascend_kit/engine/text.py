@@ -187,8 +187,6 @@ def stop_on_special_tokens(tokenizer: Tokenizer, sampling: SamplingParams) -> Sa
     special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {str(tokenizer.convert_ids_to_tokens(number)): number for number in tokenizer.all_special_ids}
     ids = [special[word] for word in sampling.stop if word in special]
-    if not ids:
-        return sampling
     words = tuple(word for word in sampling.stop if word not in special)
     return replace(sampling, stop=words, stop_token_ids=(*sampling.stop_token_ids, *ids))
 
@@ -206,7 +204,7 @@ class StopRules:
     def __call__(self, sequence: Sequence, token: int) -> str | None:
         sampling = sequence.sampling
         if sampling.stop and sequence.id not in self._texts:
-            self.keep_text(sequence, sequence.output_ids[:-1])
+            self.keep_text(sequence)
         if self.is_end(sequence, token):
             return "stop"
         text = self._texts.get(sequence.id)
@@ -222,10 +220,10 @@ class StopRules:
         sampling = sequence.sampling
         return token in sampling.stop_token_ids or (not sampling.ignore_eos and token in self.eos_token_ids)
 
-    def keep_text(self, sequence: Sequence, earlier: list[int] | None = None) -> None:
-        """Keep the text of a request from now on; `earlier` are the tokens it has written before."""
+    def keep_text(self, sequence: Sequence) -> None:
+        """Keep the text of a request, but for its latest token, from now on."""
         text = self._texts[sequence.id] = Detokenizer(self._tokenizer(), sequence.sampling.stop)
-        for token in earlier or ():
+        for token in sequence.output_ids[:-1]:
             text.add(token)
 
     def text_so_far(self, sequence: Sequence) -> str:
@@ -244,10 +242,6 @@ class StopRules:
     def forget(self, request_id: int) -> None:
         """Keep nothing of a request."""
         self._texts.pop(request_id, None)
-
-    def clear(self) -> None:
-        """Forget all requests."""
-        self._texts.clear()
 
 
 # --- tokens to text -------------------------------------------------------------------------------------------

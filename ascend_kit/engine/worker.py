@@ -55,10 +55,7 @@ class Facts(NamedTuple):
     """What a rank found when it had loaded its part."""
 
     device: Device
-    stats: dict[str, Any]
-    num_blocks: int
-    block_size: int
-    memory_bytes: int
+    stats: dict[str, Any]  # as in a report
     versions: dict[str, str]
     machine: dict[str, str]
     task_queue_level: int | None
@@ -68,10 +65,7 @@ class Report(NamedTuple):
     """Answer to a call."""
 
     progress: list[Progress]
-    counts: dict[str, float]  # counters of the engine core, and busy_s: seconds spent in its steps
-    memory_bytes: int
-    peak_memory_bytes: int
-    graphs: dict[str, Any] | None
+    stats: dict[str, Any]  # of the engine core; busy_s: seconds spent in its steps; memory_bytes, peak_memory_bytes
 
 
 class Worker:
@@ -125,16 +119,7 @@ class Worker:
         self._stop = StopRules(
             cache(lambda: load_tokenizer(settings.tokenizer_folder)), config.eos_token_ids, settings.max_seq_length
         )
-        return Facts(
-            device,
-            self.core.stats(),
-            self.core.blocks.num_blocks,
-            self.core.block_size,
-            device.memory_in_use_bytes(),
-            device.versions(),
-            device.facts(),
-            device.task_queue_level(),
-        )
+        return Facts(device, self._stats(), device.versions(), device.facts(), device.task_queue_level())
 
     def _join(self, role: Role, size: int, device: Device) -> Any:
         import torch
@@ -187,12 +172,12 @@ class Worker:
                 break
             touched.update((sequence.id, sequence) for sequence in core.step(self._stop))
             self._busy_s += time.perf_counter() - start
-        return self._report([self._progress(sequence) for sequence in touched.values()])
+        return Report([self._progress(sequence) for sequence in touched.values()], self._stats())
 
-    def reset_peak_memory(self) -> Report:
-        """Start a new high-water mark of memory; the state after it. Called on rank 0."""
+    def reset_peak_memory(self) -> dict[str, Any]:
+        """Start a new high-water mark of memory; the stats after it. Called on rank 0."""
         self._loaded().device.reset_peak_memory()
-        return self._report([])
+        return self._stats()
 
     def profile(self, prompts: list[list[int]], steps: int, folder: str) -> list[Phase]:
         """See EngineCore.profile; called on rank 0."""
@@ -218,17 +203,10 @@ class Worker:
             self._forget(sequence.id)
         return news
 
-    def _report(self, progress: list[Progress]) -> Report:
+    def _stats(self) -> dict[str, Any]:
         core = self._loaded()
-        counts = {
-            **core.counts,
-            "preemptions": core.scheduler.num_preemptions,
-            "running": len(core.scheduler.running),
-            "kv_blocks_free": core.blocks.num_free,
-            "busy_s": self._busy_s,
-        }
-        graphs = core.stats()["graphs"]
-        return Report(progress, counts, core.device.memory_in_use_bytes(), core.device.peak_memory_bytes(), graphs)
+        used, peak = core.device.memory_in_use_bytes(), core.device.peak_memory_bytes()
+        return {**core.stats(), "busy_s": self._busy_s, "memory_bytes": used, "peak_memory_bytes": peak}
 
 
 def host_name() -> str:

@@ -268,7 +268,7 @@ class BackendElsewhere(Uncounted):
             self._there = None
 
     def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
-        return self._start().call("run", requests, concurrency, on_progress=on_done)
+        return self._start().call("run", requests, concurrency, on_done=on_done)
 
     def variant(self) -> dict[str, Any]:
         return self._start().call("variant")
