@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +23,9 @@ from ascend_kit.engine.sequence import (
     RequestOutput,
     SamplingParams,
     Score,
-    ScoreSheet,
     Sequence,
     score_sequences,
+    scores_of,
 )
 from ascend_kit.files import Progress
 
@@ -174,7 +175,17 @@ class AscendInferEngine(OpenedModel):
         pass. ValueError when a pair cannot be scored; one that fails while it is computed, or whose text cannot be
         encoded, has NaN and an error, alone. `on_score` hears of each pair as it is done.
         """
-        core, sheet = self._loaded(), ScoreSheet(len(pairs), on_score)
+        core, scores = self._loaded(), dict[int, Score]()
+
+        def keep(number: int, score: Score) -> None:
+            scores[number] = score
+            if on_score is not None:
+                on_score(number, score)
+
+        def on_step(sequence: Sequence) -> None:
+            for number, score in scores_of(sequence):
+                keep(number, score)
+
         ids: dict[int, tuple[list[int], list[int]]] = {}
         for number, pair in enumerate(pairs):
             if isinstance(pair, (str, bytes)) or not hasattr(pair, "__len__") or len(pair) != 2:
@@ -184,7 +195,7 @@ class AscendInferEngine(OpenedModel):
             try:
                 ids[number] = text.encode_pair(self.tokenizer, *pair)
             except text.NotEncodable as error:
-                sheet.fail(number, str(error))
+                keep(number, Score(math.nan, False, str(error)))
         with self._lock:
             sequences = score_sequences(ids, self.config.vocab_size, first=self._num_scored)
             for sequence in sequences:
@@ -193,16 +204,16 @@ class AscendInferEngine(OpenedModel):
                     raise ValueError(f"pair {sequence.targets[0].pair}: {refusal}")
             self._num_scored += len(sequences)
             for sequence in sequences:
-                self._subscribers[sequence.id] = sheet.on_step
+                self._subscribers[sequence.id] = on_step
                 core.add(sequence)
         try:
-            while len(sheet) < len(pairs):
+            while len(scores) < len(pairs):
                 self._advance()
                 if on_progress is not None:
-                    on_progress(len(sheet), len(pairs))
+                    on_progress(len(scores), len(pairs))
         finally:
             self._cancel_rest(sequences)
-        return sheet.result()
+        return [scores[number] for number in range(len(pairs))]
 
     def infer(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, max_new_tokens: int = 128

@@ -21,12 +21,12 @@ from typing import Any
 
 from ascend_kit.device.environment import VISIBLE
 from ascend_kit.engine import ray_watch
-from ascend_kit.engine.ray_watch import Family, core_of, end_processes, is_alive
+from ascend_kit.engine.ray_watch import CORE, Family, end_processes, family_of, is_alive
+from ascend_kit.engine.worker import MEETING_FOLDER
 
 START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 80 << 20  # only requests and tokens travel; Ray's smallest is 75 MiB
 FOLDER = "ascend-ray-"
-MEETING_FOLDER = "ascend-meeting-"  # of the ranks of a replica; as in worker.py
 SHORT_ROOT = "/tmp"
 LOOPBACK = "127.0.0.1"
 RESOURCE = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
@@ -200,7 +200,7 @@ class RaySession:
         try:
             with _environment({**QUIET, **LOCAL, **self._visible(cards, first_card)}):
                 self._init_local(amounts, folder)
-            self._core = core_of(folder)
+            self._core = family_of(folder, CORE)
             assert self._watch.stdin is not None
             self._watch.stdin.write(json.dumps(self._core).encode() + b"\n")
         except BaseException:

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-CORE = ("gcs_server", "raylet")  # raylet ends by itself when one of its agents has
+CORE = ("gcs_server", "raylet")  # without them a session is of no use; raylet ends when one of its agents has
 EVERY_S = 0.5
 LOOK_EVERY = 10  # times that; a look goes through all processes of the machine
 TRIES = 20  # workers whose Ray has ended may write their last lines for a while
@@ -26,16 +26,17 @@ TRIES = 20  # workers whose Ray has ended may write their last lines for a while
 Family = dict[int, str]  # process id -> start time, which tells a process from a later one with the same id
 
 
-def family_of(folder: Path) -> Family:
+def family_of(folder: Path, named: tuple[str, ...] | None = None) -> Family:
     """The processes with this session's folder in their command line, the name occurs nowhere else, and all that they
-    have started: Ray's agents and workers overwrite their command lines."""
+    have started: Ray's agents and workers overwrite their command lines. Only those `named` so, where that is given."""
+    names: dict[int, str] = {}
     parents: dict[int, int] = {}
     starts: Family = {}
     front: set[int] = set()
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             pid = int(entry.name)
-            _, parent, starts[pid] = _stat(pid)
+            names[pid], _, parent, starts[pid] = _stat(pid)
             parents[pid] = int(parent)
             if str(folder).encode() in (entry / "cmdline").read_bytes():
                 front.add(pid)
@@ -43,18 +44,13 @@ def family_of(folder: Path) -> Family:
     while front:
         front = {pid for pid, parent in parents.items() if parent in front} - found
         found |= front
-    return {pid: starts[pid] for pid in found}
-
-
-def core_of(folder: Path) -> Family:
-    """The processes of a session without which it is of no use."""
-    return {pid: start for pid, start in family_of(folder).items() if _name(pid) in CORE}
+    return {pid: starts[pid] for pid in found if named is None or names[pid] in named}
 
 
 def is_alive(pid: int, start: str) -> bool:
     """Whether this process still runs; one that has ended and was not waited for does not."""
     with contextlib.suppress(OSError):
-        state, _, started = _stat(pid)
+        _, state, _, started = _stat(pid)
         return state != "Z" and started == start
     return False
 
@@ -68,16 +64,11 @@ def end_processes(folder: Path, keep: int | None = None, known: Family | None = 
                 os.kill(pid, signal.SIGKILL)
 
 
-def _stat(pid: int) -> tuple[str, str, str]:
-    """State, parent and start time."""
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return fields[0].decode(), fields[1].decode(), fields[19].decode()
-
-
-def _name(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return ""
+def _stat(pid: int) -> tuple[str, str, str, str]:
+    """Name, state, parent and start time."""
+    head, _, tail = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
+    fields = tail.split()
+    return head.partition("(")[2], fields[0], fields[1], fields[19]
 
 
 def watch(folder: Path, parent: int) -> None:

@@ -5,6 +5,7 @@ A step is launched and read apart, so that the next one may be queued before the
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -108,7 +109,8 @@ class ModelRunner:
             self.device.make_current()
             self._thread = threading.get_ident()
         chunks = [row for chunk in plan.chunks for row in chunk.rows()]
-        starts = _starts(chunks)
+        firsts = itertools.accumulate((chunk.count for chunk in chunks), initial=0)
+        starts = dict(zip(map(id, chunks), firsts, strict=False))  # first packed row of each chunk, by its identity
         sampled = [chunk for chunk in chunks if chunk.reaches_end and not chunk.sequence.is_scoring]
         wanted = _scored_rows(chunks, starts)
         inputs = StepInputs.from_chunks(
@@ -229,15 +231,6 @@ class ModelRunner:
 
     def _ints(self, values: list, dtype: torch.dtype) -> Tensor:
         return upload(torch.tensor(values, dtype=dtype), self.device.torch_device)
-
-
-def _starts(chunks: list[Chunk]) -> dict[int, int]:
-    """First packed row of each chunk, by the chunk's identity."""
-    starts, total = {}, 0
-    for chunk in chunks:
-        starts[id(chunk)] = total
-        total += chunk.count
-    return starts
 
 
 def _scored_rows(chunks: list[Chunk], starts: dict[int, int]) -> list[Scored]:

@@ -8,7 +8,7 @@ import itertools
 import math
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -305,38 +305,13 @@ LOGITS_NOT_FINITE = (
 )
 
 
-class ScoreSheet:
-    """The scores of numbered pairs, filled in as their sequences end; `on_score` hears of each at once."""
-
-    def __init__(self, num_pairs: int, on_score: OnScore | None = None) -> None:
-        self.num_pairs = num_pairs
-        self.on_score = on_score
-        self.scores: dict[int, Score] = {}
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def fail(self, pair: int, error: str) -> None:
-        """A pair has no score."""
-        self._set(pair, Score(math.nan, False, error))
-
-    def on_step(self, sequence: Sequence) -> None:
-        """Take over what a finished sequence found."""
-        for target, rows in zip(sequence.targets, sequence.target_scores, strict=True):
-            logprob = sum(row.logprob for row in rows)
-            if sequence.error is not None or not math.isfinite(logprob):
-                self.fail(target.pair, sequence.error or LOGITS_NOT_FINITE)
-            else:
-                self._set(target.pair, Score(logprob, all(row.is_greedy for row in rows)))
-
-    def _set(self, pair: int, score: Score) -> None:
-        self.scores[pair] = score
-        if self.on_score is not None:
-            self.on_score(pair, score)
-
-    def result(self) -> list[Score]:
-        """All scores in order."""
-        return [self.scores[number] for number in range(self.num_pairs)]
+def scores_of(sequence: Sequence) -> Iterator[tuple[int, Score]]:
+    """Number and score of each pair that a finished sequence stands for."""
+    for target, rows in zip(sequence.targets, sequence.target_scores, strict=True):
+        logprob = sum(row.logprob for row in rows)
+        error = sequence.error or (None if math.isfinite(logprob) else LOGITS_NOT_FINITE)
+        is_greedy = error is None and all(row.is_greedy for row in rows)
+        yield target.pair, Score(logprob if error is None else math.nan, is_greedy, error)
 
 
 def score_sequences(pairs: dict[int, tuple[list[int], list[int]]], vocab_size: int, first: int = 0) -> list[Sequence]:
