@@ -77,6 +77,7 @@ class EngineCore:
         ranks_on_host: int = 1,
     ):
         self.settings, self.config, self.device = settings, config, device
+        device.seed(settings.seed)
         dtype = DTYPES[settings.precision]
         if settings.kv_cache_dtype == "int8" and device.kind == "npu":
             raise ValueError(

@@ -26,7 +26,10 @@ class Job:
 class _Load:
     jobs: dict[int, Job] = field(default_factory=dict)
     prefixes: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    load: float = 0.0
+
+    @property
+    def load(self) -> float:
+        return sum(job.weight for job in self.jobs.values())
 
 
 class Dispatcher:
@@ -69,14 +72,13 @@ class Dispatcher:
 
     def prompt_computed(self, request_id: int) -> None:
         """A request has written a token: from now on it takes a slot and nothing else."""
-        self._reweigh(self.jobs[request_id], 1.0)
+        self.jobs[request_id].weight = 1.0
 
     def remove(self, request_id: int) -> int | None:
         """Forget a finished or cancelled request; the replica that has it."""
         job = self.jobs.pop(request_id)
         replica = job.replica
         if replica is not None:
-            self._reweigh(job, 0.0)
             del self.replicas[replica].jobs[request_id]
         else:
             (self.again if job in self.again else self.waiting).remove(job)
@@ -89,7 +91,7 @@ class Dispatcher:
         """
         failed = []
         for job in reversed(self.replicas.pop(replica).jobs.values()):
-            job.replica, job.weight, job.failures = None, 0.0, job.failures + through_requests
+            job.replica, job.failures = None, job.failures + through_requests
             if job.failures >= MAX_FAILURES:
                 failed.append(self.jobs.pop(job.request_id).request_id)
             else:
@@ -98,15 +100,15 @@ class Dispatcher:
 
     def _choose(self, job: Job) -> int | None:
         """The least loaded replica with room, or one nearly as free that knows the start of the prompt."""
-        free = {name: load for name, load in self.replicas.items() if self._takes(load, job)}
+        free = {name: load.load for name, load in self.replicas.items() if self._takes(load, job)}
         if not free:
             return None
-        least = min(load.load for load in free.values())
-        near = [name for name, load in free.items() if load.load <= least + self.tolerance]
-        matched = {name: _matched(job.keys, free[name].prefixes) for name in near}
+        least = min(free.values())
+        near = [name for name, load in free.items() if load <= least + self.tolerance]
+        matched = {name: _matched(job.keys, self.replicas[name].prefixes) for name in near}
         best = max(matched.values())
         candidates = [name for name in near if matched[name] == best] if best else list(free)
-        return min(candidates, key=lambda name: free[name].load)
+        return min(candidates, key=free.__getitem__)
 
     def _takes(self, load: _Load, job: Job) -> bool:
         has_failed = job.failures and any(other.failures for other in load.jobs.values())
@@ -116,17 +118,12 @@ class Dispatcher:
         load = self.replicas[replica]
         uncached = job.num_prompt_tokens - _matched(job.keys, load.prefixes) * self.block_size
         job.replica, load.jobs[job.request_id] = replica, job
-        self._reweigh(job, 1.0 + max(0, uncached) / self.tokens_per_step)
+        job.weight = 1.0 + max(0, uncached) / self.tokens_per_step
         for key in job.keys:
             load.prefixes[key] = None
             load.prefixes.move_to_end(key)
         while len(load.prefixes) > KNOWN_PREFIXES:
             load.prefixes.popitem(last=False)
-
-    def _reweigh(self, job: Job, weight: float) -> None:
-        if job.replica is not None:
-            self.replicas[job.replica].load += weight - job.weight
-            job.weight = weight
 
     def _keys(self, prompt: list[int]) -> list[int]:
         """A key per full leading block that stands for all tokens up to its end."""

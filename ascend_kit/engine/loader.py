@@ -4,6 +4,9 @@ so that the files stay in the standard Hugging Face form."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Set
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -74,22 +77,23 @@ def load_decoder(
             if with_kv_scales and KV_SCALES in text:
                 continue
             warnings.warn(f"{folder}: {text}", stacklevel=2)
-    return _Loader(checkpoint, config, dtype, device, ops, parallel).decoder(max_positions, with_kv_scales, int8_head)
+    loader = _Loader(checkpoint, config, dtype, device.torch_device, ops, parallel)
+    return loader.decoder(max_positions, with_kv_scales, int8_head)
 
 
+@dataclass
 class _Loader:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        device: Device,
-        ops: ModuleType,
-        parallel: TensorParallel,
-    ):
-        self.checkpoint, self.config, self.dtype = checkpoint, config, dtype
-        self.target, self.ops, self.parallel = device.torch_device, ops, parallel
-        self.names = expected_shapes(config).keys()
+    checkpoint: Checkpoint
+    config: ModelConfig
+    dtype: torch.dtype
+    target: torch.device
+    ops: ModuleType
+    parallel: TensorParallel
+
+    @cached_property
+    def names(self) -> Set[str]:
+        """Every tensor of the model."""
+        return expected_shapes(self.config).keys()
 
     def decoder(self, max_positions: int, with_kv_scales: bool, int8_head: bool) -> Decoder:
         config = self.config

@@ -107,7 +107,6 @@ class OpenedModel:
 
             return ReplicatedCore(settings, self.config)
         device = select_device(settings.device, settings.device_id)
-        device.seed(settings.seed)
         return EngineCore(settings, self.config, device)
 
     def close(self) -> None:

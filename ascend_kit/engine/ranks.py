@@ -87,7 +87,6 @@ class RankCore:
         self._dist, self.ranks, self.config = dist, ranks, config
         kind, _ = resolve_device(settings.device)
         self.device = select_device(kind, 0 if kind == "cpu" else ranks.local_rank)
-        self.device.seed(settings.seed)
         RankCore._opened += 1
         on_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ranks.size)))
         prefer_vector_cores(kind, settings.tensor_parallel, on_host == ranks.size, os.environ)

@@ -109,7 +109,6 @@ class Worker:
 
         torch.set_num_threads(max(1, _num_cores() // role.ranks_on_host))
         device = select_device(kind, role.device_id)
-        device.seed(settings.seed)
         parallel = None
         if settings.tensor_parallel > 1:
             parallel = self._join(role, settings.tensor_parallel, device)
