@@ -268,7 +268,7 @@ def plain(value: float) -> str:
     return f"{value:.7f}".rstrip("0") if 1e-6 <= abs(value) < 1 else f"{value:.3g}"
 
 
-def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float = 1, good: str = "high") -> Figure:
+def heat_map(rows: Table, column: str, title: str, unit: str, *, good: str = "high") -> Figure:
     """Median of a column as colour and number: lengths down, concurrency across, a panel per configuration.
 
     `good` is high, low or ratio: there 1 is white, more is blue and less is red. Equal values have a middle colour.
@@ -281,19 +281,19 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
     columns = max(part["_load"].nunique() for _, part in groups)
     size = {"height": 1.5 + 0.42 * len(lengths), "width": max(5.6, 1.2 + 0.6 * columns)}
     figure, grid = make_grid(1, len(groups), **size)
-    most, least = rows[column].max() * factor, rows[column].min() * factor
+    most, least = rows[column].max(), rows[column].min()
+    shades = {"high": "YlGnBu", "low": "YlOrRd", "ratio": "RdBu"}[good]
     norm = Normalize(0, most if most > least else 2 * most)
     if good == "ratio":
         norm = CenteredNorm(1, max(most - 1, 1 - least, 0.05))
     for axes, (label, part) in zip(grid.flat, groups, strict=True):
         table = part.pivot_table(index=LENGTHS, columns="_load", values=column, aggfunc="median").reindex(lengths)
-        values = table.to_numpy() * factor
-        axes.imshow(values, cmap={"high": "YlGnBu", "low": "YlOrRd", "ratio": "RdBu"}[good], norm=norm, aspect="auto")
+        values = table.to_numpy()
+        axes.imshow(values, cmap=shades, norm=norm, aspect="auto")
         for (y, x), value in numpy.ndenumerate(values):
             depth = abs(2 * norm(value) - 1) > 0.7 if good == "ratio" else norm(value) > 0.6
-            colour = "#FEFEFE" if depth else "#111111"
-            axes.text(x, y, plain(float(f"{value:.3g}")) if known(value) else "", ha="center", va="center",
-                      color=colour, fontsize=FONT - 1)  # fmt: skip
+            style = {"ha": "center", "va": "center", "color": "#FEFEFE" if depth else "#111111", "fontsize": FONT - 1}
+            axes.text(x, y, plain(float(f"{value:.3g}")) if known(value) else "", **style)
         axes.grid(False)
         axes.set_xticks(range(len(table.columns)), list(map(plain, table.columns)))
         axes.set_yticks(range(len(lengths)), [f"{p:,} + {o:,}" for p, o in lengths])
@@ -301,7 +301,7 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, factor: float =
         axes.set_ylabel("prompt + output tokens", fontsize=FONT)
         axes.set_title(label, fontsize=FONT)
     best = with_labels(rows).loc[rows[column].idxmin() if good == "low" else rows[column].idxmax()]
-    value, place = cell_text(float(best[column] * factor)), lengths_text(list(best[LENGTHS]))
+    value, place = cell_text(float(best[column])), lengths_text(list(best[LENGTHS]))
     alt = f"best {value} {unit} at {plain(best['_load'])}, {place}"
     between = "\n" if good == "ratio" else ", "
     return finish(figure, f"{title}{between}{unit}", alt, legend=False)

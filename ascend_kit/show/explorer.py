@@ -7,6 +7,7 @@ to a reader without a kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,8 +30,8 @@ EMPTY = "<p></p>"  # the note in place of a part that is not there
 VIEWS = {"throughput": ("requests in flight", "output tokens/s"), "latency": ("requests in flight", "median TTFT, ms"),
          "pareto": ("median TPOT, ms", "output tokens/s")}  # fmt: skip
 Draw = Callable[..., Sequence[Any]]  # values of the controls -> the parts to display, None for an empty one
-# Name -> what to choose from, as it is or worked out anew for every choice of runs; "" is a field to write in.
-Controls = dict[str, Callable[[], list[str]] | list[str] | str]
+# Name -> what to choose from, worked out anew for every choice of runs; None is a field to write in.
+Controls = dict[str, Callable[[], list[str]] | None]
 
 
 class Explorer:
@@ -60,7 +61,7 @@ class Explorer:
         from IPython.display import display
 
         if not self._browser or self.listed.empty:
-            display(tables.readable(self.listed, keys=1))
+            display(tables.readable(self.listed))
             return
         import ipywidgets as w
 
@@ -73,7 +74,7 @@ class Explorer:
         widths = f"24px repeat({len(shown.columns)}, auto)"
         grid = w.GridBox([*head, *cells], layout={"grid_template_columns": widths, "grid_gap": "0 14px"})
         title = w.HTML(translate("explore.choose"))
-        show_widget(w.VBox([title, grid]), tables.readable(self.listed, keys=1))
+        show_widget(w.VBox([title, grid]), tables.readable(self.listed))
 
     def _tick(self, name: str, is_on: bool) -> None:
         wanted = {*self.chosen, name} if is_on else {*self.chosen} - {name}
@@ -87,8 +88,7 @@ class Explorer:
 
         if self._browser:
             first, second = VIEWS["throughput"]
-            controls = {"axis_x": [first, *explore.AXES], "axis_y": [second, *explore.AXES]}
-            self._show("chart", {name: list(dict.fromkeys(axes)) for name, axes in controls.items()}, self._chart)
+            self._show("chart", {"axis_x": partial(_axes, first), "axis_y": partial(_axes, second)}, self._chart)
             return
         table = explore.points(self.runs)
         for name, (x, y) in VIEWS.items():
@@ -125,7 +125,7 @@ class Explorer:
         spread, timeline = explore.histograms(requests), sweep_charts.request_timeline(requests)
         over_time = sweep_charts.over_time(samples, pandas.DataFrame([row]))
         return [
-            tables.readable(pandas.DataFrame([first]), keys=1),
+            tables.readable(pandas.DataFrame([first])),
             self._keep("histograms", spread, f"TTFT and ITL of one point: {point}"),
             self._keep("timeline", timeline, f"Requests of one point over time: {point}"),
             self._keep("over_time", over_time, f"Requests, KV cache and memory over time: {point}"),
@@ -147,10 +147,13 @@ class Explorer:
 
     def documents(self) -> None:
         """A task's documents that a run got wrong, or that turned over between two runs; with a search."""
-        controls: Controls = {"run": lambda: [run.name for run in self.runs if run.has("acc")], "task": self._tasks,
-                    "other": lambda: [translate("explore.wrong"), *(run.name for run in self.runs if run.has("acc"))],
-                    "search": ""}  # fmt: skip
+        controls: Controls = {"run": self._evaluated, "task": self._tasks,
+                              "other": lambda: [translate("explore.wrong"), *self._evaluated()],
+                              "search": None}  # fmt: skip
         self._show("documents", controls, self._documents)
+
+    def _evaluated(self) -> list[str]:
+        return [run.name for run in self.runs if run.has("acc")]
 
     def _tasks(self) -> list[str]:
         return sorted({task for run in self.runs for task in run.answers("acc")})
@@ -159,7 +162,7 @@ class Explorer:
         if run not in self.every:
             return [None]
         found = explore.documents(self.every[run], task, self.every.get(other), search)
-        return [tables.readable(found.head(MOST_DOCUMENTS), keys=1) if len(found) else None]
+        return [tables.readable(found.head(MOST_DOCUMENTS))]
 
     def history(self) -> Table:
         """The table of repeated runs with regressions marked, after its figure; over all runs, not only the chosen."""
@@ -167,10 +170,8 @@ class Explorer:
 
         table = history.history(self.every.values())
         figure = self._keep("history", history.history_chart(table), "Output tokens per second over versions")
-        shown = [tables.readable(table, keys=2), figure]
-        if table.empty:
-            shown = [tables.note(translate("explore.no_runs_again"))]
-        display(*filter(None, shown))
+        shown = tables.readable(table, keys=2) or tables.note(translate("explore.no_runs_again"))
+        display(*filter(None, [shown, figure]))
         return table
 
     def _keep(self, name: str, figure: Figure | None, caption: str) -> Any:
@@ -203,16 +204,17 @@ class _View:
         """The choice of each control; the first of what there is where nothing was chosen."""
         if self.fields:
             return {name: field.value or "" for name, field in self.fields.items()}
-        return {name: next(iter(_options(found)), "") for name, found in self.controls.items()}
+        return {name: next(iter(found() if found else ()), "") for name, found in self.controls.items()}
 
     def renew(self, *_: Any) -> None:
         """Draw again; controls offer what the chosen runs have."""
         for name, field in self.fields.items():
-            options = _options(self.controls[name])
-            if hasattr(field, "options") and tuple(_titled(options)) != tuple(field.options):
-                kept = field.value
-                field.options = _titled(options)
-                field.value = kept if kept in options else next(iter(options), None)
+            found = self.controls[name]
+            options = _titled(found()) if found else None
+            if options is not None and tuple(options) != tuple(field.options):
+                kept, values = field.value, [value for _, value in options]
+                field.options = options
+                field.value = kept if kept in values else next(iter(values), None)
         for handle, part in zip(self.handles, self._parts(), strict=True):
             handle.update(part)
 
@@ -231,8 +233,7 @@ class _View:
 
         for name, found in self.controls.items():
             style = {"description": translate(f"explore.{name}"), "layout": {"width": "auto", "max_width": "560px"}}
-            field = w.Text(**style) if found == "" else w.Dropdown(options=_titled(_options(found)), **style)
-            self.fields[name] = field
+            self.fields[name] = w.Dropdown(options=_titled(found()), **style) if found else w.Text(**style)
         show_widget(w.HBox(list(self.fields.values()), layout={"flex_flow": "row wrap"}))
         for field in self.fields.values():
             field.observe(self.renew, "value")
@@ -252,8 +253,8 @@ def _cell(value: Any) -> str:
     return f"<span style='white-space:normal'>{tables.markup(tables.cell_text(value))}</span>"
 
 
-def _options(found: Callable[[], list[str]] | list[str] | str) -> list[str]:
-    return [found] if isinstance(found, str) else found if isinstance(found, list) else found()
+def _axes(first: str) -> list[str]:
+    return list(dict.fromkeys([first, *explore.AXES]))
 
 
 def _titled(options: list[str]) -> list[tuple[str, str]]:

@@ -44,15 +44,13 @@ def history(runs: Iterable[Run]) -> Table:
 
     found: dict[tuple[str, tuple], dict[str, Repeated]] = {}
     for run in runs:
-        record, known_ids = RunRecord.read(run.folder.path), run.folder.identities()
-        engines = {name: (one, _history_key(one)) for name, one in known_ids.items()}
+        record, identities = RunRecord.read(run.folder.path), run.folder.identities()
         for row in run.sweep:
-            if row.get("identity") in engines:
-                identity, key = engines[row["identity"]]
+            if identity := identities.get(row.get("identity")):
                 point = Point(*key_of(row))
                 entry = Repeated(run, record, identity, point.place)
                 load = (point.concurrency, point.prompt_len, point.output_len, repr(point.load_parts))
-                found.setdefault((key, load), {}).setdefault(run.name, entry).rates.append(row[RATE])
+                found.setdefault((_history_key(identity), load), {}).setdefault(run.name, entry).rates.append(row[RATE])
     lines: list[dict[str, Any]] = []
     told: set[tuple[str, str]] = set()
     for (key, _), entries in sorted(found.items(), key=lambda item: (len(item[1]), item[0][1]), reverse=True):
@@ -61,10 +59,8 @@ def history(runs: Iterable[Run]) -> Table:
             told |= names
             ordered = sorted(entries.values(), key=lambda entry: entry.record.created or "")
             series = len({line["series"] for line in lines}) + 1
-            lines += [
-                {"series": series, **_line_of_history(now, before)}
-                for before, now in zip([None, *ordered], ordered, strict=False)
-            ]
+            pairs = zip([None, *ordered], ordered, strict=False)
+            lines += [{"series": series, **_line_of_history(now, before)} for before, now in pairs]
     return pandas.DataFrame(lines)
 
 
@@ -98,13 +94,11 @@ def history_chart(table: Table) -> Figure | None:
     looks = drawing.config_looks(names)
     for name, part in table.groupby(names, sort=True):
         places = range(1, len(part) + 1)
-        (line,) = axes.plot(places, part["tokens/s"], label=name, **looks[name])
-        drawing.tip(line, [f"{row['run']}: {cell_text(row['tokens/s'])}" for row in part.to_dict("records")])
-        slower = [
-            (x, row["tokens/s"]) for x, row in zip(places, part.to_dict("records"), strict=True) if row["regression"]
-        ]
-        for x, y in slower:
-            axes.plot(x, y, "x", color=RED, markersize=14, markeredgewidth=3, label="regression")
+        texts = [f"{row['run']}: {cell_text(row['tokens/s'])}" for row in part.to_dict("records")]
+        drawing.draw_points(axes, places, part["tokens/s"], texts, label=name, **looks[name])
+        for x, y, is_slower in zip(places, part["tokens/s"], part["regression"], strict=True):
+            if is_slower:
+                axes.plot(x, y, "x", color=RED, markersize=14, markeredgewidth=3, label="regression")
     axes.set_xticks(range(1, table.groupby("series").size().max() + 1))
     axes.set_xlabel("run of the series, oldest first", fontsize=FONT)
     drawing.value_axis(axes, "output tokens/s", log=False)

@@ -68,19 +68,12 @@ class ParameterPanel:
         import pandas
 
         defaults = build_experiment({})
-
-        rows = [
-            {
-                "group": phrase(title),
-                "parameter": key,
-                "value": _as_text(getattr(self.experiment, key)),
-                "default": _as_text(getattr(defaults, key)),
-                "meaning": phrase(Experiment.model_fields[key].description or ""),
-            }
-            for title, keys in grouped().items()
-            for key in keys
-            if getattr(self.experiment, key) != getattr(defaults, key)
-        ]
+        rows = []
+        for title, key in ((title, key) for title, keys in grouped().items() for key in keys):
+            value, default = getattr(self.experiment, key), getattr(defaults, key)
+            if value != default:
+                values = {"value": _as_text(value), "default": _as_text(default), "meaning": _meaning(key)}
+                rows.append({"group": phrase(title), "parameter": key, **values})
         return pandas.DataFrame(rows)
 
     def check(self) -> str:
@@ -163,28 +156,25 @@ class ParameterPanel:
         # Results of another model go to a folder of their own, beside which nothing has to agree.
         self.fields["model_name"].observe(lambda change: self._follow("experiment", change["new"]), "value")
         pages = {title: [key for key in keys if key not in FIRST] for title, keys in grouped().items()}
-        tabs = w.Tab(
-            children=[_rows(w, keys, self.fields) for keys in pages.values()], titles=[phrase(title) for title in pages]
-        )
+        titles = [phrase(title) for title in pages]
+        tabs = w.Tab(children=[_rows(w, keys, self.fields) for keys in pages.values()], titles=titles)
         more = w.Accordion(children=[tabs], titles=[translate("panel.more")], selected_index=None)
         files = sorted(str(path) for path in PARAMETER_FOLDER.glob("*.y*ml"))
         source = w.Dropdown(options=files, layout={"width": "260px"})
         target = w.Text(value=f"{PARAMETER_FOLDER}/{self.experiment.experiment}-new.yaml", layout={"width": "260px"})
-        message = w.HTML()
+        message, no_files = w.HTML(), translate("panel.no_files", folder=PARAMETER_FOLDER)
         actions = {
             "check": self.check,
             "apply": self.apply,
-            "load": lambda: (
-                self.load(source.value) if source.value else translate("panel.no_files", folder=PARAMETER_FOLDER)
-            ),
+            "load": lambda: self.load(source.value) if source.value else no_files,
             "save": lambda: self.save(target.value.strip()),
         }
-        buttons = {name: w.Button(description=translate(f"panel.{name}"), layout={"width": "90px"}) for name in actions}
-        for title, action in actions.items():
-            buttons[title].on_click(lambda _, action=action: _say(message, action()))
+        buttons = {}
+        for name, action in actions.items():
+            buttons[name] = w.Button(description=translate(f"panel.{name}"), layout={"width": "90px"})
+            buttons[name].on_click(lambda _, action=action: _say(message, action()))
         bar = [buttons["check"], buttons["apply"], buttons["load"], source, buttons["save"], target]
-        wrap = {"flex_flow": "row wrap"}
-        return w.VBox([_rows(w, FIRST, self.fields), more, w.HBox(bar, layout=wrap), message])
+        return w.VBox([_rows(w, FIRST, self.fields), more, w.HBox(bar, layout={"flex_flow": "row wrap"}), message])
 
     def _field(self, w: Any, key: str) -> Any:
         value = _field_value(key, getattr(self.experiment, key))
@@ -228,15 +218,18 @@ def grouped() -> dict[str, list[str]]:
     return groups
 
 
+def _meaning(key: str) -> str:
+    return phrase(Experiment.model_fields[key].description or "")
+
+
 def _rows(w: Any, keys: tuple[str, ...] | list[str], fields: Mapping[str, Any]) -> Any:
     """Name, field and meaning below each other in three columns; a long meaning takes a second line."""
     cells = []
     for key in keys:
-        meaning = escape(phrase(Experiment.model_fields[key].description or ""))
+        meaning = escape(_meaning(key))
         cells += [w.HTML(f"<code>{key}</code>"), fields[key], w.HTML(f"<span style='line-height:1.3'>{meaning}</span>")]
-    return w.GridBox(
-        cells, layout={"grid_template_columns": "max-content 310px minmax(200px, 1fr)", "grid_gap": "2px 12px"}
-    )
+    layout = {"grid_template_columns": "max-content 310px minmax(200px, 1fr)", "grid_gap": "2px 12px"}
+    return w.GridBox(cells, layout=layout)
 
 
 def _say(message: Any, text: str) -> None:

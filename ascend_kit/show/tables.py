@@ -82,17 +82,15 @@ def readable(table: Table, *, keys: int = 1) -> HTML | None:
     if table.empty:
         return None
     names = list(table.columns)
-    shown = table[names[:MOST_COLUMNS]]
-    if len(table) == 1 and len(names) > MOST_COLUMNS:
-        return HTML(_lines(shown) + fold(_more_columns(names), _upright(table[names[MOST_COLUMNS:]])))
-    step = max(1, MOST_COLUMNS - keys)
-    rest = [names[:keys] + names[at : at + step] for at in range(MOST_COLUMNS, len(names), step)]
-    folded = fold(_more_columns(names), *(_lines(table[columns]) for columns in rest))
-    return HTML(_lines(shown) + (folded if rest else ""))
-
-
-def _more_columns(names: list[Any]) -> str:
-    return translate("table.more_columns", count=len(names) - MOST_COLUMNS)
+    shown = _lines(table[names[:MOST_COLUMNS]])
+    if len(names) <= MOST_COLUMNS:
+        return HTML(shown)
+    if len(table) == 1:
+        rest = [_upright(table[names[MOST_COLUMNS:]])]
+    else:
+        steps = range(MOST_COLUMNS, len(names), MOST_COLUMNS - keys)
+        rest = [_lines(table[names[:keys] + names[at : at + MOST_COLUMNS - keys]]) for at in steps]
+    return HTML(shown + fold(translate("table.more_columns", count=len(names) - MOST_COLUMNS), *rest))
 
 
 def _upright(line: Table) -> str:
@@ -118,18 +116,19 @@ def fold(title: str, *parts: str) -> str:
 
 
 def _html(table: Table) -> str:
-    has_names = not _is_counter(table.index)
-    head = ([table.index.name or ""] if has_names else []) + list(table.columns)
-    numeric = [all(_is_number(value) for value in values) for _, values in table.items()]
-    aligned = zip(head, [False] * has_names + numeric, strict=True)
-    lines = [f"<tr>{''.join(_head(name, is_right) for name, is_right in aligned)}</tr></thead><tbody>"]
+    """Columns of numbers to the right, so that digits stand below each other. It is said for every cell: JupyterLab
+    sets heads to the right, the report to the left.
+    """
+    import pandas
+
+    has_names = table.index.name is not None or not pandas.api.types.is_integer_dtype(table.index)
+    sides = ["right" if all(map(_is_number, values)) else "left" for _, values in table.items()]
+    heads = zip([table.index.name or ""] * has_names + list(table), ["left"] * has_names + sides, strict=True)
+    lines = [f"<tr>{''.join(_head(name, side) for name, side in heads)}</tr></thead><tbody>"]
     for name, row in zip(table.index, table.itertuples(index=False, name=None), strict=True):
         first = f'<th scope="row" style="text-align: left">{_label(name)}</th>' if has_names else ""
-        cells = "".join(
-            _cell(value, column in SPOKEN, is_right)
-            for column, value, is_right in zip(table.columns, row, numeric, strict=True)
-        )
-        lines.append(f"<tr>{first}{cells}</tr>")
+        cells = (_cell(value, column in SPOKEN, side) for column, value, side in zip(table, row, sides, strict=True))
+        lines.append(f"<tr>{first}{''.join(cells)}</tr>")
     return f"<table><thead>{''.join(lines)}</tbody></table>"
 
 
@@ -137,15 +136,10 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, Number) and not isinstance(value, bool))
 
 
-def _head(name: Any, is_right: bool) -> str:
+def _head(name: Any, side: str) -> str:
     """A column's head in the reader's language; the mouse shows the name that the files have."""
     title = "" if phrase(str(name)) == str(name) else f' title="{markup(str(name))}"'
-    return f'<th scope="col"{title} style="text-align: {_side(is_right)}">{_label(name)}</th>'
-
-
-def _side(is_right: bool) -> str:
-    """Said for every cell: JupyterLab sets heads to the right, the report to the left."""
-    return "right" if is_right else "left"
+    return f'<th scope="col"{title} style="text-align: {side}">{_label(name)}</th>'
 
 
 def _label(name: Any) -> str:
@@ -153,20 +147,14 @@ def _label(name: Any) -> str:
     return re.sub(r"([_.])(?=\w)", r"\1<wbr>", markup(phrase(str(name))))
 
 
-def _is_counter(index: Any) -> bool:
-    import pandas
-
-    return index.name is None and pandas.api.types.is_integer_dtype(index)
-
-
-def _cell(value: Any, is_spoken: bool, is_right: bool) -> str:
-    """Columns of numbers to the right, so that digits stand below each other; short text in one line."""
+def _cell(value: Any, is_spoken: bool, side: str) -> str:
+    """A value; short text in one line, a longer one may break, at the strokes in the name of a run too."""
     text = phrase(cell_text(value)) if is_spoken or isinstance(value, bool) else cell_text(value)
-    line = "" if is_right or len(text) > WIDE_TEXT else "; white-space: nowrap"
-    shown = markup(text)
-    if not is_right:
-        shown = re.sub(r"(?<=\w)/(?=\w)", "/<wbr>", shown)  # where the name of a run may break
-    return f'<td style="text-align: {_side(is_right)}{line}">{shown}</td>'
+    if side == "right":
+        return f'<td style="text-align: right">{markup(text)}</td>'
+    line = "" if len(text) > WIDE_TEXT else "; white-space: nowrap"
+    shown = re.sub(r"(?<=\w)/(?=\w)", "/<wbr>", markup(text))
+    return f'<td style="text-align: left{line}">{shown}</td>'
 
 
 def markup(text: str) -> str:
@@ -226,7 +214,9 @@ def cell_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return _number(value)
+        if value != value:
+            return ""
+        return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     item = getattr(value, "item", None)  # numpy scalars
@@ -234,14 +224,6 @@ def cell_text(value: Any) -> str:
         return cell_text(item())
     text = str(value).replace("\n", " ⏎ ")
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    if math.isinf(value) or value == 0:
-        return f"{value:g}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _flat(values: dict[str, Any], prefix: str = "", depth: int = FACTS_DEPTH) -> dict[str, Any]:
@@ -374,9 +356,8 @@ def runs(table: Table) -> HTML | None:
 
 def verdict(table: Table) -> HTML | None:
     """One line per run: speed, accuracy, and what is decided about it."""
-    return readable(
-        table[[*(name for name in VERDICT if name in table), *table.columns.difference(VERDICT, sort=False)]]
-    )
+    first = [name for name in VERDICT if name in table]
+    return readable(table[[*first, *table.columns.difference(first, sort=False)]])
 
 
 def checks(table: Table) -> HTML:
@@ -386,7 +367,7 @@ def checks(table: Table) -> HTML:
     order = table["status"].map(SERIOUS_FIRST.index)
     shown = table.iloc[order.argsort(kind="stable")].reindex(columns=CHECKS)
     bad = shown["status"].isin(["fail", "warn"])
-    title = translate("table.checks_fine" if not bad.any() else "table.checks_rest", count=int((~bad).sum()))
+    title = translate("table.checks_rest" if bad.any() else "table.checks_fine", count=int((~bad).sum()))
     fine = shown[~bad].mask(shown == "").dropna(axis="columns", how="all")
     return HTML((_html(shown[bad]) if bad.any() else "") + fold(title, _html(fine)))
 
