@@ -73,7 +73,7 @@ def chart_texts():
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             place = {"finish": 1, "value_axis": 1, "set_xlabel": 0, "set_ylabel": 0, "keep": 2, "_keep": 2}.get(name)
             texts = [node.args[place]] if place is not None and len(node.args) > place else []
-            texts += [keyword.value for keyword in node.keywords if keyword.arg == "label"]
+            texts += [keyword.value for keyword in node.keywords if keyword.arg in ("label", "xlabel", "ylabel")]
             yield from (text.value for text in texts if isinstance(text, ast.Constant) and text.value)
 
 

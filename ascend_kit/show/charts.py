@@ -14,7 +14,7 @@ from ascend_kit.files import Table, write_atomic
 from ascend_kit.measure.rows import RATE, load_profile
 from ascend_kit.messages import phrase
 from ascend_kit.show import drawing, tables
-from ascend_kit.show.drawing import DASHES, FONT, GREY, PALETTE, RED
+from ascend_kit.show.drawing import DASHES, GREY, PALETTE, RED
 
 if TYPE_CHECKING:
     from IPython.display import Image
@@ -99,8 +99,7 @@ def accuracy(scores: Table, documents: Table | None = None) -> Figure | None:
                           label="guessing" if colour == RED else None)  # fmt: skip
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
-    axes.set_xlim(0, 108)
-    axes.set_xlabel("acc, % (line: one standard error)", fontsize=FONT)
+    axes.set(xlim=(0, 108), xlabel="acc, % (line: one standard error)")
     title = f"Accuracy: the {BEST_AND_WORST} best and worst, {left_out} tasks between them" if left_out else "Accuracy"
     alt = ", ".join(f"{row.task} {row.value * 100:.1f} %" for row in rows if row.task in tasks[:12])
     return drawing.finish(figure, title, alt, legend=documents is not None)
@@ -142,7 +141,7 @@ def accuracy_vs_throughput(table: Table) -> Figure | None:
                              label=row["run"])  # fmt: skip
         drawing.tip(bars[0], [f"{row['run']}: {y:.1f} %, {x:,.0f} tokens/s"])
     axes.margins(x=0.25, y=0.2)
-    axes.set_ylabel("accuracy, % (95 % interval)", fontsize=FONT)
+    axes.set_ylabel("accuracy, % (95 % interval)")
     drawing.value_axis(axes, "output tokens/s (range of repeats)", which="x", log=False, zero=False)
     alt = "; ".join(f"{row['run']}: {row['accuracy_percent']:.1f} %, {row[RATE]:,.0f} tokens/s" for row in rows)
     return drawing.finish(figure, "Accuracy against throughput", alt)
@@ -175,10 +174,8 @@ def reliability(table: Table) -> Figure | None:
                     f"{bin.accuracy:.0%} right of {bin.documents} at {bin.confidence:.0%}" for bin in here.itertuples()
                 ]
                 drawing.draw_points(axes, 100 * here["confidence"], 100 * here["accuracy"], texts, **look)
-    axes.set_xlim(0, 102)
-    axes.set_ylim(0, 102)
-    axes.set_xlabel("confidence: share of the best choice's probability, % (mean of a bin)", fontsize=FONT)
-    axes.set_ylabel("right answers, %", fontsize=FONT)
+    axes.set(xlim=(0, 102), ylim=(0, 102), ylabel="right answers, %")
+    axes.set_xlabel("confidence: share of the best choice's probability, % (mean of a bin)")
     alt = "accuracy against confidence in ten bins of each set; grey: fewer than ten documents"
     return drawing.finish(figure, "Calibration", alt)
 
@@ -240,7 +237,7 @@ def sensitivity(rows: Table, schemes: Mapping[str, str]) -> Figure | None:
             drawing.draw_points(axes, marks["layer"], marks["kl"], texts, **look)
     for kind, (look, _) in _SCHEMES.items():
         axes.plot([], [], linestyle="", color=GREY, markersize=6, label=f"chosen: {kind}", **look)
-    axes.set_xlabel("layer", fontsize=FONT)
+    axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawing.value_axis(axes, "KL divergence, nats/token", log=True)
     worst = rows.loc[rows["kl"].idxmax()]

@@ -137,6 +137,8 @@ def make_grid(lines: int, columns: int, *, height: float, width: float = 4.4) ->
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat:
         axes.tick_params(labelsize=FONT - 1)
+        axes.xaxis.label.set_fontsize(FONT)
+        axes.yaxis.label.set_fontsize(FONT)
         axes.grid(True, color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -153,7 +155,7 @@ def make_panels(rows: Table) -> tuple[Figure, list[tuple[Axes, Table]]]:
     for axes in list(grid.flat)[len(groups) :]:
         axes.remove()
     for axes, (lengths, _) in zip(grid.flat, groups, strict=False):
-        axes.set_title(lengths_text(lengths), fontsize=FONT)
+        axes.set_title(lengths_text(lengths))
     return figure, [(axes, part) for axes, (_, part) in zip(grid.flat, groups, strict=False)]
 
 
@@ -205,8 +207,7 @@ def log2_axis(axes: Axes, rows: Table) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, list(map(plain, ticks)), minor=False)
     axes.set_xticks([], minor=True)
-    axes.set_xlim(measured[0] / 1.25, measured[-1] * 1.25)
-    axes.set_xlabel(load_text(rows), fontsize=FONT)
+    axes.set(xlim=(measured[0] / 1.25, measured[-1] * 1.25), xlabel=load_text(rows))
 
 
 def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Sequence[str]) -> None:
@@ -251,7 +252,7 @@ def value_axis(axes: Axes, text: str, *, which: str = "y", log: bool | None = No
         axis.set_major_locator(LogLocator(10, subs=(1,) if decades > 3 else (1, 2, 5)))
         axis.set_minor_formatter(NullFormatter())
     elif zero:
-        getattr(axes, f"set_{which}lim")(**{"bottom" if which == "y" else "left": 0})
+        axes.set(**{f"{which}lim": (0, None)})
     axis.set_major_formatter(lambda value, _position: _tick(value))
     getattr(axes, f"set_{which}label")(text, fontsize=FONT)
 
@@ -297,9 +298,7 @@ def heat_map(rows: Table, column: str, title: str, unit: str, *, good: str = "hi
         axes.grid(False)
         axes.set_xticks(range(len(table.columns)), list(map(plain, table.columns)))
         axes.set_yticks(range(len(lengths)), [f"{p:,} + {o:,}" for p, o in lengths])
-        axes.set_xlabel(load_text(part), fontsize=FONT)
-        axes.set_ylabel("prompt + output tokens", fontsize=FONT)
-        axes.set_title(label, fontsize=FONT)
+        axes.set(xlabel=load_text(part), ylabel="prompt + output tokens", title=label)
     best = with_labels(rows).loc[rows[column].idxmin() if good == "low" else rows[column].idxmax()]
     value, place = cell_text(float(best[column])), lengths_text(list(best[LENGTHS]))
     alt = f"best {value} {unit} at {plain(best['_load'])}, {place}"

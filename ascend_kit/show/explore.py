@@ -18,7 +18,7 @@ from ascend_kit.messages import Finding, phrase, say
 from ascend_kit.params.experiment import ENGINE_SWITCHES
 from ascend_kit.results import run_records
 from ascend_kit.show import drawing
-from ascend_kit.show.drawing import FONT, GREY, LENGTHS, PALETTE
+from ascend_kit.show.drawing import GREY, LENGTHS, PALETTE
 from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunRecord
 
@@ -210,7 +210,7 @@ def histograms(requests: Table) -> Figure | None:
             axes.hist(values, bins=min(40, max(5, len(values) // 2)), color=PALETTE[0], edgecolor="white")
             axes.axvline(statistics.median(values), linestyle="--", color=GREY)
             middle, most = cell_text(statistics.median(values)), cell_text(max(values))
-            axes.set_title(f"median {middle}, most {most}", fontsize=FONT)
+            axes.set_title(f"median {middle}, most {most}")
         drawing.value_axis(axes, name, which="x", log=False, zero=False)
         drawing.value_axis(axes, "count", log=False)
     return drawing.finish(figure, "TTFT and ITL of one point", f"{len(records)} requests", legend=False)

@@ -12,7 +12,7 @@ from ascend_kit.files import Table, hash_value
 from ascend_kit.identity import MUST_AGREE, Identity
 from ascend_kit.measure.rows import RATE, Point, key_of
 from ascend_kit.show import drawing
-from ascend_kit.show.drawing import FONT, RED
+from ascend_kit.show.drawing import RED
 from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunRecord
 
@@ -46,7 +46,7 @@ def history(runs: Iterable[Run]) -> Table:
     for run in runs:
         record, identities = RunRecord.read(run.folder.path), run.folder.identities()
         for row in run.sweep:
-            if identity := identities.get(row.get("identity")):
+            if identity := identities.get(row.get("identity", "")):
                 point = Point(*key_of(row))
                 entry = Repeated(run, record, identity, point.place)
                 load = (point.concurrency, point.prompt_len, point.output_len, repr(point.load_parts))
@@ -100,6 +100,6 @@ def history_chart(table: Table) -> Figure | None:
             if is_slower:
                 axes.plot(x, y, "x", color=RED, markersize=14, markeredgewidth=3, label="regression")
     axes.set_xticks(range(1, table.groupby("series").size().max() + 1))
-    axes.set_xlabel("run of the series, oldest first", fontsize=FONT)
+    axes.set_xlabel("run of the series, oldest first")
     drawing.value_axis(axes, "output tokens/s", log=False)
     return drawing.finish(figure, "History", f"{int(table['regression'].eq(True).sum())} regressions")

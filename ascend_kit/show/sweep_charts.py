@@ -17,7 +17,6 @@ from ascend_kit.show import drawing
 from ascend_kit.show.drawing import (
     BASELINES,
     DASHES,
-    FONT,
     GREY,
     LABELLED_BARS,
     LENGTHS,
@@ -48,11 +47,11 @@ def throughput(rows: Table) -> Figure | None:
         return None
     if drawing.is_many(rows):
         return drawing.heat_map(rows, RATE, "Throughput", "output tokens/s")
-    figure, looks = _panels(rows, RATE, "output tokens/s", CEILING_LINES)
-    return drawing.finish(figure, "Throughput", _best_each(rows, looks))
+    figure = _panels(rows, RATE, "output tokens/s", CEILING_LINES)
+    return drawing.finish(figure, "Throughput", _best_each(rows))
 
 
-def _panels(rows: Table, column: str, unit: str, references: tuple, log: bool | None = None) -> tuple[Figure, dict]:
+def _panels(rows: Table, column: str, unit: str, references: tuple, log: bool | None = None) -> Figure:
     figure, panels = drawing.make_panels(rows)
     looks = drawing.config_looks(drawing.config_labels(rows))
     for axes, part in panels:
@@ -61,15 +60,14 @@ def _panels(rows: Table, column: str, unit: str, references: tuple, log: bool | 
             drawing.reference_line(axes, part, looks, name, style, text)
         drawing.log2_axis(axes, part)
         drawing.value_axis(axes, unit, log=log)
-    return figure, looks
+    return figure
 
 
-def _best_each(rows: Table, looks: dict[str, Any]) -> str:
-    rows, parts = drawing.with_labels(rows), []
-    for name in looks:
-        best = rows.loc[rows[rows["_label"] == name][RATE].idxmax()]
-        parts.append(f"best of {name}: {best[RATE]:,.0f} tokens/s at {drawing.plain(best['_load'])}")
-    return "; ".join(parts)
+def _best_each(rows: Table) -> str:
+    rows = drawing.with_labels(rows)
+    best = rows.loc[rows.groupby("_label")[RATE].idxmax()].to_dict("records")
+    told = (f"best of {row['_label']}: {row[RATE]:,.0f} tokens/s at {drawing.plain(row['_load'])}" for row in best)
+    return "; ".join(told)
 
 
 def latency(rows: Table) -> Figure | None:
@@ -89,7 +87,7 @@ def latency(rows: Table) -> Figure | None:
             drawing.limit_line(axes, part, f"{metric}_limit_ms")
             drawing.log2_axis(axes, part)
             drawing.value_axis(axes, f"{metric.upper()}, ms")
-            axes.set_title(f"{metric.upper()}: {drawing.lengths_text(lengths)}", fontsize=FONT)
+            axes.set_title(f"{metric.upper()}: {drawing.lengths_text(lengths)}")
     fastest = rows.loc[rows[RATE].idxmax()]
     alt = f"fastest point: TTFT {fastest['ttft_p50_ms']:.3g} ms, TPOT {fastest['tpot_p50_ms']:.3g} ms"
     return drawing.finish(figure, "Latency", alt)
@@ -117,7 +115,7 @@ def tradeoff(rows: Table) -> Figure | None:
         drawing.value_axis(axes, "median TPOT, ms", which="x")
         drawing.label_points(axes, named, colours)
     numbers = "requests per second" if "rate" in rows and rows["rate"].notna().all() else "requests in flight"
-    return drawing.finish(figure, f"Throughput against latency (numbers: {numbers})", _best_each(rows, looks))
+    return drawing.finish(figure, f"Throughput against latency (numbers: {numbers})", _best_each(rows))
 
 
 def memory(rows: Table) -> Figure | None:
@@ -129,7 +127,7 @@ def memory(rows: Table) -> Figure | None:
     rows = rows.assign(peak_gib=rows["peak_memory_bytes"] / GIB, weights_gib=rows["weight_bytes"] * copies / GIB)
     if drawing.is_many(rows):
         return drawing.heat_map(rows, "peak_gib", "Peak memory", "GiB", good="low")
-    figure, _ = _panels(rows, "peak_gib", "peak memory, GiB", (("weights_gib", "--", "weights"),), log=False)
+    figure = _panels(rows, "peak_gib", "peak memory, GiB", (("weights_gib", "--", "weights"),), log=False)
     alt = f"at most {rows['peak_gib'].max():.3g} GiB; weights {rows['weights_gib'].max():.3g} GiB"
     return drawing.finish(figure, "Memory", alt)
 
@@ -155,7 +153,7 @@ def speedup(rows: Table, baseline: str = "transformers") -> Figure | None:
         axes.axhline(1, color=BASELINES.get(baseline, GREY), linestyle="--", label=baseline)
         every = -(-len(loads) // TICKS_IN_PANEL)
         axes.set_xticks(range(0, len(loads), every), list(map(drawing.plain, loads[::every])))
-        axes.set_xlabel(drawing.load_text(part), fontsize=FONT)
+        axes.set_xlabel(drawing.load_text(part))
         axes.margins(y=0.15)
         drawing.value_axis(axes, f"output tokens/s, multiple of {baseline}", log=False)
     alt = f"{own['ratio'].min():.1f} to {own['ratio'].max():.1f} times the speed of {baseline}"
@@ -192,8 +190,7 @@ def request_timeline(requests: Table, max_requests: int = 64) -> Figure | None:
         else:
             axes.plot(arrival, line, "x", color=RED, label="failed")
     axes.invert_yaxis()
-    axes.set_xlabel("time since the first arrival, s", fontsize=FONT)
-    axes.set_ylabel("request, by arrival", fontsize=FONT)
+    axes.set(xlabel="time since the first arrival, s", ylabel="request, by arrival")
     more = f" (the first {max_requests} of {len(requests)})" if len(requests) > max_requests else ""
     return drawing.finish(figure, f"Requests over time{more}", f"{len(table)} requests")
 
@@ -215,14 +212,13 @@ def over_time(samples: Table, rows: Table) -> Figure | None:
             axes.plot(seconds, own[name] * factor, drawstyle="steps-post", linestyle=DASHES[place],
                       label=name if len(names) > 1 else None, color=PALETTE[place])  # fmt: skip
         drawing.value_axis(axes, unit, log=False)
-        axes.set_ylim(0, 1.15 * axes.dataLim.y1 or 1)  # a level line stays apart from the frame
-        axes.set_xlim(0, seconds.max())
-        axes.set_xlabel("time, s", fontsize=FONT)
+        highest = 1.15 * axes.dataLim.y1 or 1  # a level line stays apart from the frame
+        axes.set(ylim=(0, highest), xlim=(0, seconds.max()), xlabel="time, s")
     load = f"{point['concurrency']} in flight"
     if drawing.known(point.get("rate")):
         load = f"{point['load']}, {drawing.plain(point['rate'])}" + ("" if point["load"] == "trace" else " requests/s")
     place = f"{point['backend']}, {load}, {drawing.lengths_text(point[LENGTHS].tolist())}"
-    grid[0][0].set_title(place, fontsize=FONT)
+    grid[0][0].set_title(place)
     alt = f"at most {own['running'].max():.0f} requests at once" if "running" in own else ""
     return drawing.finish(figure, "One point over time", alt)
 
@@ -250,7 +246,7 @@ def planner(plans: Table) -> Figure | None:
     if drawable["reason"].notna().any():
         axes.bar(0, 0, color="#BBBBBB", edgecolor="white", hatch="///", label="breaks a limit")
     axes.set_xticks(range(len(cards)), list(map(str, cards)))
-    axes.set_xlabel("cards (replicas = cards / tensor parallel)", fontsize=FONT)
+    axes.set_xlabel("cards (replicas = cards / tensor parallel)")
     drawing.value_axis(axes, "predicted output tokens/s", log=False)
     alt = f"at most {drawable[RATE].max():,.0f} tokens/s"
     return drawing.finish(figure, "Cards as replicas or tensor parallel", alt)
@@ -276,7 +272,7 @@ def layouts_by_load(simulate: Callable[[], Table], cards: int = 2) -> Figure | N
             drawing.series(axes, part, looks, RATE, "output tokens/s", **style)
             drawing.log2_axis(axes, part)
             drawing.value_axis(axes, "predicted output tokens/s", log=True)
-            axes.set_title(f"{model} on {count} cards", fontsize=FONT)
+            axes.set_title(f"{model} on {count} cards")
     return drawing.finish(figure, "The same cards as replicas or tensor parallel: simulated, not measured")
 
 
