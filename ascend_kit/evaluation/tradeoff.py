@@ -33,7 +33,7 @@ from ascend_kit.measure.answers import asked_answers
 from ascend_kit.measure.disturbed import disturbance
 from ascend_kit.measure.rows import DEFAULTS, LOAD, RATE, load_of
 from ascend_kit.messages import Finding, say
-from ascend_kit.params.experiment import ENGINE_SWITCHES
+from ascend_kit.params.engines import ENGINE_SWITCHES
 
 SHORTEST_ANSWERS = 0.9  # MLPerf: at least 90 % of the reference's generated tokens
 NUM_WINDOWS = 10

@@ -11,11 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ascend_kit.params import values as rules
 from ascend_kit.params.values import ParameterError
 
+# What makes two runs of one model different engines: rows are told apart, labelled and compared by these.
+ENGINE_SWITCHES = (
+    "precision", "quantize", "graph_mode", "graph_prompt_tokens", "operator_fusion", "memory_optimize",
+    "kv_cache_dtype", "head_dtype", "speculate", "async_scheduling", "cards", "tensor_parallel",
+)  # fmt: skip
 # What an engine of ours, or transformers, may have of its own; everything else is the experiment's.
 OWN_SETTINGS = (
-    "precision", "quantize", "use_model", "output_model", "cards", "tensor_parallel", "batch_size", "block_size",
-    "max_tokens_per_step", "kv_cache_gib", "graph_mode", "operator_fusion", "memory_optimize", "plain_ops", "speculate",
-    "kv_cache_dtype", "head_dtype", "async_scheduling", "graph_prompt_tokens",
+    *ENGINE_SWITCHES, "use_model", "output_model", "batch_size", "block_size", "max_tokens_per_step", "kv_cache_gib",
+    "plain_ops",
 )  # fmt: skip
 TRANSFORMERS_SETTINGS = ("padding", "batching")  # besides these
 KINDS = ("ascend_kit", "transformers", "openai")

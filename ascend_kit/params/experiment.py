@@ -26,23 +26,6 @@ from ascend_kit.params.values import ParameterError
 # The article's three switches. TensorRT is NVIDIA's product; on Ascend the word means a captured decode graph.
 ARTICLE_SWITCHES = ("tensorrt", "graph_mode", "operator_fusion", "memory_optimize")
 EVAL_SETS = ("mmlu", "ceval", "agieval", "wikitext")
-# What makes two runs of one model different engines: rows are told apart, labelled and compared by these.
-ENGINE_SWITCHES = (
-    "precision",
-    "quantize",
-    "graph_mode",
-    "graph_prompt_tokens",
-    "operator_fusion",
-    "memory_optimize",
-    "kv_cache_dtype",
-    "head_dtype",
-    "speculate",
-    "async_scheduling",
-    "cards",
-    "tensor_parallel",
-)
-
-
 DEMO = "demo"  # the word for the built-in model, questions and prompts
 RETIRED = {"sweep_at_once": "points are always measured one after the other now; leave it out"}
 # What only the demo has by itself.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import Table
 from ascend_kit.messages import language_in_use, phrase
-from ascend_kit.params.experiment import ENGINE_SWITCHES
+from ascend_kit.params.engines import ENGINE_SWITCHES
 from ascend_kit.show.tables import cell_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ascend_kit.measure.metrics import RequestRecord, itl_s, ttft_s
 from ascend_kit.measure.rows import RATE, Point, key_of, load_rows
 from ascend_kit.measure.verdict import fastest, measured_points
 from ascend_kit.messages import Finding, phrase, say
-from ascend_kit.params.experiment import ENGINE_SWITCHES
+from ascend_kit.params.engines import ENGINE_SWITCHES
 from ascend_kit.results import run_records
 from ascend_kit.show import drawing
 from ascend_kit.show.drawing import GREY, LENGTHS, PALETTE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ascend_kit.messages import Finding, phrase, translate
-from ascend_kit.params.experiment import ENGINE_SWITCHES
+from ascend_kit.params.engines import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
 from ascend_kit.show.tables import cell_text
 from ascend_kit.stages import RunRecord
