@@ -9,9 +9,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ascend_kit.doctor.checks import PREFIX
 from ascend_kit.doctor.findings import Finding, OpCheck
 from ascend_kit.doctor.host import CommandResult, Host
-from ascend_kit.doctor.stages import PREFIX
 
 DATA = Path(__file__).parent / "data"
 ROOT = "/usr/local/Ascend/ascend-toolkit/latest"

@@ -9,10 +9,10 @@ import pytest
 from doctor_hosts import ascend_server, stage_output
 
 from ascend_kit.device.device import select_device
+from ascend_kit.doctor.checks import PREFIX, plain_ops_line
 from ascend_kit.doctor.findings import OpCheck
 from ascend_kit.doctor.first_run import SMALL, first_run, measure_model, without_names
 from ascend_kit.doctor.host import CommandResult
-from ascend_kit.doctor.stages import PREFIX, plain_ops_line
 
 SELF_TEST = "python -m ascend_kit.doctor.self_test --stage "
 ROW = {

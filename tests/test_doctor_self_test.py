@@ -12,10 +12,10 @@ from doctor_hosts import STAGE, ascend_server, stage_output
 from ascend_kit.device.device import select_device
 from ascend_kit.device.ops import OPS, reference
 from ascend_kit.doctor import run_self_test, self_test
+from ascend_kit.doctor.checks import PREFIX, run_stage
 from ascend_kit.doctor.comparison import AttentionCase, Comparer, attention_cases, make_inputs, relative_error
 from ascend_kit.doctor.findings import OpCheck
 from ascend_kit.doctor.graph_and_ranks import run_graph
-from ascend_kit.doctor.stages import PREFIX, run_stage
 
 HEADS = (4, 2, 16)
 CPU = select_device("cpu")

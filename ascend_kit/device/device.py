@@ -29,7 +29,6 @@ from ascend_kit.device.environment import VISIBLE, level_set
 from ascend_kit.device.peaks import HardwarePeak, find_peak
 
 KINDS = ("auto", "cpu", "cuda", "npu")
-NOT_A_TRIPLE = "torch, torch_npu and CANN must be a published triple"
 ALIASES = {"ascend": "npu", "gpu": "cuda"}
 PACKAGES = ("transformers", "tokenizers", "lm-eval", "ascend-kit")  # beside torch, those that decide a result
 
@@ -59,10 +58,12 @@ def import_torch_npu() -> Any:
     try:
         return importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError) as error:
-        raise DeviceError(
-            f"torch_npu is installed but cannot be imported: {error}. {advice(str(error), NOT_A_TRIPLE)}. "
-            "`python -m ascend_kit doctor` checks the whole installation."
-        ) from error
+        raise _broken("torch_npu is installed but cannot be imported", error) from error
+
+
+def _broken(what: str, error: Exception) -> DeviceError:
+    remedy = advice(str(error), "torch, torch_npu and CANN must be a published triple")
+    return DeviceError(f"{what}: {error}. {remedy}. `python -m ascend_kit doctor` checks the whole installation.")
 
 
 @dataclass(frozen=True)
@@ -261,10 +262,7 @@ def _select_npu(index: int) -> Device:
         npu.set_compile_mode(jit_compile=False)  # binary kernels; True compiles once per shape
         total = npu.get_device_properties(index).total_memory
     except RuntimeError as error:
-        raise DeviceError(
-            f"npu:{index} cannot be opened: {error}. {advice(str(error), NOT_A_TRIPLE)}. "
-            "`python -m ascend_kit doctor` checks the whole installation."
-        ) from error
+        raise _broken(f"npu:{index} cannot be opened", error) from error
     name = npu.get_device_name(index)
     return Device("npu", index, name, total, find_peak(name, total))
 

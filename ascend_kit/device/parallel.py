@@ -114,9 +114,9 @@ def prefer_vector_cores(kind: str, size: int, is_one_host: bool, env: MutableMap
     return False
 
 
-def join_group(kind: str, rank: int, size: int, store: Any) -> None:
+def join_group(kind: str, rank: int, size: int, store: Any, timeout: timedelta = NEVER) -> None:
     """Make this process rank `rank` of the default process group, for tensors on the host and on the device."""
-    torch.distributed.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=size, timeout=NEVER)
+    torch.distributed.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def leave_group() -> None:

@@ -16,11 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ascend_kit.device.advice import explain, render_explanations
-from ascend_kit.doctor.checks import run_checks
+from ascend_kit.doctor.checks import name_of, plain_ops_line, probe_device, run_checks, run_stage
 from ascend_kit.doctor.findings import OpCheck, render_sections, totals
 from ascend_kit.doctor.first_run import first_run
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.stages import name_of, plain_ops_line, probe_device, run_stage
 
 
 def run_self_test(

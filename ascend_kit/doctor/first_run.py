@@ -12,13 +12,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascend_kit.doctor.checks import run_checks
+from ascend_kit.doctor.checks import name_of, plain_ops_line, probe_device, run_checks, run_child, run_stage, trouble
 from ascend_kit.doctor.host import Host
-from ascend_kit.doctor.stages import name_of, plain_ops_line, probe_device, run_child, run_stage, trouble
 from ascend_kit.files import to_json, write_atomic
 
 if TYPE_CHECKING:
@@ -140,29 +140,23 @@ def measure_model(device: Device, shape: dict[str, int], seconds: float) -> list
     """Decode steps of a random model, eager and in graphs: median ms, and the floor that reading memory sets."""
     import torch
 
-    from ascend_kit.measure.ceilings import read_bandwidth
-
-    bandwidth = statistics.median(read_bandwidth(device, READ_BYTES))
-    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
-        write_random_model(Path(name), shape)
-        return [row for graphs in (False, True) for row in _decode(device, Path(name), graphs, seconds / 4, bandwidth)]
-
-
-def _decode(device: Device, folder: Path, graph_mode: bool, seconds: float, bandwidth: float) -> list[dict[str, Any]]:
     from ascend_kit.engine.config import EngineConfig
     from ascend_kit.engine.core import EngineCore
+    from ascend_kit.measure.ceilings import read_bandwidth
     from ascend_kit.model.config import ModelConfig
 
-    settings = EngineConfig(
-        str(folder), precision="bf16", max_seq_length=4096, batch_size=max(BATCHES), graph_mode=graph_mode,
-        kv_cache_gib=1.0,
-    )  # fmt: skip
-    config = ModelConfig.from_folder(folder)
-    core = EngineCore(settings, config, device)
-    try:
-        return [_steps(core, batch, seconds, bandwidth) for batch in BATCHES]
-    finally:
-        core.close()
+    bandwidth, rows = statistics.median(read_bandwidth(device, READ_BYTES)), []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        write_random_model(Path(folder), shape)
+        config = ModelConfig.from_folder(Path(folder))
+        for graph_mode in (False, True):
+            settings = EngineConfig(
+                folder, precision="bf16", max_seq_length=4096, batch_size=max(BATCHES), graph_mode=graph_mode,
+                kv_cache_gib=1.0,
+            )  # fmt: skip
+            with closing(EngineCore(settings, config, device)) as core:
+                rows += [_steps(core, batch, seconds / 4, bandwidth) for batch in BATCHES]
+    return rows
 
 
 def _steps(core: Any, batch: int, seconds: float, bandwidth: float) -> dict[str, Any]:

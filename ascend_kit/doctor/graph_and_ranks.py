@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import start_processes
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta, reference, select_ops
-from ascend_kit.device.parallel import BACKENDS
+from ascend_kit.device.parallel import join_group, leave_group
 from ascend_kit.doctor.comparison import HEADS, AttentionCase, AttentionInputs, Comparer, make_inputs, relative_error
 from ascend_kit.doctor.findings import OpCheck
 
@@ -100,17 +100,14 @@ def run_collective(device: Device) -> Iterator[OpCheck]:
 
 
 def _rank(rank: int, kind: str, first: int, folder: str) -> None:
-    import torch.distributed as dist
-
     device = select_device(kind, 0 if kind == "cpu" else first ^ rank)  # the card itself and its neighbour
-    dist.init_process_group(
-        BACKENDS[kind], init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=180)
-    )
+    store = torch.distributed.FileStore(f"{folder}/meeting", 2)  # type: ignore[attr-defined]
+    join_group(kind, rank, 2, store, timedelta(seconds=180))
     try:
         values = torch.full((64, 4096), float(rank + 1), dtype=torch.bfloat16, device=device.torch_device)
-        dist.all_reduce(values)
+        torch.distributed.all_reduce(values)
         wrong = (values != 3).sum().item()
         if wrong:
             raise RuntimeError(f"all_reduce on rank {rank}: {wrong} of {values.numel()} values are not the sum")
     finally:
-        dist.destroy_process_group()
+        leave_group()

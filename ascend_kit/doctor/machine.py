@@ -70,24 +70,20 @@ def check_tuning(host: Host, is_ascend: bool) -> Section:
         remedy = "cpupower frequency-set -g performance: eager decode waits for the host, and timings jump about"
         section.judge("cpu governor", ", ".join(governors), warn="" if governors == ["performance"] else remedy)
     for name, wanted, cost in SYSCTLS:
-        _check_sysctl(section, host, name, wanted, cost, is_ascend)
+        path = f"/proc/sys/{name.replace('.', '/')}"
+        value = (host.read(path) or "").strip()
+        if not is_ascend:
+            section.na(name, "matters for Ascend hosts only")
+        elif not value:
+            section.na(name, f"{path} not readable")
+        else:
+            section.judge(name, value, warn="" if value == str(wanted) else f"sysctl -w {name}={wanted}: {cost}")
     if is_ascend:
         preload = host.env.get("LD_PRELOAD", "")
         found = next((name for name in ("jemalloc", "tcmalloc") if name in preload), None)
         tip = "" if found else "LD_PRELOAD of jemalloc or tcmalloc shortens host time"
         section.ok("host allocator", found or "glibc", tip)
     return section
-
-
-def _check_sysctl(section: Section, host: Host, name: str, wanted: int, cost: str, is_ascend: bool) -> None:
-    path = f"/proc/sys/{name.replace('.', '/')}"
-    value = (host.read(path) or "").strip()
-    if not is_ascend:
-        section.na(name, "matters for Ascend hosts only")
-    elif not value:
-        section.na(name, f"{path} not readable")
-    else:
-        section.judge(name, value, warn="" if value == str(wanted) else f"sysctl -w {name}={wanted}: {cost}")
 
 
 def check_workbench(host: Host) -> Section:

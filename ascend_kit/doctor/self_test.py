@@ -21,11 +21,11 @@ import torch
 
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.ops import reference, select_ops
+from ascend_kit.doctor.checks import PREFIX
 from ascend_kit.doctor.comparison import HEADS, AttentionCase, Comparer, attention_cases, make_inputs, relative_error
 from ascend_kit.doctor.findings import OpCheck
 from ascend_kit.doctor.first_run import HALF_BILLION, SMALL, measure_model
 from ascend_kit.doctor.graph_and_ranks import run_collective, run_graph
-from ascend_kit.doctor.stages import PREFIX
 
 CODE_STEP = 1.01 / 127  # one int8 step of the largest value: ties may round either way
 

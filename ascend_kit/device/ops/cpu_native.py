@@ -124,18 +124,6 @@ def _decode(
 
 def pack_linear(weight: Tensor) -> Tensor:
     """[out, in] -> [out/64, in/p, 64, p] with p numbers in 4 bytes; as it is where that form is not taken."""
-    return _pack(weight)
-
-
-def pack_int8(weight: Tensor) -> Tensor:
-    """int8 [out, in] -> [out/64, in/4, 64, 4]; as it is where that form is not taken."""
-    return _pack(weight)
-
-
-pack_int8_weight = pack_int8
-
-
-def _pack(weight: Tensor) -> Tensor:
     rows, width = weight.shape
     group = 4 // weight.element_size()
     if not packs() or rows % PANEL or width % group or weight.dtype not in (*DTYPES, torch.int8):
@@ -143,6 +131,9 @@ def _pack(weight: Tensor) -> Tensor:
     packed = torch.empty(rows // PANEL, width // group, PANEL, group, dtype=weight.dtype)
     call("ak_pack", weight.contiguous(), packed, rows, width, weight.element_size(), _threads())
     return packed
+
+
+pack_int8 = pack_int8_weight = pack_linear
 
 
 def _is_packed(weight: Tensor) -> bool:
