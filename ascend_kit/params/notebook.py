@@ -86,15 +86,12 @@ def _cells(namespace: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     history = _history(namespace)
     injected = [source for source in history if source.split("\n")[0].strip() == INJECTED_MARK]
     marked = [source for source in history if source.startswith(CELL_MARK)]
-    declared: dict[str, Any] = {}
     if marked:
         declared = literal_assignments(marked[-1])
     elif own := [literal_assignments(source) for source in history if _is_all_annotated(source)]:
         declared = [values for values in own if values.keys() == own[0].keys()][-1]
-    elif injected:
-        declared = {}
-    elif history:  # the results of a notebook whose parameters were not run since the kernel started
-        declared = _saved_parameters()
+    elif history:  # without injected ones: the results of a notebook whose parameters were not run in this kernel
+        declared = {} if injected else _saved_parameters()
     else:  # a script, or a test: everything plain in it must be a parameter
         declared = {name: value for name, value in namespace.items() if _is_plain(name, value)}
     return declared, literal_assignments(injected[-1]) if injected else {}
