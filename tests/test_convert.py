@@ -187,7 +187,7 @@ def test_transformers_loads_the_int8_result_and_computes_the_same(tiny_model_dir
     ours = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     for linear, kind in checkpoint.quantization.schemes.items():
         assert kind == scheme and not linear.endswith("down_proj")
-        weight = checkpoint.dequantized(linear).read()
+        weight = checkpoint.dequantized(f"{linear}.weight").read()
         ours.get_submodule(linear).weight.data = weight
         if scheme == "w8a8":
             ours.get_submodule(linear).register_forward_pre_hook(_round_inputs)
@@ -221,11 +221,11 @@ def test_4_bit_result_is_no_further_from_the_source_than_plain_rounding_and_half
         assert grouped.shape[2] in (32, 64)  # whichever divides all widths
         step = grouped.abs().amax(-1, keepdim=True) / 7
         plain = (torch.round(grouped / step) * step).reshape(weight.shape)
-        found = checkpoint.dequantized(linear).read()
+        found = checkpoint.dequantized(f"{linear}.weight").read()
         assert (found - weight).square().sum() <= 1.02 * (plain - weight).square().sum()  # scales are bf16 numbers
     again = convert(folder, tmp_path / "float", precision="fp32").folder
     name = "model.layers.0.mlp.up_proj"
-    assert torch.equal(read_all(again)[f"{name}.weight"], checkpoint.dequantized(name).read())
+    assert torch.equal(read_all(again)[f"{name}.weight"], checkpoint.dequantized(f"{name}.weight").read())
 
 
 def test_int8_result_converts_back_to_float_and_again_to_the_same_codes(tiny_qwen3_dir: Path, tmp_path: Path):

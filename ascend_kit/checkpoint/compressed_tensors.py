@@ -84,12 +84,11 @@ def present_compressed_tensors(where: Path, stored: dict[str, Any], sources: dic
     is_dense = (stored.get("sparsity_config") or {}).get("format") == "dense"
     refuse_unknown(place, stored, CONFIG_KEYS | ({"sparsity_config"} if is_dense else set()))
     _check_format(place, stored, "mixed-precision")
-    groups: list[tuple[str, list[str]]] = []
-    sizes: list[int | None] = []
+    groups: list[tuple[str, int | None, list[str]]] = []
     for name, group in (stored.get("config_groups") or {}).items():
         place = f"{where}, quantization group {name}"
-        groups.append((_group_scheme(place, group), group.get("targets") or []))
-        sizes.append((group.get("weights") or {}).get("group_size"))
+        size = (group.get("weights") or {}).get("group_size")
+        groups.append((_group_scheme(place, group), size, group.get("targets") or []))
     if stored.get("kv_cache_scheme"):
         _check_args(f"{where}, kv_cache_scheme", stored["kv_cache_scheme"], KV_CACHE)
         present_kv_scales(COMPRESSED_TENSORS, sources)
@@ -98,9 +97,13 @@ def present_compressed_tensors(where: Path, stored: dict[str, Any], sources: dic
         linear = scale_name.removesuffix(".weight_scale")
         if any(_names(target, linear) for target in stored.get("ignore") or []):
             raise CheckpointError(f"{where}: `ignore` names {linear}, but {scale_name} is stored")
-        at = _group_of_linear(where, linear, groups)
-        schemes[linear] = groups[at][0]
-        _present_linear(where.parent, linear, groups[at][0], sizes[at], sources)
+        # A target naming the module wins over one naming the class, as in compressed-tensors itself.
+        fits = [group for group in groups if any(_names(target, linear) for target in group[2])]
+        fits += [group for group in groups if ("Embedding" if "embed" in linear else "Linear") in group[2]]
+        if not fits:
+            raise CheckpointError(f"{where}: {scale_name} is stored, but no quantization group targets {linear}")
+        schemes[linear], size, _ = fits[0]
+        _present_linear(where.parent, linear, schemes[linear], size, sources)
     return schemes
 
 
@@ -140,16 +143,6 @@ def _check_args(where: str, args: dict[str, Any], allowed: dict[str, tuple[Any, 
 
 def _names(target: str, linear: str) -> bool:
     return target == linear or (target.startswith("re:") and pattern_fits("quantization_config", target[3:], linear))
-
-
-def _group_of_linear(where: Path, linear: str, groups: list[tuple[str, list[str]]]) -> int:
-    # A target naming the module wins over one naming the class, as in compressed-tensors itself.
-    kind = "Embedding" if "embed" in linear else "Linear"
-    for fits in (lambda target: _names(target, linear), lambda target: target == kind):
-        found = next((at for at, (_, targets) in enumerate(groups) if any(map(fits, targets))), None)
-        if found is not None:
-            return found
-    raise CheckpointError(f"{where}: {linear}.weight_scale is stored, but no quantization group targets {linear}")
 
 
 def _present_linear(

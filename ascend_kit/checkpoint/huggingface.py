@@ -117,9 +117,11 @@ class Checkpoint:
         """Elements [start, stop) along `dim`, contiguous; only that part is read from disk."""
         return self.source(name).read_slice(dim, start, stop)
 
-    def dequantized(self, linear: str) -> ByRows:
-        """A quantised linear's weight as float32 [out, in], computed by rows as it is read."""
-        name = f"{linear}.weight"
+    def dequantized(self, name: str) -> TensorSource:
+        """The unread tensor; a quantised linear's weight as float32 [out, in], computed by rows as it is read."""
+        linear = name.removesuffix(".weight")
+        if linear == name or self.quantization.scheme(linear) == "none":
+            return self.source(name)
         zero, group_of = f"{name}_zero_point", f"{name}_g_idx"
 
         def rows(start: int, stop: int) -> torch.Tensor:
@@ -180,8 +182,7 @@ def present_quantized(
         )
     result = dict(sources)
     if files:
-        description = read_json(files[0], "msModelSlim's description")
-        return result, QuantizationInfo("msmodelslim", present_msmodelslim(files[0], description, config, result))
+        where, stored, is_msmodelslim = files[0], read_json(files[0], "msModelSlim's description"), True
     if not stored:
         return result, QuantizationInfo()
     if is_msmodelslim:

@@ -79,10 +79,7 @@ class LayerwiseModel:
 
     def weight(self, name: str) -> Tensor:
         """A tensor in float32 on the device, dequantised and changed where that applies."""
-        linear = name.removesuffix(".weight")
-        is_quantised = name.endswith(".weight") and self.checkpoint.quantization.scheme(linear) != "none"
-        source = self.checkpoint.dequantized(linear) if is_quantised else self.checkpoint.source(name)
-        tensor = source.read().float()
+        tensor = self.checkpoint.dequantized(name).read().float()
         if name in self.changes:
             tensor = self.changes[name](tensor, 0, tensor.shape[0])
         return tensor.to(self.device)
@@ -137,12 +134,9 @@ class LayerwiseModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] after the last layer -> float32 [T, V]."""
         if self._head is None:
-            name = (EMBEDDING if self.config.tie_embeddings else HEAD).removesuffix(".weight")
-            int8 = self.checkpoint.quantization.scheme(name) != "none"
-            # Kept as stored: the head is the largest matrix, and blocks of it are widened where they are
-            # used.
-            self._head = self.weight(f"{name}.weight") if int8 else self.checkpoint.read(f"{name}.weight")
-            self._head = self._head.to(self.device)
+            # A float head is kept as stored: it is the largest matrix, of which blocks are widened where they are used.
+            name = EMBEDDING if self.config.tie_embeddings else HEAD
+            self._head = self.checkpoint.dequantized(name).read().to(self.device)
         normed = reference.rms_norm(hidden, self.weight(FINAL_NORM), self.config.rms_norm_eps)
         return torch.cat([normed @ rows.float().t() for rows in self._head.split(HEAD_ROWS)], dim=-1)
 

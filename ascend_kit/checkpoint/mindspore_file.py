@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ascend_kit.checkpoint.pieces import row_pieces
 from ascend_kit.checkpoint.tensor_file import ByRows, CheckpointError, RawTensor, ReadFile, TensorSource
 
 _TYPES = "Float16 BFloat16 Float32 Float64 Int8 UInt8 Int16 Int32 Int64 Bool"
@@ -29,19 +30,12 @@ BLOCK_BYTES = 4 << 20
 
 def sliced_tensor(dtype: torch.dtype, shape: tuple[int, ...], runs: list[RawTensor]) -> ByRows:
     """A tensor whose bytes lie in several runs of one file; a run need not end between two numbers."""
-    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    row_bytes, whole = math.prod(shape[1:]) * dtype.itemsize, row_pieces([(run, 0, run.nbytes) for run in runs])
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        first, last, position = start * row_bytes, stop * row_bytes, 0
-        parts = [torch.empty(0, dtype=torch.uint8)]
-        for run in runs:
-            low, high = max(first, position), min(last, position + run.nbytes)
-            if low < high:
-                parts.append(run.read_slice(0, low - position, high - position))
-            position += run.nbytes
-        return torch.cat(parts).view(dtype).reshape(stop - start, *shape[1:])
+        return whole.read_slice(0, start * row_bytes, stop * row_bytes).view(dtype).reshape(stop - start, *shape[1:])
 
-    return ByRows(rows, dtype, shape, runs[0].origin)
+    return ByRows(rows, dtype, shape, whole.origin)
 
 
 class Messages:

@@ -68,7 +68,7 @@ def row_pieces(pieces: Sequence[tuple[TensorSource, int, int]]) -> ByRows:
             if low < high:
                 parts.append(source.read_slice(0, begin + low - position, begin + high - position))
             position += end - begin
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else first.read_slice(0, 0, 0)
 
     return ByRows(rows, first.dtype, (sum(stop - start for _, start, stop in pieces), *first.shape[1:]), first.origin)
 

@@ -134,8 +134,7 @@ def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
             return rows, scale
 
         return quantized_job(linear, source, target, as_they_are)
-    if stored != "none":
-        source = checkpoint.dequantized(linear)
+    source = checkpoint.dequantized(name)
     if target == "none":
         return cast_job(name, source, recipe.dtype, change)
 

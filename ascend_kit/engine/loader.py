@@ -226,10 +226,8 @@ class _Loader:
 
     def _dequantized(self, name: str) -> Tensor:
         """This rank's part of a weight in the model's dtype, however it is stored."""
-        if self.checkpoint.quantization.scheme(name) == "none":
-            return self._float(f"{name}.weight")
-        part = self._part(self.checkpoint.dequantized(name), self._spec(f"{name}.weight"))
-        return part.to(self.target, self.dtype)
+        name = f"{name}.weight"
+        return self._part(self.checkpoint.dequantized(name), self._spec(name)).to(self.target, self.dtype)
 
     def _bias(self, name: str) -> Tensor | None:
         """A bias that belongs to a whole output is added once, on rank 0."""

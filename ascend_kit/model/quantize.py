@@ -72,19 +72,15 @@ def search_clip(weight: Tensor, input_square: Tensor | None = None, grid: torch.
     importance = torch.ones(weight.shape[1]) if input_square is None else input_square.float()
     wide = weight.float()
     best_scale = weight_scale(wide, 1.0, grid)
-    best_error = _row_error(wide, best_scale, importance)
-    for ratio in CLIP_CANDIDATES[1:]:
+    best_error = torch.full_like(best_scale, torch.inf)
+    for ratio in CLIP_CANDIDATES:
         scale = weight_scale(wide, ratio, grid)
-        error = _row_error(wide, scale, importance)
+        codes = torch.round(wide / scale[:, None]).clamp_(-INT8_MAX, INT8_MAX)
+        error = codes.mul_(scale[:, None]).sub_(wide).square_() @ importance
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
     return best_scale
-
-
-def _row_error(weight: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
-    difference = torch.round(weight / scale[:, None]).clamp_(-INT8_MAX, INT8_MAX).mul_(scale[:, None]).sub_(weight)
-    return difference.square_() @ importance
 
 
 # --- 4 bits -----------------------------------------------------------------------------------------------------------
