@@ -81,13 +81,14 @@ class Run:
             for row in asked_rows(self.folder)
             if row.get("status") == "ok" and row.get("backend") == ENGINE_BACKEND and row.get(RATE) is not None
         ]
-        if not rows or any(name not in row for row in rows for name in LAYOUT):
-            return rows
-        own = [self.parameters.get(name) for name in LAYOUT]
-        fastest = max(rows, key=lambda row: row[RATE])
-        layouts = (own, [fastest[name] for name in LAYOUT])
-        chosen = next(layout for layout in layouts if any([row[name] for name in LAYOUT] == layout for row in rows))
-        return [row for row in rows if [row[name] for name in LAYOUT] == chosen]
+        own, layouts = (self._layout(self.parameters), [self._layout(row) for row in rows])
+        if rows and own not in layouts:
+            own = self._layout(max(rows, key=lambda row: row[RATE]))
+        return [row for row, layout in zip(rows, layouts, strict=True) if layout == own]
+
+    @staticmethod
+    def _layout(values: Row) -> list[Any]:
+        return [values.get(name) for name in LAYOUT]
 
     @cached_property
     def points(self) -> set[Point]:
@@ -112,14 +113,6 @@ class Run:
                 f"not measured at {load_text(point)} (only at {'; '.join(sorted(map(load_text, self.points)))})"
             )
         return found + [f"alarm: {text}" for text in self.alarms]
-
-    def plainness(self) -> tuple:
-        """What sorts the runs: complete and trusted ones first, then unquantised, from the source, few switches on."""
-        values = self.parameters
-        num_on = sum(bool(values.get(name)) for name in ("graph_mode", "operator_fusion", "memory_optimize"))
-        incomplete = not (self.has("acc") and self.sweep)
-        quantised, converted = values.get("quantize") != "none", values.get("use_model") != "source"
-        return bool(self.alarms), incomplete, quantised, converted, num_on
 
 
 @dataclass

@@ -47,50 +47,39 @@ def confidence(logprobs: Sequence[float]) -> float:
 
 def reliability(documents: Table) -> Table:
     """A row per set and bin of confidence with documents in it: mean confidence against accuracy (Guo et al. 2017)."""
-    import pandas
-
-    rows = []
-    for name, part in _by_set(_choice_rows(documents)).items():
-        bins: dict[int, list[tuple[float, float]]] = {}
-        for row in part:
-            sure = confidence(row["choice_logprobs"])
-            bins.setdefault(min(BINS - 1, int(sure * BINS)), []).append((sure, row["acc"]))
-        for place in sorted(bins):
-            found = bins[place]
-            rows.append(
-                {
-                    "set": name,
-                    "bin": place,
-                    "documents": len(found),
-                    "confidence": math.fsum(sure for sure, _ in found) / len(found),
-                    "accuracy": math.fsum(right for _, right in found) / len(found),
-                }
-            )
-    return pandas.DataFrame(rows)
+    bins = _sure(documents).groupby(["set", "bin"], observed=True)
+    found = bins.agg(documents=("right", "size"), confidence=("confidence", "mean"), accuracy=("right", "mean"))
+    return found.reset_index().astype({"set": object})
 
 
 def calibration(documents: Table) -> Table:
     """Expected calibration error (the mean distance of accuracy from confidence over documents, in ten bins) and Brier
     score (the mean squared distance of the choices' probabilities from right and wrong, summed over choices) per set.
     """
+    bins = reliability(documents)
+    gaps = ((bins["accuracy"] - bins["confidence"]).abs() * bins["documents"]).groupby(bins["set"]).sum()
+    sets = _sure(documents).astype({"set": object}).groupby("set", sort=False)
+    found = sets.agg(documents=("right", "size"), brier=("brier", "mean"), mean_confidence=("confidence", "mean"),
+                     accuracy=("right", "mean"))  # fmt: skip
+    found.insert(1, "expected_calibration_error", gaps / found["documents"])
+    return found.reset_index()
+
+
+def _sure(documents: Table) -> Table:
+    """Each multiple-choice document: its set, how confident the answer is, in which bin, whether right, Brier score."""
     import pandas
 
-    bins = reliability(documents)
-    rows = []
-    for name, part in _by_set(_choice_rows(documents)).items():
-        here = bins[bins["set"] == name]
-        gaps = ((here["accuracy"] - here["confidence"]).abs() * here["documents"]).sum()
-        rows.append(
-            {
-                "set": name,
-                "documents": len(part),
-                "expected_calibration_error": gaps / len(part),
-                "brier": math.fsum(map(_brier, part)) / len(part),
-                "mean_confidence": math.fsum(confidence(row["choice_logprobs"]) for row in part) / len(part),
-                "accuracy": math.fsum(row["acc"] for row in part) / len(part),
-            }
-        )
-    return pandas.DataFrame(rows)
+    rows = _choice_rows(documents)
+    sets, sure = [row["set"] for row in rows], [confidence(row["choice_logprobs"]) for row in rows]
+    return pandas.DataFrame(
+        {
+            "set": pandas.Categorical(sets, list(dict.fromkeys(sets))),
+            "bin": [min(BINS - 1, int(value * BINS)) for value in sure],
+            "confidence": sure,
+            "right": [row["acc"] for row in rows],
+            "brier": list(map(_brier, rows)),
+        }
+    )
 
 
 def ends(documents: Table) -> Table:

@@ -62,8 +62,23 @@ def find_run(name: str, experiment: Experiment, parameter: str = "compare_runs")
 
 
 def pick_baseline(runs: Sequence[Run]) -> Run:
-    """The plainest of the runs that have both accuracy and throughput and no alarm; the first of equals."""
-    return min(runs, key=Run.plainness)
+    """The plainest of the runs that have both accuracy and throughput and no alarm; the first of equals.
+
+    Plain is unquantised, from the source, few switches on.
+    """
+
+    def plainness(run: Run) -> tuple:
+        values, incomplete = run.parameters, not (run.has("acc") and run.sweep)
+        num_on = sum(bool(values.get(name)) for name in ("graph_mode", "operator_fusion", "memory_optimize"))
+        return (
+            bool(run.alarms),
+            incomplete,
+            values.get("quantize") != "none",
+            values.get("use_model") != "source",
+            num_on,
+        )
+
+    return min(runs, key=plainness)
 
 
 def pick_point(runs: Sequence[Run], baseline: Run) -> Point | None:
