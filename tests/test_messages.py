@@ -96,6 +96,7 @@ def doctor_texts():
                 "fail",
                 "na",
                 "add",
+                "judge",
             )
             found = node.args[1:] if is_check else []
             words = ("remedy", "evidence", "reason", "tip")

@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ascend_kit.device.advice import explain
-from ascend_kit.doctor import hardware, machine
+from ascend_kit.doctor import hardware, machine, network
 from ascend_kit.doctor.findings import Finding, OpCheck, Section, Status
 from ascend_kit.doctor.host import CommandResult, Host
-from ascend_kit.doctor.network import SECTION as NETWORK_SECTION
-from ascend_kit.doctor.network import check_network
 from ascend_kit.doctor.variables import check_variables
 from ascend_kit.doctor.versions import check_cann_pair, check_torch_build, check_versions
 
@@ -84,9 +82,9 @@ def _sections(host: Host, device: str, peers: Sequence[str], use_device: bool, g
     yield machine.check_tuning(host, is_ascend)
     if is_ascend or peers:
         npu_ids = sorted({chip.npu for chip in found.smi.chips}) if found.smi else []
-        yield check_network(host, npu_ids, peers, found.is_a3)
+        yield network.check_network(host, npu_ids, peers, found.is_a3)
     else:
-        yield from _not_tried([NETWORK_SECTION], NO_ASCEND)
+        yield from _not_tried([network.SECTION], NO_ASCEND)
     yield machine.check_workbench(host)
 
 

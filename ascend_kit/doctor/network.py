@@ -75,14 +75,11 @@ def _check_addresses(section: Section, host: Host, interfaces: dict[str, list[st
         section.ok("HCCL_IF_IP", wanted)
     name = host.hostname()
     address = host.resolve(name)
-    if address is None or address.startswith("127."):
-        remedy = (
-            "gloo offers this address to its peers: give the name its real address in /etc/hosts, or set "
-            "GLOO_SOCKET_IFNAME"
-        )
-        section.warn("host name", f"{name} resolves to {address or 'nothing'}", remedy)
-    else:
-        section.ok("host name", f"{name} resolves to {address}")
+    is_reached = address is not None and not address.startswith("127.")
+    remedy = (
+        "gloo offers this address to its peers: give the name its real address in /etc/hosts, or set GLOO_SOCKET_IFNAME"
+    )
+    section.judge("host name", f"{name} resolves to {address or 'nothing'}", warn="" if is_reached else remedy)
 
 
 def _check_interfaces(section: Section, host: Host, interfaces: dict[str, list[str]]) -> None:
@@ -103,11 +100,10 @@ def _check_interfaces(section: Section, host: Host, interfaces: dict[str, list[s
 
 
 def _check_timeouts(section: Section, host: Host) -> None:
-    if "HCCL_CONNECT_TIMEOUT" in host.env:
-        section.ok("connect timeout", f"{host.env['HCCL_CONNECT_TIMEOUT']} s, must be equal on all machines")
-    else:
-        remedy = "export HCCL_CONNECT_TIMEOUT=1200 on all machines: loading weights may take longer than the default"
-        section.warn("connect timeout", f"default {CONNECT_TIMEOUT_DEFAULT_S} s", remedy)
+    connect = host.env.get("HCCL_CONNECT_TIMEOUT")
+    evidence = f"{connect} s, must be equal on all machines" if connect else f"default {CONNECT_TIMEOUT_DEFAULT_S} s"
+    remedy = "export HCCL_CONNECT_TIMEOUT=1200 on all machines: loading weights may take longer than the default"
+    section.judge("connect timeout", evidence, warn="" if connect else remedy)
 
 
 def _check_ports(section: Section, host: Host) -> None:
@@ -137,15 +133,17 @@ def _check_cards(section: Section, host: Host, npu_ids: Sequence[int], peers: Se
     if not host.exists(tool):
         section.fail("hccn_tool", "not found", "comes with the driver; in a container mount it and put it on PATH")
         return
+
+    def ask(*options: str) -> dict[int, str]:
+        return {npu: host.run([tool, "-i", str(npu), *options]).text for npu in npu_ids}
+
     for check, option, healthy, remedy in _CARD_CHECKS:
-        outputs = {npu: host.run([tool, "-i", str(npu), option, "-g"]).text for npu in npu_ids}
-        _report_cards(section, check, outputs, healthy, remedy)
-    _check_tls(section, host, tool, npu_ids)
-    ping = "-hccs_ping" if is_a3 else "-ping"
+        _report_cards(section, check, ask(option, "-g"), healthy, remedy)
+    _check_tls(section, ask("-tls", "-g"))
+    ping, received = "-hccs_ping" if is_a3 else "-ping", r"[1-9]\d* received|recv seq|ping success"
+    mend = "check addresses, netmasks and the switch; both ends must be in one network or have a gateway"
     for peer in peers:
-        outputs = {npu: host.run([tool, "-i", str(npu), ping, "-g", "address", peer]).text for npu in npu_ids}
-        mend = "check addresses, netmasks and the switch; both ends must be in one network or have a gateway"
-        _report_cards(section, f"ping {peer}", outputs, r"[1-9]\d* received|recv seq|ping success", mend)
+        _report_cards(section, f"ping {peer}", ask(ping, "-g", "address", peer), received, mend)
 
 
 def _report_cards(section: Section, check: str, outputs: dict[int, str], healthy: str, remedy: str) -> None:
@@ -158,12 +156,10 @@ def _report_cards(section: Section, check: str, outputs: dict[int, str], healthy
     section.fail(check, f"cards {', '.join(map(str, bad))}: {shown}", remedy)
 
 
-def _check_tls(section: Section, host: Host, tool: str, npu_ids: Sequence[int]) -> None:
-    states = {}
-    for npu in npu_ids:
-        text = host.run([tool, "-i", str(npu), "-tls", "-g"]).text
-        match = re.search(r"tls (?:switch|status)\s*\[?:?\s*(\w+)", text, re.IGNORECASE)
-        states[npu] = match[1] if match else "unknown"
+def _check_tls(section: Section, outputs: dict[int, str]) -> None:
+    pattern = r"tls (?:switch|status)\s*\[?:?\s*(\w+)"
+    found = {npu: re.search(pattern, text, re.IGNORECASE) for npu, text in outputs.items()}
+    states = {npu: match[1] if match else "unknown" for npu, match in found.items()}
     if len(set(states.values())) > 1:
         remedy = "hccn_tool -i N -tls -s enable 0 (or 1) on every card of every machine"
         section.fail("tls", ", ".join(f"{npu}: {state}" for npu, state in states.items()), remedy)
@@ -171,4 +167,4 @@ def _check_tls(section: Section, host: Host, tool: str, npu_ids: Sequence[int]) 
         remedy = "compare `hccn_tool -i N -tls -g` on all machines: must be equal"
         section.warn("tls", "setting could not be read", remedy)
     else:
-        section.ok("tls", f"{states[npu_ids[0]]} on every card here; must be equal on all machines")
+        section.ok("tls", f"{next(iter(states.values()))} on every card here; must be equal on all machines")
