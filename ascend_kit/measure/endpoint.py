@@ -61,10 +61,8 @@ class Client:
         self._turn, recorder = asyncio.Lock(), Recorder[str](METRICS_EVERY_S)
         async with open_session(self.server) as session:
             await self._sample(session, recorder)
-            watchers = [
-                asyncio.create_task(_measure_lag(lags)),
-                asyncio.create_task(self._keep_sampling(session, recorder)),
-            ]
+            watching = (_measure_lag(lags), self._keep_sampling(session, recorder))
+            watchers = [asyncio.create_task(work) for work in watching]
             dispatcher, changed = Dispatcher(requests, concurrency, time.perf_counter()), asyncio.Event()
 
             async def serve(request: Request, arrival_s: float) -> None:

@@ -277,13 +277,6 @@ class BackendElsewhere(Uncounted):
         return self._start().call("weight_bytes")
 
 
-def as_backend(engine: AscendInferEngine | Backend, experiment: Experiment) -> Backend:
-    """A `Backend` as it is; our engine, loaded or not, wrapped in one."""
-    if isinstance(engine, Backend):
-        return engine
-    return EngineBackend(engine, experiment)
-
-
 def watched_cards(backend: Backend, experiment: Experiment) -> list[int]:
     """The cards that a backend computes on, as their maker's tool numbers them; empty where they are elsewhere."""
     kind, first = backend.device.kind, resolve_device(experiment.device, experiment.device_id)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -62,16 +63,12 @@ def left_s(plans: Sequence[EnginePlan], rows: Iterable[dict[str, Any]]) -> float
     wrong the predictions of the others were, and their mean time of loading; without a prediction, their mean time a
     point.
     """
-    num_ended = dict.fromkeys((plan.name for plan in plans), 0)
     took: dict[str, list[float]] = {plan.name: [] for plan in plans}  # of each point, without loading
-    opening = dict.fromkeys(took, 0.0)
-    for row in rows:
-        name = row["backend"]
-        if row["status"] != "pruned" and name in took:
-            num_ended[name] += 1
-            if row.get("measured_in_s") is not None:
-                took[name].append(row["measured_in_s"] - row["open_s"])
-                opening[name] += row["open_s"]
+    ended = [row for row in rows if row["status"] != "pruned" and row["backend"] in took]
+    num_ended = Counter(row["backend"] for row in ended)
+    timed = [row for row in ended if row.get("measured_in_s") is not None]
+    for row in timed:
+        took[row["backend"]].append(row["measured_in_s"] - row["open_s"])
     begun = [plan for plan in plans if took[plan.name]]
     if not begun:
         return None
@@ -86,5 +83,5 @@ def left_s(plans: Sequence[EnginePlan], rows: Iterable[dict[str, Any]]) -> float
             left += todo * sum(own) / len(own)
         elif todo:
             each = wrong * plan.seconds / plan.num_points if wrong and plan.seconds else mean
-            left += todo * each + sum(opening.values()) / len(begun)
+            left += todo * each + sum(row["open_s"] for row in timed) / len(begun)
     return left

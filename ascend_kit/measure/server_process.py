@@ -44,7 +44,8 @@ class ServerProcess:
             if status is not None or time.monotonic() > end:
                 told = f"ended with status {status}" if status is not None else f"was not ready in {timeout_s:g} s"
                 self.stop()
-                raise RuntimeError(f"engine_command {told}; {self.log} ends:\n{self.tail()}")
+                last = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+                raise RuntimeError(f"engine_command {told}; {self.log} ends:\n" + "\n".join(last))
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -58,11 +59,6 @@ class ServerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_S)
         # The leader is gone; a child that ignored the signal has been killed with the group.
-
-    def tail(self) -> str:
-        """The last lines of the log."""
-        lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:] if self.log.exists() else []
-        return "\n".join(lines)
 
 
 def _end_with_parent() -> None:

@@ -21,14 +21,7 @@ from ascend_kit.engine.processes import needs_process
 from ascend_kit.identity import Identity
 from ascend_kit.measure.baseline import ContinuousBackend, TransformersBackend, require_continuous, source_of
 from ascend_kit.measure.ceilings import measure_ceilings
-from ascend_kit.measure.engines import (
-    Backend,
-    BackendElsewhere,
-    EngineBackend,
-    Machine,
-    as_backend,
-    reckon_weight_bytes,
-)
+from ascend_kit.measure.engines import Backend, BackendElsewhere, EngineBackend, Machine, reckon_weight_bytes
 from ascend_kit.measure.forecast import Card
 from ascend_kit.measure.grid import shuffled, sweep_points, why_impossible
 from ascend_kit.measure.metrics import mean_interval
@@ -201,7 +194,8 @@ def run_sweep(
 def _variants(engine: AscendInferEngine | Backend, experiment: Experiment) -> list[tuple[Backend, dict[str, Any]]]:
     """The engine itself, or one of ours for each combination of engine parameters, each with them; ValueError for one
     that the model cannot be split into, before anything is closed."""
-    backend, every = as_backend(engine, experiment), experiment.sweep_settings
+    backend = engine if isinstance(engine, Backend) else EngineBackend(engine, experiment)
+    every = experiment.sweep_settings
     if not isinstance(backend, EngineBackend):
         return [(backend, {})]  # it has the parameters it has
     current = {key: getattr(experiment, key) for key in every[0]}

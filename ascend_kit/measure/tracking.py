@@ -6,10 +6,8 @@ within a run folder are in the artifact params.yaml and, where they are of a poi
 
 from __future__ import annotations
 
-import math
 from importlib import import_module
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +81,6 @@ def log_sweep(folder: RunFolder, experiment: Experiment) -> None:
 def _split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     """The parameters and the metrics of a row."""
     known = {name: value for name, value in row.items() if value is not None}
-    metrics = {
-        name: float(value) for name, value in known.items()
-        if isinstance(value, Real) and not isinstance(value, bool) and name not in NUMBERS and math.isfinite(value)
-    }  # fmt: skip
-    return {name: value for name, value in known.items() if name not in metrics}, metrics
+    numbers = {name for name, value in known.items() if type(value) in (int, float)}.difference(NUMBERS)
+    metrics = {name: float(known[name]) for name in known if name in numbers}
+    return {name: value for name, value in known.items() if name not in numbers}, metrics
