@@ -137,21 +137,17 @@ def verify(folder: str | Path, full: bool = False) -> bool:
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in listed:
             raise CheckpointError(f"{path} is not in {MANIFEST_NAME}: it was added after the conversion")
-    for entry in manifest["files"]:
-        _check_entry(folder / entry["name"], entry, full)
-    return True
-
-
-def _check_entry(path: Path, entry: dict[str, Any], full: bool) -> None:
     again = "the folder was changed after the conversion; convert again, or delete the manifest to accept it"
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {again}")
-    if path.stat().st_size != entry["size"]:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: {again}")
-    if header_hash(path) != entry["header_hash"]:
-        raise CheckpointError(f"{path} has another header than its manifest says: {again}")
-    if full and hash_file(path) != entry["hash"]:
-        raise CheckpointError(f"{path} does not have the hash in its manifest: its contents are damaged or changed")
+    for path, entry in ((folder / entry["name"], entry) for entry in manifest["files"]):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: {again}")
+        if path.stat().st_size != entry["size"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: {again}")
+        if header_hash(path) != entry["header_hash"]:
+            raise CheckpointError(f"{path} has another header than its manifest says: {again}")
+        if full and hash_file(path) != entry["hash"]:
+            raise CheckpointError(f"{path} does not have the hash in its manifest: its contents are damaged or changed")
+    return True
 
 
 def changed_sources(

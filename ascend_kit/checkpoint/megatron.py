@@ -116,11 +116,12 @@ def _check_arguments(path: Path, content: dict[str, Any], model: ModelConfig, tp
         raise CheckpointError(
             f"{path} was trained with the dualpipev schedule, whose layer order is not read; {SAVE_AGAIN}"
         )
-    if args.get("num_layers") and args["num_layers"] != model.num_layers + len(_noop_layers(args)):
-        _refuse_argument(path, "num_layers", args["num_layers"], model.num_layers)
+    noop = args.get("noop_layers") or ()  # slots that hold no layer: a set of numbers, or text like `31,63`
+    num_slots = model.num_layers + len(set(noop.split(",") if isinstance(noop, str) else noop))
     scaling = model.rope_scaling or {"rope_type": "default", "factor": 1.0}
     kind = scaling["rope_type"]
     expected: dict[str, tuple[Any, ...]] = {
+        "num_layers": (num_slots,),
         "hidden_size": (model.hidden_size,),
         "num_attention_heads": (model.num_heads,),
         "num_query_groups": (model.num_kv_heads,) if args.get("group_query_attention") else (),
@@ -143,26 +144,16 @@ def _check_arguments(path: Path, content: dict[str, Any], model: ModelConfig, tp
     for name, values in expected.items():
         found = args.get(name)
         if found is not None and values and not any(_is_equal(found, value) for value in values):
-            _refuse_argument(path, name, found, " or ".join(map(str, values)))
-
-
-def _refuse_argument(path: Path, name: str, found: Any, wanted: Any) -> None:
-    raise CheckpointError(
-        f"{path}: trained with {name}={found}, config.json or the folder says {wanted}; "
-        "is tokenizer_path the model that training started from?"
-    )
+            raise CheckpointError(
+                f"{path}: trained with {name}={found}, config.json or the folder says {' or '.join(map(str, values))}; "
+                "is tokenizer_path the model that training started from?"
+            )
 
 
 def _is_equal(found: Any, value: Any) -> bool:
     if isinstance(value, float) and type(found) in (int, float):
         return math.isclose(found, value, rel_tol=1e-6)
     return found == value or str(found).lower() == str(value).lower()
-
-
-def _noop_layers(args: dict[str, Any]) -> set[int]:
-    """Slots of the layer count that hold no layer; saved as a set of numbers or as text like `31,63`."""
-    noop = args.get("noop_layers") or ()
-    return {int(item) for item in (noop.split(",") if isinstance(noop, str) else noop)}
 
 
 def _parts(

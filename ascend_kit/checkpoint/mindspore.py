@@ -65,9 +65,8 @@ def open_mindspore(folder: Path, tokenizer_path: str | Path | None) -> Checkpoin
     whole = functools.partial(joined, is_ordered=is_ordered, advice=f", and no strategy file beside it; {MERGE_FIRST}")
     flags = {"contiguous_qkv": bool(raw.get(CONTIGUOUS_QKV)), "interleaved_mlp": raw.get(INTERLEAVED_MLP) is not False}
     sources = renamed(model, "MindFormers", parts, whole, **flags)
-    notes = [
-        f"{len(names)} {kind}, not used: {names[0]}{', ...' * (len(names) > 1)}" for kind, names in skipped.items()
-    ]
+    counted = ((kind, names) for kind, names in skipped.items() if names)
+    notes = [f"{len(names)} {kind}, not used: {names[0]}{', ...' * (len(names) > 1)}" for kind, names in counted]
     files = [path for rank in ranks for path in rank]
     return Checkpoint(folder, sources, config, files=files, framework="mindspore", config_folder=texts, notes=notes)
 
@@ -91,8 +90,6 @@ def _open_rank(files: Sequence[Path], skipped: dict[str, list[str]]) -> dict[str
                 raise CheckpointError(f"tensor {name} is in {found[name].origin} and again in {path}")
             else:
                 found[name] = source
-    for kind in [kind for kind, names in skipped.items() if not names]:
-        del skipped[kind]
     return found
 
 
@@ -126,17 +123,11 @@ class Layout(NamedTuple):
     is_spread: bool  # by the optimizer, over data parallel ranks
 
 
-def strategy_files(folder: Path) -> list[Path]:
-    """The strategy files of a run, in its folder or beside it."""
-    return sorted(
-        {path for place in STRATEGY_PLACES for kind in ("ckpt", "json") for path in folder.glob(f"{place}.{kind}")}
-    )
-
-
 def parts_by_strategy(folder: Path, held: Held) -> tuple[Parts, bool]:
     """(name -> its parts in order, whether a strategy file gave the order)."""
     layouts: dict[str, Layout] = {}
-    for path in strategy_files(folder) if len(held) > 1 else ():
+    places = [f"{place}.{kind}" for place in STRATEGY_PLACES for kind in ("ckpt", "json")]
+    for path in sorted({path for place in places for path in folder.glob(place)}) if len(held) > 1 else ():
         found = _json_layouts(path) if path.suffix == ".json" else _layouts(path)
         layouts.update((re.sub(r"^\d+-", "", name), layout) for name, layout in found)
     parts: Parts = {}

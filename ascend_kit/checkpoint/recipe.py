@@ -24,7 +24,7 @@ from ascend_kit.checkpoint.huggingface import Checkpoint, QuantizationInfo, load
 from ascend_kit.checkpoint.layerwise import LayerwiseModel, PackedTexts, plain_linear
 from ascend_kit.checkpoint.sensitivity import MixChoice, Progress, choose_mix
 from ascend_kit.checkpoint.tensor_file import CheckpointError
-from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange, TensorJob, cast_job, check_finite, quantized_job
+from ascend_kit.checkpoint.tensor_jobs import Quantizer, ScaleChange, TensorJob, cast_job, quantized_job
 from ascend_kit.model.config import DTYPES, ModelConfig
 from ascend_kit.model.quantize import best_group_size, group_size_for
 from ascend_kit.model.tensors import LAYER_PATTERN, UNITS, expected_shapes, layer_prefix, linear_names, uniform_schemes
@@ -126,14 +126,8 @@ def _job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorJob:
     target = recipe.schemes.get(linear, "none") if name.endswith(".weight") else "none"
     change = recipe.changes.get(name)
     if stored in ("w8a8", "w8a8_static", "w8a16") and target in ("w8a8", "w8a16"):
-        scales = checkpoint.source(f"{linear}.weight_scale")
-
-        def as_they_are(rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-            scale = scales.read_slice(0, start, stop)
-            check_finite(scale, f"{linear}.weight_scale", scales.origin, start)
-            return rows, scale
-
-        return quantized_job(linear, source, target, as_they_are)
+        scale = checkpoint.source(f"{linear}.weight_scale")  # `check_tensors` has read it: its numbers are finite
+        return quantized_job(linear, source, target, lambda rows, *span: (rows, scale.read_slice(0, *span)))
     source = checkpoint.dequantized(name)
     if target == "none":
         return cast_job(name, source, recipe.dtype, change)
