@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ascend_kit.files import Table
@@ -35,10 +35,8 @@ SWITCHES = ("run", *ENGINE_SWITCHES, *LOADS)
 LENGTHS = ["prompt_len", "output_len"]
 MOST_PANELS = 6  # of more lengths a heat map is drawn
 MOST_DIRECT_LABELS = 6
-RATIO_UNIT = "times (blue: above 1, red: below 1)"
 TICKS_IN_PANEL = 10  # numbers that fit side by side below a panel
 LETTER_WIDTH, LABEL_HEIGHT, MARK = 7, 11, 4  # of a point's number and half its mark, typographic points with some air
-LABELLED_BARS = 16  # of more in a panel the numbers above would touch
 LABEL_GAP = 0.27  # least distance of two labels at a line's end, inches
 # In the order in which they are looked for: Noto, Adobe, Linux, Windows, macOS.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
@@ -48,12 +46,12 @@ TIP, TIP_SEPARATOR = "tip:", " ¦ "  # in an artist's id: the texts of its point
 
 def config_labels(rows: Table) -> Table:
     """A short name per row: the engine, and those switches and kinds of load in which the rows of one engine differ."""
-    names = rows["backend"].astype(str) if "backend" in rows else rows["run"].astype(str)
+    names = rows["backend"].astype(str)
     labels = names.copy()
     for name in names.unique():
         part = rows[names == name]
         for switch in (s for s in SWITCHES if s in part and part[s].nunique() > 1):
-            labels.loc[part.index] += part[switch].map(lambda value, s=switch: _switch_text(s, value))
+            labels.loc[part.index] += part[switch].map(partial(_switch_text, switch))
     return labels
 
 
@@ -214,24 +212,21 @@ def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours
     """The text of each point below and to the right of it, else above, else to its left: where it touches no other
     text, no mark and not the axis; nowhere, if there is no such place.
     """
-    written: list[tuple[float, float, float, float]] = []  # left, bottom, right, top
     figure = axes.get_figure(root=True)
     assert figure is not None
     to_points = 72 / figure.dpi  # of the panel before its layout, which changes its size little
     marks = [to_points * axes.transData.transform((x, y)) for _, x, y in points]
-    left, floor = to_points * axes.transAxes.transform((0, 0))
+    taken = [(a - MARK, h - MARK, a + MARK, h + MARK) for a, h in marks]  # left, bottom, right, top
+    left, floor = to_points * axes.transAxes.transform((0, 0)) + 2
     for (text, x, y), colour, (across, height) in zip(points, colours, marks, strict=True):
         width = LETTER_WIDTH * len(text)
         for offset in ((8, -13), (8, 4), (-8 - width, 4), (-8 - width, -13)):
             start, base = across + offset[0], height + offset[1]
             box = (start, base, start + width, base + LABEL_HEIGHT)
-            if base < floor + 2 or start < left + 2 or any(_touch(box, other) for other in written):
-                continue
-            if any(_touch(box, (a - MARK, h - MARK, a + MARK, h + MARK)) for a, h in marks):
-                continue
-            axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour)
-            written.append(box)
-            break
+            if base >= floor and start >= left and not any(_touch(box, other) for other in taken):
+                axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour)
+                taken.append(box)
+                break
 
 
 def _touch(one: Sequence[float], other: Sequence[float]) -> bool:

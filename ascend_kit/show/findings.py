@@ -204,9 +204,7 @@ def comparison_findings(decision: Verdict, perplexity: Table) -> list[Finding]:
     """The verdict and its cautions, and how running text compares."""
     lines = [line for line in decision.text.splitlines() if line.strip()]
     columns = ["run", "accuracy_percent", "difference_points", "low_points", "high_points", "n"]
-    runs = (
-        json.loads(to_json(decision.table.reindex(columns=columns).to_dict("records"))) if len(decision.table) else []
-    )
+    runs = json.loads(to_json(decision.table.reindex(columns=columns).to_dict("records")))
     values = {"best": decision.best, "baseline": decision.baseline, "runs": runs}
     found = [_verdict(decision, line, values) for line in lines[:1]]
     found += [say("text", text=line) for line in lines[1:]]

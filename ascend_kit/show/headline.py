@@ -88,9 +88,7 @@ def _verdict(run: RunRecord, compared: Finding | None, numbers: list[tuple[str, 
     if compared is not None:
         return "caution" if compared.values["best"] == "none" else compared.level, str(compared)
     (rate, _), *_, (accuracy, _) = numbers
-    key = {(True, True): "both", (True, False): "rate", (False, True): "accuracy"}.get(
-        (bool(rate), bool(accuracy)), "none"
-    )
+    key = "both" if rate and accuracy else "rate" if rate else "accuracy" if accuracy else "none"
     return "caution", translate(f"verdict.only_{key}", rate=rate, accuracy=accuracy)
 
 

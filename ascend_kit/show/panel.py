@@ -78,7 +78,14 @@ class ParameterPanel:
 
     def check(self) -> str:
         """Validate the fields as they stand and what they name; returns the message that the form shows."""
-        return self._read() or self._further() or translate("panel.fine", folder=self.experiment.run_folder)
+        if fault := self._read():
+            return fault
+        try:
+            if self._look_further is not None:
+                self._look_further(self.experiment)
+        except (ValueError, OSError) as error:
+            return translate("panel.not_ready", error=error)
+        return translate("panel.fine", folder=self.experiment.run_folder)
 
     def apply(self) -> str:
         """This kernel's notebook uses the fields from now on, above its cells and above its parameter file."""
@@ -121,14 +128,6 @@ class ParameterPanel:
             self.experiment = build_experiment(values, source="the form")
         except ParameterError as error:
             return translate("panel.invalid", error=error)
-        return None
-
-    def _further(self) -> str | None:
-        try:
-            if self._look_further is not None:
-                self._look_further(self.experiment)
-        except (ValueError, OSError) as error:
-            return translate("panel.not_ready", error=error)
         return None
 
     def _changed(self) -> dict[str, Any]:

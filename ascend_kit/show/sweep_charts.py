@@ -14,23 +14,15 @@ from ascend_kit.files import GIB, Table
 from ascend_kit.measure import verdict
 from ascend_kit.measure.rows import RATE
 from ascend_kit.show import drawing
-from ascend_kit.show.drawing import (
-    BASELINES,
-    DASHES,
-    GREY,
-    LABELLED_BARS,
-    LENGTHS,
-    PALETTE,
-    RATIO_UNIT,
-    RED,
-    TICKS_IN_PANEL,
-)
+from ascend_kit.show.drawing import BASELINES, DASHES, GREY, LENGTHS, PALETTE, RED, TICKS_IN_PANEL
 from ascend_kit.show.tables import cell_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LABELLED_BARS = 16  # of more in a panel the numbers above would touch
+RATIO_UNIT = "times (blue: above 1, red: below 1)"
 CEILING_LINES = (("ceiling_tokens_per_s", "--", "ceiling"), ("predicted_tokens_per_s", ":", "prediction"))
 # What is drawn above each other: unit, columns of `samples`, factor.
 OVER_TIME = (
