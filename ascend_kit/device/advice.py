@@ -47,11 +47,11 @@ def explain(text: str) -> list[Explanation]:
     Symptoms in words are looked for only where no error was found: logs are full of ordinary words.
     """
     for kinds in (("cause", "wrapper"), ("symptom",)):
-        found = [
-            (kinds.index(known.kind), start, known)
-            for known in known_errors()
-            if known.kind in kinds and (start := _first_match(known, text)) is not None
-        ]
+        found = []
+        for known in (known for known in known_errors() if known.kind in kinds):
+            hits = [re.search(pattern, text, re.IGNORECASE) for pattern in known.patterns]
+            if starts := [hit.start() for hit in hits if hit]:
+                found.append((kinds.index(known.kind), min(starts), known))
         if found:
             return [_explanation(known, text, start) for _, start, known in sorted(found, key=lambda hit: hit[:2])]
     return []
@@ -61,11 +61,6 @@ def advice(text: str, otherwise: str = "") -> str:
     """What to do about the first known error in a text, in one line; `otherwise` when nothing is recognised."""
     found = explain(text)
     return "; ".join(found[0].actions) if found else otherwise
-
-
-def _first_match(known: KnownError, text: str) -> int | None:
-    hits = (re.search(pattern, text, re.IGNORECASE) for pattern in known.patterns)
-    return min((hit.start() for hit in hits if hit), default=None)
 
 
 def _explanation(known: KnownError, text: str, start: int) -> Explanation:

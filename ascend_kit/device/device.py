@@ -96,11 +96,6 @@ class Device:
         """KV block size: 128 is the size the NPU kernels are written for; smaller wastes less elsewhere."""
         return 128 if self.kind == "npu" else 32
 
-    @property
-    def collective_backend(self) -> str:
-        """Name for `torch.distributed.init_process_group`."""
-        return {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[self.kind]
-
     def free_memory_bytes(self) -> int:
         """Bytes that new allocations can take, as the driver (or the kernel) sees it now."""
         return _host_available_bytes() if self.kind == "cpu" else self.backend.mem_get_info(self.index)[0]
@@ -164,7 +159,11 @@ class Device:
 
     def assert_on_device(self, tensors: torch.nn.Module | Iterable[torch.Tensor]) -> None:
         """Raise DeviceError unless every tensor (or parameter and buffer of a module) lies on this device."""
-        for name, tensor in _named(tensors):
+        if isinstance(tensors, torch.nn.Module):
+            named = [*tensors.named_parameters(), *tensors.named_buffers()]
+        else:
+            named = [(f"tensor {i}", tensor) for i, tensor in enumerate(tensors)]
+        for name, tensor in named:
             found = tensor.device
             if found.type != self.kind or (self.kind != "cpu" and (found.index or 0) != self.index):
                 raise DeviceError(
@@ -193,14 +192,6 @@ def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     reused, and one that waits would empty the device's queue.
     """
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-
-def _named(tensors: torch.nn.Module | Iterable[torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
-    if isinstance(tensors, torch.nn.Module):
-        yield from tensors.named_parameters()
-        yield from tensors.named_buffers()
-    else:
-        yield from ((f"tensor {i}", tensor) for i, tensor in enumerate(tensors))
 
 
 def parse_device(name: str, device_id: int = 0) -> tuple[str, int]:

@@ -147,10 +147,13 @@ def _trials(host: Host, seen: dict) -> Iterator[Section]:
         ("Graph", "graph", "capture", not is_cpu),
     ):
         section = Section(name)
-        if is_there:
-            add_stage(section, host, stage, name_of(seen))
-        else:
+        if not is_there:
             section.na(check, "on the CPU with --self-test" if is_cpu else "one device")
+        for one in run_stage(host, stage, name_of(seen)) if is_there else ():
+            error = "" if one.error is None else f"error {one.error:.1e} (allowed {one.tolerance:.0e}) "
+            remedy = one.remedy or (DISTRUST if one.status == "fail" else "")
+            status: Status = "n/a" if one.status == "skip" else one.status
+            section.add(status, one.op, f"{error}{one.detail or one.case}".strip(), remedy)
         yield section
 
 
@@ -213,12 +216,3 @@ def trouble(result: CommandResult) -> tuple[str, str]:
             "a process that holds the card"
         )
     return result.last_line()[:300], "python -m ascend_kit doctor --explain <file with the full text>"
-
-
-def add_stage(section: Section, host: Host, stage: str, device: str) -> None:
-    """Run a stage and add one finding per result."""
-    for check in run_stage(host, stage, device):
-        status: Status = "n/a" if check.status == "skip" else check.status
-        error = "" if check.error is None else f"error {check.error:.1e} (allowed {check.tolerance:.0e}) "
-        remedy = check.remedy or (DISTRUST if check.status == "fail" else "")
-        section.add(status, check.op, f"{error}{check.detail or check.case}".strip(), remedy)

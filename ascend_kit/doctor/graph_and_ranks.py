@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import start_processes
 from ascend_kit.device.device import Device, select_device
 from ascend_kit.device.graphs import DecodeGraphs
 from ascend_kit.device.ops import AttentionMeta, reference, select_ops
-from ascend_kit.device.parallel import join_group, leave_group
+from ascend_kit.device.parallel import BACKENDS, join_group, leave_group
 from ascend_kit.doctor.comparison import HEADS, AttentionCase, AttentionInputs, Comparer, make_inputs, relative_error
 from ascend_kit.doctor.findings import OpCheck
 
@@ -96,7 +96,8 @@ def run_collective(device: Device) -> Iterator[OpCheck]:
             start_processes(_rank, args=(device.kind, device.index, folder), nprocs=2, start_method="spawn")
         return 0.0  # a rank that sees a wrong sum raises
 
-    yield comparer.check("all_reduce", f"2 ranks, {device.collective_backend}, bf16 [64, 4096]", 0.0, reduced)
+    backend = BACKENDS[device.kind].rpartition(":")[2]
+    yield comparer.check("all_reduce", f"2 ranks, {backend}, bf16 [64, 4096]", 0.0, reduced)
 
 
 def _rank(rank: int, kind: str, first: int, folder: str) -> None:

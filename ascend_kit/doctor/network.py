@@ -44,7 +44,10 @@ def check_network(host: Host, npu_ids: Sequence[int], peers: Sequence[str] = (),
     interfaces = _interfaces(host)
     _check_addresses(section, host, interfaces)
     _check_interfaces(section, host, interfaces)
-    _check_timeouts(section, host)
+    connect = host.env.get("HCCL_CONNECT_TIMEOUT")
+    evidence = f"{connect} s, must be equal on all machines" if connect else f"default {CONNECT_TIMEOUT_DEFAULT_S} s"
+    remedy = "export HCCL_CONNECT_TIMEOUT=1200 on all machines: loading weights may take longer than the default"
+    section.judge("connect timeout", evidence, warn="" if connect else remedy)
     _check_ports(section, host)
     if npu_ids:
         _check_cards(section, host, npu_ids, peers, is_a3)
@@ -97,13 +100,6 @@ def _check_interfaces(section: Section, host: Host, interfaces: dict[str, list[s
             section.fail(variable, f"{value}: no such interface here", f"this machine has {', '.join(interfaces)}")
         else:
             section.ok(variable, value)
-
-
-def _check_timeouts(section: Section, host: Host) -> None:
-    connect = host.env.get("HCCL_CONNECT_TIMEOUT")
-    evidence = f"{connect} s, must be equal on all machines" if connect else f"default {CONNECT_TIMEOUT_DEFAULT_S} s"
-    remedy = "export HCCL_CONNECT_TIMEOUT=1200 on all machines: loading weights may take longer than the default"
-    section.judge("connect timeout", evidence, warn="" if connect else remedy)
 
 
 def _check_ports(section: Section, host: Host) -> None:
