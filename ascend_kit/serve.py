@@ -161,8 +161,7 @@ class Server:
             status = 400 if isinstance(error, ValueError) else 500
             return web.json_response(_error(status, error), status=status)
         choices, counts = zip(*both, strict=True)
-        usage = _usage(sum(map(len, prompts)), sum(counts))
-        return web.json_response({**head, "choices": choices, "usage": usage})
+        return web.json_response({**head, "choices": choices, "usage": _usage(sum(map(len, prompts)), sum(counts))})
 
     async def _choice(self, index: int, ids: list[int], sampling: Sampling, body: Json) -> tuple[Json, int]:
         """One answer and how many tokens it has."""

@@ -28,7 +28,7 @@ from ascend_kit.checkpoint.parity import (
 from ascend_kit.checkpoint.recipe import tokenize_texts
 from ascend_kit.checkpoint.sensitivity import Progress
 from ascend_kit.engine.engine import AscendInferEngine
-from ascend_kit.engine.sequence import RequestOutput, SamplingParams, TokenLogprobs
+from ascend_kit.engine.sequence import RequestOutput, SamplingParams
 from ascend_kit.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def reference_answers(experiment: Experiment) -> Reference:
     rounding = CLOSE_CALL[experiment.precision]
     if any(scheme.startswith("w8a8") for scheme in schemes):
         rounding = max(rounding, INT8_CLOSE_CALL)
-    margins = tuple(tuple(_margin(token) for token in output.logprobs or ()) for output in outputs)
+    # Nats between the best and the second token.
+    margins = tuple(tuple(token.top[0][1] - token.top[1][1] for token in output.logprobs or ()) for output in outputs)
     return Reference(tuple(tuple(output.token_ids) for output in outputs), margins, rounding)
 
 
@@ -111,12 +112,6 @@ def _greedy_answers(engine: AscendInferEngine) -> list[RequestOutput]:
                     "model computes no usable logits; check the weights, or try precision: fp32"
                 )
     return outputs
-
-
-def _margin(token: TokenLogprobs) -> float:
-    """Nats between the best and the second token."""
-    best, second, *_ = sorted((logprob for _, logprob in token.top), reverse=True)
-    return best - second
 
 
 def _judged(number: int, reference: Reference, output: RequestOutput) -> dict[str, object]:
@@ -178,8 +173,8 @@ class ParityCheck:
         """What to store of the last report: table of figures, rows per prompt, missed limits."""
         if self.report is None:
             return {}
-        rows = [dict(row) for row in self.report.rows]
-        return {"figures": self.report.table(), "rows": rows, "failures": self.report.failures}
+        report = self.report
+        return {"figures": report.table(), "rows": [dict(row) for row in report.rows], "failures": report.failures}
 
 
 def _remedy(experiment: Experiment) -> str:

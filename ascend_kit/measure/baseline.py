@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from ascend_kit.params import Experiment
 
-NO_TOKEN = -1  # what the manager takes for "no end of text"
-
 
 class TransformersBackend(Uncounted):
     """transformers' `generate`, used as well as it can be without a scheduler of its own.
@@ -210,7 +208,12 @@ class ContinuousBackend(TransformersBackend):
     def run(self, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> list[RequestRecord]:
         records: list[RequestRecord] = []
         for request, arrival_s, result in self.serve(requests, concurrency):
-            records.append(_record(request, arrival_s, result))
+            times, error = tuple(result.timestamps or ()), result.error
+            if error is None and len(times) < len(result.generated_tokens):
+                error = "transformers began it anew for want of KV cache, and the times of its first tokens are lost"
+            record, (begun_s, ended_s) = request.record(arrival_s, times, error), result.lifespan
+            begun_s = begun_s if begun_s > 0 else None
+            records.append(replace(record, scheduled_s=begun_s, finished_s=times[-1] if times else ended_s))
             if on_done:
                 on_done(len(records))
         return records
@@ -260,14 +263,6 @@ class ContinuousBackend(TransformersBackend):
         if self._made_for[0] != concurrency or self._made_for[1] < blocks:
             self._model.destroy_cached_continuous_batching_manager()
             self._made_for = concurrency, blocks
-        generation = GenerationConfig(do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=self._pad_id)
+        # -1 is what the manager takes for "no end of text".
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=self._pad_id)
         return self._model.init_continuous_batching(generation, config)
-
-
-def _record(request: Request, arrival_s: float, result: GenerationOutput) -> RequestRecord:
-    times, error = tuple(result.timestamps or ()), result.error
-    if error is None and len(times) < len(result.generated_tokens):
-        error = "transformers began it anew for want of KV cache, and the times of its first tokens are lost"
-    begun_s, ended_s = result.lifespan
-    record = request.record(arrival_s, times, error)
-    return replace(record, scheduled_s=begun_s if begun_s > 0 else None, finished_s=times[-1] if times else ended_s)

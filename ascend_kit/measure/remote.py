@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascend_kit.checkpoint.huggingface import load_tokenizer
 from ascend_kit.device.device import select_device
 from ascend_kit.device.peaks import find_peak
 from ascend_kit.identity import Identity
@@ -42,7 +43,12 @@ class EndpointBackend(Uncounted):
         self.max_seq_length, self.slots = experiment.max_seq_length, spec.batch_size
         self.cards = self.num_devices = spec.cards
         self.precision = spec.precision or experiment.precision
-        self._codec = _codec(spec, model)
+        self._codec: Tokenizer | None = None
+        try:
+            self._codec = load_tokenizer(model)
+        except ValueError:  # it counts tokens, too, but only where text is sent there must be one
+            if spec.send_prompts_as == "text" or spec.api == "chat":
+                raise
         self._client: Client | None = None
         self._facts: dict[str, Any] = {}
         command = spec.engine_command
@@ -114,15 +120,3 @@ class EndpointBackend(Uncounted):
 
     def weight_bytes(self) -> int:
         return reckon_weight_bytes(self.config, self.precision, self.spec.quantize)
-
-
-def _codec(spec: OpenAIEngine, folder: Path) -> Tokenizer | None:
-    """The tokenizer, needed where text is sent or must be counted; None where prompts are ids and it has none."""
-    from ascend_kit.checkpoint.huggingface import load_tokenizer
-
-    try:
-        return load_tokenizer(folder)
-    except ValueError:
-        if spec.send_prompts_as == "text" or spec.api == "chat":
-            raise
-        return None

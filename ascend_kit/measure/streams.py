@@ -190,8 +190,7 @@ class Tap(asyncio.Protocol):
     def __init__(self) -> None:
         self.reads: list[tuple[float, bytes]] = []
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.lost: BaseException | None = None
-        self.is_lost = False
+        self.lost: tuple[BaseException | None, ...] = ()  # why the connection was, once it was
         self._tail, self._last_s = b"", time.perf_counter()
 
     def data_received(self, data: bytes) -> None:
@@ -204,7 +203,7 @@ class Tap(asyncio.Protocol):
         self._tail = seen[-12:]
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.lost, self.is_lost = exc, True
+        self.lost = (exc,)
         self._end()
 
     def _end(self) -> None:
@@ -255,8 +254,8 @@ async def read_stream(
                         await asyncio.sleep(0)
         finally:
             transport.set_protocol(handler)
-            if tap.is_lost:
-                handler.connection_lost(tap.lost)
+            if tap.lost:
+                handler.connection_lost(*tap.lost)
         if is_done:
             return
         if not has_ended:
