@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ascend_kit.measure.rows import asked_rows, load_of
+from ascend_kit.measure.verdict import fastest, measured_points
 from ascend_kit.messages import Finding, phrase, translate
 from ascend_kit.params.engines import ENGINE_SWITCHES
 from ascend_kit.results import RunFolder
@@ -96,9 +98,6 @@ def _speed(folder: RunFolder, compared: Finding | None) -> list[tuple[str, str]]
     """(text, note) of output tokens/s, TTFT and TPOT, by the mean of the repeats: at the point that the verdict tells,
     else at the engine's best.
     """
-    from ascend_kit.measure.rows import asked_rows, load_of
-    from ascend_kit.measure.verdict import fastest, measured_points
-
     points = measured_points([row for row in asked_rows(folder) if row.get("backend") != "transformers"])
     own = [point for point in points if point.get("backend") == "ascend_kit"]  # another's only where ours has none
     told = compared.values if compared else {}

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import yaml
 from markupsafe import Markup
 
-from ascend_kit.files import GIB, Table, to_json, write_atomic
+from ascend_kit.files import GIB, to_json, write_atomic
 from ascend_kit.messages import LANGUAGES, Finding, in_language, language_in_use, phrase, translate, use_language
 from ascend_kit.params.notebook import tagged
 from ascend_kit.results import RunFolder, run_parameters, run_records
@@ -108,7 +108,8 @@ def write_report(run_folder: str | Path) -> Path:
     first = screens[language_in_use()]
     write_atomic(folder / "report.json", to_json({"updated": run.updated, **screens}, indent=1) + "\n")
     for name in AS_CSV:
-        _write_csv(saved, name)
+        if len(table := saved.load(name)):
+            write_atomic(folder / f"{name}.csv", table.to_csv(index=False))
     drawn = (figures.drawing(name, figures.alts.get(name, name), "top") for name in ("comparison", "tradeoff"))
     chart = next(filter(None, drawn), "")
     facts, written = tables.facts(_facts(run)), yaml.safe_dump(parameters, sort_keys=False, allow_unicode=True)
@@ -123,7 +124,7 @@ def write_report(run_folder: str | Path) -> Path:
         "parameters": tables.visible(written) if parameters else "",
     }
     title = f"{folder.parent.name} / {folder.name}"
-    _write_page(folder / "report.html", title=title, report=report, has_index=True)
+    _write_page(folder / "report.html", title=title, report=report)
     write_index(folder.parent.parent)
     return Path(run_folder) / "report.html"
 
@@ -163,12 +164,6 @@ def _write_page(path: Path, **values: Any) -> None:
     page = Environment(loader=FileSystemLoader(HERE), autoescape=True).get_template("report.html")
     safe = {"style": Markup(style), "script": Markup(script)}
     write_atomic(path, page.render(say=translate, language=language_in_use(), policy=policy, **safe, **values))
-
-
-def _write_csv(folder: RunFolder, name: str) -> None:
-    table: Table = folder.load(name)
-    if len(table):
-        write_atomic(folder.path / f"{name}.csv", table.to_csv(index=False))
 
 
 def _findings(folder: Path, name: str) -> list[Finding]:
