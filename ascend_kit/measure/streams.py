@@ -120,14 +120,11 @@ class Answer:
 
     def _count_told(self, usage: dict[str, Any]) -> int | None:
         """Tokens of a chunk by its continuous usage, None where there is none, or where it shrinks."""
-        total = usage.get("completion_tokens")
-        if total is None or self._told is None:
+        total, before = usage.get("completion_tokens"), self._told
+        if total is None or before is None:
             return None
-        count, self._told = total - self._told, total
-        if count < 0:
-            self._told = None
-            return None
-        return count
+        self._told = total if total >= before else None
+        return None if self._told is None else total - before
 
     def number(self, name: str, part: str = "") -> int:
         """A count of the server's usage, or of a part of that; 0 where it has none."""
