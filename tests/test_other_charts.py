@@ -37,6 +37,10 @@ def test_infeasible_plan_has_no_bar_and_a_broken_limit_is_hatched():
     bars = [patch for patch in axes.patches if patch.get_height() > 0]
     assert len(bars) == 9  # ten splits, tensor parallel 8 does not divide
     assert sum(patch.get_hatch() is not None for patch in bars) == 4
+    (legend,) = figure.legends
+    assert [
+        text.get_text() for text, box in zip(legend.texts, legend.get_patches(), strict=True) if box.get_hatch()
+    ] == ["breaks a limit"]
 
 
 def test_loads_have_a_line_per_split_that_divides_the_model():

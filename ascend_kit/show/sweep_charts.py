@@ -224,17 +224,17 @@ def planner(plans: Table) -> Figure | None:
     if len(drawable) < 2:
         return None
     sizes, cards = sorted(drawable["tensor_parallel"].unique()), sorted(plans["cards"].unique())
-    looks = {size: {"color": PALETTE[place % len(PALETTE)], "label": f"tensor parallel {size}"}
-             for place, size in enumerate(sizes)}  # fmt: skip
+    colours = {size: PALETTE[place % len(PALETTE)] for place, size in enumerate(sizes)}
     figure, ((axes,),) = drawing.make_grid(1, 1, height=4.2, width=6.5)
+    for size, colour in colours.items():
+        axes.bar(0, 0, color=colour, label=f"tensor parallel {size}")
     for row in drawable.itertuples():
-        look = looks[row.tensor_parallel]
+        colour = colours[row.tensor_parallel]
         x = cards.index(row.cards) + (sizes.index(row.tensor_parallel) - (len(sizes) - 1) / 2) * 0.8 / len(sizes)
         hatch = "///" if drawing.known(row.reason) else None
-        (bar,) = axes.bar(x, row.output_tokens_per_s, 0.74 / len(sizes), edgecolor="white", hatch=hatch, **look)
-        drawing.tip(bar, [f"{row.cards} cards, {look['label']}: {row.output_tokens_per_s:,.0f} tokens/s"])
-    for look in looks.values():
-        axes.bar(0, 0, **look)
+        (bar,) = axes.bar(x, row.output_tokens_per_s, 0.74 / len(sizes), edgecolor="white", hatch=hatch, color=colour)
+        told = f"{row.cards} cards, tensor parallel {row.tensor_parallel}: {row.output_tokens_per_s:,.0f} tokens/s"
+        drawing.tip(bar, [told])
     if drawable["reason"].notna().any():
         axes.bar(0, 0, color="#BBBBBB", edgecolor="white", hatch="///", label="breaks a limit")
     axes.set_xticks(range(len(cards)), list(map(str, cards)))
