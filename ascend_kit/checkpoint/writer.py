@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -32,6 +33,7 @@ from ascend_kit.files import hash_file
 PROGRESS_NAME = ".progress.json"
 WRITING_SUFFIX, NEW_SUFFIX = ".writing", ".new"
 FLUSH_BYTES = 64 << 20
+KEPT_BYTES = 24 << 20  # glibc learns from blocks of at most 32 MiB
 
 
 @dataclass
@@ -221,6 +223,9 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
     """
     path, temporary = folder / shard.name, folder / (shard.name + WRITING_SUFFIX)
     digest, size, done, flushed = xxhash.xxh3_128(), shard.file_bytes, 0, 0
+    # Makes glibc keep freed memory up to twice this size. It learns so from the largest mapped block that was freed;
+    # else each block's memory goes back to the system and costs a page fault per 4 KiB again, a third of the time.
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
     try:
         with writing(path), open(temporary, "wb") as file, ThreadPoolExecutor(1, "flush") as pool:
             reserve(file.fileno(), size)

@@ -29,7 +29,7 @@ def weight_scale(weight: Tensor, clip_ratio: Tensor | float = 1.0, grid: torch.d
     the model's dtype (transformers, vLLM's packed kernels) then compute with the very scale the codes were
     made for.
     """
-    largest = weight.abs().amax(dim=1).float() * clip_ratio
+    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).float() * clip_ratio
     scale = largest / INT8_MAX
     # A row below the smallest normal number would make 1 / scale infinite; its codes are zeros either way.
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
@@ -47,7 +47,7 @@ def on_grid(scale: Tensor, grid: torch.dtype) -> Tensor:
 
 def encode(weight: Tensor, scale: Tensor) -> Tensor:
     """int8 codes of `weight` [out, in] for a given float32 `scale` [out]."""
-    return torch.round(weight.float() / scale[:, None]).clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return (weight.float() / scale[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
