@@ -11,6 +11,7 @@ from babel.messages.pofile import read_po
 from IPython.core.interactiveshell import InteractiveShell
 
 import ascend_kit
+from ascend_kit.doctor import network
 from ascend_kit.messages import LANGUAGES, Finding, keys, phrase, say, show_errors_in_one_line, translate, use_language
 from ascend_kit.params import Experiment
 from ascend_kit.show import tables
@@ -86,6 +87,7 @@ def parts_of(text):
 
 def doctor_texts():
     """What the doctor's checks say in words: evidence, remedies and tips."""
+    yield from (remedy for *_, remedy in network._CARD_CHECKS if not remedy.startswith("hccn_tool"))
     for path in (PACKAGE / "doctor").glob("*.py"):
         if path.stem in ("command", "first_run", "comparison"):  # for a terminal, which stays English
             continue

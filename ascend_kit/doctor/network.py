@@ -137,9 +137,9 @@ def _check_cards(section: Section, host: Host, npu_ids: Sequence[int], peers: Se
         _report_cards(section, check, ask(option, "-g"), healthy, remedy)
     _check_tls(section, ask("-tls", "-g"))
     ping, received = "-hccs_ping" if is_a3 else "-ping", r"[1-9]\d* received|recv seq|ping success"
-    mend = "check addresses, netmasks and the switch; both ends must be in one network or have a gateway"
+    remedy = "check addresses, netmasks and the switch; both ends must be in one network or have a gateway"
     for peer in peers:
-        _report_cards(section, f"ping {peer}", ask(ping, "-g", "address", peer), received, mend)
+        _report_cards(section, f"ping {peer}", ask(ping, "-g", "address", peer), received, remedy)
 
 
 def _report_cards(section: Section, check: str, outputs: dict[int, str], healthy: str, remedy: str) -> None:
