@@ -262,4 +262,4 @@ print(resident_mb() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
-    assert float(done.stdout) < 45  # 13 to 23 MB, by the allocator's mood; 95 where the caches are not bounded
+    assert float(done.stdout) < 45  # 13 to 23 MB were seen; 95 where the caches are not bounded
