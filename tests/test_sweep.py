@@ -298,6 +298,19 @@ def test_replicas_read_their_weights_each_and_share_the_load(tmp_path):
     assert two.limits(double)["prefill_floor_ms"] == one.limits(double)["prefill_floor_ms"]
 
 
+def test_an_engine_that_does_not_tell_its_switches_is_reckoned_without_graphs(tmp_path):
+    class Silent(EngineBackend):
+        def variant(self):
+            return {**super().variant(), **dict.fromkeys(engines.SWITCHES)}
+
+    experiment = experiment_for(tmp_path, graph_mode=False)
+    point = sweep.sweep_points(experiment)[0]
+    known, told = (PointForecast(kind(StandInEngine(), experiment), 4000, CEILINGS) for kind in (Silent, EngineBackend))
+
+    assert known.limits(point) == told.limits(point)
+    assert known.limits(point)["prefill_floor_ms"] > 0
+
+
 def test_expectations_are_known_before_anything_runs(tmp_path):
     experiment, engine = experiment_for(tmp_path), StandInEngine()
     with opened(experiment) as folder:

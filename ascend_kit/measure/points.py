@@ -52,7 +52,7 @@ class PointForecast:
             "tp_size": max(1, backend.num_devices // backend.replicas),
             "card_share": min(1.0, backend.num_devices / backend.replicas),
             "launches_per_layer": backend.launches_per_layer,
-            "graph_mode": variant["graph_mode"],
+            "graph_mode": bool(variant["graph_mode"]),  # None: a server does not tell
             "kv_cache_dtype": variant.get("kv_cache_dtype", "auto"),
             "speculate": variant.get("speculate", 0),
             "async_scheduling": variant.get("async_scheduling") == "on",
